@@ -1,0 +1,74 @@
+"""One frozen dataclass per script becomes its command line, and the resolved values its config.json.
+
+    @dataclass(frozen=True)
+    class Config:
+        out: str = arg(help="folder for the results")              # no default: required
+        lr: float = arg(6e-4, help="Adam's learning rate")
+        kind: str = arg("token", choices=("token", "sequence"), help="...")
+
+Flags are the field names with dashes; an unknown flag is an error; a bool is `--flag / --no-flag`.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import types
+import typing
+
+
+class UserError(ValueError):
+    """Something the user can mend: one line that names the place, what was expected and what to do."""
+
+
+def arg(default=dataclasses.MISSING, *, help: str, choices: tuple | None = None):
+    """A dataclass field with its help text; without a default the flag is required."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def parser(config: type, prog: str | None = None, description: str = "") -> argparse.ArgumentParser:
+    """An argument parser with one flag for each field of the dataclass `config`."""
+    result = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        required = field.default is dataclasses.MISSING
+        text = field.metadata["help"]
+        if not required and field.default is not None:
+            text += f" (default: {field.default})"
+        options = {"help": text.replace("%", "%%"), "required": required, "dest": field.name}
+        if not required:
+            options["default"] = field.default
+        kind = hints[field.name]
+        if isinstance(kind, types.UnionType):                       # `int | None`
+            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"type": kind, "choices": field.metadata["choices"],
+                        "metavar": None if field.metadata["choices"] else kind.__name__.upper()}
+        result.add_argument("--" + field.name.replace("_", "-"), **options)
+    return result
+
+
+def parse(config: type, argv: list[str] | None = None, prog: str | None = None,
+          description: str = ""):
+    """argv -> a frozen instance of `config`; argparse exits with status 2 on a bad flag or value."""
+    return config(**vars(parser(config, prog, description).parse_args(argv)))
+
+
+def to_json(config) -> str:
+    """The resolved configuration as it is saved beside the results."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def run(main: typing.Callable[[], None]) -> None:
+    """Call `main`; a UserError becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:
+        raise SystemExit(141) from None
