@@ -1,0 +1,138 @@
+"""Files: whole or not at all on the way out, one JSON value with its place on the way in.
+
+`write_atomic` is what every writer of the project ends in. `read_json` and `read_records` are what every
+reader of records starts from: each JSON value travels with its place ("pairs.jsonl:12"), so that
+whoever refuses it can say where it stands.
+"""
+
+import codecs
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from fgrlhf.config import UserError
+
+
+def write_atomic(path: str | Path, data: bytes | Callable[[BinaryIO], object]) -> None:
+    """Put `data` (bytes, or a function that writes into an open binary file) at `path`.
+
+    The bytes go to a temporary name in the same folder, are fsynced and renamed: whatever stops the
+    program, `path` holds the old content or the new, never half of it. Missing folders are made.
+    Raises UserError when the system refuses (no permission, no space, `path` is a folder).
+    """
+    path = Path(os.path.realpath(path))                                # a link stays a link
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                if callable(data):
+                    data(file)
+                else:
+                    file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        if os.name == "posix":                                         # the rename itself, too
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); "
+                        "choose another path or make room") from error
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The file's bytes; UserError when it is missing, a folder or unreadable."""
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: expected a file, got nothing; check the path") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: expected a file, got a folder; name a file in it") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+
+def read_json(path: str | Path) -> list[tuple[str, object]]:
+    """(place, value) for each record of a JSONL file or of one JSON array, in order; O(bytes).
+
+    A place is "file:line" in JSONL and "file: record N" in an array, both from 1. A JSONL line that
+    is no JSON gives its UserError as the value, for the caller to raise or to count; a broken array
+    raises. Blank lines and a byte-order mark are skipped. Lines end at "\\n" alone: U+2028 and its
+    like are legal inside JSON strings, and str.splitlines would cut there.
+    """
+    data = read_bytes(path).removeprefix(codecs.BOM_UTF8)
+    if data.lstrip()[:1] == b"[":
+        values = _loads(data, path, line=1)
+        if isinstance(values, UserError):
+            raise values
+        return [(f"{path}: record {n}", value) for n, value in enumerate(values, 1)]
+    return [(f"{path}:{n}", _loads(line, path, n))
+            for n, line in enumerate(data.split(b"\n"), 1) if line.strip()]
+
+
+def _loads(data: bytes, path: str | Path, line: int) -> object:
+    """The JSON value of `data`, which starts at `line` of the file; or the UserError that says why not."""
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        line += data.count(b"\n", 0, error.start)
+        column = error.start - data.rfind(b"\n", 0, error.start)
+        return UserError(f"{path}:{line}: expected UTF-8, got byte 0x{data[error.start]:02x} at byte "
+                         f"{column} of the line; convert the file to UTF-8")
+    except json.JSONDecodeError as error:
+        return UserError(f"{path}:{line + error.lineno - 1}: expected JSON (one object a line, or one "
+                         f"array), got an error at column {error.colno} ({error.msg}); mend the line")
+    except (RecursionError, ValueError) as error:        # nested too deep; NaN; an absurdly long number
+        return UserError(f"{path}:{line}: expected JSON, got a value beyond its limits ({error}); "
+                         "mend the line")
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is no JSON number")
+
+
+def read_records(path: str | Path, build: Callable[[object, str], object],
+                 on_bad_record: str = "stop") -> list:
+    """`build(value, place)` for every record of `path`, without the None it returns for "no record".
+
+    `build` raises UserError to refuse a record. on_bad_record = "stop" raises the first refusal;
+    "skip" leaves refused records out and sums them up on stderr. A second record with the same `id`
+    is refused; so is a file that gives no record at all.
+    """
+    if on_bad_record not in ("stop", "skip"):
+        raise ValueError(f'on_bad_record: expected "stop" or "skip", got {on_bad_record!r}')
+    values = read_json(path)
+    records, refusals, place_of = [], [], {}
+    for place, value in values:
+        try:
+            if isinstance(value, UserError):
+                raise value
+            record = build(value, place)
+            if record is None:
+                continue
+            name = getattr(record, "id", None)
+            if name is not None and place_of.setdefault(name, place) != place:
+                raise UserError(f"{place}: id: expected a new id, got {name!r} as in "
+                                f"{place_of[name]}; rename or delete one of the two")
+            records.append(record)
+        except UserError as error:
+            if on_bad_record == "stop":
+                raise
+            refusals.append(error)
+    if refusals:
+        print(f"{path}: left out {len(refusals)} bad records of {len(values)}; the first:",
+              *refusals[:3], sep="\n  ", file=sys.stderr)
+    if not records:
+        raise UserError(f"{path}: expected at least one usable record, got none in {len(values)}; "
+                        "check that this is the right file")
+    return records
