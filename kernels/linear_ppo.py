@@ -1,0 +1,89 @@
+"""PPO's clipped loss straight from hidden states: three matmuls, one chunk of logits.
+
+    logp_t = log softmax(h_t W^T / temperature)[y_t],   rho_t = exp(logp_t - logp_old_t)
+    L      = -1/M sum_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)                   (7)
+
+dL/dlogp_t is known as soon as logp_t is (clipped_surrogate.py):
+
+    g_t = -1/M rho_t A_t  where the unclipped term is the smaller one, else 0
+
+so dL/dh and dL/dW are finished chunk by chunk while its logits are there (linear_logp.py), and
+backward only multiplies them by the scalar it is given. Log-probabilities whose backward makes the
+logits again need a fourth matmul; the reference needs three and keeps N V logits twice.
+
+Cost: 3 matmuls of 2 N D V (1 without gradient). Memory: the two gradients and one chunk of logits.
+M is the number of response tokens of the whole minibatch: losses and statistics of microbatches add.
+There is no mask: select first (`hidden[response_mask]`), a padded position then costs no matmul.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import clipped_surrogate, linear_logp
+
+
+class PPOLoss(NamedTuple):
+    """Sums over the N tokens divided by the denominator, except logp: over microbatches they add."""
+    loss: Tensor                  # () the only member with a gradient
+    logp: Tensor                  # [N] log-probabilities under the present policy, nats
+    clip_fraction: Tensor         # () share of tokens with |rho - 1| > eps
+    kl_k1: Tensor                 # () mean of -log rho: estimates KL(old || new) in nats; any sign
+    kl_k3: Tensor                 # () mean of rho - 1 - log rho: the same, never negative
+    entropy: Tensor               # () mean entropy of the policy in nats; NaN where no gradient is made
+
+
+def reference(hidden: Tensor, head: Tensor, targets: Tensor, logp_old: Tensor, advantages: Tensor,
+              clip_eps: float, temperature: float = 1.0, denominator: float | None = None) -> PPOLoss:
+    """What `fused` computes, written plainly."""
+    denominator = max(len(hidden), 1) if denominator is None else denominator
+    logp, _, entropy = linear_logp.reference(hidden, head, targets, temperature, entropy=True)
+    out = clipped_surrogate.reference(logp, logp_old, advantages, clip_eps, denominator=denominator)
+    return PPOLoss(out.loss, logp.detach(), *out[1:], entropy.sum() / denominator)
+
+
+def fused(hidden: Tensor, head: Tensor, targets: Tensor, logp_old: Tensor, advantages: Tensor,
+          clip_eps: float, temperature: float = 1.0, denominator: float | None = None) -> PPOLoss:
+    """The clipped loss (7) of N response tokens; the gradient flows to hidden and head.
+
+    hidden [N, D] and head [V, D] of one floating dtype; targets [N] int64; logp_old [N] nats;
+    advantages [N]; clip_eps > 0; temperature > 0, the one of sampling; denominator: tokens of the
+    whole minibatch, None = N. With N = 0 loss and gradients are 0. The gradients are handed over, not
+    copied: a second backward raises RuntimeError. Raises ValueError on shapes that do not fit.
+    """
+    linear_logp.check(hidden, head, targets, temperature)
+    for name, x in (("logp_old", logp_old), ("advantages", advantages)):
+        if x.shape != targets.shape:
+            raise ValueError(f"{name}: expected (N,) = {tuple(targets.shape)}, got {tuple(x.shape)}")
+    denominator = max(len(hidden), 1) if denominator is None else denominator
+    if not torch.is_grad_enabled():
+        hidden, head = hidden.detach(), head.detach()              # or forward would make gradients
+    return PPOLoss(*_LinearPPO.apply(hidden, head, targets, logp_old.detach(), advantages.detach(),
+                                     clip_eps, temperature, denominator))
+
+
+class _LinearPPO(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, targets, logp_old, advantages, clip_eps, temperature, denominator):
+        def slope(rows, logp):
+            _, by_log_ratio = clipped_surrogate.objective(
+                logp - logp_old[rows], advantages[rows], clip_eps)
+            return by_log_ratio / -denominator
+
+        made = linear_logp.gradients(hidden, head, targets, temperature, slope,
+                                     ctx.needs_input_grad[:2])
+        ctx.made = [made.hidden, made.head]
+        log_ratio = made.logp - logp_old
+        value, _ = clipped_surrogate.objective(log_ratio, advantages, clip_eps)
+        entropy = made.logp.new_tensor(float("nan")) if made.entropy is None else made.entropy.sum()
+        out = (value.sum() / -denominator, made.logp,
+               *clipped_surrogate.statistics(log_ratio, clip_eps, denominator), entropy / denominator)
+        ctx.mark_non_differentiable(*out[1:])
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, *_):
+        return *linear_logp.hand_over(ctx, grad_loss), *[None] * 6
