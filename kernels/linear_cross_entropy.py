@@ -1,0 +1,83 @@
+"""Cross-entropy straight from hidden states, for SFT: three matmuls, one chunk of logits.
+
+    logp_t = log softmax(h_t W^T)[y_t]
+    L      = -1/M sum_t w_t logp_t               w_t a mask or a weight,  M = sum_t w_t by default
+    dL/dlogp_t = -w_t / M                        known before the first logit: linear_logp.gradients
+
+Why not torch.nn.functional.linear_cross_entropy: torch 2.13 has it (2.11 does not) and with a chunk
+size it also stays at three matmuls, but it takes a weight per class and none per token, and it is
+slower at every size measured (python -m kernels.bench).
+
+Cost: 3 matmuls of 2 N D V (1 without gradient). Memory: the two gradients and one chunk of logits.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import linear_logp
+
+
+class CrossEntropy(NamedTuple):
+    loss: Tensor                  # () nats a token; the only member with a gradient
+    logp: Tensor                  # [N] log-probability of each target, nats
+
+
+def reference(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None = None,
+              denominator: float | None = None) -> CrossEntropy:
+    """What `fused` computes, written plainly."""
+    logp = linear_logp.reference(hidden, head, targets).logp
+    weights = weights_of(weights, hidden)
+    denominator = total(weights) if denominator is None else denominator
+    return CrossEntropy(-(weights * logp).sum() / denominator, logp.detach())
+
+
+def fused(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None = None,
+          denominator: float | None = None) -> CrossEntropy:
+    """Weighted mean of -logp over N tokens; the gradient flows to hidden and head.
+
+    hidden [N, D] and head [V, D] of one floating dtype; targets [N] int64; weights [N]: a bool mask
+    (True = counted) or floats, None = all 1; denominator: weight of the whole minibatch, None = that
+    of these tokens. With weight 0 in all, loss and gradients are 0. A token known to be masked is
+    better not passed: it costs as much as any. The gradients are handed over, not copied: a second
+    backward raises RuntimeError. Raises ValueError on shapes that do not fit.
+    """
+    linear_logp.check(hidden, head, targets, 1.0)
+    if weights is not None and weights.shape != targets.shape:
+        raise ValueError(f"weights: expected (N,) = {tuple(targets.shape)}, got {tuple(weights.shape)}")
+    if not torch.is_grad_enabled():
+        hidden, head = hidden.detach(), head.detach()              # or forward would make gradients
+    weights = weights_of(weights, hidden)
+    denominator = total(weights) if denominator is None else denominator
+    return CrossEntropy(*_LinearCrossEntropy.apply(hidden, head, targets, weights, denominator))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, targets, weights, denominator):
+        def slope(rows, logp):
+            return weights[rows] / -denominator
+
+        made = linear_logp.gradients(hidden, head, targets, 1.0, slope, ctx.needs_input_grad[:2])
+        ctx.made = [made.hidden, made.head]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(made.logp)
+        return (made.logp * weights).sum() / -denominator, made.logp
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, *_):
+        return *linear_logp.hand_over(ctx, grad_loss), None, None, None
+
+
+def weights_of(weights: Tensor | None, hidden: Tensor) -> Tensor:
+    """[N] in float32 at least; 1 for each token where none are given."""
+    dtype = linear_logp.wide(hidden)
+    return hidden.new_ones(len(hidden), dtype=dtype) if weights is None else weights.detach().to(dtype)
+
+
+def total(weights: Tensor) -> Tensor:
+    """The weight of all tokens; 1 where it is 0, so that the loss is 0 and not 0 / 0."""
+    weight = weights.sum()
+    return torch.where(weight == 0, 1.0, weight)
