@@ -5,8 +5,8 @@
     Prompt, Demonstration         for rollouts and for imitation
     Output, Annotation            AlpacaEval's model_outputs.json and annotations.json
 
-Every record is frozen and hashable. Texts are kept as they stand: `normalise_edit` is there for those
-who want one blank between words. readers.py has the formats these are read from.
+Every record is frozen and hashable. Texts are kept as they stand; `normalise_edit` gives those who
+want it one blank between words. readers.py has the formats these are read from.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class Edit:
     edited: Text
     input: str | None = None
     context: tuple[Passage, ...] = ()
-    spans: tuple[Span, ...] | None = None         # sorted; None: nobody looked, (): nothing was wrong
+    spans: tuple[Span, ...] | None = None         # sorted; None: nobody looked, (): nothing wrong
     annotator: str | None = None
 
 
@@ -80,18 +80,20 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Output:
-    """One record of AlpacaEval's model_outputs.json. A blank output is a model that said nothing: it
-    loses, it is not refused."""
+    """One record of AlpacaEval's model_outputs.json.
+
+    A blank output is a model that said nothing: it loses, it is not refused.
+    """
     instruction: Text
     output: str
     generator: Text
     id: str | None = None
-    other: tuple[tuple[str, str], ...] = ()       # (key, value as JSON text): dataset, datasplit, ...
+    other: tuple[tuple[str, str], ...] = ()       # (key, JSON text): dataset, datasplit and so on
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """One judgement of output_1 against output_2: AlpacaEval's annotations, AlpacaFarm's pairwise data."""
+    """One judgement of output_1 against output_2, in AlpacaEval's and AlpacaFarm's fields."""
     instruction: Text
     output_1: str
     output_2: str
@@ -113,7 +115,7 @@ class Annotation:
 # Writers.
 
 def write_jsonl(path: str | Path, records: Iterable) -> None:
-    """One JSON object a line, UTF-8, atomically; a field at its default (None, no context) is omitted."""
+    """One JSON object a line, UTF-8, atomically; a field at its default (None, ()) is omitted."""
     lines = [json.dumps(_plain(record), ensure_ascii=False) + "\n" for record in records]
     write_atomic(path, "".join(lines).encode("utf-8"))
 
@@ -139,10 +141,10 @@ def write_outputs(path: str | Path, outputs: Iterable[Output]) -> None:
 def normalise_whitespace(text: str, spans: Iterable[Span] = ()) -> tuple[str, tuple[Span, ...]]:
     """" ".join(text.split()), and the spans in the new text's offsets.
 
-    Of a run of whitespace the first character stands for the blank that stays, so a span keeps exactly
-    the characters it had; one that held nothing but what is dropped goes with it.
+    Of a run of whitespace between words the first character stays, as a blank; a span keeps exactly
+    those of its characters that stay, and vanishes when none does.
     """
-    kept, new = [], []                             # new[i]: how many of the characters before i stay
+    kept, new = [], []                            # new[i]: how many characters before i stay
     last = len(text.rstrip())
     for i, character in enumerate(text):
         new.append(len(kept))
@@ -186,9 +188,9 @@ TEMPLATES = {"alpaca": _alpaca, "qa": _qa, "plain": _plain_prompt}
 def render_prompt(record, template: str) -> str:
     """The text the policy sees before the response, of any record with prompt, input and context.
 
-    alpaca: the Stanford Alpaca instruction prompt, with or without input; qa: the passages, then the
-    question (`input` is not shown); plain: "prompt ->", for tiny models. None ends in a blank, since the
-    response's first piece brings its own. Raises UserError for an unknown template.
+    alpaca: the Stanford Alpaca instruction prompt, with or without input; qa: the passages, then
+    the question (`input` is not shown); plain: "prompt ->", for tiny models. None ends in a blank,
+    since the response's first piece brings its own. Raises UserError for an unknown template.
     """
     if template not in TEMPLATES:
         raise UserError(f"template: expected one of {', '.join(TEMPLATES)}, got {template!r}; "

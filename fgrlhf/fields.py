@@ -1,4 +1,4 @@
-"""One check for every record: a dataclass's annotations are the table of names, types and what is required.
+"""One check for every record: a dataclass's annotations are its table of fields.
 
     @dataclass(frozen=True)
     class Pair:
@@ -7,7 +7,8 @@
 
     check(Pair, {"id": "a"}, "pairs.jsonl:12") -> Pair(id="a", annotator=None)
 
-Understood are str, Text, int, float, dict[str, X], tuple[X, ...] (a JSON list), X | None and dataclasses of these.
+Understood are str, Text, int, float, dict[str, X], tuple[X, ...] (a JSON list), X | None and
+dataclasses of these.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ from fgrlhf.config import UserError
 
 Text = typing.Annotated[str, "not blank"]
 
-_EXPECTED = {str: "a string", Text: "a string that is not blank", int: "an integer", float: "a number"}
+_EXPECTED = {str: "a string", Text: "a string that is not blank", int: "an integer",
+             float: "a number"}
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 60
 show = _REPR.repr                          # a value in an error message: one line, never long
@@ -45,7 +47,8 @@ def check(kind, value, place: str, field: str = "", also: Container[str] = ()):
     if origin is dict:
         if not isinstance(value, dict):
             refuse(place, field, "an object", value)
-        return {key: check(inner[1], item, place, f"{field}.{show(key)}") for key, item in value.items()}
+        return {key: check(inner[1], item, place, f"{field}.{show(key)}")
+                for key, item in value.items()}
     if not _is_a(kind, value):
         refuse(place, field, _EXPECTED[kind], value)
     return value

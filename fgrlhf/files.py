@@ -1,8 +1,8 @@
 """Files: whole or not at all on the way out, one JSON value with its place on the way in.
 
-`write_atomic` is what every writer of the project ends in. `read_json` and `read_records` are what every
-reader of records starts from: each JSON value travels with its place ("pairs.jsonl:12"), so that
-whoever refuses it can say where it stands.
+`write_atomic` is what every writer of the project ends in. `read_json` and `read_records` are what
+every reader of records starts from: each JSON value travels with its place ("pairs.jsonl:12"), so
+that whoever refuses it can say where it stands.
 """
 
 import codecs
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fgrlhf.config import UserError
+from fgrlhf.fields import show
 
 
 def write_atomic(path: str | Path, data: bytes | Callable[[BinaryIO], object]) -> None:
@@ -21,11 +22,14 @@ def write_atomic(path: str | Path, data: bytes | Callable[[BinaryIO], object]) -
 
     The bytes go to a temporary name in the same folder, are fsynced and renamed: whatever stops the
     program, `path` holds the old content or the new, never half of it. Missing folders are made.
-    Raises UserError when the system refuses (no permission, no space, `path` is a folder).
+    Raises UserError when the system refuses (no permission, no space) or `path` is no plain file.
     """
     path = Path(os.path.realpath(path))                                # a link stays a link
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: expected a file or a free name, got a folder or a device; "
+                            "choose another path")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
@@ -81,18 +85,19 @@ def read_json(path: str | Path) -> list[tuple[str, object]]:
 
 
 def _loads(data: bytes, path: str | Path, line: int) -> object:
-    """The JSON value of `data`, which starts at `line` of the file; or the UserError that says why not."""
+    """The JSON value of `data`, from `line` of the file on; or the UserError it deserves."""
     try:
         return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
         column = error.start - data.rfind(b"\n", 0, error.start)
-        return UserError(f"{path}:{line}: expected UTF-8, got byte 0x{data[error.start]:02x} at byte "
+        return UserError(f"{path}:{line}: expected UTF-8, got 0x{data[error.start]:02x} as byte "
                          f"{column} of the line; convert the file to UTF-8")
     except json.JSONDecodeError as error:
-        return UserError(f"{path}:{line + error.lineno - 1}: expected JSON (one object a line, or one "
-                         f"array), got an error at column {error.colno} ({error.msg}); mend the line")
-    except (RecursionError, ValueError) as error:        # nested too deep; NaN; an absurdly long number
+        return UserError(f"{path}:{line + error.lineno - 1}: expected one JSON object a line, or "
+                         f"one array, got broken JSON at column {error.colno} ({error.msg}); "
+                         "mend or delete the line")
+    except (RecursionError, ValueError) as error:          # nested too deep; NaN; an endless number
         return UserError(f"{path}:{line}: expected JSON, got a value beyond its limits ({error}); "
                          "mend the line")
 
@@ -103,7 +108,7 @@ def _refuse_constant(name: str):
 
 def read_records(path: str | Path, build: Callable[[object, str], object],
                  on_bad_record: str = "stop") -> list:
-    """`build(value, place)` for every record of `path`, without the None it returns for "no record".
+    """`build(value, place)` for every record of `path`; what it makes None of is left out.
 
     `build` raises UserError to refuse a record. on_bad_record = "stop" raises the first refusal;
     "skip" leaves refused records out and sums them up on stderr. A second record with the same `id`
@@ -122,7 +127,7 @@ def read_records(path: str | Path, build: Callable[[object, str], object],
                 continue
             name = getattr(record, "id", None)
             if name is not None and place_of.setdefault(name, place) != place:
-                raise UserError(f"{place}: id: expected a new id, got {name!r} as in "
+                raise UserError(f"{place}: id: expected a new id, got {show(name)} as in "
                                 f"{place_of[name]}; rename or delete one of the two")
             records.append(record)
         except UserError as error:

@@ -6,9 +6,9 @@
     Demonstration   native JSONL, Alpaca or AlpacaEval JSON, any file of Edits or Pairs
     Output, Annotation            AlpacaEval's JSON
 
-JSONL and one JSON array are both taken everywhere. Native records refuse unknown fields (a misspelt `spans`
-must not vanish); foreign ones ignore them, for their owners add fields freely. An edit that changes
-nothing is a valid Edit (the annotator found nothing to mend), and no Pair.
+JSONL and one JSON array are both taken everywhere. Native records refuse unknown fields (a misspelt
+`spans` must not vanish); foreign ones ignore them, for their owners add fields freely. An edit that
+changes nothing is a valid Edit (the annotator found nothing to mend), and no Pair.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fgrlhf.config import UserError
 from fgrlhf.edits import Annotation, Demonstration, Edit, Output, Pair, Prompt
-from fgrlhf.fields import Text, check, refuse
+from fgrlhf.fields import Text, check, refuse, show
 from fgrlhf.files import read_records
 
 
@@ -34,8 +34,8 @@ class _Instruction:
 
 @dataclass(frozen=True)
 class _Ranked(Edit):
-    """A QA-Feedback record: human preferences among its four responses, in the order 12 13 14 23 24 34."""
-    preferences: tuple[int, ...] = ()             # 1: the first is better, 2: the second, 0: a tie
+    """A QA-Feedback record, with human preferences among its four responses."""
+    preferences: tuple[int, ...] = ()             # 12 13 14 23 24 34: 1 or 2 is better, 0 a tie
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class _Candidates:
     candidates: dict[str, Text]
 
 
-# Readers. Each returns a list in file order and raises UserError; see files.read_records for `on_bad_record`.
+# Readers. Each returns a list in file order, or raises UserError; for `on_bad_record` see
+# files.read_records.
 
 def read_edits(path: str | Path, on_bad_record: str = "stop") -> list[Edit]:
     """Edits from native JSONL; spans come back sorted."""
@@ -53,23 +54,23 @@ def read_edits(path: str | Path, on_bad_record: str = "stop") -> list[Edit]:
 
 
 def read_pairs(path: str | Path, on_bad_record: str = "stop") -> list[Pair]:
-    """Pairs from native JSONL, TRL, AlpacaFarm or AlpacaEval comparisons, or Edits (edited over original).
+    """Pairs from native JSONL, TRL, AlpacaFarm's or AlpacaEval's comparisons, or Edits.
 
-    Ties, and pairs of two equal texts, hold no preference and are left out. A record without an `id`
-    is called by its place, as "pairs.json: record 3".
+    An Edit's `edited` is preferred to its `original`. Ties, and pairs of two equal texts, hold no
+    preference and are left out. A record without an `id` is called by its place, as
+    "pairs.json: record 3"; chosen / rejected without an `id` is TRL's format, with one it is ours.
     """
-    return read_records(path, lambda value, place: _as_pair(_any(value, place), place), on_bad_record)
+    return read_records(path, _through(_as_pair), on_bad_record)
 
 
 def read_prompts(path: str | Path, on_bad_record: str = "stop") -> list[Prompt]:
     """Prompts from native JSONL, Alpaca or AlpacaEval JSON, or any record that has a prompt."""
-    return read_records(path, lambda value, place: _as_prompt(_any(value, place), place), on_bad_record)
+    return read_records(path, _through(_as_prompt), on_bad_record)
 
 
 def read_demonstrations(path: str | Path, on_bad_record: str = "stop") -> list[Demonstration]:
-    """Demonstrations from native JSONL, Alpaca or AlpacaEval JSON, Edits (edited) or Pairs (chosen)."""
-    return read_records(path, lambda value, place: _as_demonstration(_any(value, place), place),
-                        on_bad_record)
+    """Demonstrations from native JSONL, Alpaca or AlpacaEval JSON, Edits' edited, Pairs' chosen."""
+    return read_records(path, _through(_as_demonstration), on_bad_record)
 
 
 def read_outputs(path: str | Path, on_bad_record: str = "stop") -> list[Output]:
@@ -86,8 +87,8 @@ def read_qa_feedback_pairs(edits: str | Path, candidates: str | Path,
                            on_bad_record: str = "stop") -> list[Pair]:
     """Ordinary pairs on the prompts of QA-Feedback's edits; the id tells the two: "<id>-13".
 
-    The human preferences stand in the file `edits`, the responses 2-4 in `candidates`, joined by id.
-    Ties and equal texts are left out.
+    The preferences stand in the file `edits`, the responses 2-4 in `candidates`, joined by id. Ties
+    and equal texts are left out.
     """
     others = {record.id: record.candidates
               for record in read_records(candidates, _candidates, on_bad_record)}
@@ -150,7 +151,7 @@ def _output(value, place: str) -> Output:
     known = ("instruction", "output", "generator", "id")
     return dataclasses.replace(output, other=tuple(
         (check(str, key, place, "field name"),
-         check(str, json.dumps(item, ensure_ascii=False), place, key))
+         check(str, json.dumps(item, ensure_ascii=False), place, show(key)))
         for key, item in value.items() if key not in known))
 
 
@@ -181,6 +182,11 @@ def _any(value, place: str):
     return check(Demonstration if "output" in names else Prompt, value, place)
 
 
+def _through(convert):
+    """A `build` for read_records: any known record, then `convert`ed to the kind asked for."""
+    return lambda value, place: convert(_any(value, place), place)
+
+
 def _as_pair(record, place: str) -> Pair | None:
     match record:
         case Pair():
@@ -197,8 +203,9 @@ def _as_pair(record, place: str) -> Pair | None:
             pair = Pair(record.id or Path(place).name, record.instruction, chosen, rejected,
                         record.input or None, annotator=record.annotator)
         case _:
-            raise UserError(f"{place}: expected a pair (fields chosen and rejected, or original and "
-                            "edited, or output_1, output_2 and preference), got none; choose a file of pairs")
+            raise UserError(f"{place}: expected a pair (chosen, rejected; original, edited; or "
+                            "output_1, output_2, preference), got the fields of "
+                            f"{type(record).__name__.strip('_')}; choose a file of pairs")
     return None if pair.chosen == pair.rejected else pair
 
 
