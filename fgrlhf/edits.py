@@ -150,7 +150,7 @@ def normalise_whitespace(text: str, spans: Iterable[Span] = ()) -> tuple[str, tu
         new.append(len(kept))
         if not character.isspace():
             kept.append(character)
-        elif 0 < i < last and kept and not text[i - 1].isspace():
+        elif 0 < i < last and not text[i - 1].isspace():
             kept.append(" ")
     new.append(len(kept))
     moved = (Span(new[span.start], new[span.end], span.type) for span in spans)

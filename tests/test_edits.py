@@ -258,9 +258,11 @@ def test_readers_refuse_a_broken_array_by_line_and_a_bad_element_by_number(tmp_p
     assert f"{path}:2: expected UTF-8, got 0xff as byte 3 of" in refusal(read_outputs, path)
     path = array(OUTPUT, {"instruction": "a", "output": 1, "generator": "m"})
     assert f"{path}: record 2: output: expected a string, got 1" in refusal(read_outputs, path)
-    path = array(JUDGED, JUDGED | {"preference": 3})
-    assert f"{path}: record 2: preference: expected 1 to 2, 0 or null, got 3" in (
-        refusal(read_annotations, path))
+    for preference in (3, 0.5, -1, 1e999, 10**400):                   # 1e999 is written Infinity
+        path = array(JUDGED, JUDGED | {"preference": preference})
+        path.write_text(path.read_text().replace("Infinity", "1e999"))
+        assert f"{path}: record 2: preference: expected 1 to 2, 0 or null, got " in (
+            refusal(read_annotations, path))
     path = array({key: JUDGED[key] for key in JUDGED if key != "preference"})
     assert "record 1: preference: expected this field" in refusal(read_pairs, path)
     path = array(JUDGED | {"output_2": ""})
