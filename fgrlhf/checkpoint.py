@@ -1,0 +1,199 @@
+"""Models in and out of folders, and training states: whole or not at all, never a line of code.
+
+    load_model(path)     any layout of `layouts`          load_state(path)     a training state
+    save_model(model)    Meta's (our own) or HF's         save_state(path)
+    load_tokenizer(path) the tokenizer.model beside the weights
+
+A model is described on the meta device and filled one tensor at a time, so loading needs the model's
+own memory and one tensor more. `load_model(path, device="meta")` checks every name and shape of a
+checkpoint of any size and reads no weights.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fgrlhf.config import UserError
+from fgrlhf.files import read_bytes, write_atomic
+from fgrlhf.layouts import huggingface, llama2c, meta
+from fgrlhf.layouts.stored import Stored, Weights
+from fgrlhf.model import LLaMA
+from fgrlhf.safetensors import write_safetensors
+from fgrlhf.tokenizer import Tokenizer
+
+
+WEIGHTS = {"meta": ("consolidated.*.pth",),
+           "hf": ("model*.safetensors", "pytorch_model*.bin", "model*.index.json")}
+
+
+def _weight_files(folder: Path, layout: str) -> list[Path]:
+    return sorted(path for pattern in WEIGHTS[layout] for path in folder.glob(pattern))
+
+
+def read_layout(path: str | Path) -> Weights:
+    """Recognise the layout of a folder (or of one llama2.c file) and describe what it holds."""
+    path = Path(path)
+    if path.is_file() and path.suffix == ".bin":
+        return llama2c.read(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: expected a model folder, or the .bin file of llama2.c")
+    in_meta, in_hf = _weight_files(path, "meta"), _weight_files(path, "hf")
+    if in_meta and in_hf:
+        raise UserError(f"{path}: holds two checkpoints, {in_meta[0].name} and {in_hf[0].name}; "
+                        "move one of them to its own folder")
+    if in_meta or (path / "params.json").exists() and not in_hf:
+        return meta.read(path)
+    if in_hf or (path / "config.json").exists():
+        return huggingface.read(path)
+    others = sorted(path.glob("*.bin"))
+    if len(others) == 1:
+        return llama2c.read(others[0])
+    raise UserError(f"{path}: holds no model; expected params.json and consolidated.00.pth (Meta), "
+                    "config.json and model.safetensors (Hugging Face) or one .bin (llama2.c)")
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu",
+               dtype: torch.dtype | None = None) -> LLaMA:
+    """The model in a folder (or llama2.c file), its layout recognised from the files.
+
+    device may be "meta"; dtype None keeps that of the stored embedding. Raises UserError naming the
+    file and the tensor for anything missing, unknown, truncated or of the wrong shape, and when the
+    tokenizer beside the weights has another size than the vocabulary.
+    """
+    config, tensors = read_layout(path)
+    with torch.device("meta"):
+        model = LLaMA(config)
+    expected = dict(model.named_parameters())
+    _check(path, expected, tensors)
+    beside = _tokenizer_path(path)
+    if beside.exists() and (size := Tokenizer(beside).vocab_size) != config.vocab_size:
+        raise UserError(f"{beside}: expected {config.vocab_size} pieces, the model's vocabulary, "
+                        f"got {size}; put the model's own tokenizer there")
+    dtype = dtype or tensors["tok_embeddings.weight"].dtype
+    for name in expected:
+        tensor = tensors[name].read(device).to(dtype=dtype, copy=True)      # off the mapped file
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor))
+    return model
+
+
+def _check(path: str | Path, expected: dict[str, Tensor], tensors: dict[str, Stored]) -> None:
+    """The same names, the same shapes, floating point."""
+    for name, stored in tensors.items():
+        if name not in expected:
+            raise UserError(f"{stored.file}: tensor {stored.name}: unknown; the sizes beside it "
+                            "describe a LLaMA without it")
+    for name, parameter in expected.items():
+        if name not in tensors:
+            raise UserError(f"{path}: tensor {name} is missing; the checkpoint is incomplete")
+        stored = tensors[name]
+        if stored.shape != tuple(parameter.shape):
+            raise UserError(f"{stored.file}: tensor {stored.name}: expected {tuple(parameter.shape)}, "
+                            f"got {stored.shape}")
+        if stored.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise UserError(f"{stored.file}: tensor {stored.name}: expected floating point, "
+                            f"got {stored.dtype}; quantised weights are not supported")
+
+
+def _tokenizer_path(path: str | Path) -> Path:
+    path = Path(path)
+    return (path.parent if path.is_file() else path) / "tokenizer.model"
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer beside the weights of a model folder or llama2.c file."""
+    return Tokenizer(_tokenizer_path(path))
+
+
+def save_model(model: LLaMA, path: str | Path, layout: str = "meta",
+               tokenizer: Tokenizer | None = None) -> None:
+    """Write a model folder, each file atomically and the JSON that makes it one last.
+
+    layout "meta" is the project's own and can be read by Meta's code once the keys "max_seq_len" and
+    "tie_embeddings" are dropped; "hf" is read by transformers, vLLM and llama.cpp's converter. The
+    weights keep their dtype; either way round is bit-exact. With a `tokenizer` its file is copied.
+    Raises UserError when the folder holds another checkpoint, which a reader would mix up with this.
+    """
+    if layout not in WEIGHTS:
+        raise ValueError(f'layout: expected "meta" or "hf", got {layout!r}')
+    if tokenizer is not None and tokenizer.vocab_size != model.config.vocab_size:
+        raise UserError(f"{tokenizer.path}: expected {model.config.vocab_size} pieces, the model's "
+                        f"vocabulary, got {tokenizer.vocab_size}")
+    folder = Path(path)
+    own = folder / ("consolidated.00.pth" if layout == "meta" else "model.safetensors")
+    for other in _weight_files(folder, "meta") + _weight_files(folder, "hf"):
+        if other != own:
+            raise UserError(f"{folder}: already holds {other.name}; choose an empty folder")
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    dtype = parameters["tok_embeddings.weight"].dtype
+    if layout == "meta":
+        parameters = {name: p.cpu().contiguous() for name, p in parameters.items()}
+        write_atomic(own, lambda file: torch.save(parameters, file))
+        settings = {"params.json": meta.write_params(model.config)}
+    else:
+        write_safetensors(own, huggingface.to_hf(parameters, model.config))
+        settings = {"config.json": huggingface.write_config(model.config, dtype, tokenizer)}
+        if tokenizer is not None:
+            settings = {"tokenizer_config.json":
+                        huggingface.write_tokenizer_config(model.config)} | settings
+    if tokenizer is not None:
+        write_atomic(folder / "tokenizer.model", read_bytes(tokenizer.path))
+    for name, values in settings.items():
+        write_atomic(folder / name, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def save_state(path: str | Path, state: dict) -> None:
+    """Write a training state atomically, with a checksum of every number in it.
+
+    `state`: dicts, lists and tuples of tensors, numbers, strings, bytes, booleans and None.
+    Raises TypeError naming the entry for anything else: it could not be read without running code.
+    """
+    saved = {"state": state, "sha256": _digest(state)}
+    write_atomic(path, lambda file: torch.save(saved, file))
+
+
+def load_state(path: str | Path) -> dict:
+    """A training state of `save_state`, on the CPU. Raises UserError when a bit of it has changed."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such training state")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        intact = saved["sha256"] == _digest(saved["state"])
+    except Exception as error:                      # a flipped bit in a pickle can raise anything
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{path}: damaged, or no training state ({type(error).__name__}: {reason}); "
+                        "use an older one") from None
+    if not intact:
+        raise UserError(f"{path}: damaged: its contents do not match their checksum; "
+                        "use an older one")
+    return saved["state"]
+
+
+def _digest(state: object) -> str:
+    """sha256 over the types, keys and bits of a nested state."""
+    sha = hashlib.sha256()
+
+    def add(value: object, name: str) -> None:
+        if isinstance(value, Tensor):
+            sha.update(f"{value.dtype} {tuple(value.shape)}\n".encode())
+            sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        elif isinstance(value, dict):
+            sha.update(f"dict {len(value)}\n".encode())
+            for key, item in value.items():
+                add(key, name)
+                add(item, f"{name}[{key!r}]")
+        elif isinstance(value, (list, tuple)):
+            sha.update(f"{type(value).__name__} {len(value)}\n".encode())
+            for number, item in enumerate(value):
+                add(item, f"{name}[{number}]")
+        elif value is None or type(value) in (bool, int, float, str, bytes):
+            sha.update(f"{type(value).__name__} {value!r}\n".encode())
+        else:
+            raise TypeError(f"{name}: expected a tensor, number, string, bytes, None, dict, list or "
+                            f"tuple of these, got {type(value).__name__}")
+
+    add(state, "state")
+    return sha.hexdigest()

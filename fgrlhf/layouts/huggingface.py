@@ -1,0 +1,201 @@
+"""Hugging Face's layout: config.json with model.safetensors or pytorch_model.bin, or an index of shards.
+
+The same numbers as Meta's under other names, but for q and k: Hugging Face rotates component i of a
+head with component i + K/2, Meta (and this project) neighbours, so the rows of each head are permuted.
+What the project's LLaMA does not compute (scaled rope, biases, other architectures, quantised weights)
+is refused by name.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fgrlhf.config import UserError
+from fgrlhf.fields import check
+from fgrlhf.layouts.stored import Stored, Weights, make_config, open_pickle, read_object
+from fgrlhf.model import LLaMAConfig
+from fgrlhf.safetensors import Planned, SafeTensors
+from fgrlhf.tokenizer import Tokenizer
+
+HF_NAMES = {
+    "model.embed_tokens.weight": "tok_embeddings.weight", "model.norm.weight": "norm.weight",
+    "lm_head.weight": "output.weight",
+    "self_attn.q_proj.weight": "attention.wq.weight", "self_attn.k_proj.weight": "attention.wk.weight",
+    "self_attn.v_proj.weight": "attention.wv.weight", "self_attn.o_proj.weight": "attention.wo.weight",
+    "mlp.gate_proj.weight": "feed_forward.w1.weight", "mlp.down_proj.weight": "feed_forward.w2.weight",
+    "mlp.up_proj.weight": "feed_forward.w3.weight",
+    "input_layernorm.weight": "attention_norm.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+}
+OUR_NAMES = {ours: theirs for theirs, ours in HF_NAMES.items()}
+
+
+def from_hf_name(name: str) -> str:
+    """model.layers.3.mlp.up_proj.weight -> layers.3.feed_forward.w3.weight; unknown names stay."""
+    layer = re.fullmatch(r"model\.(layers\.\d+\.)(.*)", name)
+    prefix, rest = (layer[1], layer[2]) if layer else ("", name)
+    return prefix + HF_NAMES[rest] if rest in HF_NAMES else name
+
+
+def to_hf_name(name: str) -> str:
+    """The inverse of `from_hf_name`."""
+    layer = re.fullmatch(r"(layers\.\d+\.)(.*)", name)
+    return f"model.{layer[1]}{OUR_NAMES[layer[2]]}" if layer else OUR_NAMES[name]
+
+
+def interleave(weight: Tensor, heads: int) -> Tensor:
+    """q or k [heads * K, D]: rows i and i + K/2 of each head, a pair, become rows 2i and 2i + 1."""
+    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def deinterleave(weight: Tensor, heads: int) -> Tensor:
+    """The inverse of `interleave`: our rotary pairs to Hugging Face's."""
+    return weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def rotary_heads(name: str, config: LLaMAConfig) -> int:
+    """The number of heads when `name` is a q or k matrix, else 0."""
+    if name.endswith("attention.wq.weight"):
+        return config.n_heads
+    return config.n_kv_heads if name.endswith("attention.wk.weight") else 0
+
+
+def to_hf(parameters: Mapping[str, Tensor], config: LLaMAConfig) -> dict[str, Planned]:
+    """Our parameters under Hugging Face's names, q and k permuted when they are written."""
+    def planned(name: str, parameter: Tensor) -> Planned:
+        heads = rotary_heads(name, config)
+        return Planned(parameter.dtype, tuple(parameter.shape),
+                       lambda: deinterleave(parameter, heads) if heads else parameter)
+    return {to_hf_name(name): planned(name, p) for name, p in parameters.items()}
+
+
+def read(folder: Path) -> Weights:
+    """The sizes and tensors of a folder with config.json and weights."""
+    config = _read_config(folder / "config.json")
+    tensors = {}
+    for file, opened in _open_files(folder).items():
+        for name in opened:
+            ours = from_hf_name(name)
+            if name.endswith("rotary_emb.inv_freq") or (
+                    ours == "output.weight" and config.tie_embeddings):
+                continue                                    # a table; a second copy of the embedding
+            if ours in tensors:
+                raise UserError(f"{file}: tensor {name}: {tensors[ours].file.name} has it too")
+            tensors[ours] = Stored(file, name, tuple(opened[name].shape), opened[name].dtype,
+                                   _reader(opened, name, rotary_heads(ours, config)))
+    return config, tensors
+
+
+def _reader(opened: Mapping[str, Tensor], name: str, heads: int) -> Callable:
+    def read(device) -> Tensor:
+        tensor = opened[name].to(device)
+        return interleave(tensor, heads) if heads else tensor
+    return read
+
+
+def _open_files(folder: Path) -> dict[Path, Mapping[str, Tensor]]:
+    """The weight files, opened: one file, or all that an index lists, each holding what it should."""
+    for name, open_file in (("model.safetensors", SafeTensors), ("pytorch_model.bin", open_pickle)):
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            return _open_index(index, open_file)
+        if (folder / name).exists():
+            return {folder / name: open_file(folder / name)}
+    raise UserError(f"{folder}: expected model.safetensors or pytorch_model.bin, or the index of its "
+                    "shards (model.safetensors.index.json)")
+
+
+def _open_index(index: Path, open_file: Callable) -> dict[Path, Mapping[str, Tensor]]:
+    place_of = read_object(index).get("weight_map")
+    if not isinstance(place_of, dict) or not place_of or not all(
+            isinstance(file, str) and Path(file).name == file for file in place_of.values()):
+        raise UserError(f"{index}: weight_map: expected tensor names with file names of this folder")
+    opened = {}
+    for file in sorted(set(place_of.values())):
+        path = index.parent / file
+        if not path.is_file():
+            raise UserError(f"{path}: this shard is missing; {index.name} lists it")
+        opened[path] = open_file(path)
+    for name, file in place_of.items():
+        if name not in opened[index.parent / file]:
+            raise UserError(f"{index.parent / file}: tensor {name} is missing; {index.name} "
+                            "places it here")
+    return opened
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The fields of config.json that make a LlamaForCausalLM; absent means transformers' default."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    vocab_size: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+
+
+def _read_config(path: Path) -> LLaMAConfig:
+    values = read_object(path)
+    rope = values.get("rope_parameters") or {}              # transformers 5; before it: rope_theta
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters: expected an object, got {rope!r}")
+    for key, expected, got in (
+            ("model_type", "llama", values.get("model_type")),
+            ("architectures", ["LlamaForCausalLM"], values.get("architectures", ["LlamaForCausalLM"])),
+            ("hidden_act", "silu", values.get("hidden_act", "silu")),
+            ("rope_scaling", None, values.get("rope_scaling")),
+            ("rope_parameters.rope_type", "default", rope.get("rope_type", "default")),
+            ("attention_bias", False, values.get("attention_bias", False)),
+            ("mlp_bias", False, values.get("mlp_bias", False)),
+            ("quantization_config", None, values.get("quantization_config"))):
+        if got != expected:
+            raise UserError(f"{path}: {key}: expected {json.dumps(expected)}, got {json.dumps(got)}, "
+                            "which is not supported")
+    values |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    sizes = check(Sizes, values, str(path), also=values)
+    config = make_config(
+        path, bool(values.get("tie_word_embeddings")), dim=sizes.hidden_size,
+        n_layers=sizes.num_hidden_layers, n_heads=sizes.num_attention_heads,
+        n_kv_heads=sizes.num_key_value_heads or sizes.num_attention_heads,
+        vocab_size=sizes.vocab_size, ffn_dim=sizes.intermediate_size, norm_eps=sizes.rms_norm_eps,
+        rope_theta=sizes.rope_theta, max_seq_len=sizes.max_position_embeddings)
+    if sizes.head_dim not in (None, config.head_dim):
+        raise UserError(f"{path}: head_dim: expected hidden_size / num_attention_heads = "
+                        f"{config.head_dim}, got {sizes.head_dim}, which is not supported")
+    return config
+
+
+def write_config(config: LLaMAConfig, dtype: torch.dtype, tokenizer: Tokenizer | None) -> dict:
+    """config.json, with the names that transformers 4 and 5, vLLM and llama.cpp's converter read."""
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+        "hidden_size": config.dim, "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads, "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim, "vocab_size": config.vocab_size,
+        "intermediate_size": config.ffn_dim, "hidden_act": "silu", "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta, "rope_scaling": None,
+        "max_position_embeddings": config.max_seq_len, "attention_bias": False, "mlp_bias": False,
+        "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": tokenizer.bos_id if tokenizer else 1,
+        "eos_token_id": tokenizer.eos_id if tokenizer else 2,
+        "torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+def write_tokenizer_config(config: LLaMAConfig) -> dict:
+    """tokenizer_config.json for the tokenizer.model beside it."""
+    return {
+        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False,
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None,
+        "clean_up_tokenization_spaces": False, "legacy": False,
+        "model_max_length": config.max_seq_len}

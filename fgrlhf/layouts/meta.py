@@ -1,0 +1,129 @@
+"""Meta's layout, and the project's own: params.json and consolidated.NN.pth.
+
+A model-parallel checkpoint has one file a rank, each matrix cut along its output, `wo` and `w2` along
+their input, the embedding along its width (LLaMA 1 and 2) or its rows (3); norms are copied.
+
+The project's own folders have one file, and two keys in params.json that Meta's lack: "max_seq_len"
+(absent: 2048) and "tie_embeddings" (absent: false). Meta's own code reads them without these two.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fgrlhf.config import UserError
+from fgrlhf.fields import check
+from fgrlhf.layouts.stored import Stored, Weights, make_config, open_pickle, read_object
+from fgrlhf.model import LLaMAConfig
+
+ROW_PARALLEL = ("wo.weight", "w2.weight")
+
+
+@dataclass(frozen=True)
+class Params:
+    """The fields of params.json; any other is refused."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    vocab_size: int
+    n_kv_heads: int | None = None
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_seq_len: int = 2048
+
+
+def ffn_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    """F as Meta computes it: two thirds of 4 D, times the multiplier, rounded up to a multiple."""
+    width = int(2 * (4 * dim) / 3)
+    if multiplier is not None:
+        width = int(multiplier * width)
+    return multiple_of * -(-width // multiple_of)
+
+
+def read(folder: Path) -> Weights:
+    """The sizes and tensors of a folder with params.json and one or more consolidated.NN.pth."""
+    place = folder / "params.json"
+    values = read_object(place)
+    params = check(Params, values, str(place), also=("tie_embeddings", "use_scaled_rope"))
+    if values.get("use_scaled_rope"):
+        raise UserError(f"{place}: use_scaled_rope: expected false, got true: not supported")
+    if params.multiple_of < 1:
+        raise UserError(f"{place}: multiple_of: expected a positive number, got {params.multiple_of}")
+    shards = _open_shards(folder, params.dim)
+    config = make_config(
+        place, bool(values.get("tie_embeddings")), dim=params.dim, n_layers=params.n_layers,
+        n_heads=params.n_heads, n_kv_heads=params.n_kv_heads or params.n_heads,
+        vocab_size=_vocab_size(params, shards),
+        ffn_dim=ffn_width(params.dim, params.multiple_of, params.ffn_dim_multiplier),
+        norm_eps=params.norm_eps, rope_theta=params.rope_theta, max_seq_len=params.max_seq_len)
+    names = {name: path for path, shard in shards.items() for name in shard
+             if not name.endswith("rope.freqs")}                # a table, not a parameter
+    for path, shard in shards.items():
+        for name, elsewhere in names.items():
+            if name not in shard:
+                raise UserError(f"{path}: tensor {name} is missing; {elsewhere.name} has it")
+    return config, {name: _merge(name, shards, params.dim) for name in names}
+
+
+def _open_shards(folder: Path, dim: int) -> dict[Path, Mapping[str, Tensor]]:
+    """All shards in order; the first one's share of a matrix tells how many there must be."""
+    count = max(1, len(list(folder.glob("consolidated.*.pth"))))
+    shards = {}
+    for path in [folder / f"consolidated.{number:02d}.pth" for number in range(count)]:
+        if not path.is_file():
+            raise UserError(f"{path}: this shard is missing")
+        shards[path] = open_pickle(path)
+    query = shards[folder / "consolidated.00.pth"].get("layers.0.attention.wq.weight")
+    rows = query.shape[0] if query is not None and query.dim() == 2 else 0
+    if rows and dim % rows == 0 and dim // rows > count:
+        raise UserError(f"{folder / f'consolidated.{count:02d}.pth'}: this shard is missing; "
+                        f"consolidated.00.pth holds 1/{dim // rows} of each matrix")
+    return shards
+
+
+def _vocab_size(params: Params, shards: Mapping[Path, Mapping[str, Tensor]]) -> int:
+    """V. LLaMA's first files say -1, "as the tokenizer says": there the embedding tells."""
+    if params.vocab_size != -1:
+        return params.vocab_size
+    path, shard = next(iter(shards.items()))
+    embedding = shard.get("tok_embeddings.weight")
+    if embedding is None or embedding.dim() != 2:
+        raise UserError(f"{path}: tensor tok_embeddings.weight is missing or no matrix")
+    cut_by_rows = len(shards) > 1 and embedding.shape[1] == params.dim
+    return embedding.shape[0] * (len(shards) if cut_by_rows else 1)
+
+
+def _merge(name: str, shards: Mapping[Path, Mapping[str, Tensor]], dim: int) -> Stored:
+    """The parts of a tensor as one."""
+    file, first = next((path, shard[name]) for path, shard in shards.items())
+    if len(shards) == 1 or first.dim() != 2:
+        return Stored(file, name, tuple(first.shape), first.dtype, first.to)
+    along = int(name.endswith(ROW_PARALLEL)
+                or name == "tok_embeddings.weight" and first.shape[1] != dim)
+    parts = [shard[name] for shard in shards.values()]
+    for path, part in zip(shards, parts):
+        if part.shape != first.shape or part.dtype != first.dtype:
+            raise UserError(f"{path}: tensor {name}: expected {first.dtype} {tuple(first.shape)} as "
+                            f"in {file.name}, got {part.dtype} {tuple(part.shape)}")
+    shape = list(first.shape)
+    shape[along] *= len(parts)
+    return Stored(file, name, tuple(shape), first.dtype,
+                  lambda device: torch.cat([part.to(device) for part in parts], dim=along))
+
+
+def write_params(config: LLaMAConfig) -> dict:
+    """params.json of `config`. Meta derives F from two keys; these values give back ours."""
+    params = {
+        "dim": config.dim, "n_layers": config.n_layers, "n_heads": config.n_heads,
+        "n_kv_heads": config.n_kv_heads, "vocab_size": config.vocab_size,
+        "multiple_of": config.ffn_dim, "norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
+        "max_seq_len": config.max_seq_len, "tie_embeddings": config.tie_embeddings}
+    if (two_thirds := int(2 * (4 * config.dim) / 3)) > config.ffn_dim:
+        params["ffn_dim_multiplier"] = (config.ffn_dim - 0.5) / two_thirds
+    return params
