@@ -1,0 +1,138 @@
+"""Continue a text with a model.
+
+    python -m fgrlhf.generate --model DIR --prompt "Once upon a time" --max-new-tokens 200 --temperature 0
+
+Prints the prompt and its continuation on stdout as they come, and nothing else; the rest is on stderr.
+Temperature 0 takes the most probable token. A text ends at EOS, at the context's end, or at BOS, by
+which models trained on a stream of documents begin the next one.
+
+Rollouts are sampled elsewhere (`rollout.sample`): top-p makes sampling and scoring two distributions.
+"""
+
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fgrlhf.checkpoint import load_model, load_tokenizer
+from fgrlhf.config import UserError, arg, parse, run
+from fgrlhf.files import read_bytes
+from fgrlhf.model import KVCache, LLaMA
+from fgrlhf.rollout import inverse_cdf
+from fgrlhf.run import pick_device
+from fgrlhf.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = arg(help="model folder (any layout) or llama2.c .bin file")
+    prompt: str = arg("", help="text to continue")
+    prompts_file: str | None = arg(None, help="continue each line of this file, in batches, instead")
+    max_new_tokens: int = arg(256, help="tokens to add at most")
+    temperature: float = arg(1.0, help="0 is greedy")
+    top_p: float = arg(1.0, help="sample from the most probable tokens that sum to this")
+    seed: int | None = arg(None, help="for the same text again; by default it differs each time")
+    batch: int = arg(16, help="lines of the file at a time")
+    device: str = arg("auto", help="cpu, cuda, mps; auto is cuda where present")
+
+
+def next_token(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:
+    """logits [B, V] and uniform [B] in [0, 1) -> token [B].
+
+    softmax(logits / temperature), cut to the fewest most probable tokens that sum to at least `top_p`,
+    sampled by inverse CDF; temperature 0 is the argmax.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logp = torch.log_softmax(logits.float() / temperature, dim=-1)
+    if top_p < 1:
+        ordered, index = logp.sort(dim=-1, descending=True)
+        beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p       # the mass before suffices
+        logp = logp.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), -torch.inf)
+    return inverse_cdf(logp, uniform)
+
+
+@torch.no_grad()
+def continue_batch(model: LLaMA, prompts: list[list[int]], stop_ids: tuple[int, ...],
+                   max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
+                   generator: torch.Generator | None = None) -> Iterator[list[int | None]]:
+    """One step after the other, the next id of each prompt; None for those that have ended.
+
+    A prompt ends before any of `stop_ids` and where the context does. Prompts of unequal length need
+    no mask: see KVCache.
+    """
+    device, context, B = model.head.device, model.config.max_seq_len, len(prompts)
+    positions = torch.tensor([len(prompt) for prompt in prompts], device=device)     # of the next id
+    slots = min(int(positions.max()) + max_new_tokens, context)
+    tokens = torch.zeros(B, int(positions.max()), dtype=torch.long, device=device)
+    for row, prompt in enumerate(prompts):
+        tokens[row, :len(prompt)] = torch.tensor(prompt)
+    cache = KVCache(model.config, B, slots, device, model.head.dtype)
+    hidden = model.hidden(tokens, cache=cache)[torch.arange(B), positions - 1]       # [B, D]
+    going = torch.ones(B, dtype=torch.bool, device=device)
+    stops = torch.tensor(stop_ids, device=device)
+    for _ in range(max_new_tokens):
+        uniform = torch.rand(B, dtype=torch.float64, generator=generator).to(device)
+        token = next_token(hidden @ model.head.T, temperature, top_p, uniform)       # [B]
+        going &= (positions < context) & ~torch.isin(token, stops)
+        if not going.any():
+            return
+        yield [id if on else None for id, on in zip(token.tolist(), going.tolist())]
+        at = positions.clamp(max=slots - 1)[:, None]        # rows that ended rewrite a slot of theirs
+        hidden = model.hidden(token[:, None], at, cache=cache)[:, 0]
+        positions += going
+
+
+def read_prompts(config: Config, tokenizer: Tokenizer, context: int) -> list[list[int]]:
+    """The ids of each prompt, BOS first."""
+    texts = [config.prompt]
+    if config.prompts_file is not None:
+        try:
+            lines = read_bytes(config.prompts_file).decode().split("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{config.prompts_file}: expected UTF-8 ({error})") from None
+        texts = [line for line in (line.rstrip("\r") for line in lines) if line]
+        if config.prompt or not texts:
+            raise UserError(f"--prompts-file {config.prompts_file}: expected one prompt a line, and "
+                            "no --prompt beside it")
+    prompts = [tokenizer.encode(text, bos=True) for text in texts]
+    for text, prompt in zip(texts, prompts):
+        if len(prompt) > context:
+            raise UserError(f"prompt {text[:30]!r}...: {len(prompt)} tokens, the model's context is "
+                            f"{context}; shorten it")
+    return prompts
+
+
+def generate(config: Config) -> None:
+    for name, good in (("max_new_tokens", config.max_new_tokens >= 0), ("batch", config.batch >= 1),
+                       ("temperature", 0 <= config.temperature < float("inf")),
+                       ("top_p", 0 < config.top_p <= 1)):
+        if not good:
+            raise UserError(f"--{name.replace('_', '-')}: out of range, got {getattr(config, name)}")
+    model = load_model(config.model, pick_device(config.device))
+    tokenizer = load_tokenizer(config.model)
+    prompts = read_prompts(config, tokenizer, model.config.max_seq_len)
+    generator = torch.Generator()
+    generator.manual_seed(config.seed) if config.seed is not None else generator.seed()
+    sys.stdout.reconfigure(encoding="utf-8")
+    start = time.perf_counter()
+    for first in range(0, len(prompts), config.batch):
+        batch = prompts[first:first + config.batch]
+        steps = continue_batch(model, batch, (tokenizer.eos_id, tokenizer.bos_id),
+                               config.max_new_tokens, config.temperature, config.top_p, generator)
+        if len(batch) > 1:                                  # one text after the other: not as they come
+            steps = list(steps)
+        for row, prompt in enumerate(batch):
+            added = (step[row] for step in steps if step[row] is not None)
+            for text in tokenizer.stream(itertools.chain(prompt, added)):
+                print(text, end="", flush=True)
+            print(flush=True)
+    print(f"{len(prompts)} texts in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(lambda: generate(parse(Config, prog="python -m fgrlhf.generate", description=__doc__)))
