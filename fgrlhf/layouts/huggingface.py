@@ -149,9 +149,10 @@ def _read_config(path: Path) -> LLaMAConfig:
     rope = values.get("rope_parameters") or {}              # transformers 5; before it: rope_theta
     if not isinstance(rope, dict):
         raise UserError(f"{path}: rope_parameters: expected an object, got {rope!r}")
+    llama = ["LlamaForCausalLM"]
     for key, expected, got in (
             ("model_type", "llama", values.get("model_type")),
-            ("architectures", ["LlamaForCausalLM"], values.get("architectures", ["LlamaForCausalLM"])),
+            ("architectures", llama, values.get("architectures") or llama),
             ("hidden_act", "silu", values.get("hidden_act", "silu")),
             ("rope_scaling", None, values.get("rope_scaling")),
             ("rope_parameters.rope_type", "default", rope.get("rope_type", "default")),
