@@ -1,0 +1,124 @@
+"""Evaluate policies and reward models.
+
+    python eval.py outputs      --policy DIR --prompts FILE --out A.json          answers, AlpacaEval's format
+    python eval.py win-rate     --outputs A.json --reference B.json --judge oracle --world 0
+    python eval.py win-rate     --outputs A.json --reference B.json --judge reward --reward DIR
+    python eval.py win-rate     --judge annotations --annotations FILE            recorded judgements
+    python eval.py reward-model --reward DIR --data FILE                          pair accuracy, token AUC
+
+Figures go to stdout as one JSON object, progress to stderr. A win rate is the mean of 1 (win), 1/2 (tie),
+0 (loss) over prompts, with a 95% bootstrap interval over prompts.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+
+import torch
+
+import train_rm
+from fgrlhf.checkpoint import load_model, load_tokenizer
+from fgrlhf.config import UserError, arg, parse, run
+from fgrlhf.edits import TEMPLATES, write_outputs
+from fgrlhf.evaluate import bootstrap, reward_table
+from fgrlhf.judge import answers, by_annotations, by_oracle, by_reward
+from fgrlhf.readers import read_outputs, read_prompts
+from fgrlhf.reward import load_reward
+from fgrlhf.run import pick_device
+from fgrlhf.simulate import World
+
+
+@dataclass(frozen=True)
+class OutputsConfig:
+    policy: str = arg(help="model folder")
+    prompts: str = arg(help="prompts to answer")
+    out: str = arg(help="file for the answers, in AlpacaEval's model_outputs.json format")
+    template: str = arg("plain", choices=tuple(TEMPLATES), help="how a record becomes a prompt")
+    max_new_tokens: int = arg(64, help="longest answer")
+    temperature: float = arg(1.0, help="0 is greedy")
+    seed: int = arg(0, help="seed of the sampling")
+    limit: int | None = arg(None, help="answer the first N prompts only")
+    batch: int = arg(256, help="prompts decoded together")
+    device: str = arg("auto", help="auto, cpu, cuda, ...")
+
+
+@dataclass(frozen=True)
+class WinRateConfig:
+    judge: str = arg(choices=("oracle", "reward", "annotations"), help="who decides each comparison")
+    outputs: str | None = arg(None, help="the system's answers")
+    reference: str | None = arg(None, help="the reference's answers to the same prompts")
+    world: int | None = arg(None, help="oracle: seed of the built-in world")
+    reward: str | None = arg(None, help="reward: folder of the reward model")
+    annotations: str | None = arg(None, help="annotations: recorded judgements of output_1 against output_2; "
+                                             "the win rate is output_2's")
+    template: str = arg("plain", choices=tuple(TEMPLATES), help="reward: how a record becomes a prompt")
+    seed: int = arg(0, help="seed of the bootstrap")
+    device: str = arg("auto", help="auto, cpu, cuda, ...")
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    reward: str = arg(help="folder of the reward model")
+    data: str = arg(help="held-out edits or pairs; token AUC where edits have spans")
+    template: str = arg("plain", choices=tuple(TEMPLATES), help="how a record becomes a prompt")
+    prompt_tokens: int | None = arg(None, help="keep the last N tokens of a longer prompt (default: refuse)")
+    normalise: bool = arg(False, help="collapse runs of whitespace in edits first")
+    device: str = arg("auto", help="auto, cpu, cuda, ...")
+
+
+def outputs(config: OutputsConfig) -> dict:
+    device = pick_device(config.device)
+    policy, tokenizer = load_model(config.policy, device, torch.float32), load_tokenizer(config.policy)
+    prompts = read_prompts(config.prompts)[:config.limit]
+    texts = answers(policy, tokenizer, prompts, config.template, config.max_new_tokens, config.temperature,
+                    config.seed, str(config.policy), config.batch)
+    write_outputs(config.out, texts)
+    return {"outputs": len(texts), "out": config.out}
+
+
+def win_rate(config: WinRateConfig) -> dict:
+    needed = {"oracle": ("outputs", "reference", "world"), "reward": ("outputs", "reference", "reward"),
+              "annotations": ("annotations",)}[config.judge]
+    for name in needed:
+        if getattr(config, name) is None:
+            raise UserError(f"--judge {config.judge}: expected --{name} beside it")
+    if config.judge == "annotations":
+        preferences = by_annotations(config.annotations)
+    else:
+        system, reference = read_outputs(config.outputs), read_outputs(config.reference)
+        if config.judge == "oracle":
+            preferences = by_oracle(World(config.world), system, reference)
+        else:
+            model = load_reward(config.reward, pick_device(config.device), torch.float32)
+            preferences = by_reward(model, load_tokenizer(config.reward), config.template, system, reference)
+    interval = bootstrap(preferences, config.seed)
+    return {"win_rate": interval.mean, "interval_95": [interval.low, interval.high], "judge": config.judge,
+            "wins": preferences.count(1.0), "ties": preferences.count(0.5), "losses": preferences.count(0.0)}
+
+
+def reward_model(config: RewardModelConfig) -> dict:
+    model = load_reward(config.reward, pick_device(config.device), torch.float32)
+    tokenizer = load_tokenizer(config.reward)
+    as_trained = train_rm.Config(data=config.data, model=config.reward, out="", kind=model.kind,
+                                 template=config.template, prompt_tokens=config.prompt_tokens,
+                                 normalise=config.normalise)
+    records = train_rm.load_records(as_trained, config.data)
+    examples = train_rm.encode(as_trained, records, tokenizer, model.trunk.config.max_seq_len)
+    return reward_table(train_rm.judge(model, records, examples, tokenizer))
+
+
+def main() -> None:
+    commands = {"outputs": (OutputsConfig, outputs), "win-rate": (WinRateConfig, win_rate),
+                "reward-model": (RewardModelConfig, reward_model)}
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
+        print(__doc__)
+        return
+    if name not in commands:
+        raise UserError(f"expected one of {', '.join(commands)}, got {name!r}; see --help")
+    config, action = commands[name]
+    print(json.dumps(action(parse(config, sys.argv[2:], f"eval.py {name}", __doc__))))
+
+
+if __name__ == "__main__":
+    run(main)

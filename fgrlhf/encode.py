@@ -1,0 +1,71 @@
+"""Records to token ids: prompt and response are tokenised separately and the ids concatenated (rule 3).
+
+Joint tokenisation would merge pieces across the boundary and break the prompt as a prefix. The prompt
+begins with BOS; the response ends with EOS, an action like any other. A response that does not fit the
+context is cut and then ends without EOS, as a truncated one does.
+"""
+
+from typing import NamedTuple
+
+from fgrlhf.align import align, align_words, gap_credit
+from fgrlhf.config import UserError
+from fgrlhf.edits import Edit, Pair, render_prompt
+
+UNITS = ("token", "word")
+
+
+class PreferenceIds(NamedTuple):
+    """One preference in ids, with the sets of equation (3). EOS is the last id of a response."""
+
+    prompt: list[int]
+    chosen: list[int]                           # y+ with EOS
+    rejected: list[int]                         # y- with EOS
+    plus: list[int]                             # U1+: indices into chosen
+    minus: list[int]                            # U1-: indices into rejected
+    unchanged: list[tuple[int, int]]            # U0: (index into chosen, index into rejected)
+
+
+def encode_prompt(tokenizer, record, template: str, limit: int, keep_end: bool = False) -> list[int]:
+    """BOS and the rendered prompt's ids, at most `limit` of them.
+
+    A longer prompt raises UserError naming the record; with `keep_end` it loses its beginning instead.
+    """
+    ids = tokenizer.encode(render_prompt(record, template), bos=True)
+    if len(ids) <= limit:
+        return ids
+    if keep_end:
+        return ids[:1] + ids[1 - limit:]
+    raise UserError(f"record {record.id!r}: prompt: expected at most {limit} tokens, got {len(ids)}; "
+                    "shorten it, use a model with a longer context, or cut it with --prompt-tokens")
+
+
+def encode_response(tokenizer, text: str, prompt: list[int], context: int) -> list[int]:
+    """The ids of a finished response, EOS included, cut to what the prompt leaves of the context."""
+    return tokenizer.encode(text, eos=True)[:context - len(prompt)]
+
+
+def encode_preference(tokenizer, record: Edit | Pair, prompt: list[int], context: int,
+                      unit: str = "token", credit_gap: bool = True) -> PreferenceIds:
+    """An edit (edited over original) or a pair, aligned token by token or word by word.
+
+    A pure insertion changes no token of the rejected side, a pure deletion none of the chosen one. With
+    `credit_gap` the unchanged token right behind the gap stands in for it: it is what the policy chose
+    there. An early EOS is thus charged with an omission.
+    """
+    better, worse = ((record.edited, record.original) if isinstance(record, Edit)
+                     else (record.chosen, record.rejected))
+    chosen, rejected = (encode_response(tokenizer, text, prompt, context) for text in (better, worse))
+    if unit == "token":
+        alignment = align(rejected, chosen)
+    else:
+        alignment = align_words(worse, better, *(
+            tokenizer.spans(ids) for ids in (rejected, chosen)))
+    credit = gap_credit(alignment, credit_gap)
+    return PreferenceIds(prompt, chosen, rejected, credit.edited, credit.original,
+                         [(j, i) for i, j in credit.pairs])
+
+
+def span_types(tokenizer, ids: list[int], spans) -> list[str]:
+    """The type of the human error span each token overlaps, "" where it overlaps none (EOS never does)."""
+    return [next((s.type for s in spans if max(s.start, start) < min(s.end, end)), "")
+            for start, end in tokenizer.spans(ids)]

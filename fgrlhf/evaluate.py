@@ -1,0 +1,126 @@
+"""The measurements behind every reported figure: accuracy, AUC, win rate, intervals.
+
+    win rate       mean over prompts of 1 (win), 1/2 (tie), 0 (loss)        = mean(preference - 1)
+    AUC            P(score of a positive > score of a negative) + 1/2 P(equal)
+    interval       paired bootstrap over prompts within a run; Student's t over seeds
+
+Plain functions of numbers: no model, no tokenizer, no file.
+"""
+
+import math
+from typing import NamedTuple, Sequence
+
+import numpy as np
+
+# Two-sided 97.5% quantiles of Student's t by degrees of freedom (1..10), then the normal's.
+T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+class Interval(NamedTuple):
+    """A mean with its 95% interval, in the unit of the values."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def win_rate(preferences: Sequence[float]) -> float:
+    """Mean of 1 (win), 0.5 (tie), 0 (loss); in [0, 1]."""
+    return float(np.mean(preferences))
+
+
+def compare(errors: Sequence[int], reference_errors: Sequence[int]) -> list[float]:
+    """Per prompt: 1 where there are fewer errors than the reference's, 0.5 where equal, 0 where more."""
+    if len(errors) != len(reference_errors):
+        raise ValueError(f"errors: expected {len(reference_errors)} values, got {len(errors)}")
+    return [(a < b) + 0.5 * (a == b) for a, b in zip(errors, reference_errors)]
+
+
+def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 2000) -> Interval:
+    """Mean and percentile interval over prompts. For a paired difference pass the differences.
+
+    values: one number a prompt, n >= 1. Source: Efron 1979.
+    """
+    values = np.asarray(values, dtype=float)
+    picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
+    low, high = np.percentile(values[picks].mean(axis=1), (2.5, 97.5))
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def over_seeds(values: Sequence[float]) -> Interval:
+    """Mean over seeds with Student's t interval; a single seed has an interval of NaN."""
+    values = np.asarray(values, dtype=float)
+    mean, n = float(values.mean()), len(values)
+    if n < 2:
+        return Interval(mean, math.nan, math.nan)
+    quantile = T_QUANTILE[n - 2] if n - 2 < len(T_QUANTILE) else 1.96
+    half = quantile * float(values.std(ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half)
+
+
+def pair_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> float:
+    """Share of pairs whose chosen side has the higher reward, ties 1/2."""
+    return win_rate(compare(np.negative(chosen), np.negative(rejected)))
+
+
+def auc(scores: Sequence[float], labels: Sequence[bool]) -> float:
+    """Area under the ROC curve by ranks, ties averaged; NaN when a class is empty.
+
+    scores: higher means more likely positive. labels: True = positive. Both length n.
+    """
+    scores, labels = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
+    positives, negatives = int(labels.sum()), int((~labels).sum())
+    if not positives or not negatives:
+        return math.nan
+    values, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    rank = np.cumsum(counts) - (counts - 1) / 2                       # mean rank of each distinct value
+    return float((rank[inverse][labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def auc_within(groups: Sequence[tuple[Sequence[float], Sequence[bool]]]) -> float:
+    """Mean of the AUC inside each response, over those that hold both classes; NaN when none does."""
+    values = [value for scores, labels in groups if not math.isnan(value := auc(scores, labels))]
+    return float(np.mean(values)) if values else math.nan
+
+
+# ----- reward models ----------------------------------------------------------------------------
+
+class Judged(NamedTuple):
+    """A reward model's view of one preference. Token lists are empty for a sequence-level model."""
+
+    id: str
+    chosen: float                       # R(x, y+)
+    rejected: float                     # R(x, y-)
+    change: float                       # changed tokens of both sides / tokens of both sides
+    rewards: list[float]                # r_t of the rejected response, EOS left out
+    types: list[str]                    # the human error span each of these tokens lies in, or ""
+
+
+def reward_table(judged: Sequence[Judged], minimal: float = 0.4) -> dict[str, float]:
+    """Pair accuracy, and the AUC of -r_t against human error spans with its position-only baseline.
+
+    The `minimal` stratum holds the preferences whose change share is below it. AUC entries are absent
+    without spans. "within" averages the AUC inside each response, "type" takes one error type against
+    all tokens outside any span.
+    """
+    table = {"pairs": len(judged),
+             "pair_accuracy": pair_accuracy([j.chosen for j in judged], [j.rejected for j in judged])}
+    few = [j for j in judged if j.change < minimal]
+    table["minimal/pairs"] = len(few)
+    if few:
+        table["minimal/pair_accuracy"] = pair_accuracy([j.chosen for j in few], [j.rejected for j in few])
+    for prefix, group in (("", judged), ("minimal/", few)):
+        spanned = [j for j in group if any(j.types)]
+        if not spanned:
+            continue
+        costs = [[-r for r in j.rewards] for j in spanned]
+        places = [[(t + 0.5) / len(j.rewards) for t in range(len(j.rewards))] for j in spanned]
+        labels = [[bool(kind) for kind in j.types] for j in spanned]
+        for name, scores in (("token_auc", costs), ("position_auc", places)):
+            table[prefix + name] = auc(np.concatenate(scores), np.concatenate(labels))
+            table[prefix + name + "_within"] = auc_within(list(zip(scores, labels)))
+    for kind in sorted({k for j in judged for k in j.types} - {""}):
+        scores = [-r for j in judged for r, k in zip(j.rewards, j.types) if k in ("", kind)]
+        table[f"token_auc/{kind}"] = auc(scores, [k == kind for j in judged for k in j.types
+                                                  if k in ("", kind)])
+    return table

@@ -1,0 +1,98 @@
+"""Who says which of two answers is better, and the answers they are asked about.
+
+Each judge takes AlpacaEval outputs of a system and of a reference on the same prompts and gives one
+preference a prompt: 1 (the system wins), 0.5 (tie), 0. Their mean is the win rate.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from fgrlhf.config import UserError
+from fgrlhf.edits import Output, Prompt
+from fgrlhf.encode import encode_prompt, encode_response
+from fgrlhf.evaluate import compare
+from fgrlhf.model import LLaMA
+from fgrlhf.readers import read_annotations, read_outputs, read_prompts
+from fgrlhf.reward import RewardModel
+from fgrlhf.rollout import pack, sample
+from fgrlhf.run import generator
+from fgrlhf.simulate import World
+
+
+def answers(policy: LLaMA, tokenizer, prompts: list[Prompt], template: str, max_new_tokens: int,
+            temperature: float, seed: int, name: str = "policy", batch: int = 256) -> list[Output]:
+    """One output a prompt, in order; prompts of similar length share a batch. temperature 0 is greedy."""
+    room = policy.config.max_seq_len - max_new_tokens
+    ids = [encode_prompt(tokenizer, prompt, template, room) for prompt in prompts]
+    texts = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
+    for start in range(0, len(order), batch):
+        rows = order[start:start + batch]
+        rollout = sample(policy, [ids[i] for i in rows], tokenizer.eos_id, max_new_tokens, temperature,
+                         generator(seed, "answers", start))
+        tokens, prompt_lengths, lengths = rollout.sequences
+        for row, i in enumerate(rows):
+            response = tokens[row, prompt_lengths[row]:prompt_lengths[row] + lengths[row]].tolist()
+            texts[i] = tokenizer.decode(response).strip()
+    return [Output(prompt.prompt, text, name) for prompt, text in zip(prompts, texts)]
+
+
+def same_prompts(system: list[Output], reference: list[Output]) -> None:
+    """Both lists must answer the same instructions in the same order."""
+    if [o.instruction for o in system] != [o.instruction for o in reference]:
+        raise UserError(f"outputs: expected the {len(reference)} instructions of the reference in the same "
+                        f"order, got {len(system)} others; write both from one prompt file")
+
+
+@dataclass(frozen=True)
+class OracleJudge:
+    """The built-in world's oracle: fewer errors win."""
+
+    world: World
+    prompts: list[Prompt]
+    reference_errors: list[int]
+
+    @staticmethod
+    def load(world: int, prompts: str, reference: str) -> "OracleJudge":
+        judge = OracleJudge(World(world), read_prompts(prompts), [])
+        judge.reference_errors.extend(judge.errors(read_outputs(reference)))
+        return judge
+
+    def errors(self, outputs: list[Output]) -> list[int]:
+        """Errors of each answer."""
+        same_prompts(outputs, [Output(p.prompt, "", "") for p in self.prompts])
+        return [len(self.world.errors(o.instruction, o.output)) for o in outputs]
+
+    def compare(self, outputs: list[Output]) -> dict[str, float]:
+        """Win rate against the reference's answers, and mean errors an answer."""
+        errors = self.errors(outputs)
+        preferences = compare(errors, self.reference_errors)
+        return {"eval/win_rate": sum(preferences) / len(preferences),
+                "eval/errors": sum(errors) / len(errors)}
+
+
+def by_oracle(world: World, system: list[Output], reference: list[Output]) -> list[float]:
+    """Preferences of the built-in oracle."""
+    same_prompts(system, reference)
+    count = lambda outputs: [len(world.errors(o.instruction, o.output)) for o in outputs]
+    return compare(count(system), count(reference))
+
+
+@torch.no_grad()
+def by_reward(model: RewardModel, tokenizer, template: str, system: list[Output],
+              reference: list[Output]) -> list[float]:
+    """Preferences of a reward model: the higher R(x, y) wins."""
+    same_prompts(system, reference)
+    context, rewards = model.trunk.config.max_seq_len, []
+    for outputs in (system, reference):
+        for output in outputs:
+            prompt = encode_prompt(tokenizer, Prompt("output", output.instruction), template, context - 1)
+            ids = encode_response(tokenizer, output.output, prompt, context)
+            rewards.append(model.sequence_rewards(pack([prompt], [ids])).item())
+    return compare([-r for r in rewards[:len(system)]], [-r for r in rewards[len(system):]])
+
+
+def by_annotations(path: str) -> list[float]:
+    """Recorded judgements of output_1 against output_2, as preferences for output_2's system."""
+    return [{1: 0.0, None: 0.5, 2: 1.0}[a.winner] for a in read_annotations(path)]

@@ -1,0 +1,141 @@
+"""Batched sampling with the KV cache, and the one function that scores responses.
+
+The index convention of the whole project: `logp[:, t]` scores response token t, from the hidden state one
+position before it; whatever belongs to token t itself (its reward) is read at its own position. Prompt
+and response ids are concatenated, never re-tokenised, and padding is on the right, so masks are lengths.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fgrlhf.model import KVCache, LLaMA
+from kernels import linear_logp
+
+
+class Sequences(NamedTuple):
+    """Prompts with their responses, right-padded. S = longest prompt + response, T = longest response."""
+
+    tokens: Tensor              # [B, S] int64, prompt ids then response ids (EOS included), then padding
+    prompt_lengths: Tensor      # [B] int64
+    response_lengths: Tensor    # [B] int64, EOS counted
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[B, T] bool, True where response token t exists."""
+        steps = torch.arange(int(self.response_lengths.max()), device=self.tokens.device)
+        return steps < self.response_lengths[:, None]
+
+    def rows(self, index: Tensor | slice) -> "Sequences":
+        """The chosen batch rows, padding cut to the longest of them."""
+        chosen = Sequences(*(part[index] for part in self))
+        longest = int((chosen.prompt_lengths + chosen.response_lengths).max())
+        return chosen._replace(tokens=chosen.tokens[:, :longest])
+
+
+class Rollout(NamedTuple):
+    """What sampling hands on. `logp_old[:, t]` is 0 where response_mask is False."""
+
+    sequences: Sequences
+    logp_old: Tensor            # [B, T] float32, log pi_old(token t | everything before), at `temperature`
+    truncated: Tensor           # [B] bool, True where the token limit came before EOS
+
+
+class Located(NamedTuple):
+    """Where the N real response tokens of a batch are, row by row."""
+
+    row: Tensor                 # [N] batch row
+    step: Tensor                # [N] t, index within the response
+    position: Tensor            # [N] position within `tokens`
+    target: Tensor              # [N] the token's id
+
+
+def locate(sequences: Sequences) -> Located:
+    """Index vectors for the real response tokens; everything per token is gathered with them."""
+    row, step = sequences.response_mask.nonzero(as_tuple=True)
+    position = sequences.prompt_lengths[row] + step
+    return Located(row, step, position, sequences.tokens[row, position])
+
+
+def unflatten(values: Tensor, at: Located, sequences: Sequences) -> Tensor:
+    """[N] per-token values -> [B, T], 0 in the padding."""
+    shape = (len(sequences.tokens), int(sequences.response_lengths.max()))
+    return values.new_zeros(shape).index_put((at.row, at.step), values)
+
+
+def pack(prompts: list[list[int]], responses: list[list[int]], pad_id: int = 0, device=None) -> Sequences:
+    """Concatenate ids row by row and pad on the right. `pad_id` is inert: no mask reads it."""
+    if empty := [i for i, (p, r) in enumerate(zip(prompts, responses)) if not p or not r]:
+        raise ValueError(f"pack: expected a prompt and a response of at least one token, row {empty[0]} has none")
+    rows = [torch.tensor(p + r) for p, r in zip(prompts, responses)]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    return Sequences(tokens.to(device), torch.tensor([len(p) for p in prompts], device=device),
+                     torch.tensor([len(r) for r in responses], device=device))
+
+
+def score(model: LLaMA, sequences: Sequences, temperature: float = 1.0) -> Tensor:
+    """logp [B, T] of every response token, 0 in the padding. Differentiable.
+
+    The policy's update, the reference and every control call this one function, at the temperature of
+    sampling; logits exist for response positions only, a chunk at a time.
+    """
+    at = locate(sequences)
+    hidden = model.hidden(sequences.tokens)[at.row, at.position - 1]             # [N, D]
+    return unflatten(linear_logp.fused(hidden, model.head, at.target, temperature).logp, at, sequences)
+
+
+@torch.no_grad()
+def sample(policy: LLaMA, prompts: list[list[int]], eos_id: int, max_new_tokens: int,
+           temperature: float = 1.0, generator: torch.Generator | None = None) -> Rollout:
+    """Sample one response to each prompt, by inverse CDF from one uniform number per (row, step).
+
+    The uniforms are drawn up front for the whole batch, so a response does not depend on which rows
+    share its batch or when they end. temperature 0 is greedy, its logp those of temperature 1. No top-k
+    and no top-p: they would make sampling and scoring two distributions (rule 2).
+
+    prompts: B lists of at least one id. Returns a Rollout whose T is the longest response, at most
+    `max_new_tokens`; a response without EOS by then, or at the context's end, is `truncated`.
+    """
+    device, B = policy.head.device, len(prompts)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    room = policy.config.max_seq_len - lengths.max().item()
+    if room < 1:
+        raise ValueError(f"prompts: expected fewer than max_seq_len = {policy.config.max_seq_len} tokens, "
+                         f"got {lengths.max().item()}")
+    T = min(max_new_tokens, room)
+    tokens = torch.zeros(B, lengths.max() + T, dtype=torch.long, device=device)
+    for row, prompt in enumerate(prompts):
+        tokens[row, :len(prompt)] = torch.tensor(prompt)
+    uniform = torch.rand(B, max_new_tokens, generator=generator, dtype=torch.float64).to(device)
+    logp_old = torch.zeros(B, T, device=device)
+    response_lengths = torch.full((B,), T, device=device)
+    truncated = torch.ones(B, dtype=torch.bool, device=device)
+
+    cache = KVCache(policy.config, B, tokens.shape[1], device, policy.head.dtype)
+    alive = torch.arange(B, device=device)                       # rows of the cache, by batch row
+    hidden = policy.hidden(tokens[:, :lengths.max()], cache=cache)[alive, lengths - 1]      # [B, D]
+    for t in range(T):
+        logits = (hidden @ policy.head.T).float()                                           # [b, V]
+        logp = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+        token = inverse_cdf(logp, uniform[alive, t]) if temperature else logp.argmax(-1)    # [b]
+        tokens[alive, lengths[alive] + t] = token
+        logp_old[alive, t] = logp.gather(1, token[:, None])[:, 0]
+        ended = token == eos_id
+        response_lengths[alive[ended]] = t + 1
+        truncated[alive[ended]] = False
+        if ended.any():                                          # compact: drop the rows that ended
+            going = (~ended).nonzero()[:, 0]
+            alive, token = alive[going], token[going]
+            cache.keep(going)
+        if len(alive) == 0 or t == T - 1:
+            break
+        hidden = policy.hidden(token[:, None], (lengths[alive] + t)[:, None], cache=cache)[:, 0]
+    sequences = Sequences(tokens, lengths, response_lengths).rows(slice(None))
+    return Rollout(sequences, logp_old[:, :int(response_lengths.max())], truncated)
+
+
+def inverse_cdf(logp: Tensor, uniform: Tensor) -> Tensor:
+    """The first token whose cumulative probability exceeds u: logp [b, V], uniform [b] in [0, 1) -> [b]."""
+    cdf = logp.double().exp().cumsum(-1)
+    return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logp.shape[1] - 1)

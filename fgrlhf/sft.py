@@ -1,0 +1,103 @@
+"""Supervised fine-tuning: the policy everything starts from, and the rival "SFT on the edits".
+
+    L = -mean over response tokens of log pi(y_t | x, y_<t)
+
+The records may be demonstrations, minimal edits (the edited side is imitated), preference pairs (the
+chosen side) or AlpacaEval outputs. A model is loaded from --model, or initialised from a preset.
+
+    python -m fgrlhf.sft --data demonstrations.jsonl --init tiny --tokenizer tokenizer.model --out runs/sft
+    python -m fgrlhf.sft --data edits.jsonl --model runs/sft/policy --out runs/imitation
+
+Leaves OUT/policy (a model folder), config.json, metrics.jsonl, timing.jsonl.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from fgrlhf import edits, readers
+from fgrlhf.checkpoint import load_model, load_tokenizer, save_model
+from fgrlhf.config import UserError, arg, parse, run
+from fgrlhf.encode import encode_prompt, encode_response
+from fgrlhf.model import PRESETS, LLaMA, build
+from fgrlhf.rollout import Sequences, locate, pack
+from fgrlhf.run import Optimizer, Run, bucketed_batches, pick_device
+from fgrlhf.tokenizer import Tokenizer
+from kernels import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = arg(help="demonstrations, edits, pairs or AlpacaEval outputs")
+    out: str = arg(help="folder for the policy and the logs")
+    model: str | None = arg(None, help="folder of the model to start from")
+    init: str | None = arg(None, help=f"or a preset to initialise: {', '.join(PRESETS)}")
+    tokenizer: str | None = arg(None, help="tokenizer.model, with --init (a model folder brings its own)")
+    template: str = arg("plain", choices=tuple(edits.TEMPLATES), help="how a record becomes a prompt")
+    limit: int | None = arg(None, help="use the first N records only")
+    epochs: int = arg(1, help="passes over the data; 0 saves the model as it starts")
+    batch: int = arg(32, help="sequences a step")
+    lr: float = arg(5e-3, help="Adam's peak learning rate: warm-up, then linear to 0")
+    muon_lr: float = arg(1e-2, help="Muon's learning rate for the trunk's matrices; 0 gives them to Adam")
+    warmup: int = arg(20, help="warm-up steps")
+    seed: int = arg(0, help="seed of initialisation and data order")
+    save_every: int = arg(200, help="steps between training states for --resume")
+    resume: bool = arg(False, help="continue the unfinished run in --out")
+    device: str = arg("auto", help="auto, cpu, cuda, ...")
+
+
+def start_model(config: Config, device) -> tuple[LLaMA, Tokenizer]:
+    """The model and tokenizer of --model, or a fresh model of the --init preset."""
+    if (config.model is None) == (config.init is None):
+        raise UserError("expected exactly one of --model DIR and --init PRESET")
+    if config.model is not None:
+        return load_model(config.model, device, torch.float32), load_tokenizer(config.model)
+    if config.init not in PRESETS:
+        raise UserError(f"--init {config.init}: expected one of {', '.join(PRESETS)}")
+    if config.tokenizer is None:
+        raise UserError("--init: expected --tokenizer FILE beside it")
+    tokenizer = Tokenizer(config.tokenizer)
+    model = build(PRESETS[config.init], config.seed, vocab_size=tokenizer.vocab_size)
+    return model.to(device), tokenizer
+
+
+def loss_of(model: LLaMA, sequences: Sequences) -> torch.Tensor:
+    """Mean negative log-likelihood of the response tokens, in nats."""
+    at = locate(sequences)
+    hidden = model.hidden(sequences.tokens)[at.row, at.position - 1]             # [N, D]
+    return linear_cross_entropy.fused(hidden, model.head, at.target).loss
+
+
+def train(config: Config) -> None:
+    device = pick_device(config.device)
+    model, tokenizer = start_model(config, device)
+    context = model.config.max_seq_len
+    prompts, responses = [], []
+    for record in readers.read_demonstrations(config.data)[:config.limit]:
+        prompts.append(encode_prompt(tokenizer, record, config.template, context - 1))
+        responses.append(encode_response(tokenizer, record.output, prompts[-1], context))
+
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
+    per_epoch = -(-len(prompts) // config.batch)
+    steps = config.epochs * per_epoch
+    optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr)
+    log = Run(config, tokenizer.sha256)
+    log.restore(model=model, optimizer=optimizer)
+    for step in tqdm(range(log.step + 1, steps + 1), desc="sft", initial=log.step, total=steps):
+        epoch, cursor = divmod(step - 1, per_epoch)
+        rows = bucketed_batches(lengths, config.batch, config.seed, epoch)[cursor]
+        sequences = pack([prompts[i] for i in rows], [responses[i] for i in rows], device=device)
+        loss = loss_of(model, sequences)
+        loss.backward()
+        norm = optimizer.step()
+        log.log(step, {"sft/loss": loss.item(), "sft/gradient_norm": norm,
+                       "sft/tokens": int(sequences.response_lengths.sum())})
+        if step % config.save_every == 0 and step < steps:
+            log.save(step, model=model, optimizer=optimizer)
+    save_model(model, log.folder / "policy", tokenizer=tokenizer)
+    log.finish({"steps": steps, "records": len(prompts)})
+
+
+if __name__ == "__main__":
+    run(lambda: train(parse(Config, prog="python -m fgrlhf.sft", description=__doc__)))

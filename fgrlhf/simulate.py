@@ -1,0 +1,336 @@
+"""The built-in world: requests, a hidden oracle, a simulated annotator and a simulated minimal editor.
+
+Stands in for AlpacaFarm and its annotators (the paper's sections 3 and 4) where no human, no language
+model and no download is at hand. Requests ask for facts of an invented land ("Name the capital and the
+river of Toran.") or for small sums with units. The SFT demonstrations carry *systematic* errors: some
+facts and sums have one fixed wrong value, some requests trigger a habit (a rude remark, a doubled
+sentence, junk at the end, a wrong unit, a forgotten last item). The most likely answer is then wrong
+where it errs, so that sharpening the distribution does not pass for alignment.
+
+    errors(x, y)   localised errors of an answer, each a character span with the text that mends it
+    annotator      prefers the answer with fewer errors; a tie, or a share `noise` of labels, is a coin toss
+    editor         starts from the answer called worse and applies the mends; misses an error with
+                   probability `miss`, swaps a harmless synonym with probability `needless` a sentence
+
+Nothing but the world's seed is shared: the oracle judges text, the annotator sees two texts, the editor
+one. A world is a pure function of its seed, so no file describes it.
+
+    python -m fgrlhf.simulate world    --world 0 --seed 0 --out DIR
+    python -m fgrlhf.simulate annotate --world 0 --seed 0 --outputs A.json --others B.json --out DIR
+"""
+
+import random
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from fgrlhf import edits, readers, tokenizer
+from fgrlhf.config import UserError, arg, parse, run
+
+ATTRIBUTES = ("capital", "river", "ruler", "crop", "beast", "colour")
+UNITS = ("kilos", "litres", "metres", "coins", "hours")
+CROPS = "barley oats wheat rice maize beans hemp flax tea rye".split()
+BEASTS = "lion bear wolf eagle horse stag otter crane bull fox".split()
+COLOURS = "red blue green black white gold grey brown pink purple".split()
+RUDE = ("What a silly question.", "You should know this.", "Leave me alone.", "I am tired of you.")
+JUNK = ("Buy more at the market.", "My cousin sells boots.", "Rain is due at noon.", "Call me later.")
+FACT_REQUESTS = ("Name the {items} of {land}.", "What are the {items} of {land}?",
+                 "Tell me the {items} of {land}.")
+SUM_REQUESTS = ("Add {items}.", "What do you get for {items}?", "Work out {items}.")
+FACT_ANSWERS = ("The {attribute} of {land} is {value}.", "Its {attribute} is {value}.")
+SUM_ANSWERS = ("{a} plus {b} is {c} {unit}.", "{a} plus {b} makes {c} {unit}.")
+FACT_SENTENCE = re.compile(r"(?:The (\w+) of (\w+)|Its (\w+)) is (\w+)\.")
+SUM_SENTENCE = re.compile(r"(\d+) plus (\d+) (?:is|makes) (\d+) (\w+)\.")
+
+
+class Error(NamedTuple):
+    """One localised error: `text[start:end]` should read `fix`. An omission has start == end."""
+
+    start: int
+    end: int
+    kind: str
+    fix: str
+
+
+class Item(NamedTuple):
+    """What a request asks for: an attribute of a land, or a sum. `key` identifies it in an answer."""
+
+    key: tuple
+    answer: str
+    unit: str
+
+
+class Habit(NamedTuple):
+    """Inserts or swaps `text` with probability p when the request holds the trigger."""
+
+    text: str
+    p: float
+
+
+def _names(rng: random.Random, count: int, suffixes: tuple[str, ...]) -> list[str]:
+    """Distinct invented names, capitalised: a start, a middle and one of the suffixes."""
+    starts, middles = "b br d dr f g k l m n p r s t v z".split(), "a e i o u ai au".split()
+    names: dict[str, None] = {}
+    while len(names) < count:
+        names[(rng.choice(starts) + rng.choice(middles) + rng.choice(suffixes)).capitalize()] = None
+    return list(names)
+
+
+class World:
+    """Facts, habits and systematic errors, all drawn from one seed."""
+
+    def __init__(self, seed: int):
+        rng = random.Random(f"world-{seed}")
+        self.seed = seed
+        self.lands = _names(rng, 12, ("ran", "land", "dor", "via"))
+        pools = {"capital": _names(rng, 10, ("polis", "ton", "burg")), "crop": CROPS, "beast": BEASTS,
+                 "river": _names(rng, 10, ("mel", "she", "wen")), "colour": COLOURS,
+                 "ruler": _names(rng, 10, ("ric", "na", "mund"))}
+        self.facts = {(land, a): rng.choice(pools[a]) for land in self.lands for a in ATTRIBUTES}
+        self.sums = {(a, b): str(a + b) for a in range(2, 9) for b in range(2, 9)}
+        self.pool = {key: [v for v in pools[key[1]] if v != right] for key, right in self.facts.items()}
+        self.pool |= {key: [str(int(right) + d) for d in (-2, -1, 1, 2)] for key, right in self.sums.items()}
+        self.mistakes: dict[tuple, Habit] = {}
+        for table, share in ((self.facts, 0.5), (self.sums, 0.4)):
+            for key in rng.sample(sorted(table), int(share * len(table))):
+                self.mistakes[key] = Habit(rng.choice(self.pool[key]), rng.uniform(0.3, 0.8))
+        strength = lambda: rng.uniform(0.45, 0.7)
+        self.rude = {land: Habit(rng.choice(RUDE), strength()) for land in rng.sample(self.lands, 4)}
+        self.doubled = {a: Habit("", strength()) for a in rng.sample(ATTRIBUTES, 2)}
+        self.junk = {x: Habit(rng.choice(JUNK), strength())
+                     for x in rng.sample(self.lands, 3) + rng.sample(UNITS, 1)}
+        self.wrong_unit = {u: Habit(rng.choice([w for w in UNITS if w != u]), strength())
+                           for u in rng.sample(UNITS, 2)}
+        self.omission = rng.uniform(0.55, 0.7)
+
+    # ----- requests -----------------------------------------------------------------------------
+
+    def request(self, rng: random.Random) -> str:
+        """A random request: 70% two to four facts of one land, 30% one to three sums."""
+        if rng.random() < 0.7:
+            asked = rng.sample(ATTRIBUTES, rng.choice((2, 3, 3, 4)))
+            items = ", ".join(asked[:-1]) + " and " + asked[-1]
+            return rng.choice(FACT_REQUESTS).format(items=items, land=rng.choice(self.lands))
+        sums = [f"{a} and {b} {rng.choice(UNITS)}"
+                for a, b in rng.sample(sorted(self.sums), rng.choice((1, 2, 3)))]
+        return rng.choice(SUM_REQUESTS).format(items=", then ".join(sums))
+
+    def items(self, prompt: str) -> list[Item]:
+        """The items a request asks for, in order; [] where the text is no request of this world."""
+        words = re.findall(r"\w+", prompt)
+        land = next((w for w in words if w in self.lands), None)
+        if land is not None:
+            return [Item((land, w), self.facts[land, w], "") for w in words if w in ATTRIBUTES]
+        sums = re.findall(r"(\d+) and (\d+) (\w+)", prompt)
+        return [Item(key, self.sums[key], unit) for a, b, unit in sums
+                if (key := (int(a), int(b))) in self.sums]
+
+    # ----- answers ------------------------------------------------------------------------------
+
+    def sentence(self, item: Item, answer: str, unit: str, rng: random.Random) -> str:
+        """One sentence stating `answer` for the item, in one of two equally good wordings."""
+        if item.unit:
+            return rng.choice(SUM_ANSWERS).format(a=item.key[0], b=item.key[1], c=answer, unit=unit)
+        return rng.choice(FACT_ANSWERS).format(land=item.key[0], attribute=item.key[1], value=answer)
+
+    def demonstrate(self, prompt: str, rng: random.Random, tail: float = 0.03) -> str:
+        """An SFT answer with the world's systematic errors, and random ones at rate `tail` an item."""
+        hit = lambda habit: habit is not None and rng.random() < habit.p
+        items = self.items(prompt)
+        triggers = [part for item in items for part in (*item.key, item.unit)]
+        longest = 3 if items[0].unit else 4
+        if len(items) == longest and rng.random() < self.omission:
+            items = items[:-1]
+        sentences = []
+        for item in items:
+            answer, unit = item.answer, item.unit
+            if hit(mistake := self.mistakes.get(item.key)):
+                answer = mistake.text
+            elif rng.random() < tail:
+                answer = rng.choice(self.pool[item.key])
+            if hit(swap := self.wrong_unit.get(unit)):
+                unit = swap.text
+            sentences.append(self.sentence(item, answer, unit, rng))
+            if hit(self.doubled.get(item.key[1])):
+                sentences.append(sentences[-1])
+        rude = next((self.rude[t] for t in triggers if t in self.rude), None)
+        junk = next((self.junk[t] for t in triggers if t in self.junk), None)
+        before = [rude.text] if hit(rude) else []
+        return " ".join(before + sentences + ([junk.text] if hit(junk) else []))
+
+    # ----- the oracle ---------------------------------------------------------------------------
+
+    def errors(self, prompt: str, answer: str) -> list[Error]:
+        """The localised errors of an answer, left to right. [] means that it is perfect.
+
+        Each asked item must be stated once and rightly; every other sentence, and every repetition, is
+        an error. Wording and order are free.
+        """
+        items = {item.key: item for item in self.items(prompt)}
+        land = next((key[0] for key in items if isinstance(key[0], str)), None)
+        found: list[Error] = []
+        end_of: dict[tuple, int] = {}                       # item -> where its sentence ends
+        for match in re.finditer(r"\s*([^.]+\.?)", answer):
+            start, end, text = match.start(1), match.end(1), match[1]
+            state = self._read(text, land)
+            item = state and items.get(state[0])
+            if item is None or item.key in end_of:
+                kind = "extra" if item is None else "doubled"
+                found.append(Error(match.start(), end, kind, ""))
+                continue
+            end_of[item.key] = end
+            for part, right, kind in ((state[1], item.answer, "value"), (state[2], item.unit, "unit")):
+                if part is not None and text[slice(*part)] != right:
+                    found.append(Error(start + part[0], start + part[1], kind, right))
+        previous = 0
+        for item in items.values():
+            if item.key not in end_of:
+                mend = self.sentence(item, item.answer, item.unit, random.Random(0))
+                found.append(Error(previous, previous, "missing", " " + mend))
+            previous = end_of.get(item.key, previous)
+        return sorted(found)
+
+    @staticmethod
+    def _read(sentence: str, land: str | None):
+        """(item key, span of the value, span of the unit or None) of one sentence, or None."""
+        if match := FACT_SENTENCE.fullmatch(sentence):
+            return (match[2] or land, match[1] or match[3]), match.span(4), None
+        if match := SUM_SENTENCE.fullmatch(sentence):
+            return (int(match[1]), int(match[2])), match.span(3), match.span(4)
+        return None
+
+
+def split_of(prompt: str) -> str:
+    """train, dev or test by a stable hash of the text (Python's own differs per process)."""
+    return ("test", "dev", *["train"] * 6)[zlib.crc32(prompt.encode()) % 8]
+
+
+def prefer(world: World, prompt: str, first: str, second: str, rng: random.Random,
+           noise: float = 0.0) -> int:
+    """The annotator: 1 or 2, whichever answer has fewer errors; a share `noise` of labels is a coin toss."""
+    difference = len(world.errors(prompt, first)) - len(world.errors(prompt, second))
+    if difference == 0 or rng.random() < noise:
+        return rng.choice((1, 2))
+    return 1 if difference < 0 else 2
+
+
+def minimal_edit(world: World, prompt: str, answer: str, rng: random.Random, miss: float = 0.0,
+                 needless: float = 0.0) -> str:
+    """The editor: apply the mend of each error but the missed ones; sometimes swap a synonym."""
+    text = answer
+    for error in reversed(world.errors(prompt, answer)):
+        if rng.random() >= miss:
+            text = text[:error.start] + error.fix + text[error.end:]
+    if rng.random() < needless:
+        text = swap_wording(text, next((item.key[0] for item in world.items(prompt)), None))
+    return text.strip()
+
+
+def swap_wording(text: str, land: str | int | None) -> str:
+    """The first sentence in its other wording: a change that mends nothing and harms nothing."""
+    swaps = ((r"(\d) is (\d)", r"\1 makes \2"), (r"(\d) makes (\d)", r"\1 is \2"),
+             (rf"The (\w+) of {land} is", r"Its \1 is"), (r"Its (\w+) is", rf"The \1 of {land} is"))
+    for old, new in swaps:
+        swapped = re.sub(old, new, text, count=1)
+        if swapped != text:
+            return swapped
+    return text
+
+
+# ----- command line ---------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class WorldConfig:
+    out: str = arg(help="folder for demonstrations.jsonl, {train,dev,test}.jsonl and tokenizer.model")
+    world: int = arg(0, help="seed of the world itself: its facts, habits and mistakes")
+    seed: int = arg(0, help="seed of the requests and demonstrations drawn from it")
+    demonstrations: int = arg(12000, help="SFT demonstrations, on train prompts")
+    train: int = arg(3000, help="train prompts, for annotation and PPO")
+    dev: int = arg(300, help="dev prompts: settings and checkpoints are chosen here")
+    test: int = arg(600, help="test prompts: looked at once")
+    vocab_size: int = arg(640, help="sentencepiece pieces, 259 of them bytes and control")
+
+
+@dataclass(frozen=True)
+class AnnotateConfig:
+    outputs: str = arg(help="AlpacaEval outputs: the first answer to each prompt")
+    others: str = arg(help="AlpacaEval outputs: the second answer to each prompt, in the same order")
+    out: str = arg(help="folder for pairs.jsonl and edits.jsonl")
+    world: int = arg(0, help="seed of the world")
+    seed: int = arg(0, help="seed of coin tosses, noise, misses and needless edits")
+    noise: float = arg(0.0, help="share of preference labels replaced by a fair coin (AlpacaFarm: 0.5)")
+    miss: float = arg(0.0, help="probability that the editor overlooks an error")
+    needless: float = arg(0.0, help="probability of one swapped synonym in an edit")
+    spans: bool = arg(False, help="write the oracle's error spans into edits.jsonl (for evaluation only)")
+
+
+def write_world(config: WorldConfig) -> None:
+    """Demonstrations, prompts by split, and the world's own small tokenizer."""
+    world, rng = World(config.world), random.Random(f"requests-{config.world}-{config.seed}")
+    prompts: dict[str, dict[str, None]] = {"train": {}, "dev": {}, "test": {}}
+    wanted = {"train": config.train, "dev": config.dev, "test": config.test}
+    while any(len(prompts[s]) < n for s, n in wanted.items()):
+        text = world.request(rng)
+        prompts[split_of(text)].setdefault(text)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for split, count in wanted.items():
+        edits.write_jsonl(out / f"{split}.jsonl",
+                          [edits.Prompt(f"{split}-{i}", text)
+                           for i, text in enumerate(list(prompts[split])[:count])])
+    demonstrations: list[edits.Demonstration] = []
+    while len(demonstrations) < config.demonstrations:
+        text = world.request(rng)
+        if split_of(text) == "train":
+            demonstrations.append(edits.Demonstration(f"demo-{len(demonstrations)}", text,
+                                                      world.demonstrate(text, rng)))
+    edits.write_jsonl(out / "demonstrations.jsonl", demonstrations)
+    texts = [edits.render_prompt(d, "plain") + " " + d.output for d in demonstrations[:4000]]
+    tokenizer.train(texts, config.vocab_size, out / "tokenizer.model")
+
+
+def annotate(config: AnnotateConfig) -> None:
+    """One annotation a prompt of each kind: a preference, and a minimal edit of the answer called worse."""
+    world, rng = World(config.world), random.Random(f"annotate-{config.world}-{config.seed}")
+    firsts, seconds = readers.read_outputs(config.outputs), readers.read_outputs(config.others)
+    if [o.instruction for o in firsts] != [o.instruction for o in seconds]:
+        raise UserError(f"{config.others}: expected the prompts of {config.outputs} in the same order; "
+                        "write both with `eval.py outputs` from one prompt file")
+    pairs, edited = [], []
+    for i, (first, second) in enumerate(zip(firsts, seconds)):
+        prompt, texts = first.instruction, (first.output, second.output)
+        better = prefer(world, prompt, *texts, rng, config.noise)
+        chosen, rejected = texts[better - 1], texts[2 - better]
+        if chosen != rejected and chosen and rejected:
+            pairs.append(edits.Pair(f"pair-{i}", prompt, chosen, rejected, annotator="simulated"))
+        mended = minimal_edit(world, prompt, rejected, rng, config.miss, config.needless)
+        if rejected and mended != rejected:
+            spans = tuple(edits.Span(e.start, e.end, e.kind) for e in world.errors(prompt, rejected)
+                          if e.start < e.end)              # an omission has no characters
+            edited.append(edits.Edit(f"edit-{i}", prompt, rejected, mended, annotator="simulated",
+                                     spans=spans if config.spans else None))
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    edits.write_jsonl(out / "pairs.jsonl", pairs)
+    edits.write_jsonl(out / "edits.jsonl", edited)
+    print(f"{len(firsts)} annotations of each kind: {len(pairs)} pairs and {len(edited)} edits in {out} "
+          "(identical answers make no pair, perfect ones no edit, blank ones neither)")
+
+
+def main() -> None:
+    import sys
+    commands = {"world": (WorldConfig, write_world), "annotate": (AnnotateConfig, annotate)}
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in commands:
+        wanted = name in ("-h", "--help")
+        print(__doc__ if wanted else f"error: expected one of {', '.join(commands)}, got {name!r}; "
+              "see --help", file=sys.stdout if wanted else sys.stderr)
+        raise SystemExit(0 if wanted else 2)
+    config, action = commands[name]
+    action(parse(config, sys.argv[2:], f"python -m fgrlhf.simulate {name}", __doc__))
+
+
+if __name__ == "__main__":
+    run(main)

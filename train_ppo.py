@@ -1,0 +1,225 @@
+"""Fine-grained PPO (the paper's) and the PPO-RLHF it is compared with, from one loop.
+
+    python train_ppo.py --method fine-grained --policy runs/sft/policy --reward runs/rm-token/reward \
+        --prompts train.jsonl --out runs/fine-grained
+    python train_ppo.py --method rlhf --policy runs/sft/policy --reward runs/rm-sequence/reward \
+        --prompts train.jsonl --out runs/rlhf
+
+What the fine-grained method deletes from PPO: the critic, its loss, GAE, and the terminal reward. Each
+token's own reward, less its KL, is its advantage (equations (5)-(7)). One iteration:
+
+    1. sample a batch of responses, keeping log pi_old of every token
+    2. score them once by the reference and by the reward model
+    3. r~_t = r_t - beta (logp_old_t - logp_ref_t)
+    4. advantages: standardised r~_t               | rlhf: GAE with a critic, then standardised
+    5. a few epochs of clipped updates             | rlhf: of the critic too
+    6. log; from time to time evaluate on dev prompts and keep the best policy
+
+With --dev-prompts, --dev-reference and --world the built-in oracle compares dev answers with the
+reference's, and OUT/best is the policy of the best dev win rate. OUT/policy is the last one.
+Leaves config.json, metrics.jsonl, timing.jsonl; --resume continues a stopped run.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fgrlhf.advantage import generalised_advantage, penalise_kl, reward_to_go, standardise
+from fgrlhf.checkpoint import load_model, load_tokenizer, save_model
+from fgrlhf.config import UserError, arg, parse, run
+from fgrlhf.edits import TEMPLATES
+from fgrlhf.encode import encode_prompt
+from fgrlhf.judge import OracleJudge, answers
+from fgrlhf.ppo import check_first_ratio, kl_estimates, policy_loss, value_loss
+from fgrlhf.readers import read_prompts
+from fgrlhf.reward import RewardModel, load_reward
+from fgrlhf.rollout import Rollout, locate, sample, score, unflatten
+from fgrlhf.run import Optimizer, Run, batches, generator, pick_device
+
+
+@dataclass(frozen=True)
+class Config:
+    method: str = arg(choices=("fine-grained", "rlhf"), help="token advantages, or critic and GAE")
+    policy: str = arg(help="folder of the SFT model: policy and frozen reference start from it")
+    reward: str = arg(help="folder of the reward model")
+    prompts: str = arg(help="prompts to sample responses to")
+    out: str = arg(help="folder for the policies and the logs")
+    template: str = arg("plain", choices=tuple(TEMPLATES), help="how a record becomes a prompt")
+    iterations: int = arg(30, help="rollout and update, this many times")
+    rollouts: int = arg(64, help="episodes an iteration")
+    max_new_tokens: int = arg(64, help="longest response; a longer one is cut and counts as truncated")
+    temperature: float = arg(1.0, help="of sampling, scoring and updating alike")
+    epochs: int = arg(2, help="passes over each batch of rollouts")
+    minibatches: int = arg(2, help="updates a pass")
+    microbatch: int = arg(0, help="sequences a forward pass, for memory; 0 takes the whole minibatch")
+    lr: float = arg(6e-4, help="Adam's learning rate, constant after warm-up")
+    warmup: int = arg(5, help="warm-up steps")
+    clip_eps: float = arg(0.2, help="clip of the ratio, and of the critic's change")
+    beta: float = arg(0.5, help="KL coefficient, in units of calibrated reward a nat")
+    gamma: float = arg(0.0, help="fine-grained: 0 is the paper's myopic advantage; above it a "
+                                 "discounted reward-to-go. rlhf: the discount of GAE")
+    gae_lambda: float = arg(0.95, help="rlhf: lambda of GAE")
+    standardise: str = arg("rms", choices=("rms", "mean-std", "none"), help="of the advantages, per batch")
+    value_lr: float = arg(6e-4, help="rlhf: the critic's learning rate")
+    dev_prompts: str | None = arg(None, help="dev prompts for checkpoint choice")
+    dev_reference: str | None = arg(None, help="the reference's outputs on the dev prompts")
+    world: int | None = arg(None, help="seed of the built-in world whose oracle judges dev answers")
+    eval_every: int = arg(5, help="iterations between dev evaluations")
+    max_kl: float = arg(0.0, help="stop an iteration's updates when KL(old || new) exceeds this; 0 never")
+    seed: int = arg(0, help="seed of prompt order, sampling and minibatches")
+    save_every: int = arg(10, help="iterations between training states for --resume")
+    resume: bool = arg(False, help="continue the unfinished run in --out")
+    device: str = arg("auto", help="auto, cpu, cuda, ...")
+
+
+class Critic(nn.Module):
+    """V(s_t), the baseline's alone: a copy of the reward model, read one position before each token."""
+
+    def __init__(self, reward: RewardModel):
+        super().__init__()
+        self.trunk, self.head = copy.deepcopy(reward.trunk), copy.deepcopy(reward.head)
+        self.register_buffer("mean", reward.mean.clone())
+        self.register_buffer("scale", reward.scale.clone())
+
+    def forward(self, sequences) -> Tensor:
+        """Values [B, T] in units of calibrated reward; values[:, t] is known before token t is chosen."""
+        at = locate(sequences)
+        hidden = self.trunk.hidden(sequences.tokens)[at.row, at.position - 1]    # [N, D]
+        values = (self.head(hidden)[:, 0].float() - self.mean) / self.scale
+        return unflatten(values, at, sequences)
+
+
+def advantages_of(config: Config, rewards: Tensor, values: Tensor | None, mask: Tensor):
+    """(advantages, returns): the fine-grained method has no critic and hence no returns."""
+    if values is None:
+        return standardise(reward_to_go(rewards, mask, config.gamma), mask, config.standardise), None
+    advantages, returns = generalised_advantage(rewards, values, mask, config.gamma, config.gae_lambda)
+    return standardise(advantages, mask, "mean-std"), returns
+
+
+def update(config: Config, policy, critic, optimizers, rollout: Rollout, advantages: Tensor, values, returns,
+           iteration: int) -> dict[str, float]:
+    """Epochs of minibatches on one batch of rollouts; means of the last epoch's statistics."""
+    B, mask = len(advantages), rollout.sequences.response_mask
+    size = -(-B // config.minibatches)
+    logged: dict[str, float] = {}
+    for epoch in range(config.epochs):
+        totals: dict[str, float] = {}
+        for number, rows in enumerate(batches(B, size, config.seed, iteration * config.epochs + epoch)):
+            tokens = int(mask[rows].sum())
+            micro = config.microbatch or len(rows)
+            for part in (torch.tensor(rows[i:i + micro]) for i in range(0, len(rows), micro)):
+                sequences = rollout.sequences.rows(part)
+                T = int(sequences.response_lengths.max())
+                cut = lambda x: x[part, :T]
+                out = policy_loss(policy, sequences, cut(rollout.logp_old), cut(advantages),
+                                  config.clip_eps, config.temperature, tokens)
+                if epoch == 0 and number == 0:
+                    check_first_ratio(out.logp, cut(rollout.logp_old)[cut(mask)])
+                out.loss.backward()
+                statistics = {"ppo/loss": out.loss, "ppo/clip_fraction": out.clip_fraction,
+                              "ppo/kl_k3": out.kl_k3, "ppo/entropy": out.entropy}
+                if critic is not None:
+                    loss = value_loss(critic(sequences), cut(values), cut(returns), cut(mask),
+                                      config.clip_eps, tokens)
+                    loss.backward()
+                    statistics["ppo/value_loss"] = loss
+                for name, value in statistics.items():
+                    totals[name] = totals.get(name, 0.0) + float(value) / config.minibatches
+            for name, optimizer in optimizers.items():
+                totals[f"ppo/gradient_norm_{name}"] = optimizer.step()
+            if config.max_kl and totals["ppo/kl_k3"] > config.max_kl:
+                return totals | {"ppo/stopped_early": 1.0}
+        logged = totals
+    return logged
+
+
+def episode_prompts(count: int, config: Config, iteration: int) -> list[int]:
+    """The prompts of one iteration: shuffled passes over all of them, a function of seed and iteration."""
+    rows = []
+    for k in range((iteration - 1) * config.rollouts, iteration * config.rollouts):
+        epoch, cursor = divmod(k, count)
+        if not rows or cursor == 0:
+            order = batches(count, count, config.seed, epoch)[0]
+        rows.append(order[cursor])
+    return rows
+
+
+def check_shapes(config: Config) -> None:
+    """Flags that contradict one another are refused before any model is loaded."""
+    if config.rollouts < config.minibatches or min(config.rollouts, config.minibatches) < 1:
+        raise UserError(f"--minibatches {config.minibatches}: expected 1..{config.rollouts} (--rollouts)")
+    if config.temperature <= 0:
+        raise UserError(f"--temperature {config.temperature}: expected a number above 0")
+    wanted = [config.dev_prompts is None, config.dev_reference is None, config.world is None]
+    if any(wanted) and not all(wanted):
+        raise UserError("--dev-prompts, --dev-reference and --world: expected all three or none")
+
+
+def train(config: Config) -> None:
+    check_shapes(config)
+    device = pick_device(config.device)
+    tokenizer = load_tokenizer(config.policy)
+    if load_tokenizer(config.reward).sha256 != tokenizer.sha256:
+        raise UserError(f"--reward {config.reward}: its tokenizer is not the one of --policy {config.policy}")
+    policy = load_model(config.policy, device, torch.float32)
+    ref = load_model(config.policy, device, torch.float32).requires_grad_(False)
+    reward_model = load_reward(config.reward, device, torch.float32).requires_grad_(False)
+    critic = Critic(reward_model).requires_grad_(True) if config.method == "rlhf" else None
+    optimizers = {"policy": Optimizer(policy, config.lr, config.warmup)}
+    if critic is not None:
+        optimizers["critic"] = Optimizer(critic, config.value_lr, config.warmup)
+
+    room = policy.config.max_seq_len - config.max_new_tokens
+    prompts = [encode_prompt(tokenizer, record, config.template, room) for record in read_prompts(config.prompts)]
+    judge = OracleJudge.load(config.world, config.dev_prompts, config.dev_reference) if config.dev_prompts else None
+    log = Run(config, tokenizer.sha256)
+    parts = {"policy": policy} | ({"critic": critic} if critic is not None else {})
+    parts |= {f"optimizer_{name}": optimizer for name, optimizer in optimizers.items()}
+    best = log.restore(**parts) or {"win_rate": -1.0, "iteration": 0}
+
+    for iteration in tqdm(range(log.step + 1, config.iterations + 1), desc=config.method, initial=log.step,
+                          total=config.iterations):
+        # 1. rollouts
+        rows = episode_prompts(len(prompts), config, iteration)
+        rollout = sample(policy, [prompts[i] for i in rows], tokenizer.eos_id, config.max_new_tokens,
+                         config.temperature, generator(config.seed, "rollout", iteration))
+        sequences, mask = rollout.sequences, rollout.sequences.response_mask
+        # 2. reference and reward, one pass each
+        with torch.no_grad():
+            logp_ref = score(ref, sequences, config.temperature)
+            rewards = reward_model.ppo_rewards(sequences)
+            values = critic(sequences) if critic is not None else None
+        # 3. and 4.
+        penalised = penalise_kl(rewards, rollout.logp_old, logp_ref, mask, config.beta)
+        advantages, returns = advantages_of(config, penalised, values, mask)
+        # 5.
+        logged = update(config, policy, critic, optimizers, rollout, advantages, values, returns, iteration)
+        # 6.
+        logged |= {f"rollout/{k}": v for k, v in kl_estimates(rollout.logp_old, logp_ref, mask).items()} | {
+            "rollout/reward": rewards.sum().item() / len(rows),
+            "rollout/reward_per_token": rewards[mask].mean().item(),
+            "rollout/length": sequences.response_lengths.float().mean().item(),
+            "rollout/truncated": rollout.truncated.float().mean().item(),
+            "rollout/episodes": iteration * config.rollouts}
+        if judge is not None and (iteration % config.eval_every == 0 or iteration == config.iterations):
+            with log.untimed():
+                outputs = answers(policy, tokenizer, judge.prompts, config.template,
+                                  config.max_new_tokens, 1.0, config.seed)
+                logged |= judge.compare(outputs)
+            if logged["eval/win_rate"] > best["win_rate"]:
+                best = {"win_rate": logged["eval/win_rate"], "iteration": iteration}
+                save_model(policy, log.folder / "best", tokenizer=tokenizer)
+        log.log(iteration, logged)
+        if iteration % config.save_every == 0 and iteration < config.iterations:
+            log.save(iteration, best, **parts)
+    save_model(policy, log.folder / "policy", tokenizer=tokenizer)
+    log.finish({"iterations": config.iterations, "best_iteration": best["iteration"],
+                "best_dev_win_rate": best["win_rate"]})
+
+
+if __name__ == "__main__":
+    run(lambda: train(parse(Config, prog="train_ppo.py", description=__doc__)))

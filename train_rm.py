@@ -1,0 +1,188 @@
+"""Train a reward model: token-level from minimal edits (the paper's) or sequence-level from pairs.
+
+    python train_rm.py --kind token    --data edits.jsonl --model runs/sft/policy --out runs/rm-token
+    python train_rm.py --kind sequence --data pairs.jsonl --model runs/sft/policy --out runs/rm-sequence
+
+What the token-level kind deletes from the usual recipe: the one number for a whole response. The edit is
+aligned with the original token by token; tokens put in should earn, tokens taken out should cost, and
+tokens left alone are worth the same on both sides (equation (4)).
+
+--folds K trains K models, each on all records but one fold, and reports accuracy and token AUC on the
+records held out; no model is kept. Leaves OUT/reward (without --folds), config.json, metrics.jsonl,
+timing.jsonl, and the evaluation in done.json.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from fgrlhf.checkpoint import load_model, load_tokenizer
+from fgrlhf.config import UserError, arg, parse, run
+from fgrlhf.edits import TEMPLATES, Edit, normalise_edit
+from fgrlhf.encode import UNITS, PreferenceIds, encode_preference, encode_prompt, span_types
+from fgrlhf.evaluate import Judged, reward_table
+from fgrlhf.readers import read_edits, read_pairs
+from fgrlhf.reward import KINDS, RewardModel, save_reward, sequence_loss, token_loss
+from fgrlhf.rollout import pack
+from fgrlhf.run import Optimizer, Run, bucketed_batches, generator, pick_device
+from kernels import token_preference
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = arg(help="edits or pairs to train on (edits serve both kinds; pairs can be aligned too)")
+    model: str = arg(help="folder of the SFT model to start from")
+    out: str = arg(help="folder for the reward model and the logs")
+    kind: str = arg("token", choices=KINDS, help="one reward a token, or one a response")
+    eval_data: str | None = arg(None, help="held-out edits or pairs for the final evaluation")
+    folds: int = arg(0, help="K-fold cross-validation over the records of --data; 0 trains one model")
+    template: str = arg("plain", choices=tuple(TEMPLATES), help="how a record becomes a prompt")
+    prompt_tokens: int | None = arg(None, help="keep the last N tokens of a longer prompt (default: refuse)")
+    normalise: bool = arg(False, help="collapse runs of whitespace in edits first")
+    limit: int | None = arg(None, help="use the first N records only")
+    unit: str = arg("token", choices=UNITS, help="unit of the alignment")
+    credit_gap: bool = arg(True, help="a pure insertion or deletion credits the token behind the gap")
+    reduce: str = arg("sum", choices=("sum", "mean"), help="rewards over U1 in equation (4)")
+    u0: str = arg("anchor", choices=("difference", "anchor"),
+                  help="unchanged tokens: squared difference of the paper, or drawn to 0")
+    u0_weight: float = arg(0.02, help="lambda of equation (4)")
+    token_weight: float = arg(1.0, help="weight of the per-token logistic term; 0 is the paper's loss")
+    logp_feature: bool = arg(False, help="add a * logp_t to the head (not in the paper)")
+    likelihood: bool = arg(False, help="control: no training, the model's own log-likelihood as reward")
+    epochs: int = arg(3, help="passes over the data")
+    batch: int = arg(16, help="pairs a step")
+    lr: float = arg(6e-4, help="Adam's peak learning rate: warm-up, then linear to 0")
+    warmup: int = arg(10, help="warm-up steps")
+    seed: int = arg(0, help="seed of head, data order, folds and calibration samples")
+    save_every: int = arg(200, help="steps between training states for --resume")
+    resume: bool = arg(False, help="continue the unfinished run in --out")
+    device: str = arg("auto", help="auto, cpu, cuda, ...")
+
+
+def load_records(config: Config, path: str) -> list:
+    """Edits where the file holds edits, pairs otherwise; an edit that changes nothing teaches nothing."""
+    try:
+        records = [normalise_edit(r) if config.normalise else r for r in read_edits(path)]
+        return [r for r in records if r.original != r.edited][:config.limit]
+    except UserError as no_edits:
+        try:
+            return read_pairs(path)[:config.limit]
+        except UserError:
+            raise no_edits from None
+
+
+def encode(config: Config, records: list, tokenizer, context: int) -> list[PreferenceIds]:
+    limit = min(config.prompt_tokens or context, context // 2)
+    result = []
+    for record in records:
+        prompt = encode_prompt(tokenizer, record, config.template, limit, config.prompt_tokens is not None)
+        result.append(encode_preference(tokenizer, record, prompt, context, config.unit, config.credit_gap))
+    return result
+
+
+def loss_of(model: RewardModel, batch: list[PreferenceIds], config: Config) -> tuple[torch.Tensor, dict]:
+    """The training loss and what to log of it."""
+    if config.kind == "sequence":
+        loss, margins = sequence_loss(model, batch)
+        return loss, {"rm/accuracy": (margins > 0).float().mean()}
+    out = token_loss(model, batch, token_preference.Options(config.reduce, config.u0, config.u0_weight,
+                                                            config.token_weight))
+    return out.loss, {"rm/bt": out.bt, "rm/u0": out.u0, "rm/token": out.token,
+                      "rm/accuracy": (out.margin > 0).float().mean()}
+
+
+@torch.no_grad()
+def judge(model: RewardModel, records: list, examples: list[PreferenceIds], tokenizer) -> list[Judged]:
+    """Rewards of held-out preferences, with the human error spans where the record has them."""
+    device, judged = model.head.weight.device, []
+    for record, pair in zip(tqdm(records, desc="evaluate", leave=False), examples):
+        both = pack([pair.prompt] * 2, [pair.chosen, pair.rejected], device=device)
+        rewards, types = [], []
+        if model.kind == "token":
+            token_rewards = model.token_rewards(both)
+            chosen, rejected = token_rewards.sum(-1).tolist()
+            if isinstance(record, Edit) and record.spans is not None:
+                length = len(pair.rejected) - (pair.rejected[-1] == tokenizer.eos_id)
+                rewards = token_rewards[1, :length].tolist()
+                types = span_types(tokenizer, pair.rejected[:length], record.spans)
+        else:
+            chosen, rejected = model.sequence_rewards(both).tolist()
+        change = (len(pair.plus) + len(pair.minus)) / (len(pair.chosen) + len(pair.rejected))
+        judged.append(Judged(record.id, chosen, rejected, change, rewards, types))
+    return judged
+
+
+def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: Run, name: str) -> None:
+    """The training loop; `name` tells folds apart in the progress bar."""
+    lengths = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in examples]
+    per_epoch = -(-len(examples) // config.batch)
+    steps = config.epochs * per_epoch
+    optimizer = Optimizer(model, config.lr, config.warmup, steps)
+    resumable = config.folds == 0
+    if resumable:
+        log.restore(model=model, optimizer=optimizer)
+    for step in tqdm(range(log.step + 1, steps + 1), desc=name, initial=log.step, total=steps):
+        epoch, cursor = divmod(step - 1, per_epoch)
+        rows = bucketed_batches(lengths, config.batch, config.seed, epoch)[cursor]
+        loss, logged = loss_of(model, [examples[i] for i in rows], config)
+        loss.backward()
+        logged |= {"rm/loss": loss, "rm/gradient_norm": optimizer.step()}
+        if resumable:
+            log.log(step, logged)
+            if step % config.save_every == 0 and step < steps:
+                log.save(step, model=model, optimizer=optimizer)
+
+
+def new_model(config: Config, device) -> RewardModel:
+    torch.manual_seed(config.seed)                                  # the head's initialisation
+    model = RewardModel(load_model(config.model, device, torch.float32), config.kind,
+                        config.logp_feature or config.likelihood)
+    if config.likelihood:
+        torch.nn.init.zeros_(model.head.weight)
+        torch.nn.init.ones_(model.logp_weight)
+    return model
+
+
+def cross_validate(config: Config, records: list, examples: list[PreferenceIds], tokenizer, log: Run,
+                   device) -> dict:
+    """K models, each judged on its own fold; the table is over all records, the spread over folds."""
+    order = torch.randperm(len(records), generator=generator(config.seed, "folds")).tolist()
+    folds, judged = [order[k::config.folds] for k in range(config.folds)], []
+    for k, held_out in enumerate(folds):
+        inside = [i for i in range(len(records)) if i not in set(held_out)]
+        model = new_model(config, device)
+        fit(model, [examples[i] for i in inside], config, log, f"fold {k + 1}/{config.folds}")
+        judged.append(judge(model, [records[i] for i in held_out], [examples[i] for i in held_out], tokenizer))
+        log.log(k + 1, {f"rm/{name}": value for name, value in reward_table(judged[-1]).items()})
+    tables = [reward_table(fold) for fold in judged]
+    spread = {name + "_sd": torch.tensor([t[name] for t in tables if name in t]).std().item()
+              for name in tables[0] if name != "pairs"}
+    return {"folds": config.folds, **reward_table([j for fold in judged for j in fold]), **spread}
+
+
+def train(config: Config) -> None:
+    device = pick_device(config.device)
+    tokenizer = load_tokenizer(config.model)
+    context = load_model(config.model, "meta").config.max_seq_len
+    records = load_records(config, config.data)
+    examples = encode(config, records, tokenizer, context)
+    held_out = load_records(config, config.eval_data) if config.eval_data else []
+    log = Run(config, tokenizer.sha256)
+    if config.folds:
+        log.finish(cross_validate(config, records, examples, tokenizer, log, device))
+        return
+    model = new_model(config, device)
+    if not config.likelihood:
+        fit(model, examples, config, log, f"reward model, {config.kind}")
+    sides = [pack([p.prompt], [p.rejected], device=device) for p in examples[:512]]
+    model.calibrate(sides)
+    save_reward(model, log.folder / "reward", tokenizer)
+    summary = {"records": len(records), "mean": model.mean.item(), "scale": model.scale.item()}
+    if held_out:
+        summary |= reward_table(judge(model, held_out, encode(config, held_out, tokenizer, context), tokenizer))
+    log.finish(summary)
+
+
+if __name__ == "__main__":
+    run(lambda: train(parse(Config, prog="train_rm.py", description=__doc__)))
