@@ -25,6 +25,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+LN2 = 0.6931471805599453          # logits are held in bits, z / ln 2: 2^x is 3 times faster than e^x on a CPU
+COLUMNS = 1024                    # CPU: vocabulary columns a matmul writes at once
+PART = 2**18                      # CPU: logits exponentiated at once, 1 MiB of float32
+
 
 class LogProb(NamedTuple):
     logp: Tensor                  # [N] log-probability of the target, nats; float32 at least
@@ -77,13 +81,14 @@ class _LinearLogProb(torch.autograd.Function):
 def score(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float,
           entropy: bool) -> LogProb:
     """The forward pass: one matmul, one chunk of logits."""
-    n, v = len(hidden), len(head)
-    logp, lse = (hidden.new_empty(n, dtype=wide(hidden)) for _ in range(2))
+    logp, lse = (hidden.new_empty(len(hidden), dtype=wide(hidden)) for _ in range(2))
     spread = torch.empty_like(logp) if entropy else None
-    for rows, logits in chunks(hidden, head, temperature):
-        logp[rows], lse[rows] = normalise_(logits, targets[rows])
+    for rows, bits in chunks(hidden, head, temperature):
+        chosen, top, total, mean = exponentiate_(bits, targets[rows], entropy)
+        torch.mul(top + total.log2(), LN2, out=lse[rows])
+        torch.sub(chosen * LN2, lse[rows], out=logp[rows])
         if entropy:
-            torch.sum(torch.special.entr(logits), -1, out=spread[rows])
+            torch.mul(total.log2() - mean / total, LN2, out=spread[rows])
     return LogProb(logp, lse, spread)
 
 
@@ -102,18 +107,24 @@ def gradients(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float,
     entropy = torch.empty_like(logp) if needs[0] else None
     grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
     grad_head = torch.zeros_like(head, dtype=wide(head)) if needs[1] else None
-    for rows, logits in chunks(hidden, head, temperature):
-        logp[rows], _ = normalise_(logits, targets[rows])
-        logits.scatter_add_(-1, targets[rows, None], logits.new_full((), -1.0).expand(len(logits), 1))
-        g = -slope(rows, logp[rows])[:, None] / temperature                             # [n, 1]
-        q = logits.to(head.dtype)                                                       # [n, V]
+    for rows, bits in chunks(hidden, head, temperature):
+        y = targets[rows, None]
+        chosen, top, total = exponentiate_(bits, y[:, 0])[:3]
+        logp[rows] = (chosen - top - total.log2()) * LN2
+        g = slope(rows, logp[rows]).div(-temperature)[:, None]                          # [n, 1]
+        total = total[:, None]
+        bits.scatter_add_(-1, y, -total)                                                # q total
+        if bits.dtype == head.dtype:
+            q, g = bits, g / total
+        else:                                       # a half's range may not hold `total`: divide first
+            q, total = (bits / total).to(head.dtype), 1.0
         if needs[0]:
             back = q @ head                                                             # [n, D]
-            entropy[rows] = -logp[rows] - (hidden[rows] * back).sum(-1) / temperature
+            entropy[rows] = -logp[rows] - ((hidden[rows] * back).sum(-1, True) / total)[:, 0] / temperature
             torch.mul(back, g, out=grad_hidden[rows])
         if needs[1]:
             pulled = (hidden[rows] * g).to(head.dtype)                                  # [n, D]
-            grad_head.addmm_(q.T, pulled) if q is logits else grad_head.add_(q.T @ pulled)
+            grad_head.addmm_(q.T, pulled) if q is bits else grad_head.add_(q.T @ pulled)
     return Gradients(logp, entropy, grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
 
 
@@ -131,27 +142,38 @@ def hand_over(ctx, grad_loss: Tensor | None) -> list[Tensor | None]:
 
 
 def chunks(hidden: Tensor, head: Tensor, temperature: float):
-    """(rows, logits [n, V] in float32 at least) for slices of the tokens; one buffer serves them all."""
+    """(rows, logits [n, V] in bits, float32 at least) for slices of tokens; one buffer serves them all."""
     size = chunk_rows(len(hidden), len(head), hidden.device)
     buffer = hidden.new_empty(min(size, len(hidden)), len(head))
+    columns = COLUMNS if hidden.device.type == "cpu" else len(head)
     for start in range(0, len(hidden), size):
         rows = slice(start, min(start + size, len(hidden)))
-        logits = buffer[:rows.stop - start]
-        torch.addmm(logits, hidden[rows], head.T, beta=0, alpha=1 / temperature, out=logits)
-        yield rows, upcast(logits)
+        bits = buffer[:rows.stop - start]
+        for part, words in zip(bits.split(columns, 1), head.split(columns)):
+            torch.addmm(part, hidden[rows], words.T, beta=0, alpha=1 / (temperature * LN2), out=part)
+        yield rows, upcast(bits)
 
 
-def normalise_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Turns logits [n, V] into probabilities in place; -> logp [n] of the targets, logsumexp [n].
+def exponentiate_(bits: Tensor, targets: Tensor, entropy: bool = False) -> tuple[Tensor, ...]:
+    """logits [n, V] in bits -> 2^(logits - top) in place, a few rows at a time to stay in the cache.
 
-    The target's logit is read before and the row's largest probability after: 1 / sum exp(z - max z)
-    is never below 1 / V, so logp is exact where the target's own probability has underflowed.
+    Returns, [n] each: the target's logit, the row's largest `top`, the new row's sum `total`, and
+    with `entropy` sum_j 2^x_j x_j of x = logits - top.
     """
-    chosen = logits.gather(-1, targets[:, None])[:, 0]
-    top = logits.amax(-1)
-    torch.softmax(logits, -1, out=logits)
-    lse = top - logits.amax(-1).log()
-    return chosen - lse, lse
+    chosen = bits.gather(-1, targets[:, None])[:, 0]
+    top, total = torch.empty_like(chosen), torch.empty_like(chosen)
+    mean = torch.empty_like(chosen) if entropy else None
+    size = max(1, (PART if bits.device.type == "cpu" else bits.numel()) // max(1, bits.shape[1]))
+    for start in range(0, len(bits), size):
+        rows = slice(start, start + size)
+        x = bits[rows]
+        torch.amax(x, -1, out=top[rows])
+        x.sub_(top[rows, None])
+        e = x.exp2() if entropy else x.exp2_()
+        torch.sum(e, -1, out=total[rows])
+        if entropy:
+            torch.sum(e.mul_(x), -1, out=mean[rows])
+    return chosen, top, total, mean
 
 
 def chunk_rows(n: int, v: int, device: torch.device) -> int:
