@@ -74,9 +74,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
                         f"got {size}; put the model's own tokenizer there")
     dtype = dtype or tensors["tok_embeddings.weight"].dtype
     for name in expected:
-        tensor = tensors[name].read(device).to(dtype=dtype, copy=True)      # off the mapped file
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor))
+        setattr(model.get_submodule(parent), leaf,
+                nn.Parameter(tensors[name].read(device).to(dtype)))
     return model
 
 

@@ -86,7 +86,7 @@ class Tokenizer:
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def _encode_with_literal_blank(self, text: str) -> list[int]:
-        """Encode with a character no piece contains in the place of "▁", then put its bytes there."""
+        """Encode with a character no piece contains in the place of "▁", then give it its bytes."""
         stand_in = next(c for c in map(chr, range(0x10FFFD, 0x10F000, -1))   # private use
                         if c not in text and self._sp.is_unknown(self._sp.piece_to_id(c)))
         marker = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in stand_in.encode()]
@@ -145,7 +145,7 @@ def train(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
     BPE with byte fallback, identity normalisation, blanks kept, each digit its own piece; a newline
     is the byte piece <0x0A>. Ids 0, 1, 2 are unknown, BOS and EOS, the next 256 the bytes. The same
     texts give the same file.
-    Raises UserError when the texts cannot give exactly `vocab_size` pieces, with what they can give.
+    Raises UserError when the texts cannot give exactly `vocab_size` pieces, with what they can.
     """
     lines = [line for text in texts for line in text.split("\n") if line]
     if not lines:
@@ -157,7 +157,7 @@ def train(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
             vocab_size=vocab_size, byte_fallback=True, character_coverage=0.99995,
             normalization_rule_name="identity", remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True, split_digits=True, num_threads=1,
-            max_sentence_length=max(len(line.encode()) for line in lines) + 1, minloglevel=2)
+            max_sentence_length=max(10, *(len(line.encode()) + 1 for line in lines)), minloglevel=2)
     except RuntimeError as error:
         if limit := re.search(r"set it to a value <= (\d+)", str(error)):
             hint = f"the texts give at most {limit[1]}"

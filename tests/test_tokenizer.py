@@ -172,6 +172,12 @@ def test_train_names_the_reachable_size(size, message, tmp_path):
         train(CORPUS, size, tmp_path / "t.model")
 
 
+def test_train_takes_texts_of_a_few_characters_and_of_many(tmp_path):
+    assert train(["abc"] * 3, 264, tmp_path / "t.model").encode("abc")[-1] > 258
+    long = train(["ab" * 5000 + "xyz"], 265, tmp_path / "u.model")    # beyond sentencepiece's 4192
+    assert long.decode([long.encode("z")[-1]]) == "z" and long.encode("z")[-1] > 258
+
+
 def test_train_refuses_no_text(tmp_path):
     with pytest.raises(UserError, match="no text"):
         train(["", "\n"], 300, tmp_path / "t.model")

@@ -93,8 +93,9 @@ def read(folder: Path) -> Weights:
 
 def _reader(opened: Mapping[str, Tensor], name: str, heads: int) -> Callable:
     def read(device) -> Tensor:
-        tensor = opened[name].to(device)
-        return interleave(tensor, heads) if heads else tensor
+        if heads:
+            return interleave(opened[name].to(device), heads)
+        return opened[name].to(device, copy=True)
     return read
 
 

@@ -53,5 +53,6 @@ def read(path: Path) -> Weights:
             tensor = numbers[offset:offset + torch.Size(shape).numel()].view(shape)
             offset += tensor.numel()
             if name != "rope.freqs":
-                tensors[name] = Stored(path, name, shape, tensor.dtype, tensor.to)
+                tensors[name] = Stored(path, name, shape, tensor.dtype,
+                                       lambda device, t=tensor: t.to(device, copy=True))
     return config, tensors

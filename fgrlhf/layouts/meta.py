@@ -103,7 +103,8 @@ def _merge(name: str, shards: Mapping[Path, Mapping[str, Tensor]], dim: int) -> 
     """The parts of a tensor as one."""
     file, first = next((path, shard[name]) for path, shard in shards.items())
     if len(shards) == 1 or first.dim() != 2:
-        return Stored(file, name, tuple(first.shape), first.dtype, first.to)
+        return Stored(file, name, tuple(first.shape), first.dtype,
+                      lambda device: first.to(device, copy=True))
     along = int(name.endswith(ROW_PARALLEL)
                 or name == "tok_embeddings.weight" and first.shape[1] != dim)
     parts = [shard[name] for shard in shards.values()]
@@ -125,5 +126,5 @@ def write_params(config: LLaMAConfig) -> dict:
         "multiple_of": config.ffn_dim, "norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
         "max_seq_len": config.max_seq_len, "tie_embeddings": config.tie_embeddings}
     if (two_thirds := int(2 * (4 * config.dim) / 3)) > config.ffn_dim:
-        params["ffn_dim_multiplier"] = (config.ffn_dim - 0.5) / two_thirds
+        params["ffn_dim_multiplier"] = (config.ffn_dim + 0.5) / two_thirds
     return params

@@ -19,7 +19,7 @@ from fgrlhf.model import LLaMAConfig
 
 
 class Stored(NamedTuple):
-    """One of our parameters, where it lies; `read(device)` gives it or a view of the mapped file."""
+    """One of our parameters, where it lies; `read(device)` gives it in memory of its own."""
 
     file: Path
     name: str                               # its name in the file
@@ -60,9 +60,9 @@ def open_pickle(path: Path) -> Mapping[str, Tensor]:
     except pickle.UnpicklingError:
         raise UserError(f"{path}: refused: its pickle asks for more than tensors, which may be code; "
                         "nothing was executed") from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise UserError(f"{path}: truncated or not a torch file "
-                        f"({str(error).splitlines()[0]})") from None
+    except Exception as error:                          # a damaged pickle can raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: truncated or not a torch file ({reason})") from None
     if not isinstance(tensors, dict):
         raise UserError(f"{path}: expected tensors by name, got {type(tensors).__name__}")
     for name, tensor in tensors.items():

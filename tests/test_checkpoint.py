@@ -1,0 +1,674 @@
+"""Checkpoints in and out: every layout, bit-exact round trips, and one clear line for what is broken."""
+
+import json
+import os
+import pickle
+import random
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fgrlhf.checkpoint import load_model, load_state, load_tokenizer, save_model, save_state
+from fgrlhf.config import UserError
+from fgrlhf.layouts import huggingface, meta
+from fgrlhf.model import LLaMA, LLaMAConfig, build
+from fgrlhf.safetensors import SafeTensors
+from fgrlhf.tokenizer import train
+
+SMALL = LLaMAConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=272, ffn_dim=48,
+                    norm_eps=1e-6, rope_theta=5e5, max_seq_len=64)
+
+
+def variant(**changes) -> LLaMA:
+    return build(SMALL, 1, **changes)
+
+
+def same(a: LLaMA, b: LLaMA) -> bool:
+    return a.config == b.config and all(
+        (n, p.dtype) == (m, q.dtype) and torch.equal(p, q)
+        for (n, p), (m, q) in zip(a.named_parameters(), b.named_parameters(), strict=True))
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return train(["hello world, hello there"] * 3, 272, tmp_path / "some.model")
+
+
+# Round trips ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("layout", ["meta", "hf"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_model_round_trips_bit_exactly(layout, dtype, tied, tmp_path, tokenizer):
+    model = variant(tie_embeddings=tied).to(dtype)
+    save_model(model, tmp_path / "m", layout, tokenizer)
+    assert same(load_model(tmp_path / "m"), model)
+    assert load_tokenizer(tmp_path / "m").sha256 == tokenizer.sha256
+
+
+@pytest.mark.parametrize("ffn_dim", [1, 2, 47, 84, 85, 86, 300])              # 2/3 * 4 * 32 = 85.3
+def test_save_model_keeps_any_ffn_dim_in_metas_keys(ffn_dim, tmp_path):
+    save_model(variant(ffn_dim=ffn_dim), tmp_path)
+    params = json.loads((tmp_path / "params.json").read_text())
+    width = meta.ffn_width(32, params["multiple_of"], params.get("ffn_dim_multiplier"))
+    assert load_model(tmp_path).config.ffn_dim == ffn_dim == width
+
+
+def test_ffn_width_gives_the_published_sizes():
+    assert meta.ffn_width(4096, 256, None) == 11008                     # 7B
+    assert meta.ffn_width(8192, 4096, 1.3) == 28672                     # Llama-2-70B
+    assert meta.ffn_width(4096, 1024, 1.3) == 14336                     # Llama-3-8B
+
+
+def test_save_model_overwrites_its_own_folder(tmp_path):
+    save_model(variant(), tmp_path)
+    model = variant(n_layers=1)
+    save_model(model, tmp_path)
+    assert same(load_model(tmp_path), model)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["consolidated.00.pth", "params.json"]
+
+
+def test_save_model_refuses_a_folder_with_another_checkpoint(tmp_path):
+    save_model(variant(), tmp_path, "meta")
+    with pytest.raises(UserError, match="already holds consolidated.00.pth"):
+        save_model(variant(), tmp_path, "hf")
+
+
+def test_load_model_converts_dtype_and_gives_memory_of_its_own(tmp_path):
+    model = variant()
+    for layout in ("meta", "hf"):
+        save_model(model, tmp_path / layout, layout)
+        loaded = load_model(tmp_path / layout, dtype=torch.float64)
+        assert torch.equal(loaded.norm.weight, model.norm.weight.double())
+        assert loaded.layers[0].attention.wq.weight.dtype == torch.float64
+        loaded = load_model(tmp_path / layout)
+        before = {p.name: p.read_bytes() for p in (tmp_path / layout).iterdir()}
+        with torch.no_grad():
+            for parameter in loaded.parameters():
+                parameter.zero_()
+        assert {p.name: p.read_bytes() for p in (tmp_path / layout).iterdir()} == before
+        assert all(p.requires_grad for p in loaded.parameters())
+
+
+def test_load_model_on_meta_describes_a_model_without_memory(tmp_path):
+    save_model(variant(), tmp_path)
+    model = load_model(tmp_path, device="meta")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def test_interleave_by_hand():
+    weight = torch.arange(8.0)[:, None]                                 # two heads of K = 4
+    assert huggingface.interleave(weight, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert huggingface.deinterleave(weight, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    weight = torch.arange(6.0)[:, None]                                 # one head of K = 6
+    assert huggingface.interleave(weight, 1)[:, 0].tolist() == [0, 3, 1, 4, 2, 5]
+    assert huggingface.deinterleave(weight, 1)[:, 0].tolist() == [0, 2, 4, 1, 3, 5]
+
+
+# Meta's model-parallel shards ------------------------------------------------------------------------
+
+def write_shards(folder, model: LLaMA, count: int, embedding_rows: bool = False, vocab_size: int = -1):
+    """Cut a model as Meta's model parallelism does, written out here by hand."""
+    folder.mkdir(exist_ok=True)
+    for rank in range(count):
+        shard = {"rope.freqs": torch.zeros(3)}
+        for name, p in model.named_parameters():
+            kind = name.split(".")[-2]
+            if kind in ("wq", "wk", "wv", "w1", "w3", "output"):
+                p = p.chunk(count, dim=0)[rank]
+            elif kind in ("wo", "w2"):
+                p = p.chunk(count, dim=1)[rank]
+            elif kind == "tok_embeddings":
+                p = p.chunk(count, dim=0 if embedding_rows else 1)[rank]
+            shard[name] = p.detach().clone()
+        torch.save(shard, folder / f"consolidated.{rank:02d}.pth")
+    config = model.config
+    (folder / "params.json").write_text(json.dumps({
+        "dim": config.dim, "n_layers": config.n_layers, "n_heads": config.n_heads,
+        "n_kv_heads": config.n_kv_heads, "multiple_of": 48, "ffn_dim_multiplier": 0.5,
+        "norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "vocab_size": vocab_size,
+        "max_seq_len": config.max_seq_len}))
+    return folder
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("embedding_rows", [False, True])
+@pytest.mark.parametrize("vocab_size", [-1, 272])
+def test_load_model_merges_shards(count, embedding_rows, vocab_size, tmp_path):
+    model = variant()
+    write_shards(tmp_path, model, count, embedding_rows, vocab_size)
+    assert same(load_model(tmp_path), model)
+
+
+def test_load_model_names_a_missing_shard(tmp_path):
+    write_shards(tmp_path, variant(), 2)
+    (tmp_path / "consolidated.01.pth").rename(tmp_path / "saved")
+    with pytest.raises(UserError, match="consolidated.01.pth: this shard is missing.*holds 1/2"):
+        load_model(tmp_path)
+    (tmp_path / "saved").rename(tmp_path / "consolidated.01.pth")
+    (tmp_path / "consolidated.00.pth").unlink()
+    with pytest.raises(UserError, match="consolidated.00.pth: this shard is missing"):
+        load_model(tmp_path)
+
+
+def test_load_model_names_a_tensor_one_shard_lacks_or_cuts_otherwise(tmp_path):
+    write_shards(tmp_path, variant(), 2)
+    path = tmp_path / "consolidated.01.pth"
+    shard = torch.load(path)
+    full = shard.pop("layers.1.attention.wv.weight")
+    torch.save(shard, path)
+    with pytest.raises(UserError, match="01.pth: tensor layers.1.attention.wv.weight is missing"):
+        load_model(tmp_path)
+    torch.save(shard | {"layers.1.attention.wv.weight": full[:-1]}, path)
+    with pytest.raises(UserError, match=r"wv.weight: expected .* \(8, 32\) .*, got .* \(7, 32\)"):
+        load_model(tmp_path)
+
+
+# Hugging Face: shards, pickles, refusals --------------------------------------------------------------
+
+def write_index(folder, model: LLaMA, pickled: bool) -> None:
+    """A sharded HF folder, cut from the whole one; every tensor of odd layers in the second shard."""
+    save_model(model, folder, "hf")
+    whole = SafeTensors(folder / "model.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in whole.items()}
+    (folder / "model.safetensors").unlink()
+    stem, suffix = ("pytorch_model", "bin") if pickled else ("model", "safetensors")
+    files = [f"{stem}-0000{i}-of-00002.{suffix}" for i in (1, 2)]
+    place_of = {name: files[".1." in name] for name in tensors}
+    for file in files:
+        part = {name: tensors[name] for name in tensors if place_of[name] == file}
+        if pickled:
+            torch.save(part, folder / file)
+        else:
+            write_raw(folder / file, {name: ("F32", list(t.shape), t.numpy().tobytes())
+                                      for name, t in part.items()})
+    (folder / f"{stem}.{suffix}.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": place_of}))
+
+
+def write_raw(path, tensors: dict, pad: int = 0) -> None:
+    """A safetensors file from (dtype, shape, bytes), spelled out; `pad` moves the data off alignment."""
+    header, data = {}, b""
+    for name, (dtype, shape, raw) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    write_header(path, header, data, pad)
+
+
+def write_header(path, header, data: bytes = b"", pad: int = 0) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    text += b" " * pad
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_load_model_reads_indexed_shards(pickled, tmp_path):
+    model = variant()
+    write_index(tmp_path, model, pickled)
+    assert same(load_model(tmp_path), model)
+    file = sorted(tmp_path.glob("*-00002-of-*"))[0]
+    file.unlink()
+    with pytest.raises(UserError, match=f"{file.name}: this shard is missing"):
+        load_model(tmp_path)
+
+
+def test_load_model_names_a_tensor_the_index_promises(tmp_path):
+    write_index(tmp_path, variant(), pickled=False)
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = "model-00002-of-00002.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="00002.safetensors: tensor model.norm.weight is missing"):
+        load_model(tmp_path)
+    content["weight_map"]["model.norm.weight"] = "../model-00002-of-00002.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="index.json: weight_map"):
+        load_model(tmp_path)
+
+
+def test_load_model_reads_one_pickle_with_buffers_and_a_tied_copy(tmp_path):
+    model = variant(tie_embeddings=True)
+    save_model(model, tmp_path, "hf")
+    tensors = {n: t.clone() for n, t in SafeTensors(tmp_path / "model.safetensors").items()}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    assert same(load_model(tmp_path), model)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model_type": "mistral"}, 'model_type: expected "llama", got "mistral"'),
+    ({"architectures": ["LlamaForSequenceClassification"]}, "architectures: expected"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: expected null"),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, 'rope_type: expected "default"'),
+    ({"attention_bias": True}, "attention_bias: expected false, got true"),
+    ({"mlp_bias": True}, "mlp_bias: expected false"),
+    ({"hidden_act": "gelu"}, 'hidden_act: expected "silu"'),
+    ({"quantization_config": {"bits": 4}}, "quantization_config: expected null"),
+    ({"head_dim": 16}, "head_dim: expected hidden_size / num_attention_heads = 8, got 16"),
+    ({"hidden_size": "32"}, "hidden_size: expected an integer, got '32'"),
+    ({"num_hidden_layers": None}, "num_hidden_layers: expected an integer, got None"),
+    ({"num_attention_heads": 0}, "n_heads: expected a positive number"),
+    ({"num_attention_heads": 5}, "dim: expected a multiple"),
+])
+def test_load_model_refuses_an_unsupported_hf_config_by_name(change, message, tmp_path):
+    save_model(variant(), tmp_path, "hf")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match="config.json: ") as error:
+        load_model(tmp_path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_load_model_reads_the_rope_base_where_either_transformers_puts_it(tmp_path):
+    save_model(variant(), tmp_path, "hf")
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    assert values.pop("rope_theta") == 5e5
+    path.write_text(json.dumps(values | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}))
+    assert load_model(tmp_path).config.rope_theta == 7.0
+    path.write_text(json.dumps(values))
+    assert load_model(tmp_path).config.rope_theta == 10000.0
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"dim": None}, "dim: expected an integer, got None"),
+    ({"dim": 30}, "dim: expected a multiple"),
+    ({"colour": 1}, "'colour': unknown field"),
+    ({"use_scaled_rope": True}, "use_scaled_rope: expected false"),
+    ({"multiple_of": 0}, "multiple_of: expected a positive number"),
+    ({"norm_eps": "small"}, "norm_eps: expected a number"),
+])
+def test_load_model_refuses_a_bad_params_json(change, message, tmp_path):
+    save_model(variant(), tmp_path)
+    path = tmp_path / "params.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match="params.json: ") as error:
+        load_model(tmp_path)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff", "[" * 100000])
+def test_load_model_refuses_json_that_is_none(text, tmp_path):
+    save_model(variant(), tmp_path)
+    (tmp_path / "params.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match="params.json: expected"):
+        load_model(tmp_path)
+
+
+# llama2.c --------------------------------------------------------------------------------------------
+
+def write_llama2c(path, model: LLaMA) -> None:
+    """The legacy export in the order of llama2.c's export.py."""
+    c = model.config
+    vocabulary = c.vocab_size if c.tie_embeddings else -c.vocab_size
+    data = struct.pack("<7i", c.dim, c.ffn_dim, c.n_layers, c.n_heads, c.n_kv_heads, vocabulary,
+                       c.max_seq_len)
+    blocks = [l for l in model.layers]
+    parts = [model.tok_embeddings.weight]
+    parts += [b.attention_norm.weight for b in blocks]
+    for name in ("wq", "wk", "wv", "wo"):
+        parts += [getattr(b.attention, name).weight for b in blocks]
+    parts += [b.ffn_norm.weight for b in blocks]
+    for name in ("w1", "w2", "w3"):
+        parts += [getattr(b.feed_forward, name).weight for b in blocks]
+    parts += [model.norm.weight, torch.full((c.max_seq_len * c.head_dim,), 9.0)]
+    parts += [] if c.tie_embeddings else [model.output.weight]
+    path.write_bytes(data + b"".join(p.detach().numpy().tobytes() for p in parts))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_load_model_reads_llama2c_files(tied, tmp_path):
+    model = variant(tie_embeddings=tied, norm_eps=1e-5, rope_theta=10000.0)
+    write_llama2c(tmp_path / "model.bin", model)
+    assert same(load_model(tmp_path / "model.bin"), model)
+    assert same(load_model(tmp_path), model)
+
+
+def test_load_model_refuses_broken_llama2c_files(tmp_path):
+    path = tmp_path / "model.bin"
+    write_llama2c(path, variant())
+    content = path.read_bytes()
+    for broken, message in ((content[:-4], "truncated"), (content + b"\0", "truncated"),
+                            (content[:20], "at least 28 bytes"), (b"\0" * 100, "dim: expected a pos"),
+                            (b"24ka" + content[4:], "version 1 or 2")):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=f"model.bin: .*{message}"):
+            load_model(path)
+
+
+def test_stories260k_is_the_same_model_in_both_layouts(data_dir):
+    a, b = load_model(data_dir / "stories260K"), load_model(data_dir / "stories260K" / "stories260K.bin")
+    assert sum(p.numel() for p in b.parameters()) == 260032
+    tied = dict(b.named_parameters())
+    for name, parameter in a.named_parameters():
+        assert torch.equal(parameter, tied.get(name, b.tok_embeddings.weight))
+
+
+# Files that are broken, or worse ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("layout, file", [("meta", "consolidated.00.pth"), ("hf", "model.safetensors")])
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
+def test_load_model_refuses_a_truncated_file(layout, file, keep, tmp_path):
+    save_model(variant(), tmp_path, layout)
+    content = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(content[:int(keep * len(content))])
+    with pytest.raises(UserError, match=file) as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+class Code:
+    def __reduce__(self):
+        return (os.system, ("touch executed",))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_load_model_executes_nothing_in_a_pickle(zipped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(variant(), tmp_path / "m")
+    path = tmp_path / "m" / "consolidated.00.pth"
+    torch.save({"norm.weight": Code()}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="consolidated.00.pth: "):
+        load_model(tmp_path / "m")
+    path.write_bytes(pickle.dumps(Code()))
+    with pytest.raises(UserError, match="consolidated.00.pth: "):
+        load_model(tmp_path / "m")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_load_model_refuses_pickles_that_hold_something_else(tmp_path):
+    save_model(variant(), tmp_path)
+    for content, message in (([1], "expected tensors by name, got list"),
+                             ({"norm.weight": 3}, "tensor norm.weight: expected a tensor, got int")):
+        torch.save(content, tmp_path / "consolidated.00.pth")
+        with pytest.raises(UserError, match=message):
+            load_model(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["meta", "hf"])
+def test_load_model_names_file_and_tensor(layout, tmp_path):
+    model = variant()
+    name = "layers.1.feed_forward.w2.weight"
+    shown = name if layout == "meta" else "model.layers.1.mlp.down_proj.weight"
+    for number, (change, message) in enumerate([
+            (lambda t: None, f"tensor {name} is missing"),
+            (lambda t: t[:, :-1], f"tensor {shown}: expected .32, 48., got .32, 47."),
+            (lambda t: t.long(), f"tensor {shown}: expected floating point, got torch.int64")]):
+        broken = {n: p.detach() for n, p in model.named_parameters()}
+        if (changed := change(broken.pop(name))) is not None:
+            broken[name] = changed
+        folder = tmp_path / str(number)
+        save_model(model, folder, layout)
+        overwrite(folder, layout, broken, model.config)
+        with pytest.raises(UserError, match=message):
+            load_model(folder)
+    overwrite(folder, layout, dict(model.named_parameters()) | {"layers.2.ffn_norm.weight":
+                                                                torch.ones(32)}, model.config)
+    with pytest.raises(UserError, match=r"tensor .*layers\.2\..*norm.weight: unknown"):
+        load_model(folder)
+
+
+def overwrite(folder, layout: str, tensors: dict, config: LLaMAConfig) -> None:
+    if layout == "meta":
+        torch.save({n: t.detach().clone() for n, t in tensors.items()}, folder / "consolidated.00.pth")
+    else:
+        kinds = {torch.float32: "F32", torch.int64: "I64"}
+        write_raw(folder / "model.safetensors", {
+            huggingface.to_hf_name(n): (kinds[t.dtype], list(t.shape),
+                                        t.detach().contiguous().numpy().tobytes())
+            for n, t in tensors.items()})
+
+
+def test_load_model_refuses_a_tokenizer_of_another_size(tmp_path, tokenizer):
+    save_model(variant(), tmp_path / "m", tokenizer=tokenizer)
+    train(["abc"] * 3, 263, tmp_path / "m" / "tokenizer.model")
+    with pytest.raises(UserError, match="tokenizer.model: expected 272 pieces.*got 263"):
+        load_model(tmp_path / "m")
+    with pytest.raises(UserError, match="expected 300 pieces.*got 272"):
+        save_model(variant(vocab_size=300), tmp_path / "n", tokenizer=tokenizer)
+    assert not (tmp_path / "n").exists()
+
+
+def test_load_model_refuses_what_is_no_model_folder(tmp_path):
+    with pytest.raises(UserError, match="holds no model; expected params.json"):
+        load_model(tmp_path)
+    with pytest.raises(UserError, match="nowhere: expected a model folder"):
+        load_model(tmp_path / "nowhere")
+    (tmp_path / "params.json").write_text('{"dim": 32, "n_layers": 1, "n_heads": 4, "vocab_size": 9}')
+    with pytest.raises(UserError, match="consolidated.00.pth: this shard is missing"):
+        load_model(tmp_path)
+    (tmp_path / "params.json").rename(tmp_path / "config.json")
+    with pytest.raises(UserError, match="config.json: model_type"):
+        load_model(tmp_path)
+
+
+def test_load_model_refuses_two_checkpoints_in_one_folder(tmp_path):
+    save_model(variant(), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="holds two checkpoints"):
+        load_model(tmp_path)
+
+
+# safetensors -----------------------------------------------------------------------------------------
+
+F = struct.pack("<4f", 1, 2, 3, 4)
+GOOD = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+
+
+@pytest.mark.parametrize("pad", range(8))
+def test_safetensors_reads_every_dtype_at_any_alignment(pad, tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_raw(path, {
+        "a": ("F32", [2, 2], F), "b": ("BF16", [2], struct.pack("<HH", 0x3F80, 0xC000)),
+        "c": ("U8", [3], b"\x01\x02\xff"), "d": ("F64", [], struct.pack("<d", 0.5)),
+        "e": ("I64", [1], struct.pack("<q", -7)), "f": ("BOOL", [2], b"\x00\x01"),
+        "g": ("F16", [0, 5], b""), "h": ("I32", [1], struct.pack("<i", 9))}, pad)
+    tensors = SafeTensors(path)
+    assert {n: t.tolist() for n, t in tensors.items()} == {
+        "a": [[1, 2], [3, 4]], "b": [1.0, -2.0], "c": [1, 2, 255], "d": 0.5, "e": [-7],
+        "f": [False, True], "g": [], "h": [9]}
+    assert tensors["g"].shape == (0, 5) and tensors["b"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("header, data, message", [
+    ({"x": GOOD | {"data_offsets": [0, 20]}}, F, "tensor x: ends at byte 20 of the data, which has 16"),
+    ({"x": GOOD, "y": GOOD | {"data_offsets": [8, 24]}}, F + F[:8], "tensor y: .* overlaps another"),
+    ({"x": GOOD, "y": GOOD | {"data_offsets": [20, 36]}}, F + F + F[:4], "tensor y: .* a hole"),
+    ({"x": GOOD}, F + b"\0", "the tensors end at byte 16 of the data, which has 17"),
+    ({"x": GOOD | {"shape": [5]}}, F, r"tensor x: F32 \[5\] takes 20 bytes, data_offsets give 16"),
+    ({"x": GOOD | {"shape": [-4]}}, F, "tensor x: expected a shape"),
+    ({"x": GOOD | {"shape": [True, 4]}}, F, "tensor x: expected a shape"),
+    ({"x": GOOD | {"shape": [2**40, 2**40]}}, F, "tensor x: .* takes"),
+    ({"x": GOOD | {"dtype": "I4"}}, F, "tensor x: unsupported dtype 'I4'"),
+    ({"x": GOOD | {"dtype": ["F32"]}}, F, "tensor x: unsupported dtype"),
+    ({"x": GOOD | {"data_offsets": [16, 0]}}, F, "tensor x: expected data_offsets"),
+    ({"x": GOOD | {"data_offsets": [0]}}, F, "tensor x: expected data_offsets"),
+    ({"x": {"dtype": "F32"}}, F, "tensor x: expected dtype, shape and data_offsets"),
+    ({"x": 3}, F, "tensor x: expected dtype, shape and data_offsets"),
+    ([], F, "header: expected a JSON object, got list"),
+    (b"{nonsense", b"", "the header is not JSON"),
+    (b'{"x": 1, "x": 2}', b"", "a name occurs twice"),
+])
+def test_safetensors_refuses_a_bad_header(header, data, message, tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_header(path, header, data)
+    with pytest.raises(UserError, match=f"x.safetensors: .*{message}|x.safetensors: {message}"):
+        SafeTensors(path)
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "at least 8 bytes, got 0"), (b"\x08\0\0\0\0\0\0", "at least 8 bytes, got 7"),
+    (struct.pack("<Q", 100) + b"{}", "the header is said to be 100 bytes long and the file has 10"),
+    (b"\xff" * 16, "header is said to be"),
+])
+def test_safetensors_refuses_a_header_longer_than_the_file(content, message, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        SafeTensors(path)
+
+
+def test_load_model_survives_random_damage(tmp_path):
+    """A flipped byte gives a model or a UserError, never another exception."""
+    generator = random.Random(0)
+    for layout, file in (("meta", "consolidated.00.pth"), ("hf", "model.safetensors"),
+                         ("meta", "params.json"), ("hf", "config.json")):
+        folder = tmp_path / file
+        save_model(variant(n_layers=1), folder, layout)
+        content = (folder / file).read_bytes()
+        for _ in range(60):
+            damaged = bytearray(content)
+            where = generator.randrange(min(len(content), 4000) if generator.random() < .8
+                                        else len(content))
+            damaged[where] = generator.randrange(256)
+            (folder / file).write_bytes(damaged)
+            try:
+                load_model(folder)
+            except UserError as error:
+                assert file in str(error) or "config" in str(error) or "pth" in str(error)
+
+
+# Memory ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("layout", ["meta", "hf"])
+def test_load_model_needs_no_second_model(layout, tmp_path):
+    """Anonymous memory (mapped files are the system's to drop) grows by the model and one tensor."""
+    model = variant(dim=256, n_layers=6, vocab_size=8000, ffn_dim=1024)
+    save_model(model, tmp_path / "large", layout)
+    save_model(variant(), tmp_path / "small", layout)
+    size = sum(4 * p.numel() for p in model.parameters())
+    largest = max(4 * p.numel() for p in model.parameters())
+    script = f"""
+import threading, torch
+from fgrlhf.checkpoint import load_model
+torch.set_num_threads(1)
+def anonymous():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if "RssAnon" in line)
+peak, going = [0], [True]
+def watch():
+    while going[0]:
+        peak[0] = max(peak[0], anonymous())
+watcher = threading.Thread(target=watch)
+load_model({str(tmp_path / "small")!r})                     # imports and allocates what stays
+before = anonymous()
+watcher.start()
+model = load_model({str(tmp_path / "large")!r})
+going[0] = False
+watcher.join()
+print(max(peak[0], anonymous()) - before)
+"""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("needs /proc/self/status")
+    extra = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
+                               cwd=os.path.dirname(os.path.dirname(__file__))).stdout)
+    assert 0.9 * size < extra < size + largest + 2**20, (size, largest, extra)
+
+
+# Training states -------------------------------------------------------------------------------------
+
+def nested_state() -> dict:
+    generator = torch.Generator().manual_seed(3)
+    return {"step": 7, "loss": 0.1 + 0.2, "name": "é", "none": None, "flag": True, "raw": b"\0",
+            "rng": generator.get_state(), "betas": (0.9, 0.95), "empty": {}, "nan_free": [],
+            "optimizer": {"state": {0: {"step": torch.tensor(3.0), "m": torch.randn(3, 2)}}},
+            "half": [torch.randn(2).bfloat16(), torch.tensor([True]), torch.zeros(0)]}
+
+
+def test_save_state_round_trips_bit_exactly(tmp_path):
+    state = nested_state()
+    save_state(tmp_path / "state.pt", state)
+    loaded = load_state(tmp_path / "state.pt")
+    assert list(loaded) == list(state)
+    for key in ("step", "loss", "name", "none", "flag", "raw", "betas", "empty", "nan_free"):
+        assert loaded[key] == state[key] and type(loaded[key]) is type(state[key])
+    assert torch.equal(loaded["rng"], state["rng"])
+    assert torch.equal(loaded["optimizer"]["state"][0]["m"], state["optimizer"]["state"][0]["m"])
+    for a, b in zip(loaded["half"], state["half"]):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_save_state_resumes_a_generator_and_an_optimizer(tmp_path):
+    model = variant()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.tensor([[1, 2]])).sum().backward()
+    optimizer.step()
+    generator = torch.Generator().manual_seed(5)
+    save_state(tmp_path / "s", {"model": model.state_dict(), "adam": optimizer.state_dict(),
+                                "rng": generator.get_state()})
+    state = load_state(tmp_path / "s")
+    other = variant()
+    other.load_state_dict(state["model"])
+    fresh = torch.optim.AdamW(other.parameters())
+    fresh.load_state_dict(state["adam"])
+    again = torch.Generator()
+    again.set_state(state["rng"])
+    assert torch.equal(torch.rand(3, generator=generator), torch.rand(3, generator=again))
+    for m, o in ((model, optimizer), (other, fresh)):
+        o.zero_grad()
+        m(torch.tensor([[3, 4]])).square().sum().backward()
+        o.step()
+    assert same(model, other)
+
+
+def test_load_state_notices_any_flipped_byte(tmp_path):
+    """Most bytes of the file matter; a flip that changes what is loaded is always refused."""
+    path = tmp_path / "state.pt"
+    state = {"x": torch.arange(64.0), "n": 12345678}
+    save_state(path, state)
+    content, noticed = path.read_bytes(), 0
+    for where in range(0, len(content), 7):
+        path.write_bytes(content[:where] + bytes([content[where] ^ 0x10]) + content[where + 1:])
+        try:
+            loaded = load_state(path)
+            assert torch.equal(loaded["x"], state["x"]) and loaded["n"] == state["n"]
+        except UserError as error:
+            assert "state.pt: damaged" in str(error)
+            noticed += 1
+    assert noticed > len(content) / 7 / 4
+
+
+@pytest.mark.parametrize("keep", [0, 10, 500])
+def test_load_state_refuses_a_truncated_or_missing_file(keep, tmp_path):
+    path = tmp_path / "state.pt"
+    save_state(path, nested_state())
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match="state.pt: damaged"):
+        load_state(path)
+    path.unlink()
+    with pytest.raises(UserError, match="state.pt: no such training state"):
+        load_state(path)
+
+
+def test_load_state_executes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state": Code(), "sha256": ""}, "state.pt")
+    with pytest.raises(UserError, match="state.pt"):
+        load_state("state.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_save_state_names_what_it_cannot_hold(tmp_path):
+    with pytest.raises(TypeError, match=r"state\['a'\]\[1\]: expected a tensor.*got set"):
+        save_state(tmp_path / "s", {"a": [1, {2}]})
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_state_leaves_the_old_state_when_writing_fails(tmp_path, monkeypatch):
+    path = tmp_path / "state.pt"
+    save_state(path, {"n": 1})
+
+    def stop(saved, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        save_state(path, {"n": 2})
+    assert load_state(path) == {"n": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
