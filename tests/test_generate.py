@@ -1,0 +1,149 @@
+"""Generation: the golden text of llama2.c, batches against single texts, where texts end, the command."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fgrlhf.checkpoint import load_model, save_model
+from fgrlhf.config import parse, run
+from fgrlhf.generate import Config, continue_batch, generate, next_token
+from fgrlhf.model import LLaMAConfig, build
+from fgrlhf.tokenizer import train
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = LLaMAConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=272, ffn_dim=48,
+                    max_seq_len=32, tie_embeddings=True)
+
+
+def added(model, prompts, stop_ids=(), count=10, **options) -> list[list[int]]:
+    steps = list(continue_batch(model, prompts, stop_ids, count, **options))
+    return [[step[row] for step in steps if step[row] is not None] for row in range(len(prompts))]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = build(SMALL)
+    for p in model.parameters():                        # far from ties, far from one repeated token
+        p.data.mul_(5 if p.dim() == 2 else 1)
+    return model.double()
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = train(["hello world, hello there"] * 3, 272, path / "t.model")
+    save_model(copy.deepcopy(model).float(), path / "m", tokenizer=tokenizer)
+    return path / "m"
+
+
+@pytest.mark.parametrize("name", ["", "stories260K.bin"])
+def test_generate_prints_llama2cs_golden_text(name, data_dir):
+    folder = data_dir / "stories260K"
+    done = subprocess.run(
+        [sys.executable, "-m", "fgrlhf.generate", "--model", str(folder / name),
+         "--max-new-tokens", "200", "--temperature", "0"],
+        cwd=ROOT, capture_output=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.stdout == (folder / "greedy_200.txt").read_bytes()
+
+
+def test_continue_batch_equals_the_slow_loop(model):
+    prompt, expected = [5, 9, 200], []
+    for _ in range(10):
+        logits = model(torch.tensor([prompt + expected]))[0, -1]
+        expected.append(int(logits.argmax()))
+    assert added(model, [prompt], temperature=0.0) == [expected]
+
+
+def test_continue_batch_gives_each_prompt_what_it_gets_alone(model):
+    prompts = [[5], [9, 200, 3, 77, 5, 6], [9, 8], [1, 2, 3]]
+    alone = [added(model, [prompt], temperature=0.0)[0] for prompt in prompts]
+    assert added(model, prompts, temperature=0.0) == alone
+    stop = alone[1][4]
+    alone = [row[:row.index(stop)] if stop in row else row for row in alone]
+    assert added(model, prompts, (stop,), temperature=0.0) == alone
+    assert len(alone[1]) <= 4
+
+
+def test_continue_batch_ends_at_the_contexts_end(model):
+    rows = added(model, [[7] * 30, [7] * 3, [7] * 32], count=100, temperature=0.0)
+    assert [len(row) for row in rows] == [2, 29, 0]             # the context is 32
+    assert rows[1] == added(model, [[7] * 3], count=100, temperature=0.0)[0]
+
+
+def test_continue_batch_repeats_with_a_seed(model):
+    def draw(seed):
+        return added(model, [[3], [4]], temperature=1.5, generator=torch.Generator().manual_seed(seed))
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_next_token_samples_the_softmax_at_the_temperature():
+    logits = torch.tensor([1.0, 0.0, 2.0, -1.0])
+    uniform = (torch.arange(20000) + 0.5) / 20000                       # every quantile once
+    tokens = next_token(logits.expand(20000, 4), 0.7, 1.0, uniform.double())
+    expected = torch.softmax(logits.double() / 0.7, 0)
+    assert (torch.bincount(tokens, minlength=4) / 20000 - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("top_p, kept", [(0.01, {2}), (0.49, {2}), (0.51, {2, 0}), (0.79, {2, 0}),
+                                         (0.81, {2, 0, 3}), (0.97, {0, 1, 2, 3}), (1.0, {0, 1, 2, 3})])
+def test_next_token_keeps_the_fewest_tokens_that_sum_to_top_p(top_p, kept):
+    logits = torch.tensor([0.3, 0.05, 0.5, 0.15]).log()
+    uniform = (torch.arange(1000) + 0.5).double() / 1000
+    assert set(next_token(logits.expand(1000, 4), 1.0, top_p, uniform).tolist()) == kept
+
+
+def test_next_token_takes_the_argmax_at_temperature_0():
+    assert next_token(torch.tensor([[1.0, 3.0, 2.0]]), 0.0, 0.5, torch.tensor([0.99])).tolist() == [1]
+
+
+def printed(capsysbinary, *flags: str) -> bytes:
+    generate(parse(Config, list(flags)))
+    return capsysbinary.readouterr().out
+
+
+def test_generate_prints_prompt_and_continuation_alone(folder, capsysbinary):
+    text = "hello 😀\n  there▁"
+    flags = ("--model", str(folder), "--prompt", text, "--seed", "3", "--top-p", "0.9")
+    first = printed(capsysbinary, *flags, "--max-new-tokens", "5")
+    assert first.startswith(text.encode()) and first.endswith(b"\n")
+    assert first == printed(capsysbinary, *flags, "--max-new-tokens", "5")
+    assert printed(capsysbinary, *flags, "--max-new-tokens", "0") == text.encode() + b"\n"
+
+
+def test_generate_continues_each_line_of_a_file(folder, tmp_path, capsysbinary):
+    (tmp_path / "prompts.txt").write_bytes("hello\r\n\nthere 😀\nwor".encode())
+    flags = ("--model", str(folder), "--temperature", "0", "--max-new-tokens", "4")
+    alone = [printed(capsysbinary, *flags, "--prompt", p) for p in ("hello", "there 😀", "wor")]
+    for batch in ("1", "2", "3"):
+        assert printed(capsysbinary, *flags, "--prompts-file", str(tmp_path / "prompts.txt"),
+                       "--batch", batch) == b"".join(alone)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--temperature", "-1"), "--temperature: out of range"),
+    (("--temperature", "nan"), "--temperature: out of range"),
+    (("--top-p", "0"), "--top-p: out of range"),
+    (("--max-new-tokens", "-1"), "--max-new-tokens: out of range"),
+    (("--prompt", "hello " * 40), "the model's context is 32"),
+    (("--prompts-file", "nowhere.txt"), "nowhere.txt"),
+])
+def test_generate_refuses_in_one_line(flags, message, folder, capsysbinary):
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda: generate(parse(Config, ["--model", str(folder), *flags])))
+    out, err = capsysbinary.readouterr()
+    assert stopped.value.code == 2 and out == b""
+    assert message in err.decode() and err.count(b"\n") == 1
+
+
+def test_stories260k_reads_alike_from_our_own_folders(data_dir, tmp_path):
+    model = load_model(data_dir / "stories260K")
+    expected = added(model, [[1]], count=64, temperature=0.0)
+    for layout in ("meta", "hf"):
+        save_model(model, tmp_path / layout, layout)
+        assert added(load_model(tmp_path / layout), [[1]], count=64, temperature=0.0) == expected
