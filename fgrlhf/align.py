@@ -99,6 +99,7 @@ def align_words(original_text: str, edited_text: str, original_spans: Sequence[S
     what follows the last word never changes. A piece is changed if one of its words is. The pieces
     of matched words are unchanged even where case or punctuation differ; those whose lower-case
     texts `align` matches are paired, the others are in no pair.
+    Raises ValueError when a span exceeds its text.
     """
     words, edited_words = _words(original_text), _words(edited_text)
     moves = _word_moves([word.key for word in words], [word.key for word in edited_words])
@@ -196,7 +197,7 @@ def _best_path(moves: _Moves, m: int, edit_cost: int, run_cost: int) -> tuple[li
         outside_here, outside_below = outside[i], outside[i + 1]
         inside_here, inside_below = inside[i], inside[i + 1]
         match, substitute = (reaching & matches[i]) >> 1, (reaching & substitutes[i]) >> 1
-        delete, insert = reaching & deletes[i], 0           # these four: columns a move LEAVES
+        delete, insert = reaching & deletes[i], 0           # these four: columns such moves LEAVE
         reaching, todo = 0, match | substitute | delete
         while todo:
             j = todo.bit_length() - 1                       # from right to left
@@ -253,6 +254,10 @@ def _project(spans: Sequence[Span], words: list[_Word],
 
     kept: the positions in `words` of those that did not change.
     """
+    length = words[-1].start
+    if beyond := [span for span in spans if span[1] > length]:
+        raise ValueError(f"spans: expected ranges within the text's {length} characters, got "
+                         f"{beyond[0]}; pass the spans of this very text")
     changed, pieces = [], [[] for _ in words]
     first = 0
     for p, (start, end) in enumerate(spans):

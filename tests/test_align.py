@@ -1,4 +1,5 @@
-"""align: against every path on small inputs, a slow table on larger ones, by hand, and human error spans."""
+"""align: against all paths on small inputs, a slow table on larger ones, answers by hand, and the
+error spans that humans marked in real texts."""
 
 import json
 import random
@@ -51,7 +52,8 @@ def alignment_of(a, b, path) -> Alignment:
             pairs.append((i, j))
         i, j = i + STEPS[move][0], j + STEPS[move][1]
     return Alignment([i not in [p for p, _ in pairs] for i in range(len(a))],
-                     [j not in [q for _, q in pairs] for j in range(len(b))], pairs, count_edits(path))
+                     [j not in [q for _, q in pairs] for j in range(len(b))],
+                     pairs, count_edits(path))
 
 
 def random_pair(rng, alphabet, longest):
@@ -62,14 +64,14 @@ def edit_somewhere(rng, a, rate, vocabulary):
     """A copy of `a` with about rate * len(a) insertions, deletions and substitutions."""
     b = []
     for token in a:
-        kind = rng.random() / rate
-        b += [rng.randrange(vocabulary)] * (kind < 2 / 3)
-        b += [token] * (kind >= 1 or 1 / 3 <= kind < 2 / 3)     # <1/3 substituted, then inserted, deleted
+        kind = 3 * rng.random() / rate          # below 1 substitute, below 2 insert, below 3 delete
+        b += [rng.randrange(vocabulary)] * (kind < 2)
+        b += [token] * (1 <= kind < 2 or kind >= 3)
     return b
 
 
 def by_slow_table(a, b):
-    """The definition as a recursion over (i, j, in a run); its value is (edits, runs, order of moves)."""
+    """The definition as a recursion over (i, j, in a run); its value is (edits, runs, moves)."""
     @lru_cache(maxsize=None)
     def best(i, j, in_run):
         if (i, j) == (len(a), len(b)):
@@ -81,7 +83,7 @@ def by_slow_table(a, b):
             options.append((edits + edit, runs + (edit and not in_run), (ORDER.index(move), *rest)))
         return min(options)
 
-    for k in range(len(a) + len(b), -1, -8):                # fill from the end: recursion stays shallow
+    for k in range(len(a) + len(b), -1, -8):            # from the end: recursion stays shallow
         for i in range(max(0, k - len(b)), min(k, len(a)) + 1):
             best(i, k - i, False), best(i, k - i, True)
     return alignment_of(a, b, [ORDER[move] for move in best(0, 0, False)[2]])
@@ -96,14 +98,16 @@ def distance_by_plain_table(a, b):
     return row[-1]
 
 
-# -- token mode ------------------------------------------------------------------------------------------
+# -- token mode ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("alphabet, longest, cases", [(2, 5, 1500), (3, 5, 1500), (2, 6, 150), (5, 6, 150)])
+@pytest.mark.parametrize("alphabet, longest, cases",
+                         [(2, 5, 1500), (3, 5, 1500), (2, 6, 150), (5, 6, 150)])
 def test_align_is_the_first_of_all_paths_by_edits_runs_and_moves(alphabet, longest, cases):
     rng = random.Random(alphabet * longest)
     for _ in range(cases):
         a, b = random_pair(rng, alphabet, longest)
-        path = min(all_paths(a, b), key=lambda p: (count_edits(p), count_runs(p), [ORDER.index(x) for x in p]))
+        path = min(all_paths(a, b),
+                   key=lambda p: (count_edits(p), count_runs(p), [ORDER.index(x) for x in p]))
         assert align(a, b) == alignment_of(a, b, path), (a, b)
 
 
@@ -140,9 +144,9 @@ def test_align_is_consistent_beyond_the_machine_word():
     ("abc", "abbc", "...", "..x."),
     ("abcabc", "abc", "...xxx", "..."),                     # right-most of two deletions of one run
     ("axbxc", "abc", ".x.x.", "..."),                       # two runs cannot be one
-    ("ab", "bc", "xx", "xx"),                               # substituting twice is one run, shifting two
+    ("ab", "bc", "xx", "xx"),                               # two substitutions, one run
     ("aab", "ab", ".x.", ".."),
-    ("axyb", "abyb", ".x..", ".x.."),                       # not "match the b early": that costs more
+    ("axyb", "abyb", ".x..", ".x.."),                       # an early b would cost more
 ])
 def test_align_labels_by_hand(original, edited, changed, edited_changed):
     got = align(original, edited)
@@ -164,7 +168,7 @@ def test_align_counts_the_same_edits_and_runs_when_sides_or_directions_swap():
 
 
 def test_align_keeps_a_common_prefix():
-    """Claimed for porters: a match at the very start is always taken."""
+    """Follows from the definition, and lets a port strip it; stripping a suffix would be wrong."""
     rng = random.Random(2)
     for _ in range(500):
         a, b = random_pair(rng, 2, 10)
@@ -173,11 +177,11 @@ def test_align_keeps_a_common_prefix():
 
 def test_align_refuses_what_does_not_compare_as_ids():
     import torch
-    with pytest.raises(ValueError, match=r"edited_ids: expected a list of ids, got Tensor; pass ids.tolist"):
+    with pytest.raises(ValueError, match=r"edited_ids: expected a list of ids, got Tensor; pass"):
         align([1, 2], torch.tensor([1, 2]))
 
 
-# -- word mode -------------------------------------------------------------------------------------------
+# -- word mode -------------------------------------------------------------------------------------
 
 def spans_of(*pieces):
     """Half-open spans of pieces that concatenate to the text."""
@@ -195,15 +199,18 @@ def test_align_words_is_the_first_of_all_paths_by_cost_and_moves():
     for _ in range(1500):
         a, b = random_pair(rng, rng.choice([2, 3, 5]), 5)
         path = min(all_paths(a, b, substitution=False),
-                   key=lambda p: (count_edits(p) + 2 * count_runs(p), count_runs(p), [ORDER.index(x) for x in p]))
+                   key=lambda p: (count_edits(p) + 2 * count_runs(p), count_runs(p),
+                                  [ORDER.index(x) for x in p]))
         expected = alignment_of(a, b, path)
         got = align_pieces([f" {x}" for x in a] + [""], [f" {x}" for x in b] + [""])
-        assert got == Alignment(expected.original_changed + [False], expected.edited_changed + [False],
-                                expected.pairs + [(len(a), len(b))], expected.distance), (a, b)
+        assert got == Alignment(
+            expected.original_changed + [False], expected.edited_changed + [False],
+            expected.pairs + [(len(a), len(b))], expected.distance), (a, b)
 
 
 def test_align_words_changes_all_pieces_of_a_changed_word():
-    got = align_pieces(["The", " Ser", "gei", " sat", ".", ""], ["The", " Ser", "ena", " sat", ".", ""])
+    got = align_pieces(["The", " Ser", "gei", " sat", ".", ""],
+                       ["The", " Ser", "ena", " sat", ".", ""])
     assert got.original_changed == got.edited_changed == [False, True, True, False, False, False]
     assert got.pairs == [(0, 0), (3, 3), (4, 4), (5, 5)]
     assert got.distance == 2                                # a word deleted, a word inserted
@@ -216,7 +223,7 @@ def test_align_words_keeps_a_word_whose_case_or_punctuation_changed():
 
 
 def test_align_words_does_not_let_one_common_word_split_a_rewritten_passage():
-    """Keeping "of" costs 4 words and 2 runs, giving it up 6 words and 1 run: as much, in fewer runs."""
+    """Keeping "of" costs 4 words and 2 runs, giving it up 6 words and 1 run: the same, in fewer."""
     original = [" start", " one", " two", " of", " end"]
     edited = [" start", " of", " three", " four", " end"]
     assert align_pieces(original, edited).pairs == [(0, 0), (4, 4)]
@@ -234,7 +241,17 @@ def test_align_words_changes_a_piece_that_spans_a_changed_and_an_unchanged_word(
     assert got.pairs == [(0, 0), (2, 3)]
 
 
-@pytest.mark.parametrize("original, edited", [([], []), ([""], [""]), ([" ", ""], [""]), (["a", " ", ""], ["a", ""])])
+def test_align_words_pairs_no_piece_of_a_changed_word_when_it_begins_in_an_unchanged_one():
+    """" a w" stands for the words a and w on one side, for a and the new word way on the other."""
+    shorter, longer = [" a w", " z"], [" a w", "ay", " w", " z"]
+    got = align_pieces(shorter, longer)
+    assert got == ([False, False], [True, True, False, False], [(1, 3)], 1)
+    got = align_pieces(longer, shorter)
+    assert got == ([True, True, False, False], [False, False], [(3, 1)], 1)
+
+
+@pytest.mark.parametrize("original, edited", [
+    ([], []), ([""], [""]), ([" ", ""], [""]), (["a", " ", ""], ["a", ""])])
 def test_align_words_leaves_blanks_and_eos_unchanged(original, edited):
     got = align_pieces(original, edited)
     assert not any(got.original_changed) and not any(got.edited_changed)
@@ -242,16 +259,21 @@ def test_align_words_leaves_blanks_and_eos_unchanged(original, edited):
         assert got.pairs[-1] == (len(original) - 1, len(edited) - 1)
 
 
-# -- gap credit ------------------------------------------------------------------------------------------
+def test_align_words_refuses_spans_of_another_text():
+    with pytest.raises(ValueError, match=r"within the text's 3 characters, got \(3, 5\)"):
+        align_words("abc", "abc", [(0, 3)], [(0, 3), (3, 5)])
+
+
+# -- gap credit ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("original, edited, credited, edited_credited, pairs", [
     ("abc$", "abc$", [], [], [(0, 0), (1, 1), (2, 2), (3, 3)]),
-    ("abc$", "axc$", [1], [1], [(0, 0), (2, 2), (3, 3)]),           # a substitution has both sides
-    ("ac$", "abc$", [1], [1], [(0, 0), (2, 3)]),                    # insertion: c stands where b should
-    ("abc$", "ac$", [1], [1], [(0, 0), (3, 2)]),                    # deletion: c is what b should have been
-    ("ab$", "abxy$", [2], [2, 3], [(0, 0), (1, 1)]),                # stopped too early: EOS answers
+    ("abc$", "axc$", [1], [1], [(0, 0), (2, 2), (3, 3)]),    # a substitution has both sides
+    ("ac$", "abc$", [1], [1], [(0, 0), (2, 3)]),    # insertion: c stands where b should
+    ("abc$", "ac$", [1], [1], [(0, 0), (3, 2)]),    # deletion: c is what b should have been
+    ("ab$", "abxy$", [2], [2, 3], [(0, 0), (1, 1)]),    # stopped too early: EOS answers
     ("abxy$", "ab$", [2, 3], [2], [(0, 0), (1, 1)]),
-    ("ab", "abx", [], [2], [(0, 0), (1, 1)]),                       # no token after the gap
+    ("ab", "abx", [], [2], [(0, 0), (1, 1)]),    # no token after the gap
     ("abx", "ab", [2], [], [(0, 0), (1, 1)]),
     ("a$", "xa$", [0], [0], [(1, 2)]),
     ("abpq$", "axbyzq$", [1, 2], [1, 3, 4], [(0, 0), (3, 5), (4, 6)]),
@@ -267,12 +289,21 @@ def test_gap_credit_credits_nobody_at_gaps_when_told():
 
 def test_gap_credit_takes_the_first_piece_after_the_last_pair_in_word_mode():
     """"Next" is not paired with "ne"+"xt", and still is what stands where "and then" should."""
-    alignment = align_pieces(["word", " Next", " one"], ["word", " and", " then", " ne", "xt", " one"])
+    alignment = align_pieces(["word", " Next", " one"],
+                             ["word", " and", " then", " ne", "xt", " one"])
     assert alignment.pairs == [(0, 0), (2, 5)]
     assert gap_credit(alignment) == ([1], [1, 2], [(0, 0), (2, 5)])
 
 
-# -- real edits ------------------------------------------------------------------------------------------
+def test_gap_credit_leaves_an_unpaired_piece_alone_where_both_sides_changed():
+    """The comma that "word," lost is no gap token: foo and bar answer."""
+    alignment = align_pieces(["word", ",", " foo", " end"], ["word", " bar", " end"])
+    assert gap_credit(alignment) == ([2], [1], [(0, 0), (3, 2)])
+    alignment = align_pieces(["word", " bar", " end"], ["word", ",", " foo", " end"])
+    assert gap_credit(alignment) == ([1], [2], [(0, 0), (2, 3)])
+
+
+# -- real edits ------------------------------------------------------------------------------------
 
 def normalise(text, spans):
     """Single blanks, none outside; span offsets moved along."""
@@ -288,7 +319,7 @@ def normalise(text, spans):
 
 
 def test_changed_labels_agree_with_human_error_spans(data_dir):
-    """F1 of "piece changed" for "piece overlaps a human span", over all pieces of 400 corrections."""
+    """F1 of "piece changed" as "piece overlaps a human span", over all pieces of all records."""
     tokenizer = Tokenizer(data_dir / "llama_tokenizer" / "tokenizer.model")
     counts = {"token": [0, 0, 0], "word": [0, 0, 0]}        # both, changed, in a span
     for line in open(data_dir / "qa_feedback" / "edits.jsonl", encoding="utf-8"):
@@ -298,8 +329,8 @@ def test_changed_labels_agree_with_human_error_spans(data_dir):
         ids, edited_ids = tokenizer.encode(original), tokenizer.encode(edited)
         spans = tokenizer.spans(ids)
         wrong = [any(start < e and s < end for s, e in human) for start, end in spans]
-        for mode, got in (("token", align(ids, edited_ids)),
-                          ("word", align_words(original, edited, spans, tokenizer.spans(edited_ids)))):
+        by_word = align_words(original, edited, spans, tokenizer.spans(edited_ids))
+        for mode, got in (("token", align(ids, edited_ids)), ("word", by_word)):
             counts[mode][0] += sum(c and w for c, w in zip(got.original_changed, wrong))
             counts[mode][1] += sum(got.original_changed)
             counts[mode][2] += sum(wrong)
