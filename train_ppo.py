@@ -36,7 +36,7 @@ from fgrlhf.judge import OracleJudge, answers
 from fgrlhf.ppo import check_first_ratio, kl_estimates, policy_loss, value_loss
 from fgrlhf.readers import read_prompts
 from fgrlhf.reward import RewardModel, load_reward
-from fgrlhf.rollout import Rollout, locate, sample, score, unflatten
+from fgrlhf.rollout import Rollout, by_length, in_groups, locate, sample, score, unflatten
 from fgrlhf.run import Optimizer, Run, batches, generator, pick_device
 
 
@@ -54,7 +54,8 @@ class Config:
     temperature: float = arg(1.0, help="of sampling, scoring and updating alike")
     epochs: int = arg(2, help="passes over each batch of rollouts")
     minibatches: int = arg(2, help="updates a pass")
-    microbatch: int = arg(0, help="sequences a forward pass, for memory; 0 takes the whole minibatch")
+    microbatch: int = arg(16, help="sequences a forward pass, of similar length; changes memory and speed "
+                                   "alone; 0 takes the whole minibatch")
     lr: float = arg(6e-4, help="Adam's learning rate, constant after warm-up")
     warmup: int = arg(5, help="warm-up steps")
     clip_eps: float = arg(0.2, help="clip of the ratio, and of the critic's change")
@@ -110,8 +111,7 @@ def update(config: Config, policy, critic, optimizers, rollout: Rollout, advanta
         totals: dict[str, float] = {}
         for number, rows in enumerate(batches(B, size, config.seed, iteration * config.epochs + epoch)):
             tokens = int(mask[rows].sum())
-            micro = config.microbatch or len(rows)
-            for part in (torch.tensor(rows[i:i + micro]) for i in range(0, len(rows), micro)):
+            for part in by_length(rollout.sequences, rows, config.microbatch):
                 sequences = rollout.sequences.rows(part)
                 T = int(sequences.response_lengths.max())
                 cut = lambda x: x[part, :T]
@@ -128,7 +128,7 @@ def update(config: Config, policy, critic, optimizers, rollout: Rollout, advanta
                     loss.backward()
                     statistics["ppo/value_loss"] = loss
                 for name, value in statistics.items():
-                    totals[name] = totals.get(name, 0.0) + float(value) / config.minibatches
+                    totals[name] = totals.get(name, 0.0) + value.item() / config.minibatches
             for name, optimizer in optimizers.items():
                 totals[f"ppo/gradient_norm_{name}"] = optimizer.step()
             if config.max_kl and totals["ppo/kl_k3"] > config.max_kl:
@@ -189,10 +189,10 @@ def train(config: Config) -> None:
                          config.temperature, generator(config.seed, "rollout", iteration))
         sequences, mask = rollout.sequences, rollout.sequences.response_mask
         # 2. reference and reward, one pass each
-        with torch.no_grad():
-            logp_ref = score(ref, sequences, config.temperature)
-            rewards = reward_model.ppo_rewards(sequences)
-            values = critic(sequences) if critic is not None else None
+        once = lambda function: in_groups(function, sequences, config.microbatch)
+        logp_ref = once(lambda part: score(ref, part, config.temperature))
+        rewards = once(reward_model.ppo_rewards)
+        values = once(critic) if critic is not None else None
         # 3. and 4.
         penalised = penalise_kl(rewards, rollout.logp_old, logp_ref, mask, config.beta)
         advantages, returns = advantages_of(config, penalised, values, mask)

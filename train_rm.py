@@ -50,9 +50,10 @@ class Config:
     token_weight: float = arg(1.0, help="weight of the per-token logistic term; 0 is the paper's loss")
     logp_feature: bool = arg(False, help="add a * logp_t to the head (not in the paper)")
     likelihood: bool = arg(False, help="control: no training, the model's own log-likelihood as reward")
-    epochs: int = arg(3, help="passes over the data")
+    epochs: int = arg(6, help="passes over the data")
     batch: int = arg(16, help="pairs a step")
-    lr: float = arg(6e-4, help="Adam's peak learning rate: warm-up, then linear to 0")
+    lr: float = arg(3e-3, help="Adam's peak learning rate: warm-up, then linear to 0")
+    muon_lr: float = arg(0.0, help="Muon's learning rate for the trunk's matrices; 0 gives them to Adam")
     warmup: int = arg(10, help="warm-up steps")
     seed: int = arg(0, help="seed of head, data order, folds and calibration samples")
     save_every: int = arg(200, help="steps between training states for --resume")
@@ -118,7 +119,7 @@ def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: 
     lengths = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in examples]
     per_epoch = -(-len(examples) // config.batch)
     steps = config.epochs * per_epoch
-    optimizer = Optimizer(model, config.lr, config.warmup, steps)
+    optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr)
     resumable = config.folds == 0
     if resumable:
         log.restore(model=model, optimizer=optimizer)

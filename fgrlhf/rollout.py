@@ -5,6 +5,7 @@ position before it; whatever belongs to token t itself (its reward) is read at i
 and response ids are concatenated, never re-tokenised, and padding is on the right, so masks are lengths.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,14 @@ class Located(NamedTuple):
     target: Tensor              # [N] the token's id
 
 
+def by_length(sequences: Sequences, rows: list[int], size: int) -> list[Tensor]:
+    """`rows` in groups of at most `size` (0: all), of similar length so that little of a group is padding."""
+    total = (sequences.prompt_lengths + sequences.response_lengths).tolist()
+    rows = sorted(rows, key=lambda row: total[row])
+    size = size or len(rows)
+    return [torch.tensor(rows[i:i + size]) for i in range(0, len(rows), size)]
+
+
 def locate(sequences: Sequences) -> Located:
     """Index vectors for the real response tokens; everything per token is gathered with them."""
     row, step = sequences.response_mask.nonzero(as_tuple=True)
@@ -83,6 +92,17 @@ def score(model: LLaMA, sequences: Sequences, temperature: float = 1.0) -> Tenso
     at = locate(sequences)
     hidden = model.hidden(sequences.tokens)[at.row, at.position - 1]             # [N, D]
     return unflatten(linear_logp.fused(hidden, model.head, at.target, temperature).logp, at, sequences)
+
+
+@torch.no_grad()
+def in_groups(function: Callable[[Sequences], Tensor], sequences: Sequences, size: int) -> Tensor:
+    """function(sequences) -> [B, T], computed a group of similar length at a time."""
+    B, T = len(sequences.tokens), int(sequences.response_lengths.max())
+    result = torch.zeros(B, T, device=sequences.tokens.device)
+    for rows in by_length(sequences, list(range(B)), size):
+        part = function(sequences.rows(rows))
+        result[rows, :part.shape[1]] = part
+    return result
 
 
 @torch.no_grad()

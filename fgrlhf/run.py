@@ -115,9 +115,12 @@ class Run:
     def __init__(self, config, tokenizer_hash: str = ""):
         self.folder, self.config, self.hash = Path(config.out), config, tokenizer_hash
         self.state, self.seconds = None, 0.0
-        if (self.folder / "done.json").exists():
-            raise UserError(f"{self.folder}: holds a finished run; choose another --out or remove it")
         written = configuration.to_json(config)
+        if (self.folder / "done.json").exists():
+            if config.resume and (self.folder / "config.json").read_text() == written:
+                print(f"{self.folder}: already complete")
+                raise SystemExit(0)
+            raise UserError(f"{self.folder}: holds a finished run; choose another --out or remove it")
         if config.resume:
             self._restore(json.loads(written))
         elif (self.folder / "metrics.jsonl").exists():
@@ -132,23 +135,25 @@ class Run:
 
     def _restore(self, config: dict) -> None:
         path = self.folder / "state.pt"
-        if not path.exists():
-            return                                              # killed before the first checkpoint
-        self.state = load_state(path)
-        for field, value in json.loads(self.state["config"]).items():
-            if field not in ("resume", "out", "device") and config.get(field) != value:
-                raise UserError(f"{path}: --resume needs the same --{field.replace('_', '-')}: the run "
-                                f"was started with {value!r}, got {config.get(field)!r}")
-        if self.state["tokenizer"] != self.hash:
-            raise UserError(f"{path}: --resume needs the same tokenizer; the run was started with another")
-        self.seconds = self.state["seconds"]
+        if path.exists():
+            self.state = load_state(path)
+            for field, value in json.loads(self.state["config"]).items():
+                if field not in ("resume", "out", "device") and config.get(field) != value:
+                    raise UserError(f"{path}: --resume needs the same --{field.replace('_', '-')}: the run "
+                                    f"was started with {value!r}, got {config.get(field)!r}")
+            if self.state["tokenizer"] != self.hash:
+                raise UserError(f"{path}: --resume needs the same tokenizer; the run was started with "
+                                "another")
+            self.seconds = self.state["seconds"]
         for name in ("metrics.jsonl", "timing.jsonl"):
-            self._cut(self.folder / name, self.state["step"])
+            self._cut(self.folder / name, self.step)
 
     @staticmethod
     def _cut(path: Path, step: int) -> None:
         """Drop the lines that were written after the restored step, a torn one among them."""
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        if not path.exists():
+            return
+        lines = path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         write_atomic(path, "".join(kept).encode())
 

@@ -207,10 +207,15 @@ def split_of(prompt: str) -> str:
     return ("test", "dev", *["train"] * 6)[zlib.crc32(prompt.encode()) % 8]
 
 
+def compare_errors(world: World, prompt: str, first: str, second: str) -> int:
+    """Errors of the first answer minus errors of the second."""
+    return len(world.errors(prompt, first)) - len(world.errors(prompt, second))
+
+
 def prefer(world: World, prompt: str, first: str, second: str, rng: random.Random,
            noise: float = 0.0) -> int:
     """The annotator: 1 or 2, whichever answer has fewer errors; a share `noise` of labels is a coin toss."""
-    difference = len(world.errors(prompt, first)) - len(world.errors(prompt, second))
+    difference = compare_errors(world, prompt, first, second)
     if difference == 0 or rng.random() < noise:
         return rng.choice((1, 2))
     return 1 if difference < 0 else 2
@@ -263,6 +268,7 @@ class AnnotateConfig:
     noise: float = arg(0.0, help="share of preference labels replaced by a fair coin (AlpacaFarm: 0.5)")
     miss: float = arg(0.0, help="probability that the editor overlooks an error")
     needless: float = arg(0.0, help="probability of one swapped synonym in an edit")
+    skip_ties: bool = arg(False, help="leave out pairs with equally many errors (for evaluation only)")
     spans: bool = arg(False, help="write the oracle's error spans into edits.jsonl (for evaluation only)")
 
 
@@ -303,7 +309,8 @@ def annotate(config: AnnotateConfig) -> None:
         prompt, texts = first.instruction, (first.output, second.output)
         better = prefer(world, prompt, *texts, rng, config.noise)
         chosen, rejected = texts[better - 1], texts[2 - better]
-        if chosen != rejected and chosen and rejected:
+        tied = config.skip_ties and compare_errors(world, prompt, *texts) == 0
+        if chosen != rejected and chosen and rejected and not tied:
             pairs.append(edits.Pair(f"pair-{i}", prompt, chosen, rejected, annotator="simulated"))
         mended = minimal_edit(world, prompt, rejected, rng, config.miss, config.needless)
         if rejected and mended != rejected:

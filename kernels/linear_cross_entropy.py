@@ -2,7 +2,7 @@
 
     logp_t = log softmax(h_t W^T)[y_t]
     L      = -1/M sum_t w_t logp_t               w_t a mask or a weight,  M = sum_t w_t by default
-    dL/dlogp_t = -w_t / M                        known before the first logit: linear_logp.gradients
+    dL/dlogp_t = -w_t / M                        known before the first logit: three_matmuls.py
 
 Why not torch.nn.functional.linear_cross_entropy: torch 2.13 has it (2.11 does not) and with a chunk
 size it also stays at three matmuls, but it takes a weight per class and none per token, and it is
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels import linear_logp
+from kernels.three_matmuls import check, gradients, hand_over, wide
 
 
 class CrossEntropy(NamedTuple):
@@ -43,9 +44,7 @@ def fused(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None 
     better not passed: it costs as much as any. The gradients are handed over, not copied: a second
     backward raises RuntimeError. Raises ValueError on shapes that do not fit.
     """
-    linear_logp.check(hidden, head, targets, 1.0)
-    if weights is not None and weights.shape != targets.shape:
-        raise ValueError(f"weights: expected (N,) = {tuple(targets.shape)}, got {tuple(weights.shape)}")
+    check(hidden, head, 1.0, targets=targets, weights=weights)
     if not torch.is_grad_enabled():
         hidden, head = hidden.detach(), head.detach()              # or forward would make gradients
     weights = weights_of(weights, hidden)
@@ -59,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         def slope(rows, logp):
             return weights[rows] / -denominator
 
-        made = linear_logp.gradients(hidden, head, targets, 1.0, slope, ctx.needs_input_grad[:2])
+        made = gradients(hidden, head, targets, 1.0, slope, ctx.needs_input_grad[:2])
         ctx.made = [made.hidden, made.head]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(made.logp)
@@ -68,12 +67,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
-        return *linear_logp.hand_over(ctx, grad_loss), None, None, None
+        return *hand_over(ctx, grad_loss), None, None, None
 
 
 def weights_of(weights: Tensor | None, hidden: Tensor) -> Tensor:
     """[N] in float32 at least; 1 for each token where none are given."""
-    dtype = linear_logp.wide(hidden)
+    dtype = wide(hidden)
     return hidden.new_ones(len(hidden), dtype=dtype) if weights is None else weights.detach().to(dtype)
 
 

@@ -7,7 +7,7 @@ dL/dlogp_t is known as soon as logp_t is (clipped_surrogate.py):
 
     g_t = -1/M rho_t A_t  where the unclipped term is the smaller one, else 0
 
-so dL/dh and dL/dW are finished chunk by chunk while its logits are there (linear_logp.py), and
+so dL/dh and dL/dW are finished chunk by chunk while its logits are there (three_matmuls.py), and
 backward only multiplies them by the scalar it is given. Log-probabilities whose backward makes the
 logits again need a fourth matmul; the reference needs three and keeps N V logits twice.
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels import clipped_surrogate, linear_logp
+from kernels.three_matmuls import check, gradients, hand_over
 
 
 class PPOLoss(NamedTuple):
@@ -52,10 +53,7 @@ def fused(hidden: Tensor, head: Tensor, targets: Tensor, logp_old: Tensor, advan
     whole minibatch, None = N. With N = 0 loss and gradients are 0. The gradients are handed over, not
     copied: a second backward raises RuntimeError. Raises ValueError on shapes that do not fit.
     """
-    linear_logp.check(hidden, head, targets, temperature)
-    for name, x in (("logp_old", logp_old), ("advantages", advantages)):
-        if x.shape != targets.shape:
-            raise ValueError(f"{name}: expected (N,) = {tuple(targets.shape)}, got {tuple(x.shape)}")
+    check(hidden, head, temperature, targets=targets, logp_old=logp_old, advantages=advantages)
     denominator = max(len(hidden), 1) if denominator is None else denominator
     if not torch.is_grad_enabled():
         hidden, head = hidden.detach(), head.detach()              # or forward would make gradients
@@ -71,7 +69,7 @@ class _LinearPPO(torch.autograd.Function):
                 logp - logp_old[rows], advantages[rows], clip_eps)
             return by_log_ratio / -denominator
 
-        made = linear_logp.gradients(hidden, head, targets, temperature, slope,
+        made = gradients(hidden, head, targets, temperature, slope,
                                      ctx.needs_input_grad[:2])
         ctx.made = [made.hidden, made.head]
         log_ratio = made.logp - logp_old
@@ -86,4 +84,4 @@ class _LinearPPO(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
-        return *linear_logp.hand_over(ctx, grad_loss), *[None] * 6
+        return *hand_over(ctx, grad_loss), *[None] * 6
