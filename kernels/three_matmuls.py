@@ -1,0 +1,146 @@
+"""Losses of log-probabilities from hidden states, forward and backward, in three matmuls.
+
+    z_ij   = h_i . W_j / temperature                       logits                          [N, V]
+    logp_i = z_i,y(i) - log sum_j exp z_ij                 y(i) the token that was chosen  [N]
+
+For any loss whose slope g_i = dL/dlogp_i is known once logp is (PPO's clipped loss, cross-entropy, or
+anything at all in its own backward), with p_ij = exp(z_ij - logsumexp_i) and q = p - onehot(y):
+
+    dL/dz = -g q                                           [n, V]
+    dL/dh = -g (q W) / temperature                         [n, D], the second matmul
+    dL/dW = -q^T (g h) / temperature                       [V, D], the third
+    entropy_i = -logp_i - h_i . (q W)_i / temperature      read off the second for N D work
+
+`gradients` walks the tokens in chunks and makes all of it while a chunk's logits are there. g
+multiplies [n, D] tensors only, and so does the normaliser: a chunk [n, V] is written by its matmul,
+turned into 2^(z - max z) in place, lowered by its sum at the target, and read by two matmuls.
+
+Logits are held in bits, z / ln 2 (a factor the matmul applies for nothing): on a CPU 2^x costs a third
+of e^x. Reductions are in float32 at least, float64 stays float64.
+
+Cost: 3 matmuls of 2 N D V. Memory: the gradients, one chunk of logits; in half precision also that
+chunk in float32 and grad_head in float32, since a sum over chunks must not round at each.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LN2 = 0.6931471805599453          # nats in a bit
+CHUNK = 256                       # tokens a chunk, at least
+LOGITS = 2**20, 2**28             # logits a chunk may always have: 4 MiB of float32 on a CPU, else 1 GiB
+COLUMNS = 512                     # CPU: vocabulary columns that one matmul writes
+CACHED = 2**18                    # CPU: logits exponentiated at once, 1 MiB of float32
+
+
+class Gradients(NamedTuple):
+    logp: Tensor                  # [N] nats
+    entropy: Tensor | None        # [N] nats; None where no gradient for hidden is asked for
+    hidden: Tensor | None         # [N, D] dL/dhidden, in the dtype of hidden
+    head: Tensor | None           # [V, D] dL/dhead, in the dtype of head
+
+
+@torch.no_grad()
+def gradients(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float,
+              slope: Callable[[slice, Tensor], Tensor], needs: tuple[bool, bool]) -> Gradients:
+    """All of the above for slope(rows, logp[rows]) -> dL/dlogp [n]; needs: (hidden, head)."""
+    n = len(hidden)
+    logp = hidden.new_empty(n, dtype=wide(hidden))
+    entropy = torch.empty_like(logp) if needs[0] else None
+    grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else None
+    grad_head = head.new_empty(head.shape, dtype=wide(head)) if needs[1] else None
+    if needs[1] and n == 0:
+        grad_head.zero_()
+    for rows, bits in chunks(hidden, head, temperature):
+        h, y = hidden[rows], targets[rows, None]
+        chosen = bits.gather(-1, y)                                                     # [n, 1]
+        top, total = exponentiate_(bits)                                                # [n, 1]
+        torch.mul(chosen - top - total.log2(), LN2, out=logp[rows, None])
+        g = slope(rows, logp[rows])[:, None] / -temperature                             # [n, 1]
+        bits.scatter_add_(-1, y, -total)                                                # q total
+        if bits.dtype != head.dtype:                # the range of a half may not hold `total`
+            bits, total = (bits / total).to(head.dtype), torch.ones_like(total)
+        g = g / total
+        if needs[0]:
+            back = bits @ head                                                          # [n, D]
+            inner = (h * back).sum(-1, keepdim=True, dtype=logp.dtype) / total
+            torch.sub(inner[:, 0] / -temperature, logp[rows], out=entropy[rows])
+            torch.mul(back, g, out=grad_hidden[rows])
+        if needs[1]:
+            add_(grad_head, bits.T, (h * g).to(head.dtype), first=rows.start == 0)
+    return Gradients(logp, entropy, grad_hidden, grad_head.to(head.dtype) if needs[1] else None)
+
+
+def add_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a @ b, or total = a @ b the first time; `total` may be wider than a and b."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
+    else:
+        total.copy_(a @ b) if first else total.add_(a @ b)
+
+
+def hand_over(ctx, grad_loss: Tensor | None) -> list[Tensor | None]:
+    """The gradients that forward left in ctx.made, times grad_loss, in place; a second call raises."""
+    if ctx.made is None:
+        raise RuntimeError("backward was called twice: this loss makes its gradients in forward and "
+                           "hands them over once; compute the loss again")
+    made, ctx.made = ctx.made, None
+    if grad_loss is None:
+        return [None for _ in made]
+    if grad_loss.device.type == "cpu" and grad_loss == 1:        # on an accelerator a look would wait
+        return made
+    return [None if x is None else x.mul_(grad_loss) for x in made]
+
+
+def chunks(hidden: Tensor, head: Tensor, temperature: float):
+    """(rows, logits [n, V] in bits) for slices of the tokens, about equal; one buffer serves them all."""
+    n, v = len(hidden), len(head)
+    most = max(CHUNK, LOGITS[hidden.device.type != "cpu"] // v)
+    size = -(-n // max(1, -(-n // most)))
+    buffer = hidden.new_empty(size, v)
+    columns = COLUMNS if hidden.device.type == "cpu" else v
+    for start in range(0, n, max(1, size)):
+        rows = slice(start, min(start + size, n))
+        bits = buffer[:rows.stop - start]
+        for part, words in zip(bits.split(columns, 1), head.split(columns)):
+            logits_(part, hidden[rows], words, temperature)
+        yield rows, bits.to(wide(bits))
+
+
+def logits_(out: Tensor, hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
+    """out [n, v] = hidden head^T / (temperature ln 2), in place."""
+    return torch.addmm(out, hidden, head.T, beta=0, alpha=1 / (temperature * LN2), out=out)
+
+
+def exponentiate_(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """bits [n, V] -> 2^(bits - top) in place, a few rows at a time to stay in the cache.
+
+    Returns the rows' largest logits `top` and their new sums `total`, [n, 1] each.
+    """
+    top, total = (bits.new_empty(len(bits), 1) for _ in range(2))
+    size = max(1, CACHED // bits.shape[1]) if bits.device.type == "cpu" else max(1, len(bits))
+    for x, x_top, x_total in zip(bits.split(size), top.split(size), total.split(size)):
+        torch.amax(x, -1, keepdim=True, out=x_top)
+        torch.sum(x.sub_(x_top).exp2_(), -1, keepdim=True, out=x_total)
+    return top, total
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """float32 at least: the dtype of every reduction."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def check(hidden: Tensor, head: Tensor, temperature: float, **per_token: Tensor | None) -> None:
+    """Raises ValueError naming what does not fit; per_token: tensors that must be [N]."""
+    if hidden.ndim != 2 or head.ndim != 2 or head.shape[1] != hidden.shape[1] or not len(head):
+        raise ValueError(f"hidden, head: expected (N, D) and (V, D) with V > 0, got "
+                         f"{tuple(hidden.shape)} and {tuple(head.shape)}")
+    if hidden.dtype != head.dtype or not hidden.is_floating_point():
+        raise ValueError(f"hidden, head: expected one floating dtype, got {hidden.dtype}, {head.dtype}")
+    for name, x in per_token.items():
+        if x is not None and x.shape != hidden.shape[:1]:
+            raise ValueError(f"{name}: expected (N,) = ({len(hidden)},), got {tuple(x.shape)}")
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected > 0, got {temperature}")
