@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels import linear_logp
-from kernels.three_matmuls import check, gradients, hand_over, wide
+from kernels.three_matmuls import check, sum_of_terms, wide
 
 
 class CrossEntropy(NamedTuple):
@@ -41,33 +41,14 @@ def fused(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None 
     hidden [N, D] and head [V, D] of one floating dtype; targets [N] int64; weights [N]: a bool mask
     (True = counted) or floats, None = all 1; denominator: weight of the whole minibatch, None = that
     of these tokens. With weight 0 in all, loss and gradients are 0. A token known to be masked is
-    better not passed: it costs as much as any. The gradients are handed over, not copied: a second
-    backward raises RuntimeError. Raises ValueError on shapes that do not fit.
+    better not passed: it costs as much as any. A first backward costs nothing; a second one (with
+    retain_graph) makes the gradients again. Raises ValueError on what does not fit.
     """
     check(hidden, head, 1.0, targets=targets, weights=weights)
-    if not torch.is_grad_enabled():
-        hidden, head = hidden.detach(), head.detach()              # or forward would make gradients
     weights = weights_of(weights, hidden)
-    denominator = total(weights) if denominator is None else denominator
-    return CrossEntropy(*_LinearCrossEntropy.apply(hidden, head, targets, weights, denominator))
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, head, targets, weights, denominator):
-        def slope(rows, logp):
-            return weights[rows] / -denominator
-
-        made = gradients(hidden, head, targets, 1.0, slope, ctx.needs_input_grad[:2])
-        ctx.made = [made.hidden, made.head]
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(made.logp)
-        return (made.logp * weights).sum() / -denominator, made.logp
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, *_):
-        return *hand_over(ctx, grad_loss), None, None, None
+    share = weights / -(total(weights) if denominator is None else denominator)          # [N]
+    return CrossEntropy(*sum_of_terms(hidden, head, targets, 1.0,
+                                      lambda rows, logp: (share[rows] * logp, share[rows]))[:2])
 
 
 def weights_of(weights: Tensor | None, hidden: Tensor) -> Tensor:

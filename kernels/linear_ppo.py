@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels import clipped_surrogate, linear_logp
-from kernels.three_matmuls import check, gradients, hand_over
+from kernels.three_matmuls import check, sum_of_terms
 
 
 class PPOLoss(NamedTuple):
@@ -50,38 +50,18 @@ def fused(hidden: Tensor, head: Tensor, targets: Tensor, logp_old: Tensor, advan
 
     hidden [N, D] and head [V, D] of one floating dtype; targets [N] int64; logp_old [N] nats;
     advantages [N]; clip_eps > 0; temperature > 0, the one of sampling; denominator: tokens of the
-    whole minibatch, None = N. With N = 0 loss and gradients are 0. The gradients are handed over, not
-    copied: a second backward raises RuntimeError. Raises ValueError on shapes that do not fit.
+    whole minibatch, None = N. With N = 0 loss and gradients are 0. A first backward costs nothing; a
+    second one (with retain_graph) makes the gradients again. Raises ValueError on what does not fit.
     """
     check(hidden, head, temperature, targets=targets, logp_old=logp_old, advantages=advantages)
+    logp_old, advantages = logp_old.detach(), advantages.detach()
     denominator = max(len(hidden), 1) if denominator is None else denominator
-    if not torch.is_grad_enabled():
-        hidden, head = hidden.detach(), head.detach()              # or forward would make gradients
-    return PPOLoss(*_LinearPPO.apply(hidden, head, targets, logp_old.detach(), advantages.detach(),
-                                     clip_eps, temperature, denominator))
 
+    def term(rows, logp):
+        value, slope = clipped_surrogate.objective(logp - logp_old[rows], advantages[rows], clip_eps)
+        return value / -denominator, slope / -denominator
 
-class _LinearPPO(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, head, targets, logp_old, advantages, clip_eps, temperature, denominator):
-        def slope(rows, logp):
-            _, by_log_ratio = clipped_surrogate.objective(
-                logp - logp_old[rows], advantages[rows], clip_eps)
-            return by_log_ratio / -denominator
-
-        made = gradients(hidden, head, targets, temperature, slope,
-                                     ctx.needs_input_grad[:2])
-        ctx.made = [made.hidden, made.head]
-        log_ratio = made.logp - logp_old
-        value, _ = clipped_surrogate.objective(log_ratio, advantages, clip_eps)
-        entropy = made.logp.new_tensor(float("nan")) if made.entropy is None else made.entropy.sum()
-        out = (value.sum() / -denominator, made.logp,
-               *clipped_surrogate.statistics(log_ratio, clip_eps, denominator), entropy / denominator)
-        ctx.mark_non_differentiable(*out[1:])
-        ctx.set_materialize_grads(False)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, *_):
-        return *hand_over(ctx, grad_loss), *[None] * 6
+    loss, logp, entropy = sum_of_terms(hidden, head, targets, temperature, term)
+    entropy = logp.new_tensor(float("nan")) if entropy is None else entropy.sum() / denominator
+    return PPOLoss(loss, logp, *clipped_surrogate.statistics(logp - logp_old, clip_eps, denominator),
+                   entropy)

@@ -3,8 +3,8 @@
     z_ij   = h_i . W_j / temperature                       logits                          [N, V]
     logp_i = z_i,y(i) - log sum_j exp z_ij                 y(i) the token that was chosen  [N]
 
-For any loss whose slope g_i = dL/dlogp_i is known once logp is (PPO's clipped loss, cross-entropy, or
-anything at all in its own backward), with p_ij = exp(z_ij - logsumexp_i) and q = p - onehot(y):
+For any loss L = sum_i f_i(logp_i) the slope g_i = dL/dlogp_i is known once logp_i is (PPO's clipped loss,
+cross-entropy; anything at all in its own backward). With p_ij = exp(z_ij - logsumexp_i), q = p - onehot(y):
 
     dL/dz = -g q                                           [n, V]
     dL/dh = -g (q W) / temperature                         [n, D], the second matmul
@@ -18,8 +18,8 @@ turned into 2^(z - max z) in place, lowered by its sum at the target, and read b
 Logits are held in bits, z / ln 2 (a factor the matmul applies for nothing): on a CPU 2^x costs a third
 of e^x. Reductions are in float32 at least, float64 stays float64.
 
-Cost: 3 matmuls of 2 N D V. Memory: the gradients, one chunk of logits; in half precision also that
-chunk in float32 and grad_head in float32, since a sum over chunks must not round at each.
+Cost: 3 matmuls of 2 N D V (1 without gradient). Memory: the gradients, one chunk of logits; in half
+precision also that chunk in float32 and grad_head in float32: a sum over chunks must not round at each.
 """
 
 from collections.abc import Callable
@@ -33,6 +33,55 @@ CHUNK = 256                       # tokens a chunk, at least
 LOGITS = 2**20, 2**28             # logits a chunk may always have: 4 MiB of float32 on a CPU, else 1 GiB
 COLUMNS = 512                     # CPU: vocabulary columns that one matmul writes
 CACHED = 2**18                    # CPU: logits exponentiated at once, 1 MiB of float32
+
+
+Term = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+
+
+def sum_of_terms(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float,
+                 term: Term) -> tuple[Tensor, Tensor, Tensor | None]:
+    """L = sum_i f_i(logp_i), with term(rows, logp [n]) -> f [n], df/dlogp [n] for a slice of the tokens.
+
+    Returns (L with its gradient, logp [N], entropy [N]). Forward makes the gradients, the first backward
+    scales them by the number it is given and hands them over uncopied; a second one (with
+    retain_graph) makes them again.
+    """
+    if not torch.is_grad_enabled():
+        hidden, head = hidden.detach(), head.detach()                # or forward would make gradients
+    return _SumOfTerms.apply(hidden, head, targets, temperature, term)
+
+
+class _SumOfTerms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, targets, temperature, term):
+        ctx.save_for_backward(hidden, head, targets)
+        ctx.others = temperature, term
+        ctx.set_materialize_grads(False)
+        losses = []
+
+        def slope(rows, logp):
+            values, slopes = term(rows, logp)
+            losses.append(values.sum())
+            return slopes
+
+        made = gradients(hidden, head, targets, temperature, slope, ctx.needs_input_grad[:2])
+        ctx.made = made.hidden, made.head
+        ctx.mark_non_differentiable(*(x for x in made[:2] if x is not None))
+        return torch.stack(losses).sum() if losses else made.logp.sum(), made.logp, made.entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return None, None, None, None, None
+        made, ctx.made = ctx.made, None
+        if made is None:
+            temperature, term = ctx.others
+            made = gradients(*ctx.saved_tensors, temperature, lambda rows, logp: term(rows, logp)[1],
+                             ctx.needs_input_grad[:2])[2:]
+        if grad_loss.device.type != "cpu" or grad_loss != 1:        # a look at an accelerator would wait
+            made = [None if x is None else x.mul_(grad_loss) for x in made]
+        return *made, None, None, None
 
 
 class Gradients(NamedTuple):
@@ -79,19 +128,6 @@ def add_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
     else:
         total.copy_(a @ b) if first else total.add_(a @ b)
-
-
-def hand_over(ctx, grad_loss: Tensor | None) -> list[Tensor | None]:
-    """The gradients that forward left in ctx.made, times grad_loss, in place; a second call raises."""
-    if ctx.made is None:
-        raise RuntimeError("backward was called twice: this loss makes its gradients in forward and "
-                           "hands them over once; compute the loss again")
-    made, ctx.made = ctx.made, None
-    if grad_loss is None:
-        return [None for _ in made]
-    if grad_loss.device.type == "cpu" and grad_loss == 1:        # on an accelerator a look would wait
-        return made
-    return [None if x is None else x.mul_(grad_loss) for x in made]
 
 
 def chunks(hidden: Tensor, head: Tensor, temperature: float):
