@@ -39,7 +39,7 @@ class Rollout(NamedTuple):
     """What sampling hands on. `logp_old[:, t]` is 0 where response_mask is False."""
 
     sequences: Sequences
-    logp_old: Tensor            # [B, T] float32, log pi_old(token t | everything before), at `temperature`
+    logp_old: Tensor            # [B, T] log pi_old(token t | all before) at `temperature`; float32 at least
     truncated: Tensor           # [B] bool, True where the token limit came before EOS
 
 
@@ -128,7 +128,8 @@ def sample(policy: LLaMA, prompts: list[list[int]], eos_id: int, max_new_tokens:
     for row, prompt in enumerate(prompts):
         tokens[row, :len(prompt)] = torch.tensor(prompt)
     uniform = torch.rand(B, max_new_tokens, generator=generator, dtype=torch.float64).to(device)
-    logp_old = torch.zeros(B, T, device=device)
+    wide = torch.promote_types(policy.head.dtype, torch.float32)
+    logp_old = torch.zeros(B, T, device=device, dtype=wide)
     response_lengths = torch.full((B,), T, device=device)
     truncated = torch.ones(B, dtype=torch.bool, device=device)
 
@@ -136,7 +137,7 @@ def sample(policy: LLaMA, prompts: list[list[int]], eos_id: int, max_new_tokens:
     alive = torch.arange(B, device=device)                       # rows of the cache, by batch row
     hidden = policy.hidden(tokens[:, :lengths.max()], cache=cache)[alive, lengths - 1]      # [B, D]
     for t in range(T):
-        logits = (hidden @ policy.head.T).float()                                           # [b, V]
+        logits = (hidden @ policy.head.T).to(wide)                                          # [b, V]
         logp = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
         token = inverse_cdf(logp, uniform[alive, t]) if temperature else logp.argmax(-1)    # [b]
         tokens[alive, lengths[alive] + t] = token
