@@ -31,9 +31,10 @@ def policy_loss(policy: LLaMA, sequences: Sequences, logp_old: Tensor, advantage
 def value_loss(values: Tensor, values_old: Tensor, returns: Tensor, mask: Tensor, clip_eps: float,
                denominator: int) -> Tensor:
     """The clipped critic loss L_V above; all [B, T], masked."""
+    # Masked before the arithmetic: behind it, a NaN in the padding would be 0 here but NaN in backward.
+    values, values_old, returns = (torch.where(mask, x, 0.0) for x in (values, values_old, returns))
     clipped = values_old + (values - values_old).clamp(-clip_eps, clip_eps)
-    worst = torch.maximum((values - returns).square(), (clipped - returns).square())
-    return 0.5 * torch.where(mask, worst, 0.0).sum() / denominator
+    return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square()).sum() / denominator
 
 
 def kl_estimates(logp: Tensor, logp_ref: Tensor, mask: Tensor) -> dict[str, float]:
