@@ -141,15 +141,18 @@ def save_reward(model: RewardModel, path: str | Path, tokenizer: Tokenizer) -> N
 
 
 def load_reward(path: str | Path, device="cpu", dtype=None) -> RewardModel:
-    """The reward model in a folder of `save_reward`; refused when the folder is a plain model."""
+    """The reward model in a folder of `save_reward`; refused when damaged, or a plain model."""
     folder = Path(path)
     if not (folder / "reward.json").is_file():
         raise UserError(f"{folder}: expected a reward model folder (with reward.json), as train_rm.py writes")
-    description = json.loads(read_bytes(folder / "reward.json"))
-    model = RewardModel(load_model(folder, device, dtype), **description)
-    own = torch.load(folder / "reward_head.pt", map_location=device, weights_only=True)
-    missing, unknown = model.load_state_dict(own, strict=False)
-    if unknown or any(not name.startswith("trunk.") for name in missing):
-        raise UserError(f"{folder}/reward_head.pt: does not fit reward.json; copy both again")
+    trunk, name = load_model(folder, device, dtype), "reward.json"
+    try:
+        model = RewardModel(trunk, **json.loads(read_bytes(folder / name)))
+        name = "reward_head.pt"
+        own = torch.load(folder / name, map_location=device, weights_only=True)
+        missing, unknown = model.load_state_dict(own, strict=False)
+    except Exception as error:                      # a flipped bit in a pickle can raise anything
+        raise UserError(f"{folder / name}: damaged ({type(error).__name__}); copy the folder again") from None
+    if unknown or any(not key.startswith("trunk.") for key in missing):
+        raise UserError(f"{folder / name}: does not fit reward.json; copy the folder again")
     return model
-

@@ -1,0 +1,222 @@
+"""Reward models: where a reward is read, equations (1)-(4) against plain loops, calibration, folders."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from fgrlhf.checkpoint import save_model
+from fgrlhf.config import UserError
+from fgrlhf.encode import PreferenceIds
+from fgrlhf.reward import RewardModel, load_reward, save_reward, sequence_loss, token_loss
+from fgrlhf.rollout import pack
+from fgrlhf.tokenizer import train
+from kernels.token_preference import Options
+from tests.small import gradients, ids, llama, ragged, slow_logp
+
+#                            prompt      chosen             rejected              U1+     U1-     U0
+PAIRS = [PreferenceIds(ids(3, 1), [5, 6, 7, 8, 2], [5, 9, 10, 8, 2], [1, 2], [1, 2], [(0, 0), (3, 3), (4, 4)]),
+         PreferenceIds(ids(1, 2), [5, 2], [5, 6, 7, 2], [], [1, 2], [(0, 0), (1, 3)]),          # a deletion
+         PreferenceIds(ids(6, 3), [9, 4, 2], [9, 2], [1], [], [(0, 0), (2, 1)])]                # an insertion
+
+
+def reward_model(kind: str = "token", logp_feature: bool = False, dtype=torch.float32) -> RewardModel:
+    torch.manual_seed(0)
+    model = RewardModel(llama(dtype=dtype), kind, logp_feature)
+    with torch.no_grad():
+        model.head.bias.fill_(0.3)
+        model.logp_weight.fill_(0.5 if logp_feature else 0.0)
+    return model
+
+
+def changed(batch, row: int, t: int):
+    """The batch with another id as response token t of a row."""
+    tokens = batch.tokens.clone()
+    at = int(batch.prompt_lengths[row]) + t
+    tokens[row, at] = 3 + (tokens[row, at] - 2) % 21
+    assert tokens[row, at] != batch.tokens[row, at]
+    return batch._replace(tokens=tokens)
+
+
+# ----- what a reward is -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("logp_feature", [False, True])
+def test_token_rewards_read_the_hidden_state_at_the_tokens_own_position(logp_feature):
+    """r_t = v . h_t + b + a logp_t by one unpadded pass a row."""
+    model, batch = reward_model(logp_feature=logp_feature), ragged()
+    rewards = model.token_rewards(batch)
+    for b in range(4):
+        p, n = int(batch.prompt_lengths[b]), int(batch.response_lengths[b])
+        row = batch.tokens[b, :p + n].tolist()
+        hidden = model.trunk.hidden(torch.tensor([row]))[0]
+        logp = slow_logp(model.trunk, row[:p], row[p:])
+        expected = [(model.head.weight[0] @ hidden[p + t]).item() + 0.3 + 0.5 * logp_feature * logp[t]
+                    for t in range(n)]
+        assert rewards[b, :n].tolist() == pytest.approx(expected, abs=1e-4)
+        assert not rewards[b, n:].any()
+
+
+@pytest.mark.parametrize("logp_feature", [False, True])
+@pytest.mark.parametrize("t", [0, 2, 4])
+def test_token_reward_depends_on_its_token_and_on_none_behind_it(t, logp_feature):
+    model, batch = reward_model(logp_feature=logp_feature), ragged((3,), (5,))
+    before, after = (model.token_rewards(x)[0] for x in (batch, changed(batch, 0, t)))
+    assert torch.equal(before[:t], after[:t])
+    assert (before[t:] != after[t:]).all()
+
+
+def test_sequence_rewards_of_a_token_model_sum_its_token_rewards():
+    """Equation (1)."""
+    model, batch = reward_model(), ragged()
+    summed = [sum(row) for row in model.token_rewards(batch).tolist()]
+    assert model.sequence_rewards(batch).tolist() == pytest.approx(summed, abs=1e-5)
+
+
+@pytest.mark.parametrize("logp_feature", [False, True])
+def test_sequence_rewards_of_a_sequence_model_are_read_at_the_last_token(logp_feature):
+    model, batch = reward_model("sequence", logp_feature), ragged()
+    for b, found in enumerate(model.sequence_rewards(batch).tolist()):
+        p, n = int(batch.prompt_lengths[b]), int(batch.response_lengths[b])
+        row = batch.tokens[b, :p + n].tolist()
+        hidden = model.trunk.hidden(torch.tensor([row]))[0, -1]
+        logp = sum(slow_logp(model.trunk, row[:p], row[p:]))
+        expected = (model.head.weight[0] @ hidden).item() + 0.3 + 0.5 * logp_feature * logp
+        assert found == pytest.approx(expected, abs=2e-4)
+
+
+def test_reward_model_with_only_the_logp_feature_is_the_log_likelihood():
+    model, batch = reward_model(logp_feature=True), ragged((2,), (4,))
+    with torch.no_grad():
+        model.head.weight.zero_(), model.head.bias.zero_(), model.logp_weight.fill_(1.0)
+    row = batch.tokens[0].tolist()
+    assert model.token_rewards(batch)[0].tolist() == pytest.approx(slow_logp(model.trunk, row[:2], row[2:]), abs=1e-4)
+
+
+def test_token_rewards_refuses_a_sequence_model():
+    with pytest.raises(ValueError, match="sequence-level"):
+        reward_model("sequence").token_rewards(ragged())
+    with pytest.raises(ValueError, match="token, sequence, got 'word'"):
+        reward_model("word")
+
+
+# ----- calibration ----------------------------------------------------------------------------------
+
+def test_calibrate_gives_token_rewards_mean_0_and_rms_1_over_all_tokens():
+    model = reward_model()
+    samples = [ragged(seed=s) for s in (0, 100, 200)]
+    model.calibrate(samples)
+    values = [v for s in samples for v in model.ppo_rewards(s)[s.response_mask].tolist()]
+    mean = sum(values) / len(values)
+    assert mean == pytest.approx(0, abs=1e-5)
+    assert sum((v - mean) ** 2 for v in values) / len(values) == pytest.approx(1, abs=1e-4)
+
+
+def test_calibrate_gives_sequence_rewards_mean_0_and_deviation_1_over_responses():
+    model = reward_model("sequence")
+    samples = [ragged(seed=s) for s in (0, 100, 200)]
+    model.calibrate(samples), model.calibrate(samples)                      # a second time changes nothing
+    values = [v for s in samples for v in model.ppo_rewards(s).sum(-1).tolist()]
+    mean = sum(values) / len(values)
+    assert mean == pytest.approx(0, abs=1e-5)
+    assert sum((v - mean) ** 2 for v in values) / len(values) == pytest.approx(1, abs=1e-4)
+
+
+def test_calibrate_survives_a_constant_reward():
+    model = reward_model()
+    with torch.no_grad():
+        model.head.weight.zero_()
+    model.calibrate([ragged()])
+    assert model.ppo_rewards(ragged()).isfinite().all()
+
+
+def test_ppo_rewards_of_a_sequence_model_stand_on_the_last_token_alone():
+    model, batch = reward_model("sequence"), ragged()
+    model.calibrate([batch])
+    rewards = model.ppo_rewards(batch)
+    R = model.sequence_rewards(batch)
+    for b, n in enumerate(batch.response_lengths.tolist()):
+        assert rewards[b].nonzero().tolist() == [[n - 1]]
+        assert rewards[b, n - 1].item() == pytest.approx(((R[b] - model.mean) / model.scale).item(), abs=1e-5)
+
+
+# ----- losses ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options", [Options(), Options("mean", "anchor", 0.3, 0.7)])
+def test_token_loss_equals_equation_4_written_as_a_loop(options):
+    """Loss and every gradient, each pair on its own and unpadded."""
+    model = reward_model(dtype=torch.float64)
+    U1 = sum(len(p.plus) + len(p.minus) for p in PAIRS)
+    U0 = sum(len(p.unchanged) for p in PAIRS)
+    softplus = torch.nn.functional.softplus
+    bt, u0, token = 0.0, 0.0, 0.0
+    for pair in PAIRS:
+        plus, minus = (model.token_rewards(pack([pair.prompt], [side]))[0] for side in (pair.chosen, pair.rejected))
+        sides = [r[at].sum() / (max(len(at), 1) if options.reduce == "mean" else 1)
+                 for r, at in ((plus, pair.plus), (minus, pair.minus))]
+        bt = bt + softplus(sides[1] - sides[0]) / len(PAIRS)
+        for i, j in pair.unchanged:
+            term = (plus[i] - minus[j]) ** 2 if options.u0 == "difference" else (plus[i]**2 + minus[j]**2) / 2
+            u0 = u0 + options.u0_weight * term / U0
+        token = token + options.token_weight / U1 * (softplus(-plus[pair.plus]).sum() + softplus(minus[pair.minus]).sum())
+    (bt + u0 + token).backward()
+    expected = gradients(model)
+    out = token_loss(model, PAIRS, options)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx((bt + u0 + token).item(), rel=1e-5)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_token_loss_moves_edited_in_tokens_up_and_edited_out_tokens_down():
+    """Gradient with respect to each reward, by its place: sign on U1, nothing on U0 at lambda 0."""
+    model = reward_model()
+    seen = {}
+    plain = model.token_rewards
+    model.token_rewards = lambda s: seen.setdefault("r", plain(s).detach().requires_grad_())
+    token_loss(model, PAIRS, Options(u0_weight=0.0)).loss.backward()
+    signs = seen["r"].grad.sign().tolist()
+    assert [row[:5] for row in signs] == [[0, -1, -1, 0, 0], [0, 0, 0, 0, 0], [0, -1, 0, 0, 0],
+                                          [0, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]]
+
+
+def test_sequence_loss_is_bradley_terry():
+    """-mean log sigmoid(R(y+) - R(y-)), equation (2), each response scored alone."""
+    model = reward_model("sequence")
+    margins = [(model.sequence_rewards(pack([p.prompt], [p.chosen]))
+                - model.sequence_rewards(pack([p.prompt], [p.rejected]))).item() for p in PAIRS]
+    loss, found = sequence_loss(model, PAIRS)
+    assert found.tolist() == pytest.approx(margins, abs=1e-4)
+    assert loss.item() == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 3, abs=1e-5)
+
+
+# ----- folders --------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train(["abc abd abe"] * 3, 268, tmp_path_factory.mktemp("tokenizer") / "t.model")
+
+
+@pytest.mark.parametrize("kind, logp_feature", [("token", True), ("sequence", False)])
+def test_save_reward_and_load_reward_keep_every_bit(kind, logp_feature, tokenizer, tmp_path):
+    model = RewardModel(llama(vocab_size=268), kind, logp_feature)
+    model.calibrate([ragged()])
+    save_reward(model, tmp_path, tokenizer)
+    again = load_reward(tmp_path)
+    assert (again.kind, again.logp_feature) == (kind, logp_feature)
+    assert torch.equal(model.ppo_rewards(ragged()), again.ppo_rewards(ragged()))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_load_reward_refuses_a_plain_model_a_damaged_head_and_a_damaged_description(tokenizer, tmp_path):
+    save_model(llama(vocab_size=268), tmp_path / "plain", tokenizer=tokenizer)
+    with pytest.raises(UserError, match="expected a reward model folder"):
+        load_reward(tmp_path / "plain")
+    for name, damage in (("reward_head.pt", b"PK nothing"), ("reward.json", b"{"),
+                         ("reward.json", json.dumps({"kind": "word", "logp_feature": False}).encode())):
+        folder = tmp_path / f"{name}-{len(damage)}"
+        save_reward(RewardModel(llama(vocab_size=268), "token"), folder, tokenizer)
+        (folder / name).write_bytes(damage)
+        with pytest.raises(UserError, match=name):
+            load_reward(folder)
