@@ -34,7 +34,7 @@ def encode_prompt(tokenizer, record, template: str, limit: int, keep_end: bool =
     if len(ids) <= limit:
         return ids
     if keep_end:
-        return ids[:1] + ids[1 - limit:]
+        return ids[:1] + ids[len(ids) + 1 - limit:]
     raise UserError(f"record {record.id!r}: prompt: expected at most {limit} tokens, got {len(ids)}; "
                     "shorten it, use a model with a longer context, or cut it with --prompt-tokens")
 
