@@ -82,9 +82,9 @@ def continue_batch(model: LLaMA, prompts: list[list[int]], stop_ids: tuple[int, 
         if not going.any():
             return
         yield [id if on else None for id, on in zip(token.tolist(), going.tolist())]
-        at = positions.clamp(max=slots - 1)[:, None]        # rows that ended rewrite a slot of theirs
+        at = positions.clamp(max=slots - 1)[:, None]        # where a row has ended, inert
         hidden = model.hidden(token[:, None], at, cache=cache)[:, 0]
-        positions += going
+        positions += 1
 
 
 def read_prompts(config: Config, tokenizer: Tokenizer, context: int) -> list[list[int]]:
