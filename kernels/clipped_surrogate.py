@@ -77,11 +77,11 @@ class _ClippedSurrogate(torch.autograd.Function):
 
 
 def objective(log_ratio: Tensor, advantages: Tensor, clip_eps: float) -> tuple[Tensor, Tensor]:
-    """min(rho A, clip(rho) A) and its derivative by log rho, per token."""
+    """min(rho A, clip(rho) A) and its derivative by log rho, per token; NaN stays NaN in both."""
     ratio = log_ratio.exp()
     free = ratio * advantages
     bound = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
-    return torch.minimum(free, bound), torch.where(free <= bound, free, 0.0)
+    return torch.minimum(free, bound), torch.where(free > bound, 0.0, free)
 
 
 def statistics(log_ratio: Tensor, clip_eps: float, denominator: float) -> tuple[Tensor, ...]:
