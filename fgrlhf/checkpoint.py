@@ -4,9 +4,9 @@
     save_model(model)    Meta's (our own) or HF's         save_state(path)
     load_tokenizer(path) the tokenizer.model beside the weights
 
-A model is described on the meta device and filled one tensor at a time, so loading needs the model's
-own memory and one tensor more. `load_model(path, device="meta")` checks every name and shape of a
-checkpoint of any size and reads no weights.
+A model is described on the meta device and filled one tensor at a time, so loading needs the
+model's own memory and one tensor more. `load_model(path, device="meta")` checks every name and
+shape of a checkpoint of any size and reads no weights.
 """
 
 import hashlib
@@ -91,8 +91,8 @@ def _check(path: str | Path, expected: dict[str, Tensor], tensors: dict[str, Sto
             raise UserError(f"{path}: tensor {name} is missing; the checkpoint is incomplete")
         stored = tensors[name]
         if stored.shape != tuple(parameter.shape):
-            raise UserError(f"{stored.file}: tensor {stored.name}: expected {tuple(parameter.shape)}, "
-                            f"got {stored.shape}")
+            raise UserError(f"{stored.file}: tensor {stored.name}: "
+                            f"expected {tuple(parameter.shape)}, got {stored.shape}")
         if stored.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise UserError(f"{stored.file}: tensor {stored.name}: expected floating point, "
                             f"got {stored.dtype}; quantised weights are not supported")
@@ -112,10 +112,11 @@ def save_model(model: LLaMA, path: str | Path, layout: str = "meta",
                tokenizer: Tokenizer | None = None) -> None:
     """Write a model folder, each file atomically and the JSON that makes it one last.
 
-    layout "meta" is the project's own and can be read by Meta's code once the keys "max_seq_len" and
-    "tie_embeddings" are dropped; "hf" is read by transformers, vLLM and llama.cpp's converter. The
-    weights keep their dtype; either way round is bit-exact. With a `tokenizer` its file is copied.
-    Raises UserError when the folder holds another checkpoint, which a reader would mix up with this.
+    layout "meta" is the project's own and can be read by Meta's code once the keys "max_seq_len"
+    and "tie_embeddings" are dropped; "hf" is read by transformers, vLLM and llama.cpp's converter.
+    The weights keep their dtype; either way round is bit-exact. With a `tokenizer` its file is
+    copied. Raises UserError when the folder holds another checkpoint, which a reader would mix up
+    with this one, or the tokenizer is another model's.
     """
     if layout not in WEIGHTS:
         raise ValueError(f'layout: expected "meta" or "hf", got {layout!r}')
@@ -156,7 +157,7 @@ def save_state(path: str | Path, state: dict) -> None:
 
 
 def load_state(path: str | Path) -> dict:
-    """A training state of `save_state`, on the CPU. Raises UserError when a bit of it has changed."""
+    """A training state of `save_state`, on the CPU. Raises UserError when a bit has changed."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such training state")
     try:
@@ -164,8 +165,8 @@ def load_state(path: str | Path) -> dict:
         intact = saved["sha256"] == _digest(saved["state"])
     except Exception as error:                      # a flipped bit in a pickle can raise anything
         reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{path}: damaged, or no training state ({type(error).__name__}: {reason}); "
-                        "use an older one") from None
+        raise UserError(f"{path}: damaged, or no training state ({type(error).__name__}: "
+                        f"{reason}); use an older one") from None
     if not intact:
         raise UserError(f"{path}: damaged: its contents do not match their checksum; "
                         "use an older one")
@@ -192,8 +193,8 @@ def _digest(state: object) -> str:
         elif value is None or type(value) in (bool, int, float, str, bytes):
             sha.update(f"{type(value).__name__} {value!r}\n".encode())
         else:
-            raise TypeError(f"{name}: expected a tensor, number, string, bytes, None, dict, list or "
-                            f"tuple of these, got {type(value).__name__}")
+            raise TypeError(f"{name}: expected a tensor, number, string, bytes, None, or a dict, "
+                            f"list or tuple of these, got {type(value).__name__}")
 
     add(state, "state")
     return sha.hexdigest()

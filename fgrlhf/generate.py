@@ -1,12 +1,13 @@
 """Continue a text with a model.
 
-    python -m fgrlhf.generate --model DIR --prompt "Once upon a time" --max-new-tokens 200 --temperature 0
+    python -m fgrlhf.generate --model DIR --prompt "Once upon" --max-new-tokens 200 --temperature 0
 
-Prints the prompt and its continuation on stdout as they come, and nothing else; the rest is on stderr.
-Temperature 0 takes the most probable token. A text ends at EOS, at the context's end, or at BOS, by
-which models trained on a stream of documents begin the next one.
+Prints the prompt and its continuation on stdout as they come, and nothing else; the rest goes to
+stderr. Temperature 0 takes the most probable token. A text ends at EOS, at the context's end, or at
+BOS, by which models trained on a stream of documents begin the next one.
 
-Rollouts are sampled elsewhere (`rollout.sample`): top-p makes sampling and scoring two distributions.
+Rollouts are sampled elsewhere (`rollout.sample`): with top-p, sampling and scoring would be two
+distributions.
 """
 
 import itertools
@@ -31,7 +32,7 @@ from fgrlhf.tokenizer import Tokenizer
 class Config:
     model: str = arg(help="model folder (any layout) or llama2.c .bin file")
     prompt: str = arg("", help="text to continue")
-    prompts_file: str | None = arg(None, help="continue each line of this file, in batches, instead")
+    prompts_file: str | None = arg(None, help="continue each line of this file instead")
     max_new_tokens: int = arg(256, help="tokens to add at most")
     temperature: float = arg(1.0, help="0 is greedy")
     top_p: float = arg(1.0, help="sample from the most probable tokens that sum to this")
@@ -43,8 +44,8 @@ class Config:
 def next_token(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:
     """logits [B, V] and uniform [B] in [0, 1) -> token [B].
 
-    softmax(logits / temperature), cut to the fewest most probable tokens that sum to at least `top_p`,
-    sampled by inverse CDF; temperature 0 is the argmax.
+    softmax(logits / temperature), cut to the fewest most probable tokens that sum to at least
+    `top_p`, sampled by inverse CDF; temperature 0 is the argmax.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -62,11 +63,11 @@ def continue_batch(model: LLaMA, prompts: list[list[int]], stop_ids: tuple[int, 
                    generator: torch.Generator | None = None) -> Iterator[list[int | None]]:
     """One step after the other, the next id of each prompt; None for those that have ended.
 
-    A prompt ends before any of `stop_ids` and where the context does. Prompts of unequal length need
-    no mask: see KVCache.
+    A prompt ends before any of `stop_ids` and where the context does. Prompts of unequal length
+    need no mask: see KVCache.
     """
     device, context, B = model.head.device, model.config.max_seq_len, len(prompts)
-    positions = torch.tensor([len(prompt) for prompt in prompts], device=device)     # of the next id
+    positions = torch.tensor([len(prompt) for prompt in prompts], device=device)   # of the next id
     slots = min(int(positions.max()) + max_new_tokens, context)
     tokens = torch.zeros(B, int(positions.max()), dtype=torch.long, device=device)
     for row, prompt in enumerate(prompts):
@@ -97,13 +98,13 @@ def read_prompts(config: Config, tokenizer: Tokenizer, context: int) -> list[lis
             raise UserError(f"{config.prompts_file}: expected UTF-8 ({error})") from None
         texts = [line for line in (line.rstrip("\r") for line in lines) if line]
         if config.prompt or not texts:
-            raise UserError(f"--prompts-file {config.prompts_file}: expected one prompt a line, and "
-                            "no --prompt beside it")
+            raise UserError(f"--prompts-file {config.prompts_file}: expected one prompt a line, "
+                            "and no --prompt beside it")
     prompts = [tokenizer.encode(text, bos=True) for text in texts]
     for text, prompt in zip(texts, prompts):
         if len(prompt) > context:
-            raise UserError(f"prompt {text[:30]!r}...: {len(prompt)} tokens, the model's context is "
-                            f"{context}; shorten it")
+            raise UserError(f"prompt {text[:30]!r}...: {len(prompt)} tokens, the model's context "
+                            f"is {context}; shorten it")
     return prompts
 
 
@@ -112,7 +113,8 @@ def generate(config: Config) -> None:
                        ("temperature", 0 <= config.temperature < float("inf")),
                        ("top_p", 0 < config.top_p <= 1)):
         if not good:
-            raise UserError(f"--{name.replace('_', '-')}: out of range, got {getattr(config, name)}")
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag}: out of range, got {getattr(config, name)}")
     model = load_model(config.model, pick_device(config.device))
     tokenizer = load_tokenizer(config.model)
     prompts = read_prompts(config, tokenizer, model.config.max_seq_len)
@@ -124,7 +126,7 @@ def generate(config: Config) -> None:
         batch = prompts[first:first + config.batch]
         steps = continue_batch(model, batch, (tokenizer.eos_id, tokenizer.bos_id),
                                config.max_new_tokens, config.temperature, config.top_p, generator)
-        if len(batch) > 1:                                  # one text after the other: not as they come
+        if len(batch) > 1:                              # one text after the other: wait for all
             steps = list(steps)
         for row, prompt in enumerate(batch):
             added = (step[row] for step in steps if step[row] is not None)

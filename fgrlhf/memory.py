@@ -1,4 +1,4 @@
-"""What a model needs, in bytes, before anybody tries: weights, gradients, optimizer, cache, activations.
+"""The bytes a model needs, before anybody tries: weights, optimizer, KV cache, activations.
 
     python -m fgrlhf.memory --preset 7B --batch 16 --length 492 --dtype bfloat16
 
@@ -6,7 +6,7 @@ With P parameters, c bytes a number, and the letters of `model`:
 
     weights         c P
     gradients       c P
-    optimizer       2 c P                       Adam's two moments, in the weights' dtype as torch keeps them
+    optimizer       2 c P                       Adam's two moments, in the weights' dtype
     KV cache        2 c layers B T G K
     activations     B T (layers a + b) + tables what autograd keeps of one forward pass
       a = 2 (4 D + 2 c D + 4) + c (2 D + 2 G K) + 4 H + 4 c F
@@ -14,9 +14,9 @@ With P parameters, c bytes a number, and the letters of `model`:
       b = 4 D + c D + 4 + 8                     the last norm, the token itself
     checkpointed    B T (layers c D + a + b)    block inputs, and one block's `a` at a time
 
-The activation counts are exact for this project's code with a flash attention (a test compares them with
-what autograd saves). Logits are not counted: the losses in kernels/ make them a chunk at a time. A policy
-in PPO needs all of it, its reference and reward model weights alone.
+The activation counts are exact for this project's code with a flash attention (a test compares
+them with what autograd saves). Logits are not counted: the losses in kernels/ make them a chunk at
+a time. A policy in PPO needs all of it, its reference and reward model the weights alone.
 """
 
 from dataclasses import dataclass
@@ -74,8 +74,8 @@ def main(config: Config) -> None:
                         f"{config.length}")
     sizes = PRESETS[config.preset] if config.preset else load_model(config.model, "meta").config
     table = memory(sizes, config.batch, config.length, getattr(torch, config.dtype))
-    print(f"{config.preset or config.model}: {parameter_count(sizes):,} parameters, {config.dtype}, "
-          f"batch {config.batch}, length {config.length}")
+    print(f"{config.preset or config.model}: {parameter_count(sizes):,} parameters, "
+          f"{config.dtype}, batch {config.batch}, length {config.length}")
     for name, count in table.items():
         print(f"{name:14} {count:18,} bytes {count / 2**30:10.2f} GiB")
 

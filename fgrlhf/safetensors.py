@@ -1,7 +1,8 @@
 """Read and write safetensors files: an 8-byte length, a JSON header, raw little-endian tensors.
 
     u64 n | header: n bytes of JSON | data
-    header = {"__metadata__": {str: str}, name: {"dtype": "F32", "shape": [..], "data_offsets": [a, b]}}
+    header = {"__metadata__": {text: text},
+              name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [start, end]}, ...}
 
 The format cannot hold code, and reading maps the file: a tensor costs memory when it is touched.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fgrlhf.config import UserError
+from fgrlhf.fields import show
 from fgrlhf.files import write_atomic
 
 DTYPES = {
@@ -31,9 +33,9 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class SafeTensors(Mapping[str, Tensor]):
     """The tensors of one file by name, each a view of the mapped file.
 
-    Everything is validated on opening: the header's length and JSON, dtypes, shapes, sizes, and that
-    the tensors cover the data exactly, without an overlap or a hole. Raises UserError naming the file
-    and the tensor. (A file cut short while it is open cannot be defended against: nobody should.)
+    Everything is validated on opening: the header's length and JSON, dtypes, shapes, sizes, and
+    that the tensors cover the data exactly, without an overlap or a hole. Raises UserError naming
+    the file and the tensor. (Do not cut a file short while it is open: the system kills readers.)
     """
 
     def __init__(self, path: str | Path):
@@ -67,11 +69,12 @@ def _read_header(path: Path, size: int) -> tuple[dict, int]:
     """The header and the offset of the data."""
     with open(path, "rb") as file:
         if size < 8:
-            raise UserError(f"{path}: not a safetensors file: expected at least 8 bytes, got {size}")
+            raise UserError(f"{path}: not a safetensors file: expected at least 8 bytes, "
+                            f"got {size}")
         length, = struct.unpack("<Q", file.read(8))
         if length > size - 8:
-            raise UserError(f"{path}: the header is said to be {length} bytes long and the file has "
-                            f"{size}; it is truncated or not a safetensors file")
+            raise UserError(f"{path}: the header is said to be {length} bytes long and the file "
+                            f"has {size}; it is truncated or not a safetensors file")
         try:
             header = json.loads(file.read(length), object_pairs_hook=_unique_keys)
         except (ValueError, RecursionError) as error:
@@ -94,7 +97,8 @@ def _check_entry(path: Path, name: str, entry: object, size: int):
         return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise UserError(f"{path}: tensor {name}: expected dtype, shape and data_offsets, got {entry}")
+        raise UserError(f"{path}: tensor {name}: expected dtype, shape and data_offsets, "
+                        f"got {show(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UserError(f"{path}: tensor {name}: unsupported dtype {dtype!r}; "
@@ -126,7 +130,7 @@ def _check_cover(path: Path, entries: dict, size: int) -> None:
 
 
 class Planned(NamedTuple):
-    """A tensor to be written: what the header says of it, and how to make it when its turn comes."""
+    """A tensor to be written: what the header says, and how to make it when its turn comes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

@@ -4,10 +4,10 @@ Every id stands for a fixed string of bytes, and decoding is nothing but their c
 UTF-8. `decode`, `stream` and `spans` therefore agree by construction:
 
     control piece (BOS, EOS)    none              byte piece <0xE2>    that byte
-    unknown                     those of " ⁇ "    any other piece      its text, "▁" read as a blank
+    unknown                     those of " ⁇ "    any other piece      its text, "▁" as a blank
 
-Two things differ from a bare SentencePieceProcessor. The character "▁" (U+2581), which it uses for
-the blank and so cannot tell from one, is encoded by its three byte pieces: any text comes back
+Two things differ from a bare SentencePieceProcessor. The character "▁" (U+2581), which it uses
+for the blank and so cannot tell from one, is encoded by its three byte pieces: any text comes back
 exactly. And there is a PAD: the unknown id, which exists in every model (no row is added to the
 embedding), is never EOS and never encodes text; padding is inert as masks come from lengths.
 """
@@ -86,7 +86,7 @@ class Tokenizer:
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def _encode_with_literal_blank(self, text: str) -> list[int]:
-        """Encode with a character no piece contains in the place of "▁", then give it its bytes."""
+        """Encode with a character no piece contains for "▁", then put the bytes of "▁" there."""
         stand_in = next(c for c in map(chr, range(0x10FFFD, 0x10F000, -1))   # private use
                         if c not in text and self._sp.is_unknown(self._sp.piece_to_id(c)))
         marker = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in stand_in.encode()]

@@ -1,4 +1,4 @@
-"""Checkpoints in and out: every layout, bit-exact round trips, and one clear line for what is broken."""
+"""Checkpoints in and out: every layout, exact round trips, one clear line for what is broken."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def tokenizer(tmp_path):
     return train(["hello world, hello there"] * 3, 272, tmp_path / "some.model")
 
 
-# Round trips ------------------------------------------------------------------------------------------
+# Round trips ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("layout", ["meta", "hf"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -108,9 +108,9 @@ def test_interleave_by_hand():
     assert huggingface.deinterleave(weight, 1)[:, 0].tolist() == [0, 2, 4, 1, 3, 5]
 
 
-# Meta's model-parallel shards ------------------------------------------------------------------------
+# Meta's model-parallel shards -------------------------------------------------------------------
 
-def write_shards(folder, model: LLaMA, count: int, embedding_rows: bool = False, vocab_size: int = -1):
+def write_shards(folder, model: LLaMA, count: int, embedding_rows: bool = False, vocab_size=-1):
     """Cut a model as Meta's model parallelism does, written out here by hand."""
     folder.mkdir(exist_ok=True)
     for rank in range(count):
@@ -167,10 +167,10 @@ def test_load_model_names_a_tensor_one_shard_lacks_or_cuts_otherwise(tmp_path):
         load_model(tmp_path)
 
 
-# Hugging Face: shards, pickles, refusals --------------------------------------------------------------
+# Hugging Face: shards, pickles, refusals --------------------------------------------------------
 
 def write_index(folder, model: LLaMA, pickled: bool) -> None:
-    """A sharded HF folder, cut from the whole one; every tensor of odd layers in the second shard."""
+    """A sharded HF folder, cut from the whole one; layer 1 in the second shard."""
     save_model(model, folder, "hf")
     whole = SafeTensors(folder / "model.safetensors")
     tensors = {name: tensor.clone() for name, tensor in whole.items()}
@@ -190,10 +190,11 @@ def write_index(folder, model: LLaMA, pickled: bool) -> None:
 
 
 def write_raw(path, tensors: dict, pad: int = 0) -> None:
-    """A safetensors file from (dtype, shape, bytes), spelled out; `pad` moves the data off alignment."""
+    """A safetensors file from (dtype, shape, bytes), spelled out; `pad` breaks the alignment."""
     header, data = {}, b""
     for name, (dtype, shape, raw) in tensors.items():
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        header[name] = {"dtype": dtype, "shape": shape,
+                        "data_offsets": [len(data), len(data) + len(raw)]}
         data += raw
     write_header(path, header, data, pad)
 
@@ -244,7 +245,7 @@ def test_load_model_reads_one_pickle_with_buffers_and_a_tied_copy(tmp_path):
     ({"model_type": "mistral"}, 'model_type: expected "llama", got "mistral"'),
     ({"architectures": ["LlamaForSequenceClassification"]}, "architectures: expected"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: expected null"),
-    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, 'rope_type: expected "default"'),
+    ({"rope_parameters": {"rope_type": "llama3"}}, 'rope_type: expected "default"'),
     ({"attention_bias": True}, "attention_bias: expected false, got true"),
     ({"mlp_bias": True}, "mlp_bias: expected false"),
     ({"hidden_act": "gelu"}, 'hidden_act: expected "silu"'),
@@ -269,7 +270,8 @@ def test_load_model_reads_the_rope_base_where_either_transformers_puts_it(tmp_pa
     path = tmp_path / "config.json"
     values = json.loads(path.read_text())
     assert values.pop("rope_theta") == 5e5
-    path.write_text(json.dumps(values | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}))
+    rope = {"rope_type": "default", "rope_theta": 7.0}
+    path.write_text(json.dumps(values | {"rope_parameters": rope}))
     assert load_model(tmp_path).config.rope_theta == 7.0
     path.write_text(json.dumps(values))
     assert load_model(tmp_path).config.rope_theta == 10000.0
@@ -300,7 +302,7 @@ def test_load_model_refuses_json_that_is_none(text, tmp_path):
         load_model(tmp_path)
 
 
-# llama2.c --------------------------------------------------------------------------------------------
+# llama2.c ---------------------------------------------------------------------------------------
 
 def write_llama2c(path, model: LLaMA) -> None:
     """The legacy export in the order of llama2.c's export.py."""
@@ -334,7 +336,7 @@ def test_load_model_refuses_broken_llama2c_files(tmp_path):
     write_llama2c(path, variant())
     content = path.read_bytes()
     for broken, message in ((content[:-4], "truncated"), (content + b"\0", "truncated"),
-                            (content[:20], "at least 28 bytes"), (b"\0" * 100, "dim: expected a pos"),
+                            (content[:20], "at least 28"), (b"\0" * 100, "dim: expected a pos"),
                             (b"24ka" + content[4:], "version 1 or 2")):
         path.write_bytes(broken)
         with pytest.raises(UserError, match=f"model.bin: .*{message}"):
@@ -342,16 +344,18 @@ def test_load_model_refuses_broken_llama2c_files(tmp_path):
 
 
 def test_stories260k_is_the_same_model_in_both_layouts(data_dir):
-    a, b = load_model(data_dir / "stories260K"), load_model(data_dir / "stories260K" / "stories260K.bin")
+    folder = data_dir / "stories260K"
+    a, b = load_model(folder), load_model(folder / "stories260K.bin")
     assert sum(p.numel() for p in b.parameters()) == 260032
     tied = dict(b.named_parameters())
     for name, parameter in a.named_parameters():
         assert torch.equal(parameter, tied.get(name, b.tok_embeddings.weight))
 
 
-# Files that are broken, or worse ---------------------------------------------------------------------
+# Files that are broken, or worse ----------------------------------------------------------------
 
-@pytest.mark.parametrize("layout, file", [("meta", "consolidated.00.pth"), ("hf", "model.safetensors")])
+@pytest.mark.parametrize("layout, file", [("meta", "consolidated.00.pth"),
+                                          ("hf", "model.safetensors")])
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
 def test_load_model_refuses_a_truncated_file(layout, file, keep, tmp_path):
     save_model(variant(), tmp_path, layout)
@@ -384,7 +388,7 @@ def test_load_model_executes_nothing_in_a_pickle(zipped, tmp_path, monkeypatch):
 def test_load_model_refuses_pickles_that_hold_something_else(tmp_path):
     save_model(variant(), tmp_path)
     for content, message in (([1], "expected tensors by name, got list"),
-                             ({"norm.weight": 3}, "tensor norm.weight: expected a tensor, got int")):
+                             ({"norm.weight": 3}, "norm.weight: expected a tensor, got int")):
         torch.save(content, tmp_path / "consolidated.00.pth")
         with pytest.raises(UserError, match=message):
             load_model(tmp_path)
@@ -415,7 +419,8 @@ def test_load_model_names_file_and_tensor(layout, tmp_path):
 
 def overwrite(folder, layout: str, tensors: dict, config: LLaMAConfig) -> None:
     if layout == "meta":
-        torch.save({n: t.detach().clone() for n, t in tensors.items()}, folder / "consolidated.00.pth")
+        tensors = {n: t.detach().clone() for n, t in tensors.items()}
+        torch.save(tensors, folder / "consolidated.00.pth")
     else:
         kinds = {torch.float32: "F32", torch.int64: "I64"}
         write_raw(folder / "model.safetensors", {
@@ -439,7 +444,8 @@ def test_load_model_refuses_what_is_no_model_folder(tmp_path):
         load_model(tmp_path)
     with pytest.raises(UserError, match="nowhere: expected a model folder"):
         load_model(tmp_path / "nowhere")
-    (tmp_path / "params.json").write_text('{"dim": 32, "n_layers": 1, "n_heads": 4, "vocab_size": 9}')
+    sizes = '{"dim": 32, "n_layers": 1, "n_heads": 4, "vocab_size": 9}'
+    (tmp_path / "params.json").write_text(sizes)
     with pytest.raises(UserError, match="consolidated.00.pth: this shard is missing"):
         load_model(tmp_path)
     (tmp_path / "params.json").rename(tmp_path / "config.json")
@@ -454,7 +460,7 @@ def test_load_model_refuses_two_checkpoints_in_one_folder(tmp_path):
         load_model(tmp_path)
 
 
-# safetensors -----------------------------------------------------------------------------------------
+# safetensors ------------------------------------------------------------------------------------
 
 F = struct.pack("<4f", 1, 2, 3, 4)
 GOOD = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
@@ -476,8 +482,8 @@ def test_safetensors_reads_every_dtype_at_any_alignment(pad, tmp_path):
 
 
 @pytest.mark.parametrize("header, data, message", [
-    ({"x": GOOD | {"data_offsets": [0, 20]}}, F, "tensor x: ends at byte 20 of the data, which has 16"),
-    ({"x": GOOD, "y": GOOD | {"data_offsets": [8, 24]}}, F + F[:8], "tensor y: .* overlaps another"),
+    ({"x": GOOD | {"data_offsets": [0, 20]}}, F, "tensor x: ends at byte 20 .*, which has 16"),
+    ({"x": GOOD, "y": GOOD | {"data_offsets": [8, 24]}}, F + F[:8], "tensor y: .* overlaps"),
     ({"x": GOOD, "y": GOOD | {"data_offsets": [20, 36]}}, F + F + F[:4], "tensor y: .* a hole"),
     ({"x": GOOD}, F + b"\0", "the tensors end at byte 16 of the data, which has 17"),
     ({"x": GOOD | {"shape": [5]}}, F, r"tensor x: F32 \[5\] takes 20 bytes, data_offsets give 16"),
@@ -533,11 +539,11 @@ def test_load_model_survives_random_damage(tmp_path):
                 assert file in str(error) or "config" in str(error) or "pth" in str(error)
 
 
-# Memory ----------------------------------------------------------------------------------------------
+# Memory -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("layout", ["meta", "hf"])
 def test_load_model_needs_no_second_model(layout, tmp_path):
-    """Anonymous memory (mapped files are the system's to drop) grows by the model and one tensor."""
+    """Anonymous memory grows by the model and one tensor; mapped files are the system's to drop."""
     model = variant(dim=256, n_layers=6, vocab_size=8000, ffn_dim=1024)
     save_model(model, tmp_path / "large", layout)
     save_model(variant(), tmp_path / "small", layout)
@@ -548,7 +554,8 @@ import threading, torch
 from fgrlhf.checkpoint import load_model
 torch.set_num_threads(1)
 def anonymous():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if "RssAnon" in line)
+    lines = open("/proc/self/status").readlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if "RssAnon" in line)
 peak, going = [0], [True]
 def watch():
     while going[0]:
@@ -564,12 +571,13 @@ print(max(peak[0], anonymous()) - before)
 """
     if not os.path.exists("/proc/self/status"):
         pytest.skip("needs /proc/self/status")
-    extra = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
-                               cwd=os.path.dirname(os.path.dirname(__file__))).stdout)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          check=True, cwd=os.path.dirname(os.path.dirname(__file__)))
+    extra = int(done.stdout)
     assert 0.9 * size < extra < size + largest + 2**20, (size, largest, extra)
 
 
-# Training states -------------------------------------------------------------------------------------
+# Training states --------------------------------------------------------------------------------
 
 def nested_state() -> dict:
     generator = torch.Generator().manual_seed(3)

@@ -1,4 +1,4 @@
-"""Generation: the golden text of llama2.c, batches against single texts, where texts end, the command."""
+"""Generation: llama2.c's golden text, batches against single texts, ends, the command."""
 
 import copy
 import os
@@ -78,7 +78,8 @@ def test_continue_batch_ends_at_the_contexts_end(model):
 
 def test_continue_batch_repeats_with_a_seed(model):
     def draw(seed):
-        return added(model, [[3], [4]], temperature=1.5, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        return added(model, [[3], [4]], temperature=1.5, generator=generator)
     assert draw(1) == draw(1) != draw(2)
 
 
@@ -91,7 +92,8 @@ def test_next_token_samples_the_softmax_at_the_temperature():
 
 
 @pytest.mark.parametrize("top_p, kept", [(0.01, {2}), (0.49, {2}), (0.51, {2, 0}), (0.79, {2, 0}),
-                                         (0.81, {2, 0, 3}), (0.97, {0, 1, 2, 3}), (1.0, {0, 1, 2, 3})])
+                                         (0.81, {2, 0, 3}), (0.97, {0, 1, 2, 3}),
+                                         (1.0, {0, 1, 2, 3})])
 def test_next_token_keeps_the_fewest_tokens_that_sum_to_top_p(top_p, kept):
     logits = torch.tensor([0.3, 0.05, 0.5, 0.15]).log()
     uniform = (torch.arange(1000) + 0.5).double() / 1000
@@ -99,7 +101,8 @@ def test_next_token_keeps_the_fewest_tokens_that_sum_to_top_p(top_p, kept):
 
 
 def test_next_token_takes_the_argmax_at_temperature_0():
-    assert next_token(torch.tensor([[1.0, 3.0, 2.0]]), 0.0, 0.5, torch.tensor([0.99])).tolist() == [1]
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert next_token(logits, 0.0, 0.5, torch.tensor([0.99])).tolist() == [1]
 
 
 def printed(capsysbinary, *flags: str) -> bytes:

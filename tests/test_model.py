@@ -1,4 +1,4 @@
-"""LLaMA against itself along different roads (cache, padding, checkpointing), and published sizes."""
+"""LLaMA against a slow loop and itself (cache, padding, checkpointing), and published sizes."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ def tokens() -> torch.Tensor:
 
 
 def slow_logits(model: LLaMA, ids: list[int]) -> torch.Tensor:
-    """The equations of the module's docstring, one position and one head at a time, complex rotation."""
+    """The module's equations, one position and one head at a time, with complex rotation."""
     c, K = model.config, model.config.head_dim
     p = dict(model.named_parameters())
 
@@ -99,11 +99,11 @@ def test_forward_is_the_same_with_a_cache(kv_heads, tokens):
 @GROUPS
 @torch.no_grad()
 def test_forward_with_a_cache_decodes_prompts_of_unequal_length(kv_heads, tokens):
-    """Slot is position: the garbage that padding left in the cache is overwritten before it is seen."""
+    """Slot is position: what padding left in the cache is overwritten before it is seen."""
     model = model_of(kv_heads)
     lengths = torch.tensor([7, 3, 5])
     cache = KVCache(model.config, 3, 12, dtype=torch.float64)
-    first = model(tokens[:, :7], cache=cache)                   # rows 1 and 2: right-padded by garbage
+    first = model(tokens[:, :7], cache=cache)               # rows 1 and 2: garbage on the right
     for row, length in enumerate(lengths):
         alone = model(tokens[row:row + 1, :length])
         assert (first[row, :length] - alone[0]).abs().max() < TIGHT
@@ -219,7 +219,7 @@ def test_rotate_makes_scores_depend_on_the_distance_alone():
 def test_rmsnorm_by_hand():
     norm = RMSNorm(2, eps=0.5).double()
     norm.weight.data = torch.tensor([2.0, 3.0], dtype=torch.float64)
-    x = torch.tensor([1.0, 2.0], dtype=torch.float64)           # mean square 2.5, + 0.5, root 3 ** .5
+    x = torch.tensor([1.0, 2.0], dtype=torch.float64)       # mean square 2.5, + 0.5, root 3 ** .5
     assert (norm(x) - torch.tensor([2.0, 6.0]).double() / 3 ** 0.5).abs().max() < 1e-15
 
 
@@ -262,8 +262,8 @@ def test_config_refuses_sizes_that_do_not_divide(changes, message):
         replace(SMALL, **changes)
 
 
-# The LLaMA paper's "6.7B 13.0B 32.5B 65.2B" and the others' published sizes, in full: V D (twice unless
-# tied) + layers (2 D D + 2 D G K + 3 D F + 2 D) + D, worked out by hand.
+# The LLaMA paper's "6.7B 13.0B 32.5B 65.2B" and the others' published sizes, in full: V D (twice
+# unless tied) + layers (2 D D + 2 D G K + 3 D F + 2 D) + D, worked out by hand.
 PUBLISHED = {
     "stories15M": 15_191_712, "stories42M": 41_689_600, "stories110M": 109_529_856,
     "TinyLlama-1.1B": 1_100_048_384, "OpenLLaMA-3B": 3_426_473_600,

@@ -1,4 +1,4 @@
-"""Our logits and greedy texts against numbers that transformers produced (fixtures/transformers.json)."""
+"""Our logits and greedy texts against transformers' own, kept in fixtures/transformers.json."""
 
 import json
 import struct
@@ -28,7 +28,8 @@ def write_hf_folder(folder: Path, case: dict) -> Path:
     header, data = {}, b""
     for name, shape in case["names"].items():
         raw = weight(name, tuple(shape)).tobytes()
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        header[name] = {"dtype": "F32", "shape": shape,
+                        "data_offsets": [len(data), len(data) + len(raw)]}
         data += raw
     text = json.dumps(header).encode()
     folder.mkdir(exist_ok=True)

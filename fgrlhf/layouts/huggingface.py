@@ -1,9 +1,9 @@
-"""Hugging Face's layout: config.json with model.safetensors or pytorch_model.bin, or an index of shards.
+"""Hugging Face's layout: config.json with model.safetensors or pytorch_model.bin, or shards.
 
-The same numbers as Meta's under other names, but for q and k: Hugging Face rotates component i of a
-head with component i + K/2, Meta (and this project) neighbours, so the rows of each head are permuted.
-What the project's LLaMA does not compute (scaled rope, biases, other architectures, quantised weights)
-is refused by name.
+The same numbers as Meta's under other names, but for q and k: Hugging Face rotates component i of
+a head with component i + K/2, Meta (and this project) neighbours, so the rows of each head are
+permuted. What the project's LLaMA does not compute (scaled rope, biases, other architectures,
+quantised weights) is refused by name.
 """
 
 import json
@@ -23,11 +23,15 @@ from fgrlhf.safetensors import Planned, SafeTensors
 from fgrlhf.tokenizer import Tokenizer
 
 HF_NAMES = {
-    "model.embed_tokens.weight": "tok_embeddings.weight", "model.norm.weight": "norm.weight",
+    "model.embed_tokens.weight": "tok_embeddings.weight",
+    "model.norm.weight": "norm.weight",
     "lm_head.weight": "output.weight",
-    "self_attn.q_proj.weight": "attention.wq.weight", "self_attn.k_proj.weight": "attention.wk.weight",
-    "self_attn.v_proj.weight": "attention.wv.weight", "self_attn.o_proj.weight": "attention.wo.weight",
-    "mlp.gate_proj.weight": "feed_forward.w1.weight", "mlp.down_proj.weight": "feed_forward.w2.weight",
+    "self_attn.q_proj.weight": "attention.wq.weight",
+    "self_attn.k_proj.weight": "attention.wk.weight",
+    "self_attn.v_proj.weight": "attention.wv.weight",
+    "self_attn.o_proj.weight": "attention.wo.weight",
+    "mlp.gate_proj.weight": "feed_forward.w1.weight",
+    "mlp.down_proj.weight": "feed_forward.w2.weight",
     "mlp.up_proj.weight": "feed_forward.w3.weight",
     "input_layernorm.weight": "attention_norm.weight",
     "post_attention_layernorm.weight": "ffn_norm.weight",
@@ -83,7 +87,7 @@ def read(folder: Path) -> Weights:
             ours = from_hf_name(name)
             if name.endswith("rotary_emb.inv_freq") or (
                     ours == "output.weight" and config.tie_embeddings):
-                continue                                    # a table; a second copy of the embedding
+                continue                                # a table; a second copy of the embedding
             if ours in tensors:
                 raise UserError(f"{file}: tensor {name}: {tensors[ours].file.name} has it too")
             tensors[ours] = Stored(file, name, tuple(opened[name].shape), opened[name].dtype,
@@ -100,22 +104,22 @@ def _reader(opened: Mapping[str, Tensor], name: str, heads: int) -> Callable:
 
 
 def _open_files(folder: Path) -> dict[Path, Mapping[str, Tensor]]:
-    """The weight files, opened: one file, or all that an index lists, each holding what it should."""
+    """The weight files, opened: one, or all that an index lists."""
     for name, open_file in (("model.safetensors", SafeTensors), ("pytorch_model.bin", open_pickle)):
         index = folder / f"{name}.index.json"
         if index.exists():
             return _open_index(index, open_file)
         if (folder / name).exists():
             return {folder / name: open_file(folder / name)}
-    raise UserError(f"{folder}: expected model.safetensors or pytorch_model.bin, or the index of its "
-                    "shards (model.safetensors.index.json)")
+    raise UserError(f"{folder}: expected model.safetensors or pytorch_model.bin, or the index of "
+                    "its shards (model.safetensors.index.json)")
 
 
 def _open_index(index: Path, open_file: Callable) -> dict[Path, Mapping[str, Tensor]]:
     place_of = read_object(index).get("weight_map")
     if not isinstance(place_of, dict) or not place_of or not all(
             isinstance(file, str) and Path(file).name == file for file in place_of.values()):
-        raise UserError(f"{index}: weight_map: expected tensor names with file names of this folder")
+        raise UserError(f"{index}: weight_map: expected tensor names with files of this folder")
     opened = {}
     for file in sorted(set(place_of.values())):
         path = index.parent / file
@@ -131,7 +135,7 @@ def _open_index(index: Path, open_file: Callable) -> dict[Path, Mapping[str, Ten
 
 @dataclass(frozen=True)
 class Sizes:
-    """The fields of config.json that make a LlamaForCausalLM; absent means transformers' default."""
+    """The sizes in config.json; what is absent has transformers' default."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -161,8 +165,8 @@ def _read_config(path: Path) -> LLaMAConfig:
             ("mlp_bias", False, values.get("mlp_bias", False)),
             ("quantization_config", None, values.get("quantization_config"))):
         if got != expected:
-            raise UserError(f"{path}: {key}: expected {json.dumps(expected)}, got {json.dumps(got)}, "
-                            "which is not supported")
+            raise UserError(f"{path}: {key}: expected {json.dumps(expected)}, got "
+                            f"{json.dumps(got)}, which is not supported")
     values |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     sizes = check(Sizes, values, str(path), also=values)
     config = make_config(
@@ -178,7 +182,7 @@ def _read_config(path: Path) -> LLaMAConfig:
 
 
 def write_config(config: LLaMAConfig, dtype: torch.dtype, tokenizer: Tokenizer | None) -> dict:
-    """config.json, with the names that transformers 4 and 5, vLLM and llama.cpp's converter read."""
+    """config.json, in the names that transformers 4 and 5, vLLM and llama.cpp's converter read."""
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama",
         "hidden_size": config.dim, "num_hidden_layers": config.n_layers,

@@ -21,14 +21,15 @@ def read(path: Path) -> Weights:
     with open(path, "rb") as file:
         header = file.read(28)
     if len(header) < 28:
-        raise UserError(f"{path}: not a llama2.c checkpoint: expected at least 28 bytes, got {size}")
+        raise UserError(f"{path}: not a llama2.c file: expected at least 28 bytes, got {size}")
     dim, ffn_dim, layers, heads, kv_heads, vocabulary, length = struct.unpack("<7i", header)
-    if header[:4] == b"24ka":                               # the magic number of version 1 and later
+    if header[:4] == b"24ka":                           # the magic number of version 1 and later
         raise UserError(f"{path}: a llama2.c export of version 1 or 2; only the legacy version 0 "
                         "(export.py --version 0) is supported")
-    config = make_config(f"{path}: read as llama2.c's", vocabulary > 0, dim=dim, n_layers=layers, n_heads=heads,
-                         n_kv_heads=kv_heads, vocab_size=abs(vocabulary), ffn_dim=ffn_dim,
-                         norm_eps=1e-5, max_seq_len=length)
+    config = make_config(
+        f"{path}: read as llama2.c's", vocabulary > 0, dim=dim, n_layers=layers, n_heads=heads,
+        n_kv_heads=kv_heads, vocab_size=abs(vocabulary), ffn_dim=ffn_dim, norm_eps=1e-5,
+        max_seq_len=length)
     kv_width = kv_heads * config.head_dim
     blocks = [                              # (name, layers or 0, shape)
         ("tok_embeddings.weight", 0, (config.vocab_size, dim)),

@@ -1,7 +1,7 @@
 """Meta's layout, and the project's own: params.json and consolidated.NN.pth.
 
-A model-parallel checkpoint has one file a rank, each matrix cut along its output, `wo` and `w2` along
-their input, the embedding along its width (LLaMA 1 and 2) or its rows (3); norms are copied.
+A model-parallel checkpoint has one file a rank, each matrix cut along its output, `wo` and `w2`
+along their input, the embedding along its width (LLaMA 1 and 2) or its rows (3); norms are copied.
 
 The project's own folders have one file, and two keys in params.json that Meta's lack: "max_seq_len"
 (absent: 2048) and "tie_embeddings" (absent: false). Meta's own code reads them without these two.
@@ -54,7 +54,8 @@ def read(folder: Path) -> Weights:
     if values.get("use_scaled_rope"):
         raise UserError(f"{place}: use_scaled_rope: expected false, got true: not supported")
     if params.multiple_of < 1:
-        raise UserError(f"{place}: multiple_of: expected a positive number, got {params.multiple_of}")
+        raise UserError(f"{place}: multiple_of: expected a positive number, "
+                        f"got {params.multiple_of}")
     shards = _open_shards(folder, params.dim)
     config = make_config(
         place, bool(values.get("tie_embeddings")), dim=params.dim, n_layers=params.n_layers,
@@ -110,8 +111,8 @@ def _merge(name: str, shards: Mapping[Path, Mapping[str, Tensor]], dim: int) -> 
     parts = [shard[name] for shard in shards.values()]
     for path, part in zip(shards, parts):
         if part.shape != first.shape or part.dtype != first.dtype:
-            raise UserError(f"{path}: tensor {name}: expected {first.dtype} {tuple(first.shape)} as "
-                            f"in {file.name}, got {part.dtype} {tuple(part.shape)}")
+            raise UserError(f"{path}: tensor {name}: expected {first.dtype} {tuple(first.shape)} "
+                            f"as in {file.name}, got {part.dtype} {tuple(part.shape)}")
     shape = list(first.shape)
     shape[along] *= len(parts)
     return Stored(file, name, tuple(shape), first.dtype,

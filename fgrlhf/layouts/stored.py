@@ -1,7 +1,7 @@
 """What every layout of a checkpoint is read into: sizes, and where each of our parameters lies.
 
-Nothing is read here but headers: files are memory-mapped and every tensor waits for its `read`. Pickles
-are opened with weights_only=True, so nothing in them is executed.
+Nothing is read here but headers: files are memory-mapped and every tensor waits for its `read`.
+Pickles are opened with weights_only=True, so nothing in them is executed.
 """
 
 import json
@@ -58,8 +58,8 @@ def open_pickle(path: Path) -> Mapping[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: refused: its pickle asks for more than tensors, which may be code; "
-                        "nothing was executed") from None
+        raise UserError(f"{path}: refused: its pickle asks for more than tensors, which may be "
+                        "code; nothing was executed") from None
     except Exception as error:                          # a damaged pickle can raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: truncated or not a torch file ({reason})") from None
@@ -67,5 +67,6 @@ def open_pickle(path: Path) -> Mapping[str, Tensor]:
         raise UserError(f"{path}: expected tensors by name, got {type(tensors).__name__}")
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise UserError(f"{path}: tensor {name}: expected a tensor, got {type(tensor).__name__}")
+            raise UserError(f"{path}: tensor {name}: expected a tensor, "
+                            f"got {type(tensor).__name__}")
     return tensors
