@@ -1,0 +1,269 @@
+"""Times every kernel against the bare matmuls of its size, its plain form, and what others ship.
+
+    python -m kernels.bench                                    # the tables of BENCHMARKS.md
+    python -m kernels.bench --sizes 500x96x400 --work ppo --repeats 50
+    python -m kernels.bench --device cuda --dtype bfloat16 --json bench.json
+
+One process runs all variants in turn, again and again, so that a disturbance meets them all; a ratio
+is taken within one round and the table gives its median and quartiles. The floor is the matmuls
+alone, into buffers that exist already. Peak memory is measured in a fresh process for each variant:
+what a first call adds beyond its inputs. TRL and Liger take part where they are installed.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from kernels import clipped_surrogate, exact_kl, linear_cross_entropy, linear_logp, linear_ppo
+
+CLIP = 0.2
+MATMULS = {"ppo": 3, "cross_entropy": 3, "logp": 1, "logp_entropy": 1, "logp_gradient": 4, "kl": 2,
+           "kl_gradient": 6}
+GRADIENT = "ppo", "cross_entropy", "logp_gradient", "kl_gradient"
+
+
+class Problem:
+    """Inputs of one size: hidden [N, D], head [V, D], targets, logp_old, advantages [N], a reference."""
+
+    def __init__(self, n: int, d: int, v: int, device: str, dtype: torch.dtype):
+        generator = torch.Generator().manual_seed(0)
+
+        def randn(*shape):
+            return torch.randn(*shape, generator=generator).to(device, dtype)
+        self.hidden, self.head = randn(n, d).requires_grad_(), (randn(v, d) / d ** 0.5).requires_grad_()
+        self.targets = torch.randint(v, (n,), generator=generator).to(device)
+        self.advantages, self.noise = randn(n).float(), 0.1 * randn(n).float()
+        self.logp_old = linear_logp.score(
+            self.hidden.detach(), self.head.detach(), self.targets, 1.0, False).logp + self.noise
+        self.hidden_ref, self.head_ref = randn(n, d), randn(v, d) / d ** 0.5
+
+    def floor(self, matmuls: int):
+        """The matmuls alone: logits, then grad hidden and grad head, into buffers made beforehand."""
+        hidden, head = self.hidden.detach(), self.head.detach()
+        logits = hidden.new_empty(len(hidden), len(head))
+        grad_hidden, grad_head = torch.empty_like(hidden), torch.empty_like(head)
+        kinds = [lambda: torch.mm(hidden, head.T, out=logits),
+                 lambda: torch.mm(logits, head, out=grad_hidden),
+                 lambda: torch.mm(logits.T, hidden, out=grad_head)]
+        order = {1: (0,), 2: (0, 0), 3: (0, 1, 2), 4: (0, 0, 1, 2), 6: (0, 0, 0, 0, 1, 2)}[matmuls]
+        return lambda: [kinds[i]() for i in order]
+
+
+def surrogate(p: Problem, logp: Tensor) -> Tensor:
+    return clipped_surrogate.reference(
+        logp, p.logp_old, p.advantages, CLIP, denominator=len(logp)).loss
+
+
+def torch_logp(chunk: int | None):
+    """-logp from torch's own linear_cross_entropy (2.13 on), one chunk size or its automatic one."""
+    from torch.nn import LinearCrossEntropyOptions
+    from torch.nn.functional import linear_cross_entropy as theirs
+    options = LinearCrossEntropyOptions(batch_chunk_size=chunk)
+    return lambda p, how: theirs(p.hidden, p.head, p.targets, reduction=how, options=options)
+
+
+def peers(work: str) -> dict:
+    """name -> f(problem) for what is installed: torch's own, TRL's, Liger's."""
+    found = {}
+    try:
+        auto, fixed = torch_logp(None), torch_logp(512)
+        if work == "ppo":
+            found["torch auto"] = lambda p: surrogate(p, -auto(p, "none"))
+            found["torch 512"] = lambda p: surrogate(p, -fixed(p, "none"))
+        elif work == "cross_entropy":
+            found["torch auto"] = lambda p: auto(p, "mean")
+            found["torch 512"] = lambda p: fixed(p, "mean")
+        elif work in ("logp", "logp_gradient"):
+            found["torch auto"] = lambda p: -auto(p, "none").sum()
+            found["torch 512"] = lambda p: -fixed(p, "none").sum()
+    except ImportError:
+        pass
+    try:
+        from trl.trainer.utils import selective_log_softmax
+        if work == "ppo":
+            found["trl"] = lambda p: surrogate(p, selective_log_softmax(p.hidden @ p.head.T, p.targets))
+        elif work in ("logp", "logp_gradient"):
+            found["trl"] = lambda p: selective_log_softmax(p.hidden @ p.head.T, p.targets).sum()
+    except ImportError:
+        pass
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+        if work == "ppo":
+            grpo = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo",
+                                            epsilon_low=CLIP, epsilon_high=CLIP)
+
+            def liger(p):                     # 8 responses; one advantage each is all it takes
+                ids = p.targets.view(8, -1)
+                return grpo(p.hidden.view(8, ids.shape[1], -1), p.head, ids, torch.ones_like(ids),
+                            p.advantages[:8], old_per_token_logps=p.logp_old.view(8, -1))[0]
+            found["liger"] = liger
+    except ImportError:
+        pass
+    return found
+
+
+def variants(work: str) -> dict:
+    """name -> f(problem) -> scalar to call backward on where the work has a gradient."""
+    def of(form: str):
+        return {
+            "ppo": lambda p: getattr(linear_ppo, form)(
+                p.hidden, p.head, p.targets, p.logp_old, p.advantages, CLIP).loss,
+            "cross_entropy": lambda p: getattr(linear_cross_entropy, form)(
+                p.hidden, p.head, p.targets).loss,
+            "logp_entropy": lambda p: getattr(linear_logp, form)(
+                p.hidden, p.head, p.targets, 1.0, True).logp.sum(),
+            "kl": lambda p: getattr(exact_kl, form)(p.hidden, p.head, p.hidden_ref, p.head_ref).sum(),
+        }.get(work.removesuffix("_gradient"), lambda p: getattr(linear_logp, form)(
+            p.hidden, p.head, p.targets).logp.sum())
+
+    def plain(p):                             # what one would write: no statistics, no entropy
+        if work == "ppo":
+            return surrogate(p, linear_logp.reference(p.hidden, p.head, p.targets).logp)
+        if work == "cross_entropy":
+            return cross_entropy((p.hidden @ p.head.T).float(), p.targets)
+        return of("reference")(p)
+    return {"fused": of("fused"), "plain": plain, "plain compiled": torch.compile(plain, dynamic=False),
+            **peers(work)}
+
+
+def call(work: str, loss, problem: Problem) -> None:
+    """One complete piece of work: forward, and backward into fresh .grad where it has one."""
+    problem.hidden.grad = problem.head.grad = None
+    if work in GRADIENT:
+        loss(problem).backward()
+    else:
+        with torch.no_grad():
+            loss(problem)
+
+
+def measure(work: str, problem: Problem, only: list[str], repeats: int, clock) -> dict:
+    """name -> {seconds, ratio, quartiles} over rounds in which the floor and every variant run once."""
+    runs = {"floor": problem.floor(MATMULS[work])}
+    for name, loss in variants(work).items():
+        if not only or name in only:
+            runs[name] = lambda loss=loss: call(work, loss, problem)
+    seconds, failed = {name: [] for name in runs}, {}
+    for turn in range(repeats + 1):           # the first round warms up
+        for name, run in runs.items():
+            if name in failed:
+                continue
+            start = clock()
+            try:
+                run()
+            except Exception as error:        # a peer that cannot do this size is a row of the table
+                failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
+                continue
+            if problem.hidden.device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(clock() - start)
+    rows = {name: {"failed": why} for name, why in failed.items()}
+    for name in runs.keys() - failed.keys():
+        ratios = [s / f for s, f in zip(seconds[name], seconds["floor"])]
+        low, _, high = statistics.quantiles(ratios, n=4) if repeats > 1 else ratios * 3
+        rows[name] = {"seconds": statistics.median(seconds[name]), "ratio": statistics.median(ratios),
+                      "quartiles": [low, high]}
+    return {name: rows[name] for name in runs}
+
+
+def peak_mib(work: str, name: str, problem: Problem) -> float:
+    """MiB that a first call adds at its peak; run in a process that has done nothing else."""
+    loss = variants(work)[name]
+    if problem.hidden.device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call(work, loss, problem)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    call(work, loss, Problem(8, 8, 16, "cpu", problem.hidden.dtype))         # loads code, not data
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")                                                      # peak := present
+    before = resident_mib("VmRSS")
+    call(work, loss, problem)
+    return resident_mib("VmHWM") - before
+
+
+def resident_mib(field: str) -> float:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
+
+
+def peak_in_fresh_process(options, size: str, work: str, name: str) -> float | None:
+    """None where it cannot be known: a compiler's own memory drowns the work; no /proc outside Linux."""
+    if name == "plain compiled" or (options.device == "cpu" and platform.system() != "Linux"):
+        return None
+    command = [sys.executable, "-m", "kernels.bench", "--peak-of", name, "--sizes", size, "--work", work,
+               "--device", options.device, "--dtype", options.dtype, "--threads", str(options.threads)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def floor_mib(work: str, n: int, d: int, v: int, width: int) -> float:
+    """Results and one 256-token chunk of logits (two for the KL of two models)."""
+    results = (n * d + v * d) * width if work in GRADIENT else 4 * n
+    return (results + min(n, 256) * v * width * (2 if work.startswith("kl") else 1)) / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["2048x256x4096", "2048x512x32000"],
+                        help="NxDxV: tokens, width, vocabulary")
+    parser.add_argument("--work", nargs="+", default=list(MATMULS), choices=MATMULS)
+    parser.add_argument("--only", nargs="+", default=[], help="names of the variants to run")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"),
+                        help="cpu: this process's own time, for a shared machine and one thread")
+    parser.add_argument("--no-memory", action="store_true", help="skip the fresh processes")
+    parser.add_argument("--json", help="file to write the same figures to")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    tables = []
+    for size in options.sizes:
+        n, d, v = map(int, size.split("x"))
+        problem = Problem(n, d, v, options.device, getattr(torch, options.dtype))
+        if options.peak_of:
+            print(peak_mib(options.work[0], options.peak_of, problem))
+            return
+        for work in options.work:
+            rows = measure(work, problem, options.only, options.repeats, clock)
+            for name, row in rows.items():
+                if name != "floor" and "failed" not in row and not options.no_memory:
+                    row["peak_mib"] = peak_in_fresh_process(options, size, work, name)
+            least = floor_mib(work, n, d, v, problem.hidden.element_size())
+            tables.append({"work": work, "N": n, "D": d, "V": v, "floor_mib": least, "rows": rows})
+            show(tables[-1])
+    if options.json:
+        machine = {"machine": platform.machine(), "system": platform.system(), "torch": torch.__version__,
+                   "command": " ".join(sys.argv[1:]), **vars(options)}
+        with open(options.json, "w") as file:
+            json.dump({"machine": machine, "tables": tables}, file, indent=1)
+
+
+def show(table: dict) -> None:
+    """One table: time as a ratio to the floor (median, quartiles), peak memory as one too."""
+    print(f"\n{table['work']}  N {table['N']} D {table['D']} V {table['V']}: floor {MATMULS[table['work']]} "
+          f"matmuls, {1e3 * table['rows']['floor']['seconds']:.2f} ms; {table['floor_mib']:.1f} MiB")
+    for name, row in table["rows"].items():
+        if "failed" in row:
+            print(f"  {name:<15} {row['failed']}")
+            continue
+        peak = row.get("peak_mib")
+        memory = "" if peak is None else f"{peak:9.1f} MiB {peak / table['floor_mib']:6.2f}x"
+        print(f"  {name:<15} {1e3 * row['seconds']:9.2f} ms {row['ratio']:6.3f}x "
+              f"[{row['quartiles'][0]:.3f}, {row['quartiles'][1]:.3f}] {memory}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
