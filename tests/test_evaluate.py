@@ -1,0 +1,135 @@
+"""The reported figures against quadratic loops, hand calculations and repeated experiments."""
+
+import math
+
+import numpy as np
+import pytest
+
+from fgrlhf.evaluate import (Judged, auc, auc_within, bootstrap, compare, over_seeds, pair_accuracy, reward_table,
+                             t_quantile, win_rate)
+
+
+# ----- win rate -------------------------------------------------------------------------------------
+
+def test_compare_gives_1_for_fewer_errors_and_half_for_as_many():
+    assert compare([0, 2, 5], [1, 2, 3]) == [1.0, 0.5, 0.0]
+    assert win_rate(compare([0, 2, 5, 0], [1, 2, 3, 9])) == 2.5 / 4
+    with pytest.raises(ValueError, match="expected 3 values, got 2"):
+        compare([1, 2], [1, 2, 3])
+
+
+def test_win_rate_of_a_system_and_of_its_rival_sum_to_one():
+    a, b = np.random.default_rng(0).integers(0, 4, (2, 50)).tolist()
+    assert win_rate(compare(a, b)) + win_rate(compare(b, a)) == pytest.approx(1)
+
+
+def test_pair_accuracy_counts_higher_rewards_and_half_of_the_ties():
+    assert pair_accuracy([1.0, -2.0, 0.5, 3.0], [0.0, -1.0, 0.5, -3.0]) == 2.5 / 4
+
+
+# ----- intervals ------------------------------------------------------------------------------------
+
+def test_bootstrap_covers_the_truth_95_times_in_100():
+    """300 experiments of 60 wins, ties and losses; 95% +- 4 standard deviations of a count."""
+    rng, p = np.random.default_rng(1), (0.5, 0.1, 0.4)
+    truth = 0.5 + 0.05
+    hits = 0
+    for i in range(300):
+        found = bootstrap(rng.choice([1.0, 0.5, 0.0], 60, p=p), seed=i, draws=400)
+        hits += found.low <= truth <= found.high
+    assert abs(hits - 285) <= 4 * math.sqrt(300 * 0.95 * 0.05)
+
+
+def test_bootstrap_width_is_that_of_the_normal_for_many_values():
+    values = np.random.default_rng(2).normal(3.0, 2.0, 2000)
+    found = bootstrap(values)
+    assert found.mean == pytest.approx(values.mean())
+    half = 1.96 * values.std() / math.sqrt(2000)
+    assert found.mean - found.low == pytest.approx(half, rel=0.1)
+    assert found.high - found.mean == pytest.approx(half, rel=0.1)
+
+
+def test_bootstrap_is_a_function_of_its_seed_and_of_a_single_value():
+    values = np.random.default_rng(0).normal(size=40)
+    assert bootstrap(values, 3) == bootstrap(values, 3) != bootstrap(values, 4)
+    assert bootstrap([0.5]) == (0.5, 0.5, 0.5)
+
+
+def test_bootstrap_of_paired_differences_is_narrower_than_of_either_side():
+    """Prompts differ more than systems do: pairing removes what they share."""
+    rng = np.random.default_rng(3)
+    prompt = rng.normal(0, 1, 200)
+    a, b = prompt + rng.normal(0, 0.1, 200), prompt + rng.normal(0, 0.1, 200)
+    width = lambda i: i.high - i.low
+    assert width(bootstrap(a - b)) < 0.3 * width(bootstrap(a))
+
+
+def test_over_seeds_by_hand():
+    """1, 2, 3, 4: mean 2.5, sd sqrt(5/3), t(3) = 3.182: half width 3.182 * 1.29099 / 2 = 2.0540."""
+    found = over_seeds([1, 2, 3, 4])
+    assert found == pytest.approx((2.5, 2.5 - 2.0540, 2.5 + 2.0540), abs=1e-4)
+    assert over_seeds([0.7]).mean == 0.7 and math.isnan(over_seeds([0.7]).low)
+
+
+@pytest.mark.parametrize("degrees", [*range(1, 13), 19, 99])
+def test_t_quantile_leaves_a_fortieth_above_it(degrees):
+    """The density of Student's t integrated numerically from 0 to the quantile is 0.475."""
+    x = np.linspace(0, t_quantile(degrees), 200_001)
+    constant = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
+    density = constant * (1 + x ** 2 / degrees) ** (-(degrees + 1) / 2)
+    assert np.trapezoid(density, x) == pytest.approx(0.475, abs=1e-4)
+
+
+# ----- AUC ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(5))
+def test_auc_equals_the_loop_over_all_pairs(seed):
+    """Scores of few distinct values, so that ties between the classes abound."""
+    rng = np.random.default_rng(seed)
+    scores, labels = rng.integers(0, 6, 80) / 4, rng.random(80) < 0.3
+    wins = [(p > n) + 0.5 * (p == n) for p in scores[labels] for n in scores[~labels]]
+    assert auc(scores, labels) == pytest.approx(sum(wins) / len(wins), abs=1e-12)
+
+
+def test_auc_by_hand():
+    assert auc([0.9, 0.8, 0.1], [True, True, False]) == 1
+    assert auc([0.1, 0.8, 0.9], [True, False, False]) == 0
+    assert auc([0.5, 0.5, 0.5, 0.5], [True, False, True, False]) == 0.5
+    assert math.isnan(auc([0.5, 0.6], [True, True])) and math.isnan(auc([], []))
+
+
+def test_auc_within_averages_responses_that_hold_both_classes():
+    groups = [([1, 2], [False, True]), ([1, 2], [True, False]), ([5, 6], [True, True]),
+              ([1, 2, 3], [False, True, True])]
+    assert auc_within(groups) == pytest.approx(2 / 3)
+    assert math.isnan(auc_within(groups[2:3]))
+
+
+# ----- the table of a reward model ------------------------------------------------------------------
+
+JUDGED = [Judged("a", 2.0, 1.0, 0.1, [-1.0, 0.5, -2.0], ["", "", "fact"]),
+          Judged("b", 0.0, 1.0, 0.2, [3.0, -3.0], ["omit", ""]),
+          Judged("c", 1.0, 1.0, 0.9, [-5.0, 1.0, 0.0, 0.2], ["fact", "fact", "", ""]),
+          Judged("d", 3.0, 1.0, 0.4, [], [])]
+
+
+def test_reward_table_by_hand():
+    """Costs -r against spans; a: 2 | 1 -.5, b: -3 | 3, c: 5 -1 | 0 -.2 (error | clean)."""
+    table = reward_table(JUDGED)
+    assert table["pairs"] == 4 and table["pair_accuracy"] == 2.5 / 4
+    assert table["minimal/pairs"] == 2 and table["minimal/pair_accuracy"] == 0.5       # 0.4 is not below 0.4
+    clean = [1, -0.5, 3, 0, -0.2]
+    share = lambda costs: sum(c > x for c in costs for x in clean) / (len(costs) * len(clean))
+    assert table["token_auc"] == pytest.approx(share([2, -3, 5, -1]))
+    assert table["token_auc/fact"] == pytest.approx(share([2, 5, -1]))
+    assert table["token_auc/omit"] == pytest.approx(share([-3])) == 0
+    assert table["token_auc_within"] == pytest.approx((1 + 0 + 0.5) / 3)
+    assert table["minimal/token_auc_within"] == pytest.approx((1 + 0) / 2)
+    assert table["position_auc_within"] == pytest.approx((1 + 0 + 0) / 3)              # early or late alone
+    places = {"error": [2.5 / 3, 0.5 / 2, 0.5 / 4, 1.5 / 4], "clean": [0.5 / 3, 1.5 / 3, 1.5 / 2, 2.5 / 4, 3.5 / 4]}
+    wins = [(e > c) + 0.5 * (e == c) for e in places["error"] for c in places["clean"]]
+    assert table["position_auc"] == pytest.approx(sum(wins) / 20)
+
+
+def test_reward_table_has_no_auc_without_spans():
+    assert reward_table(JUDGED[3:]) == {"pairs": 1, "pair_accuracy": 1.0, "minimal/pairs": 0}
