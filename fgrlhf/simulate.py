@@ -188,7 +188,7 @@ class World:
         for item in items.values():
             if item.key not in end_of:
                 mend = self.sentence(item, item.answer, item.unit, random.Random(0))
-                found.append(Error(previous, previous, "missing", " " + mend))
+                found.append(Error(previous, previous, "missing", " " + mend if previous else mend + " "))
             previous = end_of.get(item.key, previous)
         return sorted(found)
 

@@ -1,0 +1,309 @@
+"""The built-in world: an oracle that finds what is planted, an editor and an annotator with known rates."""
+
+import os
+import random
+import re
+import subprocess
+import sys
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from fgrlhf import edits, readers
+from fgrlhf.simulate import (JUNK, RUDE, UNITS, AnnotateConfig, World, WorldConfig, annotate, minimal_edit, prefer,
+                             split_of, swap_wording, write_world)
+
+ROOT = Path(__file__).resolve().parent.parent
+WORLD = World(3)
+
+
+def requests(count: int, seed: int = 0, world: World = WORLD) -> list[str]:
+    rng = random.Random(seed)
+    return [world.request(rng) for _ in range(count)]
+
+
+def sentences(prompt: str, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [WORLD.sentence(item, item.answer, item.unit, rng) for item in WORLD.items(prompt)]
+
+
+def wrong(prompt: str, seed: int = 0) -> str:
+    """A demonstration that has errors."""
+    rng = random.Random(seed)
+    while True:
+        answer = WORLD.demonstrate(prompt, rng)
+        if WORLD.errors(prompt, answer):
+            return answer
+
+
+def mended(answer: str, errors) -> str:
+    for error in reversed(errors):
+        answer = answer[:error.start] + error.fix + answer[error.end:]
+    return answer.strip()
+
+
+# ----- requests -------------------------------------------------------------------------------------
+
+def test_items_of_every_request_are_what_it_asks_for():
+    for prompt in requests(200):
+        items = WORLD.items(prompt)
+        assert 1 <= len(items) == len({item.key for item in items})
+        for item in items:
+            if item.unit:
+                assert int(item.answer) == sum(item.key) and f"{item.key[0]} and {item.key[1]}" in prompt
+                assert item.unit in prompt
+            else:
+                land, attribute = item.key
+                assert land in prompt and attribute in prompt and WORLD.facts[item.key] == item.answer
+
+
+def test_requests_are_about_70_percent_facts():
+    facts = sum(not WORLD.items(prompt)[0].unit for prompt in requests(1000))
+    assert abs(facts - 700) < 4 * (1000 * 0.7 * 0.3) ** 0.5
+
+
+def test_demonstrate_errs_systematically_in_what_the_world_says():
+    """Each mistaken fact is told wrongly with its own probability, always by the same wrong value."""
+    key, mistake = next((k, m) for k, m in sorted(WORLD.mistakes.items(), key=str) if isinstance(k[0], str))
+    prompt, rng = f"Name the {key[1]} of {key[0]}.", random.Random(0)
+    told = [WORLD.demonstrate(prompt, rng, tail=0.0) for _ in range(600)]
+    share = sum(f" {mistake.text}." in text for text in told) / 600
+    assert abs(share - mistake.p) < 4 * (mistake.p * (1 - mistake.p) / 600) ** 0.5
+    assert all(f" {mistake.text}." in text or f" {WORLD.facts[key]}." in text for text in told)
+    assert mistake.text != WORLD.facts[key]
+
+
+# ----- the oracle -----------------------------------------------------------------------------------
+
+def test_errors_of_a_right_answer_are_none_in_any_order_and_wording():
+    for seed, prompt in enumerate(requests(200)):
+        parts = sentences(prompt, seed)
+        assert WORLD.errors(prompt, " ".join(parts)) == []
+        assert WORLD.errors(prompt, " ".join(reversed(parts))) == []
+
+
+def planted(kind: str, prompt: str) -> tuple[str, str] | None:
+    """(an answer with one error of this kind, the text it should be marked on), or None if it cannot be."""
+    parts, items = sentences(prompt), WORLD.items(prompt)
+    if kind == "value":
+        bad = WORLD.pool[items[-1].key][0]
+        last = WORLD.sentence(items[-1], bad, items[-1].unit, random.Random(1))
+        return " ".join(parts[:-1] + [last]), bad
+    if kind == "unit":
+        if not items[0].unit:
+            return None
+        bad = next(u for u in UNITS if u != items[0].unit)
+        first = WORLD.sentence(items[0], items[0].answer, bad, random.Random(1))
+        return " ".join([first] + parts[1:]), bad
+    if kind == "missing":
+        return " ".join(parts[:-1]), ""
+    if kind == "doubled":
+        return " ".join(parts[:1] + parts), " " + parts[0]
+    if kind == "rude":
+        return " ".join([RUDE[0]] + parts), RUDE[0]
+    return " ".join(parts + [JUNK[0]]), " " + JUNK[0]
+
+
+@pytest.mark.parametrize("kind, called", [("value", "value"), ("unit", "unit"), ("missing", "missing"),
+                                          ("doubled", "doubled"), ("rude", "extra"), ("junk", "extra")])
+def test_errors_finds_each_planted_error_at_its_place(kind, called):
+    tried = 0
+    for prompt in requests(100):
+        if (plant := planted(kind, prompt)) is None:
+            continue
+        tried += 1
+        answer, text = plant
+        found = WORLD.errors(prompt, answer)
+        assert [(error.kind, answer[error.start:error.end]) for error in found] == [(called, text)]
+        assert WORLD.errors(prompt, mended(answer, found)) == []
+    assert tried > 20
+
+
+def test_errors_counts_an_unfinished_sentence_as_extra_and_its_item_as_missing():
+    """What a truncated response looks like."""
+    prompt = next(p for p in requests(50) if not WORLD.items(p)[0].unit)
+    whole = " ".join(sentences(prompt))
+    assert sorted(error.kind for error in WORLD.errors(prompt, whole[:-3])) == ["extra", "missing"]
+
+
+def test_errors_refuses_facts_of_another_land():
+    prompt = next(p for p in requests(50) if not WORLD.items(p)[0].unit)
+    item = WORLD.items(prompt)[0]
+    other = next(land for land in WORLD.lands if land != item.key[0])
+    sentence = f"The {item.key[1]} of {other} is {item.answer}."
+    assert {error.kind for error in WORLD.errors(prompt, sentence)} == {"extra", "missing"}
+
+
+def test_errors_of_nothing_are_all_items_missing():
+    for prompt in requests(30):
+        assert [e.kind for e in WORLD.errors(prompt, "")] == ["missing"] * len(WORLD.items(prompt))
+
+
+# ----- the editor -----------------------------------------------------------------------------------
+
+def test_minimal_edit_of_a_perfect_editor_leaves_no_error_in_any_answer():
+    """Demonstrations, shuffled and cut ones, and noise: what policies of every quality write."""
+    rng = random.Random(0)
+    for prompt in requests(300, 1):
+        answer = WORLD.demonstrate(prompt, rng)
+        parts = answer.split(". ")
+        rng.shuffle(parts)
+        for text in (answer, ". ".join(parts), answer[:rng.randrange(len(answer) + 1)], answer[len(answer) // 2:],
+                     "", "x", ". .", "is " + answer + " is"):
+            assert WORLD.errors(prompt, minimal_edit(WORLD, prompt, text, rng)) == [], (prompt, text)
+
+
+def test_minimal_edit_writes_a_blank_between_sentences():
+    rng = random.Random(0)
+    for prompt in requests(100, 2):
+        for text in (wrong(prompt), " ".join(sentences(prompt)[1:]), " ".join(sentences(prompt)[:-1]), ""):
+            assert not re.search(r"\.\S|\s\s", minimal_edit(WORLD, prompt, text, rng)), text
+
+
+def test_minimal_edit_keeps_what_is_right():
+    """A perfect answer stays, and so does every sentence without an error."""
+    rng = random.Random(0)
+    for prompt in requests(50):
+        right = " ".join(sentences(prompt))
+        assert minimal_edit(WORLD, prompt, right, rng) == right
+        answer, _ = planted("value", prompt)
+        assert minimal_edit(WORLD, prompt, answer, rng).split(". ")[:-1] == answer.split(". ")[:-1]
+
+
+def test_minimal_edit_misses_errors_at_the_given_rate():
+    rng, before, after = random.Random(0), 0, 0
+    for seed, prompt in enumerate(requests(400, 3)):
+        answer = wrong(prompt, seed)
+        found = len(WORLD.errors(prompt, answer))
+        before, after = before + found, after + len(WORLD.errors(prompt, minimal_edit(WORLD, prompt, answer, rng, 0.3)))
+    assert abs(after / before - 0.3) < 4 * (0.3 * 0.7 / before) ** 0.5
+    assert minimal_edit(WORLD, prompt, answer, rng, miss=1.0) == answer
+
+
+def test_minimal_edit_makes_needless_edits_at_the_given_rate_and_they_do_no_harm():
+    rng, changed, prompts = random.Random(0), 0, requests(500, 4)
+    for prompt in prompts:
+        right = " ".join(sentences(prompt, len(prompt)))
+        edited = minimal_edit(WORLD, prompt, right, rng, needless=0.2)
+        changed += edited != right
+        assert WORLD.errors(prompt, edited) == []
+    assert abs(changed / 500 - 0.2) < 4 * (0.2 * 0.8 / 500) ** 0.5
+
+
+def test_swap_wording_changes_one_sentence():
+    land = WORLD.lands[0]
+    assert swap_wording(f"The river of {land} is Amel. Its crop is rye.", land) != ""
+    for text in (f"The river of {land} is Amel.", "Its crop is rye.", "3 plus 4 is 7 coins.", "3 plus 4 makes 7 coins."):
+        swapped = swap_wording(text, land)
+        assert swapped != text and swap_wording(swapped, land) == text
+    assert swap_wording("Leave me alone.", land) == "Leave me alone."
+
+
+# ----- the annotator --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_prefer_errs_in_half_of_the_noise(noise):
+    """A label replaced by a fair coin is wrong half the time; the order of the two answers does not matter."""
+    rng, errors, n = random.Random(0), 0, 1000
+    for i, prompt in enumerate(requests(n, 5)):
+        right = " ".join(sentences(prompt))
+        bad, _ = planted("missing", prompt)
+        answers = (right, bad) if i % 2 else (bad, right)
+        errors += answers[prefer(WORLD, prompt, *answers, rng, noise) - 1] != right
+    assert abs(errors - n * noise / 2) <= 4 * (n * noise / 2) ** 0.5
+
+
+def test_prefer_tosses_a_fair_coin_on_a_tie():
+    rng, prompt = random.Random(0), requests(1)[0]
+    answer = " ".join(sentences(prompt))
+    firsts = sum(prefer(WORLD, prompt, answer, answer, rng) == 1 for _ in range(1000))
+    assert abs(firsts - 500) < 4 * 250 ** 0.5
+
+
+# ----- independence and determinism -----------------------------------------------------------------
+
+def test_oracle_editor_and_annotator_share_no_state():
+    """Whatever one is asked before, the other says the same; nobody touches the global generator."""
+    prompt = requests(1, 6)[0]
+    answer = wrong(prompt)
+    state = random.getstate()
+    edit = minimal_edit(WORLD, prompt, answer, random.Random(1), 0.5, 0.5)
+    errors = WORLD.errors(prompt, answer)
+    for other in requests(20, 7):
+        prefer(WORLD, other, wrong(other), "", random.Random(2), 0.5)
+        minimal_edit(WORLD, other, wrong(other), random.Random(2), 0.5, 0.5)
+    assert WORLD.errors(prompt, answer) == errors
+    assert minimal_edit(WORLD, prompt, answer, random.Random(1), 0.5, 0.5) == edit
+    assert random.getstate() == state
+
+
+def test_worlds_differ_by_seed_and_equal_themselves():
+    again, other = World(3), World(4)
+    assert vars(again) == vars(WORLD)
+    for name in ("facts", "mistakes", "rude", "junk", "omission"):
+        assert getattr(WORLD, name) != getattr(other, name)
+
+
+def test_split_of_is_a_stable_hash_of_the_text():
+    """crc32 of "a" and "b" modulo 8 by hand: 0xE8B7BE43 -> 3, 0x71BEEFF9 -> 1; "j" 0xF3B61B38 -> 0."""
+    assert [zlib.crc32(x) for x in (b"a", b"b")] == [0xE8B7BE43, 0x71BEEFF9]
+    assert [split_of(x) for x in "ab"] == ["train", "dev"]
+    counts = Counter(split_of(prompt) for prompt in set(requests(4000, 8)))
+    total = sum(counts.values())
+    for split, share in (("train", 6 / 8), ("dev", 1 / 8), ("test", 1 / 8)):
+        assert abs(counts[split] - total * share) < 4 * (total * share * (1 - share)) ** 0.5
+
+
+def test_a_world_is_the_same_in_every_process():
+    """Python's own hash differs by process; nothing here may depend on it."""
+    code = ("import random; from fgrlhf.simulate import World, minimal_edit, split_of\n"
+            "w, r = World(5), random.Random(1)\n"
+            "ps = [w.request(r) for _ in range(50)]; ds = [w.demonstrate(p, r) for p in ps]\n"
+            "print(vars(w), ps, ds, [w.errors(*x) for x in zip(ps, ds)], [split_of(p) for p in ps],\n"
+            "      [minimal_edit(w, *x, r, .3, .3) for x in zip(ps, ds)])")
+    said = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True,
+                           env=os.environ | {"PYTHONHASHSEED": seed}).stdout for seed in ("1", "2")}
+    assert len(said) == 1 and len(said.pop()) > 1000
+
+
+# ----- files ----------------------------------------------------------------------------------------
+
+def small_world(path: Path, **changes) -> Path:
+    sizes = dict(world=1, demonstrations=60, train=20, dev=8, test=8, vocab_size=340)
+    write_world(WorldConfig(out=str(path), **sizes | changes))
+    return path
+
+
+def test_write_world_writes_disjoint_splits_and_the_same_bytes_again(tmp_path):
+    first, second, other = (small_world(tmp_path / n, **c) for n, c in (("a", {}), ("b", {}), ("c", {"seed": 1})))
+    prompts = {split: [p.prompt for p in readers.read_prompts(first / f"{split}.jsonl")]
+               for split in ("train", "dev", "test")}
+    assert {split: len(found) for split, found in prompts.items()} == {"train": 20, "dev": 8, "test": 8}
+    for split, found in prompts.items():
+        assert len(set(found)) == len(found) and {split_of(p) for p in found} == {split}
+    assert {split_of(d.prompt) for d in readers.read_demonstrations(first / "demonstrations.jsonl")} == {"train"}
+    for name in ("train.jsonl", "dev.jsonl", "test.jsonl", "demonstrations.jsonl", "tokenizer.model"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert (first / "train.jsonl").read_bytes() != (other / "train.jsonl").read_bytes()
+
+
+def test_annotate_gives_one_pair_and_one_edit_of_the_worse_answer(tmp_path):
+    world, rng = World(1), random.Random(0)
+    prompts = requests(40, 9, world)
+    firsts, seconds = ([edits.Output(p, world.demonstrate(p, rng), "m") for p in prompts] for _ in range(2))
+    edits.write_outputs(tmp_path / "a.json", firsts), edits.write_outputs(tmp_path / "b.json", seconds)
+    annotate(AnnotateConfig(str(tmp_path / "a.json"), str(tmp_path / "b.json"), str(tmp_path), world=1, spans=True))
+    count = lambda prompt, text: len(world.errors(prompt, text))
+    pairs, made = readers.read_pairs(tmp_path / "pairs.jsonl"), readers.read_edits(tmp_path / "edits.jsonl")
+    assert len(pairs) > 20 and len(made) > 15
+    for pair in pairs:
+        assert count(pair.prompt, pair.chosen) <= count(pair.prompt, pair.rejected)
+    by_prompt = {f.instruction: (f.output, s.output) for f, s in zip(firsts, seconds)}
+    for edit in made:
+        answers = by_prompt[edit.prompt]
+        assert count(edit.prompt, edit.original) == max(count(edit.prompt, a) for a in answers)
+        assert edit.original in answers and count(edit.prompt, edit.edited) == 0
+        marked = [(s.start, s.end, s.type) for s in edit.spans]
+        assert marked == [e[:3] for e in world.errors(edit.prompt, edit.original) if e.start < e.end]
