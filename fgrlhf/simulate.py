@@ -172,7 +172,7 @@ class World:
         land = next((key[0] for key in items if isinstance(key[0], str)), None)
         found: list[Error] = []
         end_of: dict[tuple, int] = {}                       # item -> where its sentence ends
-        for match in re.finditer(r"\s*([^.]+\.?)", answer):
+        for match in re.finditer(r"\s*(\.|[^.\s][^.]*\.?)", answer):
             start, end, text = match.start(1), match.end(1), match[1]
             state = self._read(text, land)
             item = state and items.get(state[0])

@@ -136,6 +136,14 @@ def test_errors_refuses_facts_of_another_land():
     assert {error.kind for error in WORLD.errors(prompt, sentence)} == {"extra", "missing"}
 
 
+def test_errors_sees_stray_full_stops():
+    prompt = requests(1)[0]
+    whole = " ".join(sentences(prompt))
+    for text in (". " + whole, whole + ".", whole.replace(".", "..", 1)):
+        assert [error.kind for error in WORLD.errors(prompt, text)] == ["extra"]
+    assert WORLD.errors(prompt, whole + "  ") == []
+
+
 def test_errors_of_nothing_are_all_items_missing():
     for prompt in requests(30):
         assert [e.kind for e in WORLD.errors(prompt, "")] == ["missing"] * len(WORLD.items(prompt))
