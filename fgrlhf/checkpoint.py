@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fgrlhf.config import UserError
 from fgrlhf.files import read_bytes, write_atomic
-from fgrlhf.layouts import huggingface, llama2c, meta
+from fgrlhf.layouts import huggingface, huggingface_tokenizer, llama2c, meta
 from fgrlhf.layouts.stored import Stored, Weights
 from fgrlhf.model import LLaMA
 from fgrlhf.safetensors import write_safetensors
@@ -129,21 +129,29 @@ def save_model(model: LLaMA, path: str | Path, layout: str = "meta",
         if other != own:
             raise UserError(f"{folder}: already holds {other.name}; choose an empty folder")
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    dtype = parameters["tok_embeddings.weight"].dtype
     if layout == "meta":
         parameters = {name: p.cpu().contiguous() for name, p in parameters.items()}
         write_atomic(own, lambda file: torch.save(parameters, file))
-        settings = {"params.json": meta.write_params(model.config)}
     else:
         write_safetensors(own, huggingface.to_hf(parameters, model.config))
-        settings = {"config.json": huggingface.write_config(model.config, dtype, tokenizer)}
-        if tokenizer is not None:
-            settings = {"tokenizer_config.json":
-                        huggingface.write_tokenizer_config(model.config)} | settings
     if tokenizer is not None:
         write_atomic(folder / "tokenizer.model", read_bytes(tokenizer.path))
-    for name, values in settings.items():
+    for name, values in _settings(model, layout, tokenizer).items():
         write_atomic(folder / name, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def _settings(model: LLaMA, layout: str, tokenizer: Tokenizer | None) -> dict[str, dict]:
+    """The JSON files beside the weights; last the one without which the folder is no model."""
+    config, dtype = model.config, model.tok_embeddings.weight.dtype
+    if layout == "meta":
+        return {"params.json": meta.write_params(config)}
+    last = {"config.json": huggingface.write_config(config, dtype, tokenizer)}
+    if tokenizer is None:
+        return last
+    return {
+        "tokenizer.json": huggingface_tokenizer.write_tokenizer(tokenizer),
+        "tokenizer_config.json": huggingface_tokenizer.write_tokenizer_config(
+            tokenizer, config.max_seq_len)} | last
 
 
 def save_state(path: str | Path, state: dict) -> None:

@@ -18,6 +18,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencepiece
 
@@ -26,10 +27,19 @@ from fgrlhf.config import UserError
 BLANK = "▁"                                 # sentencepiece writes the blank as U+2581
 
 
+class Piece(NamedTuple):
+    """One entry of the vocabulary."""
+
+    text: str
+    score: float                            # BPE joins the neighbours whose union has the highest
+    ordinary: bool                          # stands for its text: no control piece, byte or unknown
+
+
 class Tokenizer:
     """A sentencepiece model file.
 
-    vocab_size, bos_id, eos_id, pad_id (never eos_id): int; sha256: hex digest of the file's bytes.
+    vocab_size, bos_id, eos_id, pad_id (never eos_id): int; pieces: list of Piece, by id;
+    adds_blank: whether "a" is encoded as " a", as LLaMA does; sha256: hex digest of the file.
     Raises UserError when the file is missing, is no sentencepiece model, or lacks BOS or EOS.
     """
 
@@ -54,20 +64,24 @@ class Tokenizer:
         if min(self.bos_id, self.eos_id) < 0:
             raise UserError(f"{path}: the model needs a BOS and an EOS piece, as LLaMA's has; "
                             f"got bos_id {self.bos_id}, eos_id {self.eos_id}")
-        self._bytes = [self._piece_bytes(i) for i in range(self.vocab_size)]
-        # LLaMA's model encodes "a" as "▁a"; that blank is no part of the text.
-        self._adds_blank = self._sp.normalize("a").startswith(BLANK)
+        self.pieces = [self._piece(id) for id in range(self.vocab_size)]
+        self.adds_blank = self._sp.normalize("a").startswith(BLANK)
+        self._bytes = [self._piece_bytes(id) for id in range(self.vocab_size)]
         self._blank_ids = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in BLANK.encode()]
 
+    def _piece(self, id: int) -> Piece:
+        sp = self._sp
+        return Piece(sp.id_to_piece(id), sp.get_score(id),
+                     not (sp.is_control(id) or sp.is_unknown(id) or sp.is_byte(id)))
+
     def _piece_bytes(self, id: int) -> bytes:
-        piece = self._sp.id_to_piece(id)
         if self._sp.is_control(id):
             return b""
         if self._sp.is_unknown(id):
             return " ⁇ ".encode()
         if self._sp.is_byte(id):
-            return bytes([int(piece[3:5], 16)])
-        return piece.replace(BLANK, " ").encode()
+            return bytes([int(self.pieces[id].text[3:5], 16)])
+        return self.pieces[id].text.replace(BLANK, " ").encode()
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Text -> ids: sentencepiece's own, for all text without "▁".
@@ -99,12 +113,12 @@ class Tokenizer:
 
     def _surfaces(self, ids: Iterable[int]) -> Iterator[bytes]:
         """The bytes of each id, without the blank that encoding put before the text."""
-        at_start = self._adds_blank
+        at_start = self.adds_blank
         for id in ids:
             surface = self._bytes[id]
             if at_start and surface:
                 at_start = False
-                if not self._sp.is_unknown(id) and not self._sp.is_byte(id):
+                if self.pieces[id].ordinary:
                     surface = surface.removeprefix(b" ")
             yield surface
 

@@ -16,7 +16,7 @@ from fgrlhf.config import UserError
 from fgrlhf.layouts import huggingface, meta
 from fgrlhf.model import LLaMA, LLaMAConfig, build
 from fgrlhf.safetensors import SafeTensors
-from fgrlhf.tokenizer import train
+from fgrlhf.tokenizer import Tokenizer, train
 
 SMALL = LLaMAConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=272, ffn_dim=48,
                     norm_eps=1e-6, rope_theta=5e5, max_seq_len=64)
@@ -97,6 +97,51 @@ def test_load_model_on_meta_describes_a_model_without_memory(tmp_path):
     save_model(variant(), tmp_path)
     model = load_model(tmp_path, device="meta")
     assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def slow_bpe(text: str, tokenizer_json: dict) -> list[int]:
+    """What Hugging Face's BPE does with tokenizer.json: join the pair that is first in the list."""
+    for step in tokenizer_json["normalizer"]["normalizers"]:
+        if step["type"] == "Prepend":
+            text = step["prepend"] + text if text else text
+        else:
+            text = text.replace(step["pattern"]["String"], step["content"])
+    model = tokenizer_json["model"]
+    rank = {tuple(pair): n for n, pair in enumerate(model["merges"])}
+    parts = list(text)
+    while pairs := [(rank[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in rank]:
+        _, i = min(pairs)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    ids = []
+    for part in parts:
+        names = [part] if part in model["vocab"] else [f"<0x{b:02X}>" for b in part.encode()]
+        ids += [model["vocab"][name] for name in names]
+    return ids
+
+
+def check_tokenizer_json(folder, tokenizer, texts) -> None:
+    written = json.loads((folder / "tokenizer.json").read_text())
+    for text in texts:
+        assert slow_bpe(text, written) == tokenizer.encode(text), text
+
+
+TEXTS = ["", "a", " a", "  a ", "x  y   z", "hello world", "\n\nhello\tthere", "é 😀 e\u0301",
+         "12 345", "<s>", "</s>hello<unk>", "<0x41>"]
+
+
+def test_save_model_writes_a_tokenizer_that_gives_our_ids(tmp_path, tokenizer):
+    save_model(variant(), tmp_path / "m", "hf", tokenizer)
+    check_tokenizer_json(tmp_path / "m", tokenizer, TEXTS)
+    written = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    special = [written[f"{name}_token"] for name in ("unk", "bos", "eos")]
+    assert special == ["<unk>", "<s>", "</s>"]
+
+
+def test_save_model_writes_llamas_tokenizer(data_dir, tmp_path):
+    tokenizer = Tokenizer(data_dir / "llama_tokenizer" / "tokenizer.model")
+    save_model(variant(vocab_size=32000), tmp_path, "hf", tokenizer)
+    records = (data_dir / "qa_feedback" / "edits.jsonl").read_text().splitlines()[:20]
+    check_tokenizer_json(tmp_path, tokenizer, TEXTS + [json.loads(r)["original"] for r in records])
 
 
 def test_interleave_by_hand():

@@ -196,12 +196,3 @@ def write_config(config: LLaMAConfig, dtype: torch.dtype, tokenizer: Tokenizer |
         "bos_token_id": tokenizer.bos_id if tokenizer else 1,
         "eos_token_id": tokenizer.eos_id if tokenizer else 2,
         "torch_dtype": str(dtype).removeprefix("torch.")}
-
-
-def write_tokenizer_config(config: LLaMAConfig) -> dict:
-    """tokenizer_config.json for the tokenizer.model beside it."""
-    return {
-        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False,
-        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None,
-        "clean_up_tokenization_spaces": False, "legacy": False,
-        "model_max_length": config.max_seq_len}
