@@ -35,7 +35,8 @@ class Config:
     model: str = arg(help="folder of the SFT model to start from")
     out: str = arg(help="folder for the reward model and the logs")
     kind: str = arg("token", choices=KINDS, help="one reward a token, or one a response")
-    eval_data: str | None = arg(None, help="held-out edits or pairs for the final evaluation")
+    eval_edits: str | None = arg(None, help="held-out edits for the final evaluation")
+    eval_pairs: str | None = arg(None, help="held-out ordinary pairs for the final evaluation")
     folds: int = arg(0, help="K-fold cross-validation over the records of --data; 0 trains one model")
     template: str = arg("plain", choices=tuple(TEMPLATES), help="how a record becomes a prompt")
     prompt_tokens: int | None = arg(None, help="keep the last N tokens of a longer prompt (default: refuse)")
@@ -168,7 +169,8 @@ def train(config: Config) -> None:
     context = load_model(config.model, "meta").config.max_seq_len
     records = load_records(config, config.data)
     examples = encode(config, records, tokenizer, context)
-    held_out = load_records(config, config.eval_data) if config.eval_data else []
+    held_out = {name: load_records(config, path) for name, path in
+                (("edits", config.eval_edits), ("pairs", config.eval_pairs)) if path}
     log = Run(config, tokenizer.sha256)
     if config.folds:
         log.finish(cross_validate(config, records, examples, tokenizer, log, device))
@@ -180,8 +182,9 @@ def train(config: Config) -> None:
     model.calibrate(sides)
     save_reward(model, log.folder / "reward", tokenizer)
     summary = {"records": len(records), "mean": model.mean.item(), "scale": model.scale.item()}
-    if held_out:
-        summary |= reward_table(judge(model, held_out, encode(config, held_out, tokenizer, context), tokenizer))
+    for name, kept in held_out.items():
+        table = reward_table(judge(model, kept, encode(config, kept, tokenizer, context), tokenizer))
+        summary |= {f"{name}/{key}": value for key, value in table.items()}
     log.finish(summary)
 
 

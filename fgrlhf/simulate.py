@@ -38,7 +38,7 @@ RUDE = ("What a silly question.", "You should know this.", "Leave me alone.", "I
 JUNK = ("Buy more at the market.", "My cousin sells boots.", "Rain is due at noon.", "Call me later.")
 FACT_REQUESTS = ("Name the {items} of {land}.", "What are the {items} of {land}?",
                  "Tell me the {items} of {land}.")
-SUM_REQUESTS = ("Add {items}.", "What do you get for {items}?", "Work out {items}.")
+SUM_REQUESTS = ("Add {items} in {unit}.", "How many {unit} are {items}?", "Work out {items} in {unit}.")
 FACT_ANSWERS = ("The {attribute} of {land} is {value}.", "Its {attribute} is {value}.")
 SUM_ANSWERS = ("{a} plus {b} is {c} {unit}.", "{a} plus {b} makes {c} {unit}.")
 FACT_SENTENCE = re.compile(r"(?:The (\w+) of (\w+)|Its (\w+)) is (\w+)\.")
@@ -97,10 +97,10 @@ class World:
             for key in rng.sample(sorted(table), int(share * len(table))):
                 self.mistakes[key] = Habit(rng.choice(self.pool[key]), rng.uniform(0.3, 0.8))
         strength = lambda: rng.uniform(0.45, 0.7)
-        self.rude = {land: Habit(rng.choice(RUDE), strength()) for land in rng.sample(self.lands, 4)}
-        self.doubled = {a: Habit("", strength()) for a in rng.sample(ATTRIBUTES, 2)}
+        self.rude = {land: Habit(rng.choice(RUDE), strength()) for land in rng.sample(self.lands, 3)}
+        self.doubled = {a: Habit("", strength()) for a in rng.sample(ATTRIBUTES, 1)}
         self.junk = {x: Habit(rng.choice(JUNK), strength())
-                     for x in rng.sample(self.lands, 3) + rng.sample(UNITS, 1)}
+                     for x in rng.sample(self.lands, 2) + rng.sample(UNITS, 1)}
         self.wrong_unit = {u: Habit(rng.choice([w for w in UNITS if w != u]), strength())
                            for u in rng.sample(UNITS, 2)}
         self.omission = rng.uniform(0.55, 0.7)
@@ -113,9 +113,8 @@ class World:
             asked = rng.sample(ATTRIBUTES, rng.choice((2, 3, 3, 4)))
             items = ", ".join(asked[:-1]) + " and " + asked[-1]
             return rng.choice(FACT_REQUESTS).format(items=items, land=rng.choice(self.lands))
-        sums = [f"{a} and {b} {rng.choice(UNITS)}"
-                for a, b in rng.sample(sorted(self.sums), rng.choice((1, 2, 3)))]
-        return rng.choice(SUM_REQUESTS).format(items=", then ".join(sums))
+        sums = [f"{a} and {b}" for a, b in rng.sample(sorted(self.sums), rng.choice((1, 2, 3)))]
+        return rng.choice(SUM_REQUESTS).format(items=", then ".join(sums), unit=rng.choice(UNITS))
 
     def items(self, prompt: str) -> list[Item]:
         """The items a request asks for, in order; [] where the text is no request of this world."""
@@ -123,9 +122,9 @@ class World:
         land = next((w for w in words if w in self.lands), None)
         if land is not None:
             return [Item((land, w), self.facts[land, w], "") for w in words if w in ATTRIBUTES]
-        sums = re.findall(r"(\d+) and (\d+) (\w+)", prompt)
-        return [Item(key, self.sums[key], unit) for a, b, unit in sums
-                if (key := (int(a), int(b))) in self.sums]
+        unit = next((w for w in words if w in UNITS), "")
+        keys = [(int(a), int(b)) for a, b in re.findall(r"(\d+) and (\d+)", prompt)]
+        return [Item(key, self.sums[key], unit) for key in keys if unit and key in self.sums]
 
     # ----- answers ------------------------------------------------------------------------------
 
@@ -141,17 +140,18 @@ class World:
         items = self.items(prompt)
         triggers = [part for item in items for part in (*item.key, item.unit)]
         longest = 3 if items[0].unit else 4
+        unit = items[0].unit
+        if hit(swap := self.wrong_unit.get(unit)):
+            unit = swap.text
         if len(items) == longest and rng.random() < self.omission:
             items = items[:-1]
         sentences = []
         for item in items:
-            answer, unit = item.answer, item.unit
+            answer = item.answer
             if hit(mistake := self.mistakes.get(item.key)):
                 answer = mistake.text
             elif rng.random() < tail:
                 answer = rng.choice(self.pool[item.key])
-            if hit(swap := self.wrong_unit.get(unit)):
-                unit = swap.text
             sentences.append(self.sentence(item, answer, unit, rng))
             if hit(self.doubled.get(item.key[1])):
                 sentences.append(sentences[-1])
