@@ -14,7 +14,7 @@ import torch
 from fgrlhf.checkpoint import load_model, load_state, load_tokenizer, save_model, save_state
 from fgrlhf.config import UserError
 from fgrlhf.layouts import huggingface, meta
-from fgrlhf.model import LLaMA, LLaMAConfig, build
+from fgrlhf.model import PRESETS, LLaMA, LLaMAConfig, build
 from fgrlhf.safetensors import SafeTensors
 from fgrlhf.tokenizer import Tokenizer, train
 
@@ -109,8 +109,9 @@ def slow_bpe(text: str, tokenizer_json: dict) -> list[int]:
     model = tokenizer_json["model"]
     rank = {tuple(pair): n for n, pair in enumerate(model["merges"])}
     parts = list(text)
-    while pairs := [(rank[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in rank]:
-        _, i = min(pairs)
+    while found := [(rank[pair], i) for i, pair in enumerate(zip(parts, parts[1:]))
+                    if pair in rank]:
+        _, i = min(found)
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     ids = []
     for part in parts:
@@ -620,6 +621,26 @@ print(max(peak[0], anonymous()) - before)
                           check=True, cwd=os.path.dirname(os.path.dirname(__file__)))
     extra = int(done.stdout)
     assert 0.9 * size < extra < size + largest + 2**20, (size, largest, extra)
+
+
+def test_load_model_describes_a_large_checkpoint_without_reading_it(tmp_path):
+    """TinyLlama-1.1B's 2.2 GB as a sparse file: names and shapes are checked, no weight is touched."""
+    config = PRESETS["TinyLlama-1.1B"]
+    with torch.device("meta"):
+        expected = LLaMA(config).bfloat16()
+    header, size = {}, 0
+    for name, p in expected.named_parameters():
+        header[huggingface.to_hf_name(name)] = {"dtype": "BF16", "shape": list(p.shape),
+                                                "data_offsets": [size, size + p.nbytes]}
+        size += p.nbytes
+    write_header(tmp_path / "model.safetensors", header)
+    os.truncate(tmp_path / "model.safetensors",
+                (tmp_path / "model.safetensors").stat().st_size + size)
+    (tmp_path / "config.json").write_text(
+        json.dumps(huggingface.write_config(config, torch.bfloat16, None)))
+    model = load_model(tmp_path, device="meta")
+    assert sum(p.numel() for p in model.parameters()) == 1_100_048_384
+    assert model.head.dtype == torch.bfloat16 and model.head.is_meta
 
 
 # Training states --------------------------------------------------------------------------------
