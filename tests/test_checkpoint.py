@@ -624,7 +624,7 @@ print(max(peak[0], anonymous()) - before)
 
 
 def test_load_model_describes_a_large_checkpoint_without_reading_it(tmp_path):
-    """TinyLlama-1.1B's 2.2 GB as a sparse file: names and shapes are checked, no weight is touched."""
+    """TinyLlama-1.1B, 2.2 GB of sparse file: names and shapes are checked, no weight is touched."""
     config = PRESETS["TinyLlama-1.1B"]
     with torch.device("meta"):
         expected = LLaMA(config).bfloat16()
