@@ -1,0 +1,88 @@
+"""Judges: who wins by hand-made answers, and that answers come back in the order of their prompts."""
+
+import pytest
+import torch
+
+from fgrlhf import edits
+from fgrlhf.config import UserError
+from fgrlhf.edits import Output, Prompt
+from fgrlhf.encode import encode_prompt
+from fgrlhf.judge import OracleJudge, answers, by_annotations, by_oracle, by_reward, same_prompts
+from fgrlhf.reward import RewardModel
+from fgrlhf.rollout import pack
+from fgrlhf.simulate import World
+from fgrlhf.tokenizer import train
+from tests.small import llama
+
+WORLD = World(0)
+LAND = WORLD.lands[0]
+ASKED = f"Name the river and crop of {LAND}."
+RIGHT = f"Its river is {WORLD.facts[LAND, 'river']}. Its crop is {WORLD.facts[LAND, 'crop']}."
+ONE_WRONG, ALL_WRONG = RIGHT.replace("Its crop is", "Its crop was"), "No."       # 2 and 3 errors
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train([ASKED, RIGHT] * 5, 300, tmp_path_factory.mktemp("t") / "t.model")
+
+
+def outputs(*texts: str) -> list[Output]:
+    return [Output(ASKED, text, "m") for text in texts]
+
+
+def test_by_oracle_prefers_fewer_errors():
+    assert by_oracle(WORLD, outputs(RIGHT, ONE_WRONG, ALL_WRONG), outputs(ONE_WRONG, ONE_WRONG, RIGHT)) == [1, 0.5, 0]
+
+
+def test_oracle_judge_reads_its_reference_once_and_compares(tmp_path):
+    edits.write_jsonl(tmp_path / "dev.jsonl", [Prompt("a", ASKED), Prompt("b", ASKED)])
+    edits.write_outputs(tmp_path / "ref.json", outputs(ONE_WRONG, ALL_WRONG))
+    judge = OracleJudge.load(0, str(tmp_path / "dev.jsonl"), str(tmp_path / "ref.json"))
+    assert judge.reference_errors == [2, 3]
+    assert judge.compare(outputs(RIGHT, ALL_WRONG)) == {"eval/win_rate": 0.75, "eval/errors": 1.5}
+    with pytest.raises(UserError, match="expected the 2 instructions"):
+        judge.compare(outputs(RIGHT))
+
+
+def test_same_prompts_refuses_another_order():
+    first, second = Output("a", "", "m"), Output("b", "", "m")
+    same_prompts([first, second], [first, second])
+    with pytest.raises(UserError, match="same order"):
+        same_prompts([first, second], [second, first])
+
+
+def test_by_annotations_gives_the_second_outputs_share(tmp_path):
+    (tmp_path / "a.json").write_text("[" + ",".join(
+        f'{{"instruction": "{i}", "output_1": "x", "output_2": "y", "preference": {p}}}'
+        for i, p in enumerate(("1", "2", "1.5", "null", "1.2"))) + "]")
+    assert by_annotations(str(tmp_path / "a.json")) == [0, 1, 0.5, 0.5, 0]
+
+
+def test_by_reward_prefers_the_higher_reward(tokenizer):
+    """Each answer scored alone by R(x, y); a blank answer is a single EOS."""
+    torch.manual_seed(0)
+    model = RewardModel(llama(vocab_size=300, max_seq_len=160), "sequence")
+    texts = [RIGHT, ONE_WRONG, ALL_WRONG, ""]
+    prompt = encode_prompt(tokenizer, Prompt("p", ASKED), "plain", 100)
+    R = [model.sequence_rewards(pack([prompt], [tokenizer.encode(t, eos=True)])).item() for t in texts]
+    others = texts[1:] + texts[:1]
+    expected = [float(R[i] > R[(i + 1) % 4]) for i in range(4)]
+    assert by_reward(model, tokenizer, "plain", outputs(*texts), outputs(*others)) == expected
+    assert 0 < sum(expected) < 4
+    assert by_reward(model, tokenizer, "plain", outputs(RIGHT), outputs(RIGHT)) == [0.5]
+
+
+def test_answers_come_in_the_order_of_the_prompts_whatever_the_batch(tokenizer):
+    """Greedy answers do not depend on who shares the batch; prompts are sorted by length inside."""
+    policy = llama(vocab_size=300, max_seq_len=160)
+    prompts = [Prompt(str(i), ASKED * (1 + i % 3) + " x" * i) for i in range(5)]
+    found = {batch: answers(policy, tokenizer, prompts, "plain", 12, 0.0, 0, "me", batch) for batch in (1, 2, 5)}
+    assert found[1] == found[2] == found[5]
+    assert [o.instruction for o in found[1]] == [p.prompt for p in prompts]
+    assert {o.generator for o in found[1]} == {"me"} and len({o.output for o in found[1]}) > 1
+
+
+def test_answers_are_a_function_of_their_seed(tokenizer):
+    policy, prompts = llama(vocab_size=300, max_seq_len=160), [Prompt("a", ASKED)] * 3
+    first, again, other = (answers(policy, tokenizer, prompts, "plain", 12, 1.0, seed) for seed in (0, 0, 1))
+    assert first == again != other
