@@ -4,10 +4,10 @@
     python -m kernels.bench --sizes 500x96x400 --work ppo --repeats 50
     python -m kernels.bench --device cuda --dtype bfloat16 --json bench.json
 
-One process runs all variants in turn, again and again, so that a disturbance meets them all; a ratio
-is taken within one round and the table gives its median and quartiles. The floor is the matmuls
-alone, into buffers that exist already. Peak memory is measured in a fresh process for each variant:
-what a first call adds beyond its inputs. TRL and Liger take part where they are installed.
+One process runs all variants in turn, again and again, so that a disturbance meets them all; a
+ratio is taken within one round and the table gives its median and quartiles. The floor is the
+matmuls alone, into buffers that exist already. Peak memory is measured in a fresh process for each
+variant: what a first call adds beyond its inputs. TRL and Liger take part where they are installed.
 """
 
 import argparse
@@ -31,14 +31,15 @@ GRADIENT = "ppo", "cross_entropy", "logp_gradient", "kl_gradient"
 
 
 class Problem:
-    """Inputs of one size: hidden [N, D], head [V, D], targets, logp_old, advantages [N], a reference."""
+    """Inputs of one size: hidden [N, D], head [V, D], a policy's numbers [N], a reference."""
 
     def __init__(self, n: int, d: int, v: int, device: str, dtype: torch.dtype):
         generator = torch.Generator().manual_seed(0)
 
         def randn(*shape):
             return torch.randn(*shape, generator=generator).to(device, dtype)
-        self.hidden, self.head = randn(n, d).requires_grad_(), (randn(v, d) / d ** 0.5).requires_grad_()
+        self.hidden = randn(n, d).requires_grad_()
+        self.head = (randn(v, d) / d ** 0.5).requires_grad_()
         self.targets = torch.randint(v, (n,), generator=generator).to(device)
         self.advantages, self.noise = randn(n).float(), 0.1 * randn(n).float()
         self.logp_old = linear_logp.score(
@@ -46,7 +47,7 @@ class Problem:
         self.hidden_ref, self.head_ref = randn(n, d), randn(v, d) / d ** 0.5
 
     def floor(self, matmuls: int):
-        """The matmuls alone: logits, then grad hidden and grad head, into buffers made beforehand."""
+        """The matmuls alone: logits, grad hidden, grad head, into buffers made beforehand."""
         hidden, head = self.hidden.detach(), self.head.detach()
         logits = hidden.new_empty(len(hidden), len(head))
         grad_hidden, grad_head = torch.empty_like(hidden), torch.empty_like(head)
@@ -63,7 +64,7 @@ def surrogate(p: Problem, logp: Tensor) -> Tensor:
 
 
 def torch_logp(chunk: int | None):
-    """-logp from torch's own linear_cross_entropy (2.13 on), one chunk size or its automatic one."""
+    """-logp from torch's own linear_cross_entropy (2.13 on); chunk None: its automatic size."""
     from torch.nn import LinearCrossEntropyOptions
     from torch.nn.functional import linear_cross_entropy as theirs
     options = LinearCrossEntropyOptions(batch_chunk_size=chunk)
@@ -89,7 +90,8 @@ def peers(work: str) -> dict:
     try:
         from trl.trainer.utils import selective_log_softmax
         if work == "ppo":
-            found["trl"] = lambda p: surrogate(p, selective_log_softmax(p.hidden @ p.head.T, p.targets))
+            found["trl"] = lambda p: surrogate(
+                p, selective_log_softmax(p.hidden @ p.head.T, p.targets))
         elif work in ("logp", "logp_gradient"):
             found["trl"] = lambda p: selective_log_softmax(p.hidden @ p.head.T, p.targets).sum()
     except ImportError:
@@ -120,7 +122,8 @@ def variants(work: str) -> dict:
                 p.hidden, p.head, p.targets).loss,
             "logp_entropy": lambda p: getattr(linear_logp, form)(
                 p.hidden, p.head, p.targets, 1.0, True).logp.sum(),
-            "kl": lambda p: getattr(exact_kl, form)(p.hidden, p.head, p.hidden_ref, p.head_ref).sum(),
+            "kl": lambda p: getattr(exact_kl, form)(
+                p.hidden, p.head, p.hidden_ref, p.head_ref).sum(),
         }.get(work.removesuffix("_gradient"), lambda p: getattr(linear_logp, form)(
             p.hidden, p.head, p.targets).logp.sum())
 
@@ -130,8 +133,8 @@ def variants(work: str) -> dict:
         if work == "cross_entropy":
             return cross_entropy((p.hidden @ p.head.T).float(), p.targets)
         return of("reference")(p)
-    return {"fused": of("fused"), "plain": plain, "plain compiled": torch.compile(plain, dynamic=False),
-            **peers(work)}
+    return {"fused": of("fused"), "plain": plain,
+            "plain compiled": torch.compile(plain, dynamic=False), **peers(work)}
 
 
 def call(work: str, loss, problem: Problem) -> None:
@@ -145,7 +148,7 @@ def call(work: str, loss, problem: Problem) -> None:
 
 
 def measure(work: str, problem: Problem, only: list[str], repeats: int, clock) -> dict:
-    """name -> {seconds, ratio, quartiles} over rounds in which the floor and every variant run once."""
+    """name -> {seconds, ratio, quartiles} over rounds in which the floor and all variants run."""
     runs = {"floor": problem.floor(MATMULS[work])}
     for name, loss in variants(work).items():
         if not only or name in only:
@@ -158,7 +161,7 @@ def measure(work: str, problem: Problem, only: list[str], repeats: int, clock) -
             start = clock()
             try:
                 run()
-            except Exception as error:        # a peer that cannot do this size is a row of the table
+            except Exception as error:        # a peer that cannot do it is a row as well
                 failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
                 continue
             if problem.hidden.device.type == "cuda":
@@ -169,8 +172,8 @@ def measure(work: str, problem: Problem, only: list[str], repeats: int, clock) -
     for name in runs.keys() - failed.keys():
         ratios = [s / f for s, f in zip(seconds[name], seconds["floor"])]
         low, _, high = statistics.quantiles(ratios, n=4) if repeats > 1 else ratios * 3
-        rows[name] = {"seconds": statistics.median(seconds[name]), "ratio": statistics.median(ratios),
-                      "quartiles": [low, high]}
+        rows[name] = {"seconds": statistics.median(seconds[name]),
+                      "ratio": statistics.median(ratios), "quartiles": [low, high]}
     return {name: rows[name] for name in runs}
 
 
@@ -196,11 +199,12 @@ def resident_mib(field: str) -> float:
 
 
 def peak_in_fresh_process(options, size: str, work: str, name: str) -> float | None:
-    """None where it cannot be known: a compiler's own memory drowns the work; no /proc outside Linux."""
+    """None where unknown: a compiler's own memory drowns the work; no /proc outside Linux."""
     if name == "plain compiled" or (options.device == "cpu" and platform.system() != "Linux"):
         return None
-    command = [sys.executable, "-m", "kernels.bench", "--peak-of", name, "--sizes", size, "--work", work,
-               "--device", options.device, "--dtype", options.dtype, "--threads", str(options.threads)]
+    command = [sys.executable, "-m", "kernels.bench", "--peak-of", name, "--sizes", size,
+               "--work", work, "--device", options.device, "--dtype", options.dtype,
+               "--threads", str(options.threads)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -245,17 +249,18 @@ def main() -> None:
             tables.append({"work": work, "N": n, "D": d, "V": v, "floor_mib": least, "rows": rows})
             show(tables[-1])
     if options.json:
-        machine = {"machine": platform.machine(), "system": platform.system(), "torch": torch.__version__,
-                   "command": " ".join(sys.argv[1:]), **vars(options)}
+        machine = {"machine": platform.machine(), "system": platform.system(),
+                   "torch": torch.__version__, "command": " ".join(sys.argv[1:]), **vars(options)}
         with open(options.json, "w") as file:
             json.dump({"machine": machine, "tables": tables}, file, indent=1)
 
 
 def show(table: dict) -> None:
     """One table: time as a ratio to the floor (median, quartiles), peak memory as one too."""
-    print(f"\n{table['work']}  N {table['N']} D {table['D']} V {table['V']}: floor {MATMULS[table['work']]} "
-          f"matmuls, {1e3 * table['rows']['floor']['seconds']:.2f} ms; {table['floor_mib']:.1f} MiB")
-    for name, row in table["rows"].items():
+    work, rows = table["work"], table["rows"]
+    print(f"\n{work}  N {table['N']} D {table['D']} V {table['V']}: floor {MATMULS[work]} matmuls, "
+          f"{1e3 * rows['floor']['seconds']:.2f} ms; {table['floor_mib']:.1f} MiB")
+    for name, row in rows.items():
         if "failed" in row:
             print(f"  {name:<15} {row['failed']}")
             continue

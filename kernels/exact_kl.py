@@ -1,22 +1,24 @@
-"""The exact KL divergence of the policy from the reference over the whole vocabulary, token by token.
+"""The exact KL divergence of the policy from the reference over the whole vocabulary, token by
+token.
 
     z = h W^T / temperature,  z' = h' W'^T / temperature                                    [N, V]
     p = softmax(z),           p' = softmax(z')
     KL_i = sum_j p_ij (log p_ij - log p'_ij)
          = sum_j p_ij (z_ij - z'_ij) - logsumexp z_i + logsumexp z'_i
 
-With a_ij = z'_ij - z_ij and its mean under the policy m_i = sum_j p_ij a_ij, the two normalisers drop
-out of the gradient:
+With a_ij = z'_ij - z_ij and its mean under the policy m_i = sum_j p_ij a_ij, the two normalisers
+drop out of the gradient:
 
     dKL_i/dz_ij = -p_ij (a_ij - m_i)
     dL/dh_i     = g_i / temperature (dKL/dz W)_i           g = dL/dKL
     dL/dW       = (dKL/dz)^T (g h) / temperature
 
-The reference (h', W') is frozen: it gets no gradient. Estimators from samples (kl_k1, kl_k3) cost no
-matmul; this one has no variance and sees the tokens that were not sampled.
+The reference (h', W') is frozen: it gets no gradient. Estimators from samples (kl_k1, kl_k3) cost
+no matmul; this one has no variance and sees the tokens that were not sampled.
 
-Cost: 2 matmuls forward, 4 more backward (g arrives late, so the logits are made again). Memory beside
-the results: two chunks of logits, where the reference holds 2 N V logits and as many log-probabilities.
+Cost: 2 matmuls forward, 4 more backward (g arrives late, so the logits are made again). Memory
+beside the results: two chunks of logits, where the reference holds 2 N V logits and as many
+log-probabilities.
 """
 
 import torch
@@ -29,7 +31,8 @@ def reference(hidden: Tensor, head: Tensor, hidden_ref: Tensor, head_ref: Tensor
               temperature: float = 1.0) -> Tensor:
     """What `fused` computes, written plainly."""
     logps = ((hidden @ head.T).to(wide(hidden)) / temperature).log_softmax(-1)          # [N, V]
-    logps_ref = ((hidden_ref @ head_ref.T).to(wide(hidden_ref)) / temperature).log_softmax(-1).detach()
+    logits_ref = (hidden_ref @ head_ref.T).to(wide(hidden_ref)).detach() / temperature
+    logps_ref = logits_ref.log_softmax(-1)
     return (logps.exp() * (logps - logps_ref)).sum(-1)
 
 
@@ -37,9 +40,10 @@ def fused(hidden: Tensor, head: Tensor, hidden_ref: Tensor, head_ref: Tensor,
           temperature: float = 1.0) -> Tensor:
     """KL(policy || reference) in nats of each token, [N], float32 at least, >= 0 up to rounding.
 
-    hidden [N, D], head [V, D] of the policy; hidden_ref [N, D'], head_ref [V, D'] of the reference, whose
-    width may differ; temperature > 0. The gradient flows to hidden and head; two backward calls (with
-    retain_graph) work. Equal inputs give exactly 0. Raises ValueError on what does not fit.
+    hidden [N, D], head [V, D] of the policy; hidden_ref [N, D'], head_ref [V, D'] of the reference,
+    whose width may differ; temperature > 0. The gradient flows to hidden and head; two backward
+    calls (with retain_graph) work. Equal inputs give exactly 0. Raises ValueError on what does not
+    fit.
     """
     check(hidden, head, temperature)
     check(hidden_ref, head_ref, temperature)
@@ -74,13 +78,13 @@ def walk(hidden: Tensor, head: Tensor, hidden_ref: Tensor, head_ref: Tensor, tem
         kl[rows], total = divergence_(bits, bits_ref, any(needs))
         if not any(needs):
             continue
-        q, g = bits_ref, grad_kl[rows, None] * (LN2 / -temperature)                     # [n, V], [n, 1]
+        q, g = bits_ref, grad_kl[rows, None] * (LN2 / -temperature)                 # [n, V], [n, 1]
         if q.dtype == head.dtype:
             g = g / total
         else:                                       # the range of a half may not hold `total`
             q = (q / total).to(head.dtype)
         if needs[0]:
-            torch.mul(q @ head, g, out=grad_hidden[rows])
+            torch.mm(q, head, out=grad_hidden[rows]).mul_(g)
         if needs[1]:
             add_(grad_head, q.T, (hidden[rows] * g).to(head.dtype), first=False)
     return kl, grad_hidden, grad_head.to(head.dtype) if needs[1] else None

@@ -39,10 +39,10 @@ def fused(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None 
     """Weighted mean of -logp over N tokens; the gradient flows to hidden and head.
 
     hidden [N, D] and head [V, D] of one floating dtype; targets [N] int64; weights [N]: a bool mask
-    (True = counted) or floats, None = all 1; denominator: weight of the whole minibatch, None = that
-    of these tokens. With weight 0 in all, loss and gradients are 0. A token known to be masked is
-    better not passed: it costs as much as any. A first backward costs nothing; a second one (with
-    retain_graph) makes the gradients again. Raises ValueError on what does not fit.
+    (True = counted) or floats, None = all 1; denominator: weight of the whole minibatch, None =
+    that of these tokens. With weight 0 in all, loss and gradients are 0. A token known to be masked
+    is better not passed: it costs as much as any. A first backward costs nothing; a second one
+    (with retain_graph) makes the gradients again. Raises ValueError on what does not fit.
     """
     check(hidden, head, 1.0, targets=targets, weights=weights)
     weights = weights_of(weights, hidden)
@@ -54,7 +54,9 @@ def fused(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None 
 def weights_of(weights: Tensor | None, hidden: Tensor) -> Tensor:
     """[N] in float32 at least; 1 for each token where none are given."""
     dtype = wide(hidden)
-    return hidden.new_ones(len(hidden), dtype=dtype) if weights is None else weights.detach().to(dtype)
+    if weights is None:
+        return hidden.new_ones(len(hidden), dtype=dtype)
+    return weights.detach().to(dtype)
 
 
 def total(weights: Tensor) -> Tensor:

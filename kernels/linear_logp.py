@@ -3,20 +3,22 @@
     z_ij   = h_i . W_j / temperature                       logits
     logp_i = z_i,y(i) - log sum_j exp z_ij                 y(i) the token that was chosen
 
-    dL/dh_i = -g_i / temperature (q W)_i                   g_i = dL/dlogp_i, q = softmax(z) - onehot(y)
+    dL/dh_i = -g_i / temperature (q W)_i                   g = dL/dlogp, q = softmax(z) - onehot(y)
     dL/dW   = -q^T (g h) / temperature
 
-Forward keeps no logits: it walks tiles of 2048 tokens x 512 words (on a CPU) and carries the running
-maximum m, sum s = sum_j exp(z_ij - m) and mean t = sum_j exp(z_ij - m) (z_ij - m) of each token, so that
+Forward keeps no logits: it walks tiles of 2048 tokens x 512 columns of the vocabulary (on a CPU)
+and carries the running maximum m, sum s = sum_j exp(z_ij - m) and mean t = sum_j exp(z_ij - m)
+(z_ij - m) of each token, so that
 
     logsumexp = m + log s        entropy = log s - t / s
     on a new maximum m':         t <- c (t + s (m - m')),  s <- c s,  c = exp(m - m')
 
-g arrives only in backward, which makes the logits again (three_matmuls.py). A loss whose g is known in
-forward saves that fourth matmul: linear_ppo.py, linear_cross_entropy.py.
+g arrives only in backward, which makes the logits again (three_matmuls.py). A loss whose g is known
+in forward saves that fourth matmul: linear_ppo.py, linear_cross_entropy.py.
 
-Cost: 1 matmul of 2 N D V without gradient, 4 with. Memory beside the results: one tile (4 MiB) without
-gradient, one chunk of logits with; the reference holds N V logits and as many log-probabilities.
+Cost: 1 matmul of 2 N D V without gradient, 4 with. Memory beside the results: one tile (4 MiB)
+without gradient, one chunk of logits with; the reference holds N V logits and as many
+log-probabilities.
 """
 
 from typing import NamedTuple
@@ -48,9 +50,10 @@ def fused(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float = 1.
           entropy: bool = False) -> LogProb:
     """Log-probability of each target under softmax(hidden head^T / temperature).
 
-    hidden [N, D] and head [V, D] of one floating dtype, targets [N] int64 in [0, V), temperature > 0.
-    Gradients flow from logp to hidden and head; two backward calls (with retain_graph) work. Raises
-    ValueError on what does not fit. Non-finite numbers pass through: the caller decides what they mean.
+    hidden [N, D] and head [V, D] of one floating dtype, targets [N] int64 in [0, V), temperature >
+    0. Gradients flow from logp to hidden and head; two backward calls (with retain_graph) work.
+    Raises ValueError on what does not fit. Non-finite numbers pass through: the caller decides what
+    they mean.
     """
     check(hidden, head, temperature, targets=targets)
     return LogProb(*_LinearLogProb.apply(hidden, head, targets, temperature, entropy))
@@ -94,13 +97,13 @@ def score(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float,
 
 def tiles(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float, buffer: Tensor,
           spare: Tensor | None) -> tuple[Tensor, ...]:
-    """(logp, logsumexp) of n tokens in bits, [n] each; and their entropy where there is a spare buffer."""
+    """(logp, logsumexp) of n tokens in bits, [n] each; with a spare buffer their entropy too."""
     n, first, entropy = len(hidden), True, spare is not None
     columns = len(buffer) // n
     for start in range(0, len(head), columns):
         words = head[start:start + columns]
         x = logits_(buffer[:n * len(words)].view(n, len(words)), hidden, words, temperature)
-        x = x.to(wide(x))                                                               # [n, columns]
+        x = x.to(wide(x))                                                           # [n, columns]
         here = (targets - start).clamp(0, len(words) - 1)
         found = x.gather(-1, here[:, None])[:, 0]
         x_top = x.amax(-1)

@@ -12,8 +12,9 @@ backward only multiplies them by the scalar it is given. Log-probabilities whose
 logits again need a fourth matmul; the reference needs three and keeps N V logits twice.
 
 Cost: 3 matmuls of 2 N D V (1 without gradient). Memory: the two gradients and one chunk of logits.
-M is the number of response tokens of the whole minibatch: losses and statistics of microbatches add.
-There is no mask: select first (`hidden[response_mask]`), a padded position then costs no matmul.
+M is the number of response tokens of the whole minibatch: losses and statistics of microbatches
+add. There is no mask: select first (`hidden[response_mask]`), a padded position then costs no
+matmul.
 """
 
 from typing import NamedTuple
@@ -26,17 +27,18 @@ from kernels.three_matmuls import check, sum_of_terms
 
 
 class PPOLoss(NamedTuple):
-    """Sums over the N tokens divided by the denominator, except logp: over microbatches they add."""
+    """All but logp are sums over the N tokens / denominator: over microbatches they add."""
     loss: Tensor                  # () the only member with a gradient
     logp: Tensor                  # [N] log-probabilities under the present policy, nats
     clip_fraction: Tensor         # () share of tokens with |rho - 1| > eps
     kl_k1: Tensor                 # () mean of -log rho: estimates KL(old || new) in nats; any sign
     kl_k3: Tensor                 # () mean of rho - 1 - log rho: the same, never negative
-    entropy: Tensor               # () mean entropy of the policy in nats; NaN where no gradient is made
+    entropy: Tensor               # () mean entropy in nats; NaN where hidden gets no gradient
 
 
 def reference(hidden: Tensor, head: Tensor, targets: Tensor, logp_old: Tensor, advantages: Tensor,
-              clip_eps: float, temperature: float = 1.0, denominator: float | None = None) -> PPOLoss:
+              clip_eps: float, temperature: float = 1.0,
+              denominator: float | None = None) -> PPOLoss:
     """What `fused` computes, written plainly."""
     denominator = max(len(hidden), 1) if denominator is None else denominator
     logp, _, entropy = linear_logp.reference(hidden, head, targets, temperature, entropy=True)
@@ -50,18 +52,20 @@ def fused(hidden: Tensor, head: Tensor, targets: Tensor, logp_old: Tensor, advan
 
     hidden [N, D] and head [V, D] of one floating dtype; targets [N] int64; logp_old [N] nats;
     advantages [N]; clip_eps > 0; temperature > 0, the one of sampling; denominator: tokens of the
-    whole minibatch, None = N. With N = 0 loss and gradients are 0. A first backward costs nothing; a
-    second one (with retain_graph) makes the gradients again. Raises ValueError on what does not fit.
+    whole minibatch, None = N. With N = 0 loss and gradients are 0. A first backward costs nothing;
+    a second one (with retain_graph) makes the gradients again. Raises ValueError on what does not
+    fit.
     """
     check(hidden, head, temperature, targets=targets, logp_old=logp_old, advantages=advantages)
     logp_old, advantages = logp_old.detach(), advantages.detach()
     denominator = max(len(hidden), 1) if denominator is None else denominator
 
     def term(rows, logp):
-        value, slope = clipped_surrogate.objective(logp - logp_old[rows], advantages[rows], clip_eps)
+        value, slope = clipped_surrogate.objective(
+            logp - logp_old[rows], advantages[rows], clip_eps)
         return value / -denominator, slope / -denominator
 
     loss, logp, entropy = sum_of_terms(hidden, head, targets, temperature, term)
     entropy = logp.new_tensor(float("nan")) if entropy is None else entropy.sum() / denominator
-    return PPOLoss(loss, logp, *clipped_surrogate.statistics(logp - logp_old, clip_eps, denominator),
-                   entropy)
+    moved = clipped_surrogate.statistics(logp - logp_old, clip_eps, denominator)
+    return PPOLoss(loss, logp, *moved, entropy)

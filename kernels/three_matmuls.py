@@ -3,8 +3,9 @@
     z_ij   = h_i . W_j / temperature                       logits                          [N, V]
     logp_i = z_i,y(i) - log sum_j exp z_ij                 y(i) the token that was chosen  [N]
 
-For any loss L = sum_i f_i(logp_i) the slope g_i = dL/dlogp_i is known once logp_i is (PPO's clipped loss,
-cross-entropy; anything at all in its own backward). With p_ij = exp(z_ij - logsumexp_i), q = p - onehot(y):
+For any loss L = sum_i f_i(logp_i) the slope g_i = dL/dlogp_i is known once logp_i is (PPO's clipped
+loss, cross-entropy; anything at all in its own backward). With p_ij = exp(z_ij - logsumexp_i), q =
+p - onehot(y):
 
     dL/dz = -g q                                           [n, V]
     dL/dh = -g (q W) / temperature                         [n, D], the second matmul
@@ -15,11 +16,12 @@ cross-entropy; anything at all in its own backward). With p_ij = exp(z_ij - logs
 multiplies [n, D] tensors only, and so does the normaliser: a chunk [n, V] is written by its matmul,
 turned into 2^(z - max z) in place, lowered by its sum at the target, and read by two matmuls.
 
-Logits are held in bits, z / ln 2 (a factor the matmul applies for nothing): on a CPU 2^x costs a third
-of e^x. Reductions are in float32 at least, float64 stays float64.
+Logits are held in bits, z / ln 2 (a factor the matmul applies for nothing): on a CPU 2^x costs a
+third of e^x. Reductions are in float32 at least, float64 stays float64.
 
 Cost: 3 matmuls of 2 N D V (1 without gradient). Memory: the gradients, one chunk of logits; in half
-precision also that chunk in float32 and grad_head in float32: a sum over chunks must not round at each.
+precision also that chunk in float32 and grad_head in float32: a sum over chunks must not round at
+each.
 """
 
 from collections.abc import Callable
@@ -30,9 +32,9 @@ from torch import Tensor
 
 LN2 = 0.6931471805599453          # nats in a bit
 CHUNK = 256                       # tokens a chunk, at least
-LOGITS = 2**20, 2**28             # logits a chunk may always have: 4 MiB of float32 on a CPU, else 1 GiB
-COLUMNS = 512                     # CPU: vocabulary columns that one matmul writes
-CACHED = 2**18                    # CPU: logits exponentiated at once, 1 MiB of float32
+LOGITS = 2**20, 2**28             # logits any chunk may have: 4 MiB of float32 on a CPU, else 1 GiB
+COLUMNS = 1024                    # CPU: vocabulary columns that one matmul writes
+CACHED = 2**20                    # CPU: logits exponentiated at once, 4 MiB of float32
 
 
 Term = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
@@ -40,14 +42,15 @@ Term = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 
 def sum_of_terms(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float,
                  term: Term) -> tuple[Tensor, Tensor, Tensor | None]:
-    """L = sum_i f_i(logp_i), with term(rows, logp [n]) -> f [n], df/dlogp [n] for a slice of the tokens.
+    """L = sum_i f_i(logp_i), with term(rows, logp [n]) -> f [n], df/dlogp [n] for a slice of the
+    tokens.
 
-    Returns (L with its gradient, logp [N], entropy [N]). Forward makes the gradients, the first backward
-    scales them by the number it is given and hands them over uncopied; a second one (with
+    Returns (L with its gradient, logp [N], entropy [N]). Forward makes the gradients, the first
+    backward scales them by the number it is given and hands them over uncopied; a second one (with
     retain_graph) makes them again.
     """
     if not torch.is_grad_enabled():
-        hidden, head = hidden.detach(), head.detach()                # or forward would make gradients
+        hidden, head = hidden.detach(), head.detach()            # or forward would make gradients
     return _SumOfTerms.apply(hidden, head, targets, temperature, term)
 
 
@@ -77,9 +80,9 @@ class _SumOfTerms(torch.autograd.Function):
         made, ctx.made = ctx.made, None
         if made is None:
             temperature, term = ctx.others
-            made = gradients(*ctx.saved_tensors, temperature, lambda rows, logp: term(rows, logp)[1],
-                             ctx.needs_input_grad[:2])[2:]
-        if grad_loss.device.type != "cpu" or grad_loss != 1:        # a look at an accelerator would wait
+            made = gradients(*ctx.saved_tensors, temperature,
+                             lambda rows, logp: term(rows, logp)[1], ctx.needs_input_grad[:2])[2:]
+        if grad_loss.device.type != "cpu" or grad_loss != 1:    # asking an accelerator would wait
             made = [None if x is None else x.mul_(grad_loss) for x in made]
         return *made, None, None, None
 
@@ -113,10 +116,10 @@ def gradients(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float,
             bits, total = (bits / total).to(head.dtype), torch.ones_like(total)
         g = g / total
         if needs[0]:
-            back = bits @ head                                                          # [n, D]
+            back = torch.mm(bits, head, out=grad_hidden[rows])                          # [n, D]
             inner = (h * back).sum(-1, keepdim=True, dtype=logp.dtype) / total
             torch.sub(inner[:, 0] / -temperature, logp[rows], out=entropy[rows])
-            torch.mul(back, g, out=grad_hidden[rows])
+            back *= g
         if needs[1]:
             add_(grad_head, bits.T, (h * g).to(head.dtype), first=rows.start == 0)
     return Gradients(logp, entropy, grad_hidden, grad_head.to(head.dtype) if needs[1] else None)
@@ -131,7 +134,7 @@ def add_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def chunks(hidden: Tensor, head: Tensor, temperature: float):
-    """(rows, logits [n, V] in bits) for slices of the tokens, about equal; one buffer serves them all."""
+    """(rows, logits [n, V] in bits) for about equal slices of the tokens, all in one buffer."""
     n, v = len(hidden), len(head)
     most = max(CHUNK, LOGITS[hidden.device.type != "cpu"] // v)
     size = -(-n // max(1, -(-n // most)))
@@ -174,7 +177,8 @@ def check(hidden: Tensor, head: Tensor, temperature: float, **per_token: Tensor 
         raise ValueError(f"hidden, head: expected (N, D) and (V, D) with V > 0, got "
                          f"{tuple(hidden.shape)} and {tuple(head.shape)}")
     if hidden.dtype != head.dtype or not hidden.is_floating_point():
-        raise ValueError(f"hidden, head: expected one floating dtype, got {hidden.dtype}, {head.dtype}")
+        raise ValueError(f"hidden, head: expected one floating dtype, got {hidden.dtype}, "
+                         f"{head.dtype}")
     for name, x in per_token.items():
         if x is not None and x.shape != hidden.shape[:1]:
             raise ValueError(f"{name}: expected (N,) = ({len(hidden)},), got {tuple(x.shape)}")

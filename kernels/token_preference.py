@@ -2,7 +2,7 @@
 
     s_b  = sum_U1+ r_t - sum_U1- r_t                        margin of pair b, changed tokens only
     L_bt = 1/P sum_b -log sigmoid(s_b)                      P pairs with at least one changed token
-    L_u0 = lambda/M sum_U0 (r_i+ - r_j-)^2                  "difference", the paper's; M pairs (i, j)
+    L_u0 = lambda/M sum_U0 (r_i+ - r_j-)^2                  "difference", the paper's; M pairings
            lambda/2M sum_U0 (r_i+)^2 + (r_j-)^2             "anchor": unchanged tokens are worth 0
     L_tok = w/K ( sum_U1+ -log sigmoid(r_t) + sum_U1- -log sigmoid(-r_t) )   K tokens of U1; the
                                                             per-token variant, off at w = 0
@@ -11,16 +11,17 @@
 U1+ / U1- are the changed tokens of the chosen / rejected response, U0 the unchanged ones in pairs.
 Gradients, each on the tokens of its own set and 0 elsewhere:
 
-    dL_bt/dr+ = -sigmoid(-s_b) / P        dL_bt/dr- = sigmoid(-s_b) / P      (/ |U1| of the side for "mean")
+    dL_bt/dr+ = -sigmoid(-s_b) / P        dL_bt/dr- = sigmoid(-s_b) / P      (/ |U1| for "mean")
     dL_u0/dr+ = 2 lambda d / M            dL_u0/dr- = -2 lambda d / M        d = r_i+ - r_j-
                 lambda r_i+ / M                       lambda r_j- / M        for "anchor"
     dL_tok/dr+ = -w sigmoid(-r) / K       dL_tok/dr- = w sigmoid(r) / K
 
 An empty side (a pure insertion or deletion) counts 0 in s_b; a pair with no changed token has no
-margin and is left out of L_bt; an empty set makes its term 0. Averages run over the pairs, tokens and
-pairings of the batch (`Totals`), so no pair counts more for being long in L_bt, and none less.
+margin and is left out of L_bt; an empty set makes its term 0. Averages run over the pairs, tokens
+and pairings of the batch (`Totals`), so no pair counts more for being long in L_bt, and none less.
 
-Cost: no matmul; the rewards are read once, their gradients (as large as they) are kept for backward.
+Cost: no matmul; the rewards are read once, their gradients (as large as they) are kept for
+backward.
 """
 
 from typing import NamedTuple
@@ -31,7 +32,8 @@ from torch.nn.functional import softplus
 
 
 class Unchanged(NamedTuple):
-    """U0 of a whole batch: the m-th pairing is chosen[pair, i] with rejected[pair, j]; [M] int64 each."""
+    """U0 of a batch, [M] int64 each: the m-th pairing is token chosen[m] of the chosen response of
+    pair[m] with token rejected[m] of its rejected one."""
     pair: Tensor
     chosen: Tensor
     rejected: Tensor
@@ -66,8 +68,8 @@ def totals(plus_mask: Tensor, minus_mask: Tensor, unchanged: Unchanged) -> Total
                   max(len(unchanged.pair), 1))
 
 
-def reference(rewards_chosen: Tensor, rewards_rejected: Tensor, plus_mask: Tensor, minus_mask: Tensor,
-              unchanged: Unchanged, options: Options = Options(),
+def reference(rewards_chosen: Tensor, rewards_rejected: Tensor, plus_mask: Tensor,
+              minus_mask: Tensor, unchanged: Unchanged, options: Options = Options(),
               divisors: Totals | None = None) -> Preference:
     """What `fused` computes, written plainly."""
     by = totals(plus_mask, minus_mask, unchanged) if divisors is None else divisors
@@ -79,12 +81,13 @@ def reference(rewards_chosen: Tensor, rewards_rejected: Tensor, plus_mask: Tenso
         minus = minus / minus_mask.sum(-1).clamp(min=1)
     changed = plus_mask.any(-1) | minus_mask.any(-1)
     bt = softplus(minus - plus)[changed].sum() / by.pairs
-    kept, other = chosen[unchanged.pair, unchanged.chosen], rejected[unchanged.pair, unchanged.rejected]
+    kept = chosen[unchanged.pair, unchanged.chosen]                                     # [M]
+    other = rejected[unchanged.pair, unchanged.rejected]
     u0 = (kept - other) ** 2 if options.u0 == "difference" else (kept ** 2 + other ** 2) / 2
     u0 = options.u0_weight * u0.sum() / by.unchanged
     token = softplus(-chosen[plus_mask]).sum() + softplus(rejected[minus_mask]).sum()
     token = options.token_weight * token / by.changed
-    return Preference(bt + u0 + token, bt.detach(), u0.detach(), token.detach(), (plus - minus).detach())
+    return Preference(bt + u0 + token, *(x.detach() for x in (bt, u0, token, plus - minus)))
 
 
 def fused(rewards_chosen: Tensor, rewards_rejected: Tensor, plus_mask: Tensor, minus_mask: Tensor,
@@ -93,21 +96,23 @@ def fused(rewards_chosen: Tensor, rewards_rejected: Tensor, plus_mask: Tensor, m
     """Loss (4) of B pairs and its parts; the gradient flows to both rewards.
 
     rewards_chosen [B, T1], rewards_rejected [B, T2]: reward of each token at its own position, any
-    floating dtype; plus_mask [B, T1], minus_mask [B, T2]: True = token of U1+ / U1-; positions in no
-    set (padding) may hold anything; divisors: None = those of this batch. Two backward calls (with
-    retain_graph) work. Raises ValueError on shapes that differ and on unknown options.
+    floating dtype; plus_mask [B, T1], minus_mask [B, T2]: True = token of U1+ / U1-; positions in
+    no set (padding) may hold anything; divisors: None = those of this batch. Two backward calls
+    (with retain_graph) work. Raises ValueError on shapes that differ and on unknown options.
     """
     check(rewards_chosen, rewards_rejected, plus_mask, minus_mask, unchanged, options)
     by = totals(plus_mask, minus_mask, unchanged) if divisors is None else divisors
-    return Preference(*_TokenPreference.apply(rewards_chosen, rewards_rejected, plus_mask, minus_mask,
-                                              unchanged, options, by))
+    return Preference(*_TokenPreference.apply(rewards_chosen, rewards_rejected, plus_mask,
+                                              minus_mask, unchanged, options, by))
 
 
 class _TokenPreference(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rewards_chosen, rewards_rejected, plus_mask, minus_mask, unchanged, options, by):
+    def forward(ctx, rewards_chosen, rewards_rejected, plus_mask, minus_mask, unchanged, options,
+                by):
         margin, token, grads, margin_slopes = 0.0, 0.0, [], []
-        for sign, rewards, mask in ((1, rewards_chosen, plus_mask), (-1, rewards_rejected, minus_mask)):
+        for sign, rewards, mask in ((1, rewards_chosen, plus_mask),
+                                    (-1, rewards_rejected, minus_mask)):
             r = torch.where(mask, sign * upcast(rewards), 0.0)                          # [B, T]
             slope = sign * mask.to(r.dtype)                                             # ds/dr
             if options.reduce == "mean":
@@ -169,4 +174,5 @@ def check(rewards_chosen: Tensor, rewards_rejected: Tensor, plus_mask: Tensor, m
         raise ValueError(f"unchanged: expected three index lists of one length [M], "
                          f"got {[tuple(x.shape) for x in unchanged]}")
     if options.reduce not in ("sum", "mean") or options.u0 not in ("difference", "anchor"):
-        raise ValueError(f"options: expected reduce sum|mean and u0 difference|anchor, got {options}")
+        raise ValueError("options: expected reduce sum|mean and u0 difference|anchor, "
+                         f"got {options}")

@@ -15,24 +15,26 @@ def problem(*shape, dtype=torch.float64):
 
 
 def test_fused_by_hand():
-    """Ratios 2, 2, 1/2, 1/2, 1 with advantages +, -, +, -, +: clipped at 1.2, free, free, clipped at 0.8, free."""
+    """Ratios 2, 2, 1/2, 1/2, 1, advantages +, -, +, -, +: at 1.2, free, free, at 0.8, free."""
     ratio = torch.tensor([2.0, 2.0, 0.5, 0.5, 1.0], dtype=torch.float64)
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 3.0], dtype=torch.float64)
     logp = ratio.log().requires_grad_()
     out = clipped_surrogate.fused(logp, torch.zeros(5, dtype=torch.float64), advantages, 0.2)
     assert out.loss.item() == pytest.approx(-(1.2 - 2.0 + 0.5 - 0.8 + 3.0) / 5)
     assert out.clip_fraction.item() == pytest.approx(4 / 5)
-    assert out.kl_k1.item() == pytest.approx(0.0)                  # -(log 2 + log 2 - log 2 - log 2 + 0) / 5
+    assert out.kl_k1.item() == pytest.approx(0.0)              # -(2 log 2 - 2 log 2 + 0) / 5
     assert out.kl_k3.item() == pytest.approx((1 + 1 - 0.5 - 0.5 + 0) / 5)
     out.loss.backward()
-    torch.testing.assert_close(logp.grad, -torch.tensor([0.0, -2.0, 0.5, 0.0, 3.0], dtype=torch.float64) / 5)
+    expected = -torch.tensor([0.0, -2.0, 0.5, 0.0, 3.0], dtype=torch.float64) / 5
+    torch.testing.assert_close(logp.grad, expected)
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (3, 11)], ids=str)
 @pytest.mark.parametrize("kind", ["none", "some", "full"])
 def test_fused_equals_reference(shape, kind):
     logp, old, adv = problem(*shape)
-    mask = {"none": None, "some": torch.rand(shape) < 0.6, "full": torch.ones(shape, dtype=torch.bool)}[kind]
+    mask = {"none": None, "some": torch.rand(shape) < 0.6,
+            "full": torch.ones(shape, dtype=torch.bool)}[kind]
     got = clipped_surrogate.fused(logp, old, adv, 0.2, mask)
     expected = clipped_surrogate.reference(logp, old, adv, 0.2, mask)
     for x, y in zip(got, expected):
@@ -42,7 +44,8 @@ def test_fused_equals_reference(shape, kind):
 
 def test_fused_gradient_equals_finite_differences():
     logp, old, adv = problem(3, 5)
-    old = logp.detach() + torch.tensor([0.5, -0.5, 0.1, -0.1, 0.0], dtype=torch.float64)   # off the kinks
+    off_the_kinks = torch.tensor([0.5, -0.5, 0.1, -0.1, 0.0], dtype=torch.float64)
+    old = logp.detach() + off_the_kinks
     mask = torch.rand(3, 5) < 0.7
     assert gradcheck(lambda x: clipped_surrogate.fused(x, old, adv, 0.2, mask, 7).loss, (logp,))
 
@@ -56,7 +59,8 @@ def test_masked_entries_are_inert(garbage):
     out = clipped_surrogate.fused(*dirty, 0.2, mask)
     for x, y in zip(out, clean):
         assert torch.equal(x, y)
-    assert torch.equal(torch.autograd.grad(out.loss, logp)[0], torch.autograd.grad(clean.loss, logp)[0])
+    got, expected = (torch.autograd.grad(o.loss, logp)[0] for o in (out, clean))
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 4)], ids=str)

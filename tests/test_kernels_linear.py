@@ -1,4 +1,4 @@
-"""The kernels that start from hidden states: against their plain forms, finite differences and counts."""
+"""The kernels on hidden states: against their plain forms, finite differences and counts."""
 
 import itertools
 import math
@@ -10,25 +10,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import exact_kl, linear_cross_entropy, linear_logp, linear_ppo, three_matmuls
 
-SIZES = [(1, 1, 1), (1, 3, 2), (37, 13, 101), (7, 5, 1031), (257, 3, 11), (523, 2, 4099)]   # N, D, V
+SIZES = [(1, 1, 1), (1, 3, 2), (37, 13, 101), (7, 5, 1031), (257, 3, 11), (523, 2, 4099)]  # N, D, V
 
 
 def problem(n, d, v, dtype=torch.float64, scale=1.0, temperature=1.0):
-    """hidden, head (both requiring gradients), targets, logp_old near the truth, advantages, ref's two."""
+    """hidden, head (requiring gradients), targets, logp_old, advantages, the reference's two."""
     hidden = (scale * torch.randn(n, d, dtype=dtype)).requires_grad_()
     head = torch.randn(v, d, dtype=dtype).requires_grad_()
     targets = torch.randint(v, (n,))
     wide = torch.promote_types(dtype, torch.float32)
     with torch.no_grad():
-        logp = linear_logp.reference(hidden.double(), head.double(), targets, temperature).logp.to(wide)
+        logp = linear_logp.reference(hidden.double(), head.double(), targets, temperature).logp
     # log-ratios well inside or outside of log(1 +- 0.2): no rounding moves a token across the clip
-    logp_old = logp + torch.tensor([-0.5, -0.05, 0.05, 0.5])[torch.randint(4, (n,))].to(wide)
+    moved = torch.tensor([-0.5, -0.05, 0.05, 0.5], dtype=wide)[torch.randint(4, (n,))]
+    logp_old = logp.to(wide) + moved
     return (hidden, head, targets, logp_old, torch.randn(n, dtype=wide),
             torch.randn(n, d + 1, dtype=dtype), torch.randn(v, d + 1, dtype=dtype))
 
 
 def losses(module_form, temperature=1.0):
-    """name -> f(problem) -> (scalar that uses every differentiable output, tuple of all outputs)."""
+    """name -> f(problem) -> (scalar of every differentiable output, tuple of all outputs)."""
     def logp(h, w, y, old, adv, hr, wr):
         out = getattr(linear_logp, module_form)(h, w, y, temperature, True)
         return (out.logp * adv).sum(), out
@@ -52,7 +53,7 @@ NAMES = list(losses("fused"))
 
 @pytest.fixture(params=["one chunk", "small pieces"])
 def chunking(request, monkeypatch):
-    """Once as shipped, once with chunks, tiles and cached pieces so small that every seam is crossed."""
+    """Once as shipped, once with chunks, tiles and pieces so small that every seam is crossed."""
     if request.param == "small pieces":
         for name, value in (("CHUNK", 3), ("LOGITS", (40, 40)), ("COLUMNS", 4), ("CACHED", 30)):
             monkeypatch.setattr(three_matmuls, name, value)
@@ -126,14 +127,14 @@ def test_fused_is_as_close_to_float32_as_the_plain_form_in_half_precision(name, 
 
     exact = run("reference", torch.Tensor.float)
     for got, plain, true in zip(run("fused", lambda x: x), run("reference", lambda x: x), exact):
-        # One number is one draw of the rounding noise; only over many does the comparison mean much.
+        # One number is one draw of the rounding noise: only over many does the bound mean much.
         slack = 0.1 * (plain - true).norm() + (2e-3 if true.ndim else 2e-2) * true.norm() + 1e-6
         assert (got - true).norm() <= (plain - true).norm() + slack
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_fused_equals_reference_on_extreme_logits(name, chunking):
-    """Logits to +-1e4: probabilities underflow to 0, log-probabilities reach -2e4 and stay finite."""
+    """Logits to +-1e4: probabilities underflow to 0, log-probabilities stay finite."""
     hidden, head, y, old, adv, hr, wr = problem(11, 2, 13)
     with torch.no_grad():
         hidden *= 1e4 / (hidden @ head.T).abs().max()
@@ -177,7 +178,8 @@ def test_fused_takes_views_of_any_stride(name):
     expected, _ = losses("reference")[name](*views)
     got, _ = losses("fused")[name](*views)
     assert_close([got], [expected], 1e-10)
-    assert_close(gradients_of(got, (hidden, wide_head)), gradients_of(expected, (hidden, wide_head)), 1e-10)
+    leaves = hidden, wide_head
+    assert_close(gradients_of(got, leaves), gradients_of(expected, leaves), 1e-10)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -217,7 +219,8 @@ def test_ppo_under_no_grad_has_the_same_loss_and_no_entropy():
     with torch.no_grad():
         out = linear_ppo.fused(hidden, head, y, old, adv, 0.2)
     assert not out.loss.requires_grad and torch.isnan(out.entropy)
-    torch.testing.assert_close(out.loss, linear_ppo.fused(hidden, head, y, old, adv, 0.2).loss.detach())
+    with_gradient = linear_ppo.fused(hidden, head, y, old, adv, 0.2).loss
+    torch.testing.assert_close(out.loss, with_gradient.detach())
 
 
 def test_exact_kl_of_equal_models_is_exactly_zero(chunking):
@@ -234,7 +237,8 @@ def test_fused_accumulates_into_a_head_tied_to_the_embedding(name):
     def grad(form):
         table = head.detach().clone().requires_grad_()
         for _ in range(2):
-            losses(form)[name](torch.nn.functional.embedding(ids, table), table, y, old, adv, hr, wr)[0].backward()
+            hidden = torch.nn.functional.embedding(ids, table)
+            losses(form)[name](hidden, table, y, old, adv, hr, wr)[0].backward()
         return table.grad
     torch.testing.assert_close(grad("fused"), grad("reference"), rtol=1e-10, atol=1e-10)
 
@@ -267,7 +271,7 @@ def test_first_backward_hands_the_gradients_over_uncopied(name):
 
 
 class Matmuls(TorchDispatchMode):
-    """Counts matmul work in units of 2 N D V: what ran, whatever it was called and however cut up."""
+    """Counts matmul work in units of 2 N D V: what ran, however it was called and cut up."""
 
     def __init__(self, unit):
         super().__init__()
@@ -290,8 +294,8 @@ class Matmuls(TorchDispatchMode):
         return self.flops / self.unit
 
 
-@pytest.mark.parametrize("name, forward, total", [("logp", 1, 4), ("ppo", 3, 3), ("cross_entropy", 3, 3),
-                                                  ("kl", 2, 6)])
+@pytest.mark.parametrize("name, forward, total", [
+    ("logp", 1, 4), ("ppo", 3, 3), ("cross_entropy", 3, 3), ("kl", 2, 6)])
 def test_fused_matmul_count_and_no_tensor_beyond_a_chunk(name, forward, total, monkeypatch):
     """Backward runs in autograd's calling thread on a CPU, so one mode sees both halves."""
     monkeypatch.setattr(three_matmuls, "LOGITS", (0, 0))                      # chunks of 256

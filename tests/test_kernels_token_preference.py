@@ -23,7 +23,7 @@ def problem(b=5, t1=7, t2=6, dtype=torch.float64):
     plus[1:2], minus[1:2] = False, False
     plus[2:3], minus[2:3] = True, True
     pairs = [(p, i, j) for p in range(b)
-             for i, j in zip((~plus[p]).nonzero()[:, 0].tolist(), (~minus[p]).nonzero()[:, 0].tolist())]
+             for i, j in zip(*(x.nonzero()[:, 0].tolist() for x in (~plus[p], ~minus[p])))]
     return chosen, rejected, plus, minus, unchanged(pairs)
 
 
@@ -64,7 +64,8 @@ def test_fused_by_hand():
     assert out.margin.item() == 3.0
     assert out.bt.item() == pytest.approx(math.log1p(math.exp(-3)))
     assert out.u0.item() == pytest.approx(4 * 0.0625)
-    assert out.token.item() == pytest.approx(0.5 * (math.log1p(math.exp(-2)) + math.log1p(math.exp(-1))) / 2)
+    by_hand = 0.5 * (math.log1p(math.exp(-2)) + math.log1p(math.exp(-1))) / 2
+    assert out.token.item() == pytest.approx(by_hand)
     assert out.loss.item() == pytest.approx(sum(x.item() for x in (out.bt, out.u0, out.token)))
 
 
@@ -81,8 +82,9 @@ def test_fused_and_reference_equal_a_slow_loop(options):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_fused_gradient_equals_finite_differences_and_reference(options):
     chosen, rejected, *rest = problem()
-    assert gradcheck(lambda a, b: token_preference.fused(a, b, *rest, options).loss, (chosen, rejected))
-    got, expected = (torch.autograd.grad(3 * form(chosen, rejected, *rest, options).loss, (chosen, rejected))
+    both = chosen, rejected
+    assert gradcheck(lambda a, b: token_preference.fused(a, b, *rest, options).loss, both)
+    got, expected = (torch.autograd.grad(3 * form(*both, *rest, options).loss, both)
                      for form in (token_preference.fused, token_preference.reference))
     for x, y in zip(got, expected):
         torch.testing.assert_close(x, y)
@@ -102,8 +104,9 @@ def test_fused_is_finite_when_sides_or_pairs_are_empty(options, b):
         assert out.loss.item() == 0.0
     if b == 2:
         assert out.margin[1].item() == 0.0
-        alone = token_preference.fused(chosen[:1], rejected[:1], plus[:1], minus[:1], unchanged([]), options)
-        assert out.bt.item() == alone.bt.item()                    # the unchanged pair is left out, not averaged
+        first = [x[:1] for x in (chosen, rejected, plus, minus)]
+        alone = token_preference.fused(*first, unchanged([]), options)
+        assert out.bt.item() == alone.bt.item()            # the unchanged pair is left out
 
 
 def test_pair_without_any_set_gives_loss_and_gradient_zero():
@@ -122,7 +125,8 @@ def test_positions_in_no_set_are_inert(garbage, options):
     padding = torch.full((5, 2), garbage, dtype=torch.float64)
     nowhere = torch.zeros(5, 2, dtype=torch.bool)
     out = token_preference.fused(torch.cat([chosen, padding], 1), torch.cat([rejected, padding], 1),
-                                 torch.cat([plus, nowhere], 1), torch.cat([minus, nowhere], 1), u0, options)
+                                 torch.cat([plus, nowhere], 1), torch.cat([minus, nowhere], 1),
+                                 u0, options)
     for x, y in zip(out, clean):
         torch.testing.assert_close(x, y, rtol=1e-14, atol=0)
     for x, y in zip(*(torch.autograd.grad(o.loss, (chosen, rejected)) for o in (out, clean))):
@@ -133,14 +137,15 @@ def test_positions_in_no_set_are_inert(garbage, options):
 def test_microbatches_add_up_to_the_minibatch(options):
     chosen, rejected, plus, minus, u0 = problem()
     divisors = token_preference.totals(plus, minus, u0)
-    assert divisors == Totals(int((plus.any(1) | minus.any(1)).sum()), int(plus.sum() + minus.sum()),
-                              len(u0.pair))
+    assert divisors == Totals(int((plus.any(1) | minus.any(1)).sum()),
+                              int(plus.sum() + minus.sum()), len(u0.pair))
     whole = token_preference.fused(chosen, rejected, plus, minus, u0, options)
     parts = 0.0
     for s in (slice(0, 2), slice(2, 5)):
         inside = (u0.pair >= s.start) & (u0.pair < s.stop)
         part = Unchanged(u0.pair[inside] - s.start, u0.chosen[inside], u0.rejected[inside])
-        parts += token_preference.fused(chosen[s], rejected[s], plus[s], minus[s], part, options, divisors).loss
+        parts += token_preference.fused(chosen[s], rejected[s], plus[s], minus[s], part, options,
+                                        divisors).loss
     torch.testing.assert_close(parts, whole.loss)
 
 
@@ -164,7 +169,7 @@ def test_half_precision_is_computed_in_float32(dtype):
 
 @pytest.mark.parametrize("r", [1e4, -1e4])
 def test_extreme_rewards_keep_loss_and_gradient_finite(r):
-    chosen, rejected = torch.tensor([[r]], requires_grad=True), torch.tensor([[-r]], requires_grad=True)
+    chosen, rejected = (torch.tensor([[x]], requires_grad=True) for x in (r, -r))
     on = torch.ones(1, 1, dtype=torch.bool)
     out = token_preference.fused(chosen, rejected, on, on, unchanged([]), Options(token_weight=1.0))
     assert out.loss.item() == pytest.approx(max(0.0, -2 * r) + max(0.0, -r))
@@ -179,7 +184,8 @@ def test_two_backward_calls_and_strided_rewards():
     loss = token_preference.fused(tall.T, rejected, *rest).loss
     first = torch.autograd.grad(loss, tall, retain_graph=True)[0]
     assert torch.equal(torch.autograd.grad(loss, tall)[0], first)
-    expected = torch.autograd.grad(token_preference.reference(chosen, rejected, *rest).loss, chosen)[0]
+    plain = token_preference.reference(chosen, rejected, *rest).loss
+    expected = torch.autograd.grad(plain, chosen)[0]
     torch.testing.assert_close(first.T, expected)
 
 
