@@ -66,12 +66,12 @@ def load_records(config: Config, path: str) -> list:
     """Edits where the file holds edits, pairs otherwise; an edit that changes nothing teaches nothing."""
     try:
         records = [normalise_edit(r) if config.normalise else r for r in read_edits(path)]
-        return [r for r in records if r.original != r.edited][:config.limit]
-    except UserError as no_edits:
-        try:
-            return read_pairs(path)[:config.limit]
-        except UserError:
-            raise no_edits from None
+    except UserError:
+        records = read_pairs(path)                # knows edits too, and names the fault of either
+    records = [r for r in records if not isinstance(r, Edit) or r.original != r.edited][:config.limit]
+    if not records:
+        raise UserError(f"{path}: expected at least one record with two different texts, got none")
+    return records
 
 
 def encode(config: Config, records: list, tokenizer, context: int) -> list[PreferenceIds]:
@@ -158,9 +158,11 @@ def cross_validate(config: Config, records: list, examples: list[PreferenceIds],
         judged.append(judge(model, [records[i] for i in held_out], [examples[i] for i in held_out], tokenizer))
         log.log(k + 1, {f"rm/{name}": value for name, value in reward_table(judged[-1]).items()})
     tables = [reward_table(fold) for fold in judged]
-    spread = {name + "_sd": torch.tensor([t[name] for t in tables if name in t]).std().item()
-              for name in tables[0] if name != "pairs"}
-    return {"folds": config.folds, **reward_table([j for fold in judged for j in fold]), **spread}
+    whole = reward_table([j for fold in judged for j in fold])
+    values = {name: torch.tensor([float(t[name]) for t in tables if name in t])
+              for name in whole if not name.endswith("pairs")}
+    spread = {name + "_sd": fold.std().item() for name, fold in values.items() if len(fold) > 1}
+    return {"folds": config.folds, **whole, **spread}
 
 
 def train(config: Config) -> None:

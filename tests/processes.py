@@ -1,0 +1,59 @@
+"""Scripts in processes of their own, without paying for `import torch` each time.
+
+A server process imports the project once and forks; the child becomes `python SCRIPT ARGS` by runpy. It
+has its own exit status, stdout and stderr, and can be killed like any other.
+"""
+
+import multiprocessing
+import os
+import runpy
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["torch", "numpy", "tqdm", "sentencepiece", "torch._dynamo", "fgrlhf.judge",
+                               "train_rm", "train_ppo", "fgrlhf.sft"])
+
+
+class Done(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def _become(command: list[str], stem: str) -> None:
+    for number, end in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{stem}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    import torch
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", module="runpy")        # "found in sys.modules": the server imported it
+    name, sys.argv = command[0], command
+    if name.endswith(".py"):
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    else:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def start(folder: Path, *command) -> tuple[multiprocessing.Process, str]:
+    """`python train_rm.py ...` or `python -m fgrlhf.sft ...` as ("fgrlhf.sft", ...), started."""
+    stem = str(folder / f"process-{time.monotonic_ns()}")
+    process = server.Process(target=_become, args=([str(part) for part in command], stem))
+    process.start()
+    return process, stem
+
+
+def finish(process, stem: str) -> Done:
+    process.join(120)
+    assert process.exitcode is not None, "did not end in 120 s"
+    return Done(process.exitcode, *(Path(f"{stem}.{end}").read_text() for end in ("out", "err")))
+
+
+def run(folder: Path, *command) -> Done:
+    return finish(*start(folder, *command))
