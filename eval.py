@@ -25,7 +25,7 @@ from fgrlhf.judge import answers, by_annotations, by_oracle, by_reward
 from fgrlhf.readers import read_outputs, read_prompts
 from fgrlhf.reward import load_reward
 from fgrlhf.run import pick_device
-from fgrlhf.simulate import World
+from fgrlhf.world import World
 
 
 @dataclass(frozen=True)

@@ -56,14 +56,15 @@ class Config:
     minibatches: int = arg(2, help="updates a pass")
     microbatch: int = arg(16, help="sequences a forward pass, of similar length; changes memory and speed "
                                    "alone; 0 takes the whole minibatch")
-    lr: float = arg(6e-4, help="Adam's learning rate, constant after warm-up")
+    lr: float = arg(1.2e-3, help="Adam's learning rate, constant after warm-up")
     warmup: int = arg(5, help="warm-up steps")
     clip_eps: float = arg(0.2, help="clip of the ratio, and of the critic's change")
     beta: float = arg(0.5, help="KL coefficient, in units of calibrated reward a nat")
     gamma: float = arg(0.0, help="fine-grained: 0 is the paper's myopic advantage; above it a "
                                  "discounted reward-to-go. rlhf: the discount of GAE")
     gae_lambda: float = arg(0.95, help="rlhf: lambda of GAE")
-    standardise: str = arg("rms", choices=("rms", "mean-std", "none"), help="of the advantages, per batch")
+    standardise: str = arg("rms", choices=("rms", "mean-std", "none"),
+                           help="fine-grained: of the advantages, per batch (rlhf: mean-std)")
     value_lr: float = arg(6e-4, help="rlhf: the critic's learning rate")
     dev_prompts: str | None = arg(None, help="dev prompts for checkpoint choice")
     dev_reference: str | None = arg(None, help="the reference's outputs on the dev prompts")
@@ -217,7 +218,8 @@ def train(config: Config) -> None:
         if iteration % config.save_every == 0 and iteration < config.iterations:
             log.save(iteration, best, **parts)
     save_model(policy, log.folder / "policy", tokenizer=tokenizer)
-    log.finish({"iterations": config.iterations, "best_iteration": best["iteration"],
+    log.finish({"iterations": config.iterations, "episodes": config.iterations * config.rollouts,
+                "best_iteration": best["iteration"],
                 "best_dev_win_rate": best["win_rate"]})
 
 

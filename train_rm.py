@@ -54,7 +54,7 @@ class Config:
     epochs: int = arg(6, help="passes over the data")
     batch: int = arg(16, help="pairs a step")
     lr: float = arg(3e-3, help="Adam's peak learning rate: warm-up, then linear to 0")
-    muon_lr: float = arg(0.0, help="Muon's learning rate for the trunk's matrices; 0 gives them to Adam")
+    muon_lr: float = arg(5e-3, help="Muon's learning rate for the trunk's matrices; 0 gives them to Adam")
     warmup: int = arg(10, help="warm-up steps")
     seed: int = arg(0, help="seed of head, data order, folds and calibration samples")
     save_every: int = arg(200, help="steps between training states for --resume")

@@ -17,7 +17,7 @@ from fgrlhf.readers import read_annotations, read_outputs, read_prompts
 from fgrlhf.reward import RewardModel
 from fgrlhf.rollout import pack, sample
 from fgrlhf.run import generator
-from fgrlhf.simulate import World
+from fgrlhf.world import World
 
 
 def answers(policy: LLaMA, tokenizer, prompts: list[Prompt], template: str, max_new_tokens: int,

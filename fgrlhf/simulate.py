@@ -1,19 +1,13 @@
-"""The built-in world: requests, a hidden oracle, a simulated annotator and a simulated minimal editor.
+"""Simulated annotators in the built-in world: a pairwise one and a minimal editor.
 
-Stands in for AlpacaFarm and its annotators (the paper's sections 3 and 4) where no human, no language
-model and no download is at hand. Requests ask for facts of an invented land ("Name the capital and the
-river of Toran.") or for small sums with units. The SFT demonstrations carry *systematic* errors: some
-facts and sums have one fixed wrong value, some requests trigger a habit (a rude remark, a doubled
-sentence, junk at the end, a wrong unit, a forgotten last item). The most likely answer is then wrong
-where it errs, so that sharpening the distribution does not pass for alignment.
+They stand in for AlpacaFarm and its annotators (the paper's sections 3 and 4) where no human, no language
+model and no download is at hand.
 
-    errors(x, y)   localised errors of an answer, each a character span with the text that mends it
     annotator      prefers the answer with fewer errors; a tie, or a share `noise` of labels, is a coin toss
     editor         starts from the answer called worse and applies the mends; misses an error with
-                   probability `miss`, swaps a harmless synonym with probability `needless` a sentence
+                   probability `miss`, swaps the wording of a sentence, needlessly, with `needless`
 
-Nothing but the world's seed is shared: the oracle judges text, the annotator sees two texts, the editor
-one. A world is a pure function of its seed, so no file describes it.
+Nothing but the world's seed is shared: the oracle judges text, the annotator sees two texts, the editor one.
 
     python -m fgrlhf.simulate world    --world 0 --seed 0 --out DIR
     python -m fgrlhf.simulate annotate --world 0 --seed 0 --outputs A.json --others B.json --out DIR
@@ -24,182 +18,10 @@ import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from fgrlhf import edits, readers, tokenizer
 from fgrlhf.config import UserError, arg, parse, run
-
-ATTRIBUTES = ("capital", "river", "ruler", "crop", "beast", "colour")
-UNITS = ("kilos", "litres", "metres", "coins", "hours")
-CROPS = "barley oats wheat rice maize beans hemp flax tea rye".split()
-BEASTS = "lion bear wolf eagle horse stag otter crane bull fox".split()
-COLOURS = "red blue green black white gold grey brown pink purple".split()
-RUDE = ("What a silly question.", "You should know this.", "Leave me alone.", "I am tired of you.")
-JUNK = ("Buy more at the market.", "My cousin sells boots.", "Rain is due at noon.", "Call me later.")
-FACT_REQUESTS = ("Name the {items} of {land}.", "What are the {items} of {land}?",
-                 "Tell me the {items} of {land}.")
-SUM_REQUESTS = ("Add {items} in {unit}.", "How many {unit} are {items}?", "Work out {items} in {unit}.")
-FACT_ANSWERS = ("The {attribute} of {land} is {value}.", "Its {attribute} is {value}.")
-SUM_ANSWERS = ("{a} plus {b} is {c} {unit}.", "{a} plus {b} makes {c} {unit}.")
-FACT_SENTENCE = re.compile(r"(?:The (\w+) of (\w+)|Its (\w+)) is (\w+)\.")
-SUM_SENTENCE = re.compile(r"(\d+) plus (\d+) (?:is|makes) (\d+) (\w+)\.")
-
-
-class Error(NamedTuple):
-    """One localised error: `text[start:end]` should read `fix`. An omission has start == end."""
-
-    start: int
-    end: int
-    kind: str
-    fix: str
-
-
-class Item(NamedTuple):
-    """What a request asks for: an attribute of a land, or a sum. `key` identifies it in an answer."""
-
-    key: tuple
-    answer: str
-    unit: str
-
-
-class Habit(NamedTuple):
-    """Inserts or swaps `text` with probability p when the request holds the trigger."""
-
-    text: str
-    p: float
-
-
-def _names(rng: random.Random, count: int, suffixes: tuple[str, ...]) -> list[str]:
-    """Distinct invented names, capitalised: a start, a middle and one of the suffixes."""
-    starts, middles = "b br d dr f g k l m n p r s t v z".split(), "a e i o u ai au".split()
-    names: dict[str, None] = {}
-    while len(names) < count:
-        names[(rng.choice(starts) + rng.choice(middles) + rng.choice(suffixes)).capitalize()] = None
-    return list(names)
-
-
-class World:
-    """Facts, habits and systematic errors, all drawn from one seed."""
-
-    def __init__(self, seed: int):
-        rng = random.Random(f"world-{seed}")
-        self.seed = seed
-        self.lands = _names(rng, 12, ("ran", "land", "dor", "via"))
-        pools = {"capital": _names(rng, 10, ("polis", "ton", "burg")), "crop": CROPS, "beast": BEASTS,
-                 "river": _names(rng, 10, ("mel", "she", "wen")), "colour": COLOURS,
-                 "ruler": _names(rng, 10, ("ric", "na", "mund"))}
-        self.facts = {(land, a): rng.choice(pools[a]) for land in self.lands for a in ATTRIBUTES}
-        self.sums = {(a, b): str(a + b) for a in range(2, 9) for b in range(2, 9)}
-        self.pool = {key: [v for v in pools[key[1]] if v != right] for key, right in self.facts.items()}
-        self.pool |= {key: [str(int(right) + d) for d in (-2, -1, 1, 2)] for key, right in self.sums.items()}
-        self.mistakes: dict[tuple, Habit] = {}
-        for table, share in ((self.facts, 0.5), (self.sums, 0.4)):
-            for key in rng.sample(sorted(table), int(share * len(table))):
-                self.mistakes[key] = Habit(rng.choice(self.pool[key]), rng.uniform(0.3, 0.8))
-        strength = lambda: rng.uniform(0.45, 0.7)
-        self.rude = {land: Habit(rng.choice(RUDE), strength()) for land in rng.sample(self.lands, 3)}
-        self.doubled = {a: Habit("", strength()) for a in rng.sample(ATTRIBUTES, 1)}
-        self.junk = {x: Habit(rng.choice(JUNK), strength())
-                     for x in rng.sample(self.lands, 2) + rng.sample(UNITS, 1)}
-        self.wrong_unit = {u: Habit(rng.choice([w for w in UNITS if w != u]), strength())
-                           for u in rng.sample(UNITS, 2)}
-        self.omission = rng.uniform(0.55, 0.7)
-
-    # ----- requests -----------------------------------------------------------------------------
-
-    def request(self, rng: random.Random) -> str:
-        """A random request: 70% two to four facts of one land, 30% one to three sums."""
-        if rng.random() < 0.7:
-            asked = rng.sample(ATTRIBUTES, rng.choice((2, 3, 3, 4)))
-            items = ", ".join(asked[:-1]) + " and " + asked[-1]
-            return rng.choice(FACT_REQUESTS).format(items=items, land=rng.choice(self.lands))
-        sums = [f"{a} and {b}" for a, b in rng.sample(sorted(self.sums), rng.choice((1, 2, 3)))]
-        return rng.choice(SUM_REQUESTS).format(items=", then ".join(sums), unit=rng.choice(UNITS))
-
-    def items(self, prompt: str) -> list[Item]:
-        """The items a request asks for, in order; [] where the text is no request of this world."""
-        words = re.findall(r"\w+", prompt)
-        land = next((w for w in words if w in self.lands), None)
-        if land is not None:
-            return [Item((land, w), self.facts[land, w], "") for w in words if w in ATTRIBUTES]
-        unit = next((w for w in words if w in UNITS), "")
-        keys = [(int(a), int(b)) for a, b in re.findall(r"(\d+) and (\d+)", prompt)]
-        return [Item(key, self.sums[key], unit) for key in keys if unit and key in self.sums]
-
-    # ----- answers ------------------------------------------------------------------------------
-
-    def sentence(self, item: Item, answer: str, unit: str, rng: random.Random) -> str:
-        """One sentence stating `answer` for the item, in one of two equally good wordings."""
-        if item.unit:
-            return rng.choice(SUM_ANSWERS).format(a=item.key[0], b=item.key[1], c=answer, unit=unit)
-        return rng.choice(FACT_ANSWERS).format(land=item.key[0], attribute=item.key[1], value=answer)
-
-    def demonstrate(self, prompt: str, rng: random.Random, tail: float = 0.03) -> str:
-        """An SFT answer with the world's systematic errors, and random ones at rate `tail` an item."""
-        hit = lambda habit: habit is not None and rng.random() < habit.p
-        items = self.items(prompt)
-        triggers = [part for item in items for part in (*item.key, item.unit)]
-        longest = 3 if items[0].unit else 4
-        unit = items[0].unit
-        if hit(swap := self.wrong_unit.get(unit)):
-            unit = swap.text
-        if len(items) == longest and rng.random() < self.omission:
-            items = items[:-1]
-        sentences = []
-        for item in items:
-            answer = item.answer
-            if hit(mistake := self.mistakes.get(item.key)):
-                answer = mistake.text
-            elif rng.random() < tail:
-                answer = rng.choice(self.pool[item.key])
-            sentences.append(self.sentence(item, answer, unit, rng))
-            if hit(self.doubled.get(item.key[1])):
-                sentences.append(sentences[-1])
-        rude = next((self.rude[t] for t in triggers if t in self.rude), None)
-        junk = next((self.junk[t] for t in triggers if t in self.junk), None)
-        before = [rude.text] if hit(rude) else []
-        return " ".join(before + sentences + ([junk.text] if hit(junk) else []))
-
-    # ----- the oracle ---------------------------------------------------------------------------
-
-    def errors(self, prompt: str, answer: str) -> list[Error]:
-        """The localised errors of an answer, left to right. [] means that it is perfect.
-
-        Each asked item must be stated once and rightly; every other sentence, and every repetition, is
-        an error. Wording and order are free.
-        """
-        items = {item.key: item for item in self.items(prompt)}
-        land = next((key[0] for key in items if isinstance(key[0], str)), None)
-        found: list[Error] = []
-        end_of: dict[tuple, int] = {}                       # item -> where its sentence ends
-        for match in re.finditer(r"\s*(\.|[^.\s][^.]*\.?)", answer):
-            start, end, text = match.start(1), match.end(1), match[1]
-            state = self._read(text, land)
-            item = state and items.get(state[0])
-            if item is None or item.key in end_of:
-                kind = "extra" if item is None else "doubled"
-                found.append(Error(match.start(), end, kind, ""))
-                continue
-            end_of[item.key] = end
-            for part, right, kind in ((state[1], item.answer, "value"), (state[2], item.unit, "unit")):
-                if part is not None and text[slice(*part)] != right:
-                    found.append(Error(start + part[0], start + part[1], kind, right))
-        previous = 0
-        for item in items.values():
-            if item.key not in end_of:
-                mend = self.sentence(item, item.answer, item.unit, random.Random(0))
-                found.append(Error(previous, previous, "missing", " " + mend if previous else mend + " "))
-            previous = end_of.get(item.key, previous)
-        return sorted(found)
-
-    @staticmethod
-    def _read(sentence: str, land: str | None):
-        """(item key, span of the value, span of the unit or None) of one sentence, or None."""
-        if match := FACT_SENTENCE.fullmatch(sentence):
-            return (match[2] or land, match[1] or match[3]), match.span(4), None
-        if match := SUM_SENTENCE.fullmatch(sentence):
-            return (int(match[1]), int(match[2])), match.span(3), match.span(4)
-        return None
+from fgrlhf.world import World
 
 
 def split_of(prompt: str) -> str:

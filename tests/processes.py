@@ -7,6 +7,7 @@ has its own exit status, stdout and stderr, and can be killed like any other.
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import time
 import warnings
@@ -25,7 +26,19 @@ class Done(NamedTuple):
     err: str
 
 
-def _become(command: list[str], stem: str) -> None:
+def _die_after(step: int) -> None:
+    """SIGKILL as soon as the metrics of `step` are written: no handler, no flush, no goodbye."""
+    from fgrlhf.run import Run
+    log = Run.log
+
+    def log_and_die(self, at, metrics):
+        log(self, at, metrics)
+        if at >= step:
+            os.kill(os.getpid(), signal.SIGKILL)
+    Run.log = log_and_die
+
+
+def _become(command: list[str], stem: str, die_after: int | None) -> None:
     for number, end in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{stem}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
@@ -34,6 +47,8 @@ def _become(command: list[str], stem: str) -> None:
     import torch
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="runpy")        # "found in sys.modules": the server imported it
+    if die_after is not None:
+        _die_after(die_after)
     name, sys.argv = command[0], command
     if name.endswith(".py"):
         runpy.run_path(str(ROOT / name), run_name="__main__")
@@ -41,19 +56,14 @@ def _become(command: list[str], stem: str) -> None:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
-def start(folder: Path, *command) -> tuple[multiprocessing.Process, str]:
-    """`python train_rm.py ...` or `python -m fgrlhf.sft ...` as ("fgrlhf.sft", ...), started."""
+def run(folder: Path, *command, die_after: int | None = None) -> Done:
+    """`python train_rm.py ...`, or `python -m fgrlhf.sft ...` as ("fgrlhf.sft", ...), to its end.
+
+    Its output goes through files in `folder`. With `die_after` it is killed at that step of its metrics.
+    """
     stem = str(folder / f"process-{time.monotonic_ns()}")
-    process = server.Process(target=_become, args=([str(part) for part in command], stem))
+    process = server.Process(target=_become, args=([str(part) for part in command], stem, die_after))
     process.start()
-    return process, stem
-
-
-def finish(process, stem: str) -> Done:
     process.join(120)
     assert process.exitcode is not None, "did not end in 120 s"
     return Done(process.exitcode, *(Path(f"{stem}.{end}").read_text() for end in ("out", "err")))
-
-
-def run(folder: Path, *command) -> Done:
-    return finish(*start(folder, *command))

@@ -133,6 +133,17 @@ def test_fused_is_as_close_to_float32_as_the_plain_form_in_half_precision(name, 
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_fused_is_finite_in_float16_when_the_vocabulary_exceeds_its_range(name):
+    """Equal logits over 70,000 words sum to more than float16's largest number, 65,504."""
+    hidden, head, y, old, adv, hr, wr = problem(3, 2, 70_000, torch.float16)
+    with torch.no_grad():
+        hidden *= 0
+    loss, _ = losses("fused")[name](hidden, head, y, old, adv, hr, wr)
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(g).all() for g in gradients_of(loss, (hidden, head)))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_fused_equals_reference_on_extreme_logits(name, chunking):
     """Logits to +-1e4: probabilities underflow to 0, log-probabilities stay finite."""
     hidden, head, y, old, adv, hr, wr = problem(11, 2, 13)

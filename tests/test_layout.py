@@ -15,7 +15,7 @@ RANKS = (
     ("config align", "fields tokenizer", "files", "edits", "readers"),
     ("encode model",),
     ("safetensors layouts.stored", "layouts.huggingface_tokenizer layouts.llama2c layouts.meta",
-     "layouts.huggingface", "checkpoint", "simulate"),
+     "layouts.huggingface", "checkpoint world", "simulate"),
     ("rollout run", "reward"),
     ("advantage ppo",),
     ("evaluate reporting.markup reporting.table", "judge results reporting.chart reporting.excerpts", "report"),

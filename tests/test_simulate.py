@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from fgrlhf import edits, readers
-from fgrlhf.simulate import (JUNK, RUDE, UNITS, AnnotateConfig, World, WorldConfig, annotate, minimal_edit, prefer,
-                             split_of, swap_wording, write_world)
+from fgrlhf.simulate import AnnotateConfig, WorldConfig, annotate, minimal_edit, prefer, split_of, swap_wording, write_world
+from fgrlhf.world import JUNK, RUDE, UNITS, World
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD = World(3)
