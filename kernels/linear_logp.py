@@ -7,8 +7,8 @@
     dL/dW   = -q^T (g h) / temperature
 
 Forward keeps no logits: it walks tiles of 2048 tokens x 512 columns of the vocabulary (on a CPU)
-and carries the running maximum m, sum s = sum_j exp(z_ij - m) and mean t = sum_j exp(z_ij - m)
-(z_ij - m) of each token, so that
+and carries of each token the running maximum m and two sums,
+s = sum_j exp(z_ij - m) and t = sum_j exp(z_ij - m) (z_ij - m), so that
 
     logsumexp = m + log s        entropy = log s - t / s
     on a new maximum m':         t <- c (t + s (m - m')),  s <- c s,  c = exp(m - m')
