@@ -96,7 +96,6 @@ class RewardModel(nn.Module):
 
         sequence: mean and standard deviation of R. token: mean and rms about it of r_t over all tokens.
         """
-        self.mean.zero_(), self.scale.fill_(1.0)
         if self.kind == "token":
             values = torch.cat([self.token_rewards(s)[s.response_mask] for s in samples])
         else:

@@ -53,6 +53,14 @@ def test_encode_preference_sets_of_a_substitution(tokenizer, unit):
     assert all(p.chosen[i] == p.rejected[j] for i, j in p.unchanged)
 
 
+def test_encode_preference_pairs_unchanged_tokens_as_chosen_then_rejected(tokenizer):
+    """"the [red] bear": what stands behind the insertion has moved by one on the chosen side."""
+    p = preference(tokenizer, "the bear is", "the red bear is")
+    assert p.unchanged == [(0, 0), (3, 2), (4, 3)]             # the, is, EOS; "bear" has the gap's credit
+    p = preference(tokenizer, "the bear is", "the red bear is", credit_gap=False)
+    assert p.unchanged == [(0, 0), (2, 1), (3, 2), (4, 3)]
+
+
 @pytest.mark.parametrize("unit", ["token", "word"])
 def test_encode_preference_credits_eos_with_an_omission_at_the_end(tokenizer, unit):
     """The original stopped too early: its EOS is what the policy chose in place of "now"."""

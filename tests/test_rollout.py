@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fgrlhf.rollout import inverse_cdf, locate, pack, sample, score, unflatten
+from fgrlhf.rollout import by_length, in_groups, inverse_cdf, locate, pack, sample, score, unflatten
 from tests.small import ids, llama, ragged, slow_logp
 
 EOS = 2
@@ -49,6 +49,25 @@ def test_locate_names_row_step_position_and_target_of_every_response_token():
     assert list(zip(*(part.tolist() for part in at))) == [
         (0, 0, 3, 7), (0, 1, 4, 2), (1, 0, 1, 8), (1, 1, 2, 9), (1, 2, 3, 4)]
     assert unflatten(torch.arange(1.0, 6.0), at, batch).tolist() == [[1, 2, 0], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("size, expected", [(0, [[2, 3, 0, 1]]), (3, [[2, 3, 0], [1]]), (1, [[2], [3], [0], [1]])])
+def test_by_length_groups_rows_of_similar_length(size, expected):
+    """Lengths 8, 10, 2 and 5 with their prompts."""
+    batch = ragged((3, 1, 1, 2), (5, 9, 1, 3))
+    assert [group.tolist() for group in by_length(batch, [0, 1, 2, 3], size)] == expected
+    assert by_length(batch, [1, 3], 0)[0].tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_in_groups_puts_every_value_where_it_belongs(size):
+    """A function of a token's own id and place: whatever rows it is computed with, it comes back there."""
+    batch = ragged((3, 1, 6, 2), (5, 9, 1, 4))
+
+    def values(s):
+        at = locate(s)
+        return unflatten(at.target * 100.0 + at.step, at, s)
+    assert torch.equal(in_groups(values, batch, size), values(batch))
 
 
 # ----- scoring --------------------------------------------------------------------------------------

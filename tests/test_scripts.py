@@ -148,7 +148,7 @@ def test_train_rm_cross_validates_without_keeping_a_model(folder, policy, annota
         "--epochs", 1, "--unit", "word")
     done = json.loads((folder / "folds/done.json").read_text())
     assert done["folds"] == 3 and done["pairs"] == len(readers.read_edits(annotated / "edits.jsonl"))
-    assert "pair_accuracy_sd" in done and not (folder / "folds/reward").exists()
+    assert "pair_accuracy_sd" in done and "minimal/pairs_sd" not in done and not (folder / "folds/reward").exists()
     assert len(lines(folder / "folds/metrics.jsonl")) == 3
 
 
