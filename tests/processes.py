@@ -1,7 +1,7 @@
 """Scripts in processes of their own, without paying for `import torch` each time.
 
-A server process imports the project once and forks; the child becomes `python SCRIPT ARGS` by runpy. It
-has its own exit status, stdout and stderr, and can be killed like any other.
+A server process imports the project once and forks; the child becomes `python SCRIPT ARGS` by
+runpy. It has its own exit status, stdout and stderr, and can be killed like any other.
 """
 
 import multiprocessing
@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["torch", "numpy", "tqdm", "sentencepiece", "torch._dynamo", "fgrlhf.judge",
+server.set_forkserver_preload(["torch", "numpy", "tqdm", "sentencepiece", "torch._dynamo",
+                               "fgrlhf.judge",
                                "train_rm", "train_ppo", "fgrlhf.sft"])
 
 
@@ -46,7 +47,8 @@ def _become(command: list[str], stem: str, die_after: int | None) -> None:
     sys.path.insert(0, str(ROOT))
     import torch
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", module="runpy")        # "found in sys.modules": the server imported it
+    warnings.filterwarnings("ignore",
+                            module="runpy")        # "found in sys.modules": the server imported it
     if die_after is not None:
         _die_after(die_after)
     name, sys.argv = command[0], command
@@ -59,10 +61,11 @@ def _become(command: list[str], stem: str, die_after: int | None) -> None:
 def run(folder: Path, *command, die_after: int | None = None) -> Done:
     """`python train_rm.py ...`, or `python -m fgrlhf.sft ...` as ("fgrlhf.sft", ...), to its end.
 
-    Its output goes through files in `folder`. With `die_after` it is killed at that step of its metrics.
+    Its output goes through files in `folder`. With `die_after` it is killed at that step.
     """
     stem = str(folder / f"process-{time.monotonic_ns()}")
-    process = server.Process(target=_become, args=([str(part) for part in command], stem, die_after))
+    process = server.Process(target=_become,
+                             args=([str(part) for part in command], stem, die_after))
     process.start()
     process.join(120)
     assert process.exitcode is not None, "did not end in 120 s"

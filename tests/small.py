@@ -7,7 +7,7 @@ from fgrlhf.rollout import Sequences, pack
 
 
 def llama(seed: int = 0, vocab_size: int = 24, dtype=torch.float32, **sizes) -> LLaMA:
-    """A LLaMA of width 16 whose weights are far from 0, so that its distributions are far from uniform."""
+    """A LLaMA of width 16 with weights far from 0, its distributions far from uniform."""
     sizes = dict(dim=16, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim=24, max_seq_len=40) | sizes
     model = build(LLaMAConfig(vocab_size=vocab_size, **sizes), seed)
     with torch.no_grad():
@@ -17,7 +17,8 @@ def llama(seed: int = 0, vocab_size: int = 24, dtype=torch.float32, **sizes) -> 
 
 
 def ids(count: int, seed: int = 0, vocab_size: int = 24) -> list[int]:
-    return torch.randint(3, vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(3, vocab_size, (count,),
+                         generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def ragged(prompts=(3, 1, 6, 2), responses=(5, 9, 1, 4), seed: int = 0) -> Sequences:
@@ -27,7 +28,7 @@ def ragged(prompts=(3, 1, 6, 2), responses=(5, 9, 1, 4), seed: int = 0) -> Seque
 
 
 def with_garbage(sequences: Sequences, more: int = 0, seed: int = 7) -> Sequences:
-    """The same batch with random ids in the padding, EOS and PAD among them, and `more` columns of it."""
+    """The same batch with random ids in the padding, EOS and PAD too, and `more` columns of it."""
     B, S = sequences.tokens.shape
     tokens = torch.randint(0, 24, (B, S + more), generator=torch.Generator().manual_seed(seed))
     for row, length in enumerate(sequences.prompt_lengths + sequences.response_lengths):
@@ -35,7 +36,8 @@ def with_garbage(sequences: Sequences, more: int = 0, seed: int = 7) -> Sequence
     return sequences._replace(tokens=tokens)
 
 
-def slow_logp(model: LLaMA, prompt: list[int], response: list[int], temperature: float = 1.0) -> list[float]:
+def slow_logp(model: LLaMA, prompt: list[int], response: list[int],
+              temperature: float = 1.0) -> list[float]:
     """log pi of each response token by its definition: one unpadded forward pass a token."""
     result = []
     for t, token in enumerate(response):

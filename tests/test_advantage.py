@@ -17,16 +17,18 @@ def numbers(seed: int, dtype=torch.float64) -> torch.Tensor:
 
 def spoiled(x: torch.Tensor) -> torch.Tensor:
     """The worst there is, in the padding."""
-    bad = torch.tensor([math.nan, math.inf, -math.inf, 1e30], dtype=x.dtype).repeat(7)[:28].reshape(4, 7)
+    bad = torch.tensor([math.nan, math.inf, -math.inf, 1e30],
+                       dtype=x.dtype).repeat(7)[:28].reshape(4, 7)
     return torch.where(MASK, x, bad)
 
 
-# ----- (5) ------------------------------------------------------------------------------------------
+# ----- (5) ----------------------------------------------------------------------------------------
 
 def test_penalise_kl_by_hand():
     """r = 1, 2; logp_old - logp_ref = 0.5, -1; beta = 2: 1 - 1 = 0, 2 + 2 = 4."""
     out = penalise_kl(torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[-1.0, -3.0, 9.0]]),
-                      torch.tensor([[-1.5, -2.0, 9.0]]), torch.tensor([[True, True, False]]), beta=2.0)
+                      torch.tensor([[-1.5, -2.0, 9.0]]), torch.tensor([[True, True, False]]),
+                      beta=2.0)
     assert out.tolist() == [[0.0, 4.0, 0.0]]
 
 
@@ -37,31 +39,35 @@ def test_penalise_kl_ignores_padding():
 
 def test_penalise_kl_refuses_a_tensor_of_the_whole_sequence():
     x = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match=r"expected \(B, T\) = \(2, 3\).*\(2, 5\).*response part only"):
+    with pytest.raises(ValueError,
+                       match=r"expected \(B, T\) = \(2, 3\).*\(2, 5\).*response part only"):
         penalise_kl(x, torch.zeros(2, 5), x, x.bool(), 0.1)
 
 
-# ----- (6) ------------------------------------------------------------------------------------------
+# ----- (6) ----------------------------------------------------------------------------------------
 
 def test_standardise_by_hand():
-    """1, 2, 3 and 6 over both rows: mean 3, variance (4 + 1 + 0 + 9) / 4 = 3.5; mean square 12.5."""
-    x, mask = torch.tensor([[1.0, 2.0, 7.0], [3.0, 6.0, 7.0]]).double(), torch.tensor([[True, True, False]] * 2)
+    """1, 2, 3, 6 over both rows: mean 3, variance (4 + 1 + 0 + 9) / 4 = 3.5; mean square 12.5."""
+    x, mask = torch.tensor([[1.0, 2.0, 7.0],
+                            [3.0, 6.0, 7.0]]).double(), torch.tensor([[True, True, False]] * 2)
     expected = {"mean-std": [[-2 / 3.5**.5, -1 / 3.5**.5, 0], [0, 3 / 3.5**.5, 0]],
                 "rms": [[1 / 12.5**.5, 2 / 12.5**.5, 0], [3 / 12.5**.5, 6 / 12.5**.5, 0]],
                 "none": [[1, 2, 0], [3, 6, 0]]}
     for how, values in expected.items():
-        torch.testing.assert_close(standardise(x, mask, how, eps=0.0), torch.tensor(values).double())
+        torch.testing.assert_close(standardise(x, mask, how, eps=0.0),
+                                   torch.tensor(values).double())
 
 
 @pytest.mark.parametrize("how", ["mean-std", "rms", "none"])
 def test_standardise_ignores_padding(how):
-    assert torch.equal(standardise(numbers(1), MASK, how), standardise(spoiled(numbers(1)), MASK, how))
+    assert torch.equal(standardise(numbers(1), MASK, how),
+                       standardise(spoiled(numbers(1)), MASK, how))
 
 
 @pytest.mark.parametrize("how, one", [("mean-std", 0.0), ("rms", -1.0), ("none", -5.0)])
 def test_standardise_survives_a_single_token(how, one):
     mask = torch.zeros(2, 3, dtype=torch.bool)
-    assert not standardise(torch.full((2, 3), math.nan), mask, how).any()             # and an empty batch
+    assert not standardise(torch.full((2, 3), math.nan), mask, how).any()       # and an empty batch
     mask[1, 0] = True
     out = standardise(torch.full((2, 3), -5.0), mask, how)
     assert out[1, 0].item() == pytest.approx(one, abs=1e-5) and out.count_nonzero() <= 1
@@ -82,7 +88,7 @@ def test_standardise_refuses_an_unknown_way():
         standardise(numbers(0), MASK, "whiten")
 
 
-# ----- reward to go, GAE ----------------------------------------------------------------------------
+# ----- reward to go, GAE --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
 def test_reward_to_go_is_the_discounted_sum_of_what_follows(gamma):
@@ -94,17 +100,20 @@ def test_reward_to_go_is_the_discounted_sum_of_what_follows(gamma):
             assert got[b, t].item() == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 1.0), (0.7, 0.0), (0.0, 0.9), (0.97, 0.5)])
+@pytest.mark.parametrize("gamma, lam",
+                         [(1.0, 0.95), (0.9, 1.0), (0.7, 0.0), (0.0, 0.9), (0.97, 0.5)])
 def test_generalised_advantage_is_the_double_sum_of_its_definition(gamma, lam):
-    """A_t = sum_l (gamma lambda)^l (r_{t+l} + gamma V_{t+l+1} - V_{t+l}), V = 0 behind the last token."""
+    """A_t = sum_l (gamma lambda)^l (r_{t+l} + gamma V_{t+l+1} - V_{t+l}), V = 0 behind the end."""
     rewards, values = numbers(4), numbers(5)
     advantages, returns = generalised_advantage(spoiled(rewards), spoiled(values), MASK, gamma, lam)
     for b, length in enumerate(LENGTHS):
         r, v = rewards[b].tolist(), values[b, :length].tolist() + [0.0]
         for t in range(7):
-            expected = sum((gamma * lam) ** (k - t) * (r[k] + gamma * v[k + 1] - v[k]) for k in range(t, length))
+            expected = sum((gamma * lam) ** (k - t) * (r[k] + gamma * v[k + 1] - v[k])
+                           for k in range(t, length))
             assert advantages[b, t].item() == pytest.approx(expected, abs=1e-12)
-            assert returns[b, t].item() == pytest.approx(expected + v[t] if t < length else 0.0, abs=1e-12)
+            assert returns[b, t].item() == pytest.approx(expected + v[t] if t < length else 0.0,
+                                                         abs=1e-12)
 
 
 def test_generalised_advantage_returns_the_reward_to_go_when_lambda_is_one():

@@ -22,8 +22,8 @@ class Config:
 
 def test_parse_gives_defaults_and_typed_values():
     assert parse(Config, ["--out", "a"]) == Config("a", 6e-4, "token", None, False)
-    assert parse(Config, "--out a --learning-rate 1e-2 --kind sequence --limit 3 --resume".split()) == Config(
-        "a", 1e-2, "sequence", 3, True)
+    argv = "--out a --learning-rate 1e-2 --kind sequence --limit 3 --resume".split()
+    assert parse(Config, argv) == Config("a", 1e-2, "sequence", 3, True)
     assert parse(Config, ["--out", "a", "--resume", "--no-resume"]).resume is False
 
 
@@ -34,8 +34,9 @@ def test_parse_returns_a_frozen_instance():
 
 @pytest.mark.parametrize("argv, text", [
     ([], "required: --out"), (["--out", "a", "--lr", "1"], "unrecognized arguments: --lr"),
-    (["--out", "a", "--learn", "1"], "unrecognized arguments: --learn"),           # no abbreviations
-    (["--out", "a", "--kind", "word"], "invalid choice: 'word'"), (["--out", "a", "--limit", "x"], "invalid int value"),
+    (["--out", "a", "--learn", "1"], "unrecognized arguments: --learn"),          # no abbreviations
+    (["--out", "a", "--kind", "word"], "invalid choice: 'word'"),
+    (["--out", "a", "--limit", "x"], "invalid int value"),
     (["--out", "a", "b"], "unrecognized arguments: b"), (["--out"], "expected one argument")])
 def test_parse_refuses_with_exit_status_2(argv, text, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -45,7 +46,8 @@ def test_parse_refuses_with_exit_status_2(argv, text, capsys):
 
 def test_parser_help_names_every_flag_its_text_and_its_default():
     text = parser(Config, "prog", "What it does.").format_help()
-    for part in ("What it does.", "--out STR", "--learning-rate FLOAT", "100% of it", "(default: 0.0006)",
+    for part in ("What it does.", "--out STR", "--learning-rate FLOAT", "100% of it",
+                 "(default: 0.0006)",
                  "{token,sequence}", "--limit INT", "--resume, --no-resume"):
         assert part in text
     assert "default: None" not in text
@@ -53,7 +55,8 @@ def test_parser_help_names_every_flag_its_text_and_its_default():
 
 def test_to_json_holds_every_resolved_value():
     config = parse(Config, ["--out", "a", "--limit", "3"])
-    assert json.loads(to_json(config)) == {"out": "a", "learning_rate": 6e-4, "kind": "token", "limit": 3,
+    assert json.loads(to_json(config)) == {"out": "a", "learning_rate": 6e-4, "kind": "token",
+                                           "limit": 3,
                                            "resume": False}
 
 
@@ -62,7 +65,8 @@ def test_run_turns_a_user_error_into_one_line_and_status_2(capsys):
         raise UserError("a.jsonl:3: id: expected a string")
     with pytest.raises(SystemExit) as stop:
         run(main)
-    assert stop.value.code == 2 and capsys.readouterr().err == "error: a.jsonl:3: id: expected a string\n"
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: a.jsonl:3: id: expected a string\n"
 
 
 def test_run_lets_every_other_error_through():
@@ -72,8 +76,10 @@ def test_run_lets_every_other_error_through():
 
 def test_run_survives_a_reader_that_goes_away():
     """`script | head`: no traceback."""
-    code = "from fgrlhf.config import run\nrun(lambda: [print('x' * 1000, flush=True) for _ in range(10000)])"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    code = ("from fgrlhf.config import run\n"
+            "run(lambda: [print('x' * 1000, flush=True) for _ in range(10000)])")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
         process.stdout.read(10)
         process.stdout.close()
         assert process.wait() == 141

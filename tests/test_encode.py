@@ -11,7 +11,8 @@ from fgrlhf.tokenizer import train
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     """Every word of the texts below is one piece, its blank included."""
-    return train(["the river is red and the bear is big now ->"] * 50, 310, tmp_path_factory.mktemp("t") / "t.model")
+    return train(["the river is red and the bear is big now ->"] * 50, 310,
+                 tmp_path_factory.mktemp("t") / "t.model")
 
 
 def pieces(tokenizer, ids) -> list[str]:
@@ -20,7 +21,8 @@ def pieces(tokenizer, ids) -> list[str]:
 
 def preference(tokenizer, worse: str, better: str, **options):
     prompt = tokenizer.encode("the river", bos=True)
-    return encode_preference(tokenizer, Edit("e", "the river", worse, better), prompt, 64, **options)
+    return encode_preference(tokenizer, Edit("e", "the river", worse, better), prompt, 64,
+                             **options)
 
 
 def test_encode_prompt_begins_with_bos_and_keeps_the_limit(tokenizer):
@@ -56,7 +58,7 @@ def test_encode_preference_sets_of_a_substitution(tokenizer, unit):
 def test_encode_preference_pairs_unchanged_tokens_as_chosen_then_rejected(tokenizer):
     """"the [red] bear": what stands behind the insertion has moved by one on the chosen side."""
     p = preference(tokenizer, "the bear is", "the red bear is")
-    assert p.unchanged == [(0, 0), (3, 2), (4, 3)]             # the, is, EOS; "bear" has the gap's credit
+    assert p.unchanged == [(0, 0), (3, 2), (4, 3)]       # the, is, EOS; "bear" has the gap's credit
     p = preference(tokenizer, "the bear is", "the red bear is", credit_gap=False)
     assert p.unchanged == [(0, 0), (2, 1), (3, 2), (4, 3)]
 
@@ -87,9 +89,10 @@ def test_encode_preference_cuts_both_sides_to_the_context(tokenizer, unit):
 
 
 def test_span_types_marks_every_token_that_overlaps_a_span(tokenizer):
-    """Characters 9..16 of "the river is red": "is red" with the blank before it and nothing of "river"."""
+    """Characters of "the river is red": a span need not begin where a token does."""
     ids = tokenizer.encode("the river is red", eos=True)
     assert [t.strip() for t in pieces(tokenizer, ids)] == ["the", "river", "is", "red", "EOS"]
     assert span_types(tokenizer, ids, [Span(10, 16, "fact")]) == ["", "", "fact", "fact", ""]
-    assert span_types(tokenizer, ids, [Span(9, 10, "blank"), Span(13, 14, "x")]) == ["", "", "blank", "x", ""]
+    assert span_types(tokenizer, ids,
+                      [Span(9, 10, "blank"), Span(13, 14, "x")]) == ["", "", "blank", "x", ""]
     assert span_types(tokenizer, ids, [Span(3, 4, "a")]) == ["", "a", "", "", ""]

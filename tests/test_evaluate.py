@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from fgrlhf.evaluate import (Judged, auc, auc_within, bootstrap, compare, over_seeds, pair_accuracy, reward_table,
+from fgrlhf.evaluate import (Judged, auc, auc_within, bootstrap, compare, over_seeds, pair_accuracy,
+                             reward_table,
                              t_quantile, win_rate)
 
 
-# ----- win rate -------------------------------------------------------------------------------------
+# ----- win rate -----------------------------------------------------------------------------------
 
 def test_compare_gives_1_for_fewer_errors_and_half_for_as_many():
     assert compare([0, 2, 5], [1, 2, 3]) == [1.0, 0.5, 0.0]
@@ -27,7 +28,7 @@ def test_pair_accuracy_counts_higher_rewards_and_half_of_the_ties():
     assert pair_accuracy([1.0, -2.0, 0.5, 3.0], [0.0, -1.0, 0.5, -3.0]) == 2.5 / 4
 
 
-# ----- intervals ------------------------------------------------------------------------------------
+# ----- intervals ----------------------------------------------------------------------------------
 
 def test_bootstrap_covers_the_truth_95_times_in_100():
     """300 experiments of 60 wins, ties and losses; 95% +- 4 standard deviations of a count."""
@@ -75,12 +76,13 @@ def test_over_seeds_by_hand():
 def test_t_quantile_leaves_a_fortieth_above_it(degrees):
     """The density of Student's t integrated numerically from 0 to the quantile is 0.475."""
     x = np.linspace(0, t_quantile(degrees), 200_001)
-    constant = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
+    constant = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2))
+    constant /= math.sqrt(degrees * math.pi)
     density = constant * (1 + x ** 2 / degrees) ** (-(degrees + 1) / 2)
     assert np.trapezoid(density, x) == pytest.approx(0.475, abs=1e-4)
 
 
-# ----- AUC ------------------------------------------------------------------------------------------
+# ----- AUC ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("seed", range(5))
 def test_auc_equals_the_loop_over_all_pairs(seed):
@@ -105,7 +107,7 @@ def test_auc_within_averages_responses_that_hold_both_classes():
     assert math.isnan(auc_within(groups[2:3]))
 
 
-# ----- the table of a reward model ------------------------------------------------------------------
+# ----- the table of a reward model ----------------------------------------------------------------
 
 JUDGED = [Judged("a", 2.0, 1.0, 0.1, [-1.0, 0.5, -2.0], ["", "", "fact"]),
           Judged("b", 0.0, 1.0, 0.2, [3.0, -3.0], ["omit", ""]),
@@ -117,7 +119,8 @@ def test_reward_table_by_hand():
     """Costs -r against spans; a: 2 | 1 -.5, b: -3 | 3, c: 5 -1 | 0 -.2 (error | clean)."""
     table = reward_table(JUDGED)
     assert table["pairs"] == 4 and table["pair_accuracy"] == 2.5 / 4
-    assert table["minimal/pairs"] == 2 and table["minimal/pair_accuracy"] == 0.5       # 0.4 is not below 0.4
+    assert table["minimal/pairs"] == 2                                     # 0.4 is not below 0.4
+    assert table["minimal/pair_accuracy"] == 0.5
     clean = [1, -0.5, 3, 0, -0.2]
     share = lambda costs: sum(c > x for c in costs for x in clean) / (len(costs) * len(clean))
     assert table["token_auc"] == pytest.approx(share([2, -3, 5, -1]))
@@ -125,8 +128,9 @@ def test_reward_table_by_hand():
     assert table["token_auc/omit"] == pytest.approx(share([-3])) == 0
     assert table["token_auc_within"] == pytest.approx((1 + 0 + 0.5) / 3)
     assert table["minimal/token_auc_within"] == pytest.approx((1 + 0) / 2)
-    assert table["position_auc_within"] == pytest.approx((1 + 0 + 0) / 3)              # early or late alone
-    places = {"error": [2.5 / 3, 0.5 / 2, 0.5 / 4, 1.5 / 4], "clean": [0.5 / 3, 1.5 / 3, 1.5 / 2, 2.5 / 4, 3.5 / 4]}
+    assert table["position_auc_within"] == pytest.approx((1 + 0 + 0) / 3)      # early or late alone
+    places = {"error": [2.5 / 3, 0.5 / 2, 0.5 / 4, 1.5 / 4],
+              "clean": [0.5 / 3, 1.5 / 3, 1.5 / 2, 2.5 / 4, 3.5 / 4]}
     wins = [(e > c) + 0.5 * (e == c) for e in places["error"] for c in places["clean"]]
     assert table["position_auc"] == pytest.approx(sum(wins) / 20)
 

@@ -1,4 +1,4 @@
-"""Judges: who wins by hand-made answers, and that answers come back in the order of their prompts."""
+"""Judges: who wins by hand-made answers; answers come back in the order of their prompts."""
 
 import pytest
 import torch
@@ -31,7 +31,8 @@ def outputs(*texts: str) -> list[Output]:
 
 
 def test_by_oracle_prefers_fewer_errors():
-    assert by_oracle(WORLD, outputs(RIGHT, ONE_WRONG, ALL_WRONG), outputs(ONE_WRONG, ONE_WRONG, RIGHT)) == [1, 0.5, 0]
+    assert by_oracle(WORLD, outputs(RIGHT, ONE_WRONG, ALL_WRONG),
+                     outputs(ONE_WRONG, ONE_WRONG, RIGHT)) == [1, 0.5, 0]
 
 
 def test_oracle_judge_reads_its_reference_once_and_compares(tmp_path):
@@ -64,7 +65,8 @@ def test_by_reward_prefers_the_higher_reward(tokenizer):
     model = RewardModel(llama(vocab_size=300, max_seq_len=160), "sequence")
     texts = [RIGHT, ONE_WRONG, ALL_WRONG, ""]
     prompt = encode_prompt(tokenizer, Prompt("p", ASKED), "plain", 100)
-    R = [model.sequence_rewards(pack([prompt], [tokenizer.encode(t, eos=True)])).item() for t in texts]
+    R = [model.sequence_rewards(pack([prompt], [tokenizer.encode(t, eos=True)])).item()
+         for t in texts]
     others = texts[1:] + texts[:1]
     expected = [float(R[i] > R[(i + 1) % 4]) for i in range(4)]
     assert by_reward(model, tokenizer, "plain", outputs(*texts), outputs(*others)) == expected
@@ -76,7 +78,8 @@ def test_answers_come_in_the_order_of_the_prompts_whatever_the_batch(tokenizer):
     """Greedy answers do not depend on who shares the batch; prompts are sorted by length inside."""
     policy = llama(vocab_size=300, max_seq_len=160)
     prompts = [Prompt(str(i), ASKED * (1 + i % 3) + " x" * i) for i in range(5)]
-    found = {batch: answers(policy, tokenizer, prompts, "plain", 12, 0.0, 0, "me", batch) for batch in (1, 2, 5)}
+    found = {batch: answers(policy, tokenizer, prompts, "plain", 12, 0.0, 0, "me", batch)
+             for batch in (1, 2, 5)}
     assert found[1] == found[2] == found[5]
     assert [o.instruction for o in found[1]] == [p.prompt for p in prompts]
     assert {o.generator for o in found[1]} == {"me"} and len({o.output for o in found[1]}) > 1
@@ -84,5 +87,6 @@ def test_answers_come_in_the_order_of_the_prompts_whatever_the_batch(tokenizer):
 
 def test_answers_are_a_function_of_their_seed(tokenizer):
     policy, prompts = llama(vocab_size=300, max_seq_len=160), [Prompt("a", ASKED)] * 3
-    first, again, other = (answers(policy, tokenizer, prompts, "plain", 12, 1.0, seed) for seed in (0, 0, 1))
+    first, again, other = (answers(policy, tokenizer, prompts, "plain", 12, 1.0, seed)
+                           for seed in (0, 0, 1))
     assert first == again != other

@@ -8,9 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"torch", "sentencepiece", "numpy", "tqdm", "pytest"}
-RIVALS = {"kernels/bench.py": {"liger_kernel", "trl"}}          # measured beside ours where installed
-# One tuple a rank; inside a rank from left to right. A module imports only from what stands before its
-# own group, and from any kernel.
+RIVALS = {"kernels/bench.py": {"liger_kernel", "trl"}}        # measured beside ours where installed
+# One tuple a rank; inside a rank from left to right. A module imports only from what stands before
+# its own group, and from any kernel.
 RANKS = (
     ("config align", "fields tokenizer", "files", "edits", "readers"),
     ("encode model",),
@@ -18,13 +18,16 @@ RANKS = (
      "layouts.huggingface", "checkpoint world", "simulate"),
     ("rollout run", "reward"),
     ("advantage ppo",),
-    ("evaluate reporting.markup reporting.table", "judge results reporting.chart reporting.excerpts", "report"),
+    ("evaluate reporting.markup reporting.table",
+     "judge results reporting.chart reporting.excerpts", "report"),
     ("sft generate memory pipeline train_rm train_ppo", "eval reproduce"),
 )
 KERNELS = ("three_matmuls clipped_surrogate token_preference", "linear_logp exact_kl",
            "linear_ppo linear_cross_entropy", "bench")
 SCRIPTS = ("train_rm", "train_ppo", "eval")
-FILES = sorted([*ROOT.glob("fgrlhf/**/*.py"), *ROOT.glob("kernels/*.py"), *(ROOT / f"{s}.py" for s in SCRIPTS)])
+OWN = {"fgrlhf", "kernels", *SCRIPTS}
+FILES = sorted([*ROOT.glob("fgrlhf/**/*.py"), *ROOT.glob("kernels/*.py"),
+                *(ROOT / f"{s}.py" for s in SCRIPTS)])
 MODULES = [path for path in FILES if path.name != "__init__.py"]
 
 
@@ -43,11 +46,12 @@ def module_name(path: Path) -> str:
 def packages(path: Path) -> set[str]:
     """The third-party packages a file imports."""
     used = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
-    return used - {"fgrlhf", "kernels", "tests", *SCRIPTS} - RIVALS.get(path.relative_to(ROOT).as_posix(), set())
+    rivals = RIVALS.get(path.relative_to(ROOT).as_posix(), set())
+    return used - rivals - {*OWN, "tests"}
 
 
 def imports(path: Path) -> set[str]:
-    """Every module a file imports, inside functions too; `from package import module` names the module."""
+    """Every module a file imports, in functions too; `from package import module` names both."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -66,7 +70,7 @@ def test_every_module_imports_only_from_lower_ranks():
         name = module_name(path)
         assert name in rungs, f"{name} has no rank: give it one in tests/test_layout.py"
         for other in imports(path):
-            if other.split(".")[0] in ("fgrlhf", "kernels", *SCRIPTS) and not rungs.get(other, 99) < rungs[name]:
+            if other.split(".")[0] in OWN and not rungs.get(other, 99) < rungs[name]:
                 wrong.append(f"{name} imports {other}")
     assert not wrong
 
@@ -84,7 +88,8 @@ def test_kernels_import_torch_alone():
 
 def test_requirements_pin_the_five_packages():
     lines = (ROOT / "requirements.txt").read_text().split()
-    assert {line.split("==")[0] for line in lines} == PACKAGES and all("==" in line for line in lines)
+    assert {line.split("==")[0] for line in lines} == PACKAGES
+    assert all("==" in line for line in lines)
 
 
 def test_init_files_are_empty():
@@ -93,7 +98,8 @@ def test_init_files_are_empty():
 
 
 def test_every_module_says_what_it_is():
-    assert [str(path) for path in MODULES if not ast.get_docstring(ast.parse(path.read_text()))] == []
+    silent = [path for path in MODULES if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert not silent
 
 
 def test_nothing_unpickles_code():
@@ -104,11 +110,12 @@ def test_nothing_unpickles_code():
                 continue
             called = ast.unparse(node.func)
             if called == "torch.load":
-                assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), path
+                assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True"
+                           for k in node.keywords), path
             assert called not in ("pickle.load", "pickle.loads", "eval", "exec"), path
 
 
-# ----- flags ----------------------------------------------------------------------------------------
+# ----- flags --------------------------------------------------------------------------------------
 
 def configs() -> list:
     """(file, class node) of every dataclass whose fields are made by config.arg."""
@@ -133,10 +140,12 @@ def test_every_field_of_a_config_is_read(path, config):
     """In a function that takes `config: ThatConfig`, or by the Run it is handed to."""
     tree, read = ast.parse(path.read_text()), set()
     for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
-        names = {a.arg for a in function.args.args if a.annotation and ast.unparse(a.annotation) == config.name}
+        names = {a.arg for a in function.args.args if a.annotation
+                 and ast.unparse(a.annotation) == config.name}
         if names:
             read |= reads(function, names)
-            if any(isinstance(n, ast.Call) and ast.unparse(n.func) == "Run" for n in ast.walk(function)):
+            if any(isinstance(n, ast.Call) and ast.unparse(n.func) == "Run"
+                   for n in ast.walk(function)):
                 read |= reads(ast.parse((ROOT / "fgrlhf/run.py").read_text()), {"config"})
     fields = {s.target.id for s in config.body if isinstance(s, ast.AnnAssign)}
     assert fields - read == set()
@@ -144,5 +153,6 @@ def test_every_field_of_a_config_is_read(path, config):
 
 def test_every_script_is_found_to_have_a_config():
     stems = {parameter.id for parameter in configs()}
-    assert {"train_rm.Config", "train_ppo.Config", "sft.Config", "generate.Config", "eval.OutputsConfig",
+    assert {"train_rm.Config", "train_ppo.Config", "sft.Config", "generate.Config",
+            "eval.OutputsConfig",
             "eval.WinRateConfig", "eval.RewardModelConfig", "simulate.WorldConfig"} <= stems

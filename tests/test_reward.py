@@ -1,4 +1,4 @@
-"""Reward models: where a reward is read, equations (1)-(4) against plain loops, calibration, folders."""
+"""Reward models: where a reward is read, equations (1)-(4) against loops, calibration, folders."""
 
 import json
 import math
@@ -16,12 +16,14 @@ from kernels.token_preference import Options
 from tests.small import gradients, ids, llama, ragged, slow_logp
 
 #                            prompt      chosen             rejected              U1+     U1-     U0
-PAIRS = [PreferenceIds(ids(3, 1), [5, 6, 7, 8, 2], [5, 9, 10, 8, 2], [1, 2], [1, 2], [(0, 0), (3, 3), (4, 4)]),
-         PreferenceIds(ids(1, 2), [5, 2], [5, 6, 7, 2], [], [1, 2], [(0, 0), (1, 3)]),          # a deletion
-         PreferenceIds(ids(6, 3), [9, 4, 2], [9, 2], [1], [], [(0, 0), (2, 1)])]                # an insertion
+PAIRS = [PreferenceIds(ids(3, 1), [5, 6, 7, 8, 2], [5, 9, 10, 8, 2], [1, 2], [1, 2],
+                       [(0, 0), (3, 3), (4, 4)]),
+         PreferenceIds(ids(1, 2), [5, 2], [5, 6, 7, 2], [], [1, 2], [(0, 0), (1, 3)]),  # a deletion
+         PreferenceIds(ids(6, 3), [9, 4, 2], [9, 2], [1], [], [(0, 0), (2, 1)])]      # an insertion
 
 
-def reward_model(kind: str = "token", logp_feature: bool = False, dtype=torch.float32) -> RewardModel:
+def reward_model(kind: str = "token", logp_feature: bool = False,
+                 dtype=torch.float32) -> RewardModel:
     torch.manual_seed(0)
     model = RewardModel(llama(dtype=dtype), kind, logp_feature)
     with torch.no_grad():
@@ -39,7 +41,7 @@ def changed(batch, row: int, t: int):
     return batch._replace(tokens=tokens)
 
 
-# ----- what a reward is -----------------------------------------------------------------------------
+# ----- what a reward is ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("logp_feature", [False, True])
 def test_token_rewards_read_the_hidden_state_at_the_tokens_own_position(logp_feature):
@@ -51,7 +53,8 @@ def test_token_rewards_read_the_hidden_state_at_the_tokens_own_position(logp_fea
         row = batch.tokens[b, :p + n].tolist()
         hidden = model.trunk.hidden(torch.tensor([row]))[0]
         logp = slow_logp(model.trunk, row[:p], row[p:])
-        expected = [(model.head.weight[0] @ hidden[p + t]).item() + 0.3 + 0.5 * logp_feature * logp[t]
+        expected = [(model.head.weight[0] @ hidden[p + t]).item() + 0.3
+                    + 0.5 * logp_feature * logp[t]
                     for t in range(n)]
         assert rewards[b, :n].tolist() == pytest.approx(expected, abs=1e-4)
         assert not rewards[b, n:].any()
@@ -90,7 +93,8 @@ def test_reward_model_with_only_the_logp_feature_is_the_log_likelihood():
     with torch.no_grad():
         model.head.weight.zero_(), model.head.bias.zero_(), model.logp_weight.fill_(1.0)
     row = batch.tokens[0].tolist()
-    assert model.token_rewards(batch)[0].tolist() == pytest.approx(slow_logp(model.trunk, row[:2], row[2:]), abs=1e-4)
+    assert model.token_rewards(batch)[0].tolist() == pytest.approx(slow_logp(model.trunk, row[:2],
+                                                                             row[2:]), abs=1e-4)
 
 
 def test_token_rewards_refuses_a_sequence_model():
@@ -100,7 +104,7 @@ def test_token_rewards_refuses_a_sequence_model():
         reward_model("word")
 
 
-# ----- calibration ----------------------------------------------------------------------------------
+# ----- calibration --------------------------------------------------------------------------------
 
 def test_calibrate_gives_token_rewards_mean_0_and_rms_1_over_all_tokens():
     model = reward_model()
@@ -115,7 +119,7 @@ def test_calibrate_gives_token_rewards_mean_0_and_rms_1_over_all_tokens():
 def test_calibrate_gives_sequence_rewards_mean_0_and_deviation_1_over_responses():
     model = reward_model("sequence")
     samples = [ragged(seed=s) for s in (0, 100, 200)]
-    model.calibrate(samples), model.calibrate(samples)                      # a second time changes nothing
+    model.calibrate(samples), model.calibrate(samples)               # a second time changes nothing
     values = [v for s in samples for v in model.ppo_rewards(s).sum(-1).tolist()]
     mean = sum(values) / len(values)
     assert mean == pytest.approx(0, abs=1e-5)
@@ -137,10 +141,11 @@ def test_ppo_rewards_of_a_sequence_model_stand_on_the_last_token_alone():
     R = model.sequence_rewards(batch)
     for b, n in enumerate(batch.response_lengths.tolist()):
         assert rewards[b].nonzero().tolist() == [[n - 1]]
-        assert rewards[b, n - 1].item() == pytest.approx(((R[b] - model.mean) / model.scale).item(), abs=1e-5)
+        assert rewards[b, n - 1].item() == pytest.approx(((R[b] - model.mean) / model.scale).item(),
+                                                         abs=1e-5)
 
 
-# ----- losses ---------------------------------------------------------------------------------------
+# ----- losses -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options", [Options(), Options("mean", "anchor", 0.3, 0.7)])
 def test_token_loss_equals_equation_4_written_as_a_loop(options):
@@ -151,14 +156,17 @@ def test_token_loss_equals_equation_4_written_as_a_loop(options):
     softplus = torch.nn.functional.softplus
     bt, u0, token = 0.0, 0.0, 0.0
     for pair in PAIRS:
-        plus, minus = (model.token_rewards(pack([pair.prompt], [side]))[0] for side in (pair.chosen, pair.rejected))
+        plus, minus = (model.token_rewards(pack([pair.prompt], [side]))[0]
+                       for side in (pair.chosen, pair.rejected))
         sides = [r[at].sum() / (max(len(at), 1) if options.reduce == "mean" else 1)
                  for r, at in ((plus, pair.plus), (minus, pair.minus))]
         bt = bt + softplus(sides[1] - sides[0]) / len(PAIRS)
         for i, j in pair.unchanged:
-            term = (plus[i] - minus[j]) ** 2 if options.u0 == "difference" else (plus[i]**2 + minus[j]**2) / 2
+            term = (plus[i] - minus[j]) ** 2 if options.u0 == "difference" else (plus[i]**2
+                                                                                 + minus[j]**2) / 2
             u0 = u0 + options.u0_weight * term / U0
-        token = token + options.token_weight / U1 * (softplus(-plus[pair.plus]).sum() + softplus(minus[pair.minus]).sum())
+        token = token + options.token_weight / U1 * (softplus(-plus[pair.plus]).sum()
+                                                     + softplus(minus[pair.minus]).sum())
     (bt + u0 + token).backward()
     expected = gradients(model)
     out = token_loss(model, PAIRS, options)
@@ -187,10 +195,11 @@ def test_sequence_loss_is_bradley_terry():
                 - model.sequence_rewards(pack([p.prompt], [p.rejected]))).item() for p in PAIRS]
     loss, found = sequence_loss(model, PAIRS)
     assert found.tolist() == pytest.approx(margins, abs=1e-4)
-    assert loss.item() == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 3, abs=1e-5)
+    assert loss.item() == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 3,
+                                        abs=1e-5)
 
 
-# ----- folders --------------------------------------------------------------------------------------
+# ----- folders ------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
@@ -209,12 +218,14 @@ def test_save_reward_and_load_reward_keep_every_bit(kind, logp_feature, tokenize
         assert torch.equal(value, again.state_dict()[name]), name
 
 
-def test_load_reward_refuses_a_plain_model_a_damaged_head_and_a_damaged_description(tokenizer, tmp_path):
+def test_load_reward_refuses_a_plain_model_a_damaged_head_and_a_damaged_description(tokenizer,
+                                                                                    tmp_path):
     save_model(llama(vocab_size=268), tmp_path / "plain", tokenizer=tokenizer)
     with pytest.raises(UserError, match="expected a reward model folder"):
         load_reward(tmp_path / "plain")
     for name, damage in (("reward_head.pt", b"PK nothing"), ("reward.json", b"{"),
-                         ("reward.json", json.dumps({"kind": "word", "logp_feature": False}).encode())):
+                         ("reward.json",
+                          json.dumps({"kind": "word", "logp_feature": False}).encode())):
         folder = tmp_path / f"{name}-{len(damage)}"
         save_reward(RewardModel(llama(vocab_size=268), "token"), folder, tokenizer)
         (folder / name).write_bytes(damage)

@@ -19,7 +19,7 @@ def responses(rollout) -> list[list[int]]:
     return [tokens[i, p:p + n].tolist() for i, (p, n) in enumerate(zip(prompts, lengths))]
 
 
-# ----- batches --------------------------------------------------------------------------------------
+# ----- batches ------------------------------------------------------------------------------------
 
 def test_pack_concatenates_ids_and_pads_on_the_right():
     packed = pack([[1, 5], [1]], [[7, 2], [8, 9, 2]], pad_id=3)
@@ -51,7 +51,8 @@ def test_locate_names_row_step_position_and_target_of_every_response_token():
     assert unflatten(torch.arange(1.0, 6.0), at, batch).tolist() == [[1, 2, 0], [3, 4, 5]]
 
 
-@pytest.mark.parametrize("size, expected", [(0, [[2, 3, 0, 1]]), (3, [[2, 3, 0], [1]]), (1, [[2], [3], [0], [1]])])
+@pytest.mark.parametrize("size, expected",
+                         [(0, [[2, 3, 0, 1]]), (3, [[2, 3, 0], [1]]), (1, [[2], [3], [0], [1]])])
 def test_by_length_groups_rows_of_similar_length(size, expected):
     """Lengths 8, 10, 2 and 5 with their prompts."""
     batch = ragged((3, 1, 1, 2), (5, 9, 1, 3))
@@ -61,7 +62,7 @@ def test_by_length_groups_rows_of_similar_length(size, expected):
 
 @pytest.mark.parametrize("size", [0, 1, 3])
 def test_in_groups_puts_every_value_where_it_belongs(size):
-    """A function of a token's own id and place: whatever rows it is computed with, it comes back there."""
+    """A function of a token's own id and place, whatever rows it is computed with."""
     batch = ragged((3, 1, 6, 2), (5, 9, 1, 4))
 
     def values(s):
@@ -70,7 +71,7 @@ def test_in_groups_puts_every_value_where_it_belongs(size):
     assert torch.equal(in_groups(values, batch, size), values(batch))
 
 
-# ----- scoring --------------------------------------------------------------------------------------
+# ----- scoring ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_score_equals_one_forward_pass_a_token(temperature):
@@ -94,7 +95,7 @@ def test_score_belongs_to_the_token_and_not_to_the_next_one():
     assert torch.equal(before[:4], after[:4]) and before[4] != after[4]
 
 
-# ----- sampling -------------------------------------------------------------------------------------
+# ----- sampling -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
@@ -102,7 +103,7 @@ def test_sample_returns_the_logp_that_score_computes(dtype, tolerance, temperatu
     """Unequal prompts, rows that end at different steps and leave the cache, rows that are cut."""
     policy = llama(dtype=dtype)
     rollout = sample(policy, PROMPTS * 4, EOS, 20, temperature, generator(3))
-    assert len(set(rollout.sequences.response_lengths.tolist())) > 5          # compaction has happened
+    assert len(set(rollout.sequences.response_lengths.tolist())) > 5       # compaction has happened
     assert 0 < int(rollout.truncated.sum()) < len(rollout.truncated)
     scored = score(policy, rollout.sequences, temperature)
     assert (scored - rollout.logp_old).abs().max() <= tolerance
@@ -142,7 +143,8 @@ def test_sample_is_greedy_at_temperature_zero():
         for t, token in enumerate(got):
             logits = policy(torch.tensor([prompt + got[:t]]))[0, -1]
             assert token == logits.argmax().item()
-        assert rollout.logp_old[i, :len(got)].tolist() == pytest.approx(slow_logp(policy, prompt, got), abs=1e-9)
+        assert rollout.logp_old[i, :len(got)].tolist() == pytest.approx(slow_logp(policy, prompt,
+                                                                                  got), abs=1e-9)
 
 
 def test_sample_marks_a_response_truncated_unless_its_last_token_is_eos():
@@ -154,7 +156,8 @@ def test_sample_marks_a_response_truncated_unless_its_last_token_is_eos():
 
 def test_sample_stops_at_the_end_of_the_context():
     policy = llama(max_seq_len=12)
-    rollout = sample(policy, [ids(7, 3), ids(2, 4)], eos_id=-1, max_new_tokens=50, generator=generator())
+    rollout = sample(policy, [ids(7, 3), ids(2, 4)], eos_id=-1, max_new_tokens=50,
+                     generator=generator())
     assert rollout.sequences.response_lengths.tolist() == [5, 5] and rollout.truncated.all()
     with pytest.raises(ValueError, match="max_seq_len = 12"):
         sample(policy, [ids(12)], EOS, 5)
@@ -167,12 +170,13 @@ def test_sample_ends_at_once_when_the_first_token_is_eos():
     assert responses(rollout) == [[first]] and not rollout.truncated.any()
 
 
-# ----- inverse CDF ----------------------------------------------------------------------------------
+# ----- inverse CDF --------------------------------------------------------------------------------
 
 def test_inverse_cdf_draws_each_token_as_often_as_its_probability():
     p = torch.tensor([0.05, 0.0, 0.5, 0.2, 0.25])
     n = 40_000
-    drawn = inverse_cdf(p.log().expand(n, -1), torch.rand(n, dtype=torch.float64, generator=generator()))
+    drawn = inverse_cdf(p.log().expand(n, -1),
+                        torch.rand(n, dtype=torch.float64, generator=generator()))
     counts = torch.bincount(drawn, minlength=5)
     assert counts[1] == 0
     sigma = (n * p * (1 - p)).sqrt()

@@ -1,7 +1,7 @@
-"""The ten rules that keep the method correct (each from a bug found in a published codebase), end to end.
+"""The ten rules that keep the method correct, each from a bug found in a published codebase.
 
-The modules' own tests go deeper; here each rule is held where the parts meet. Rule 10 has its other half,
-a killed and resumed run, in test_scripts.py.
+The modules' own tests go deeper; here each rule is held where the parts meet. Rule 10 has its other
+half, a killed and resumed run, in test_scripts.py.
 """
 
 import math
@@ -47,11 +47,11 @@ def reward_model(kind: str = "token") -> RewardModel:
     return RewardModel(llama(seed=1), kind)
 
 
-# ----- 1. logp[:, t] and reward[:, t] both belong to token t ----------------------------------------
+# ----- 1. logp[:, t] and reward[:, t] both belong to token t --------------------------------------
 
 @pytest.mark.parametrize("k", [0, 2, 4])
 def test_rule_1_a_reward_on_token_k_reaches_the_logits_that_produced_token_k_alone(k):
-    """The head is the identity, so hidden states are logits. Their gradient is A / N (p - onehot(token k))."""
+    """The head is the identity: hidden states are logits, with gradient A / N (p - onehot(k))."""
     batch = ragged((3, 2), (5, 3))
     logits = torch.randn(2, batch.tokens.shape[1], 24).double().requires_grad_()
     policy = SimpleNamespace(hidden=lambda tokens: logits, head=torch.eye(24).double())
@@ -77,7 +77,8 @@ def test_rule_1_holds_for_rollouts_of_a_real_policy():
         rewards = torch.zeros_like(rollout.logp_old)
         rewards[row, k] = 1.0
         advantages, _ = train_ppo.advantages_of(config(), rewards, None, mask)
-        policy_loss(stub, rollout.sequences, rollout.logp_old, advantages, 0.2, 1.0, int(mask.sum())).loss.backward()
+        policy_loss(stub, rollout.sequences, rollout.logp_old, advantages, 0.2, 1.0,
+                    int(mask.sum())).loss.backward()
         produced_by = int(rollout.sequences.prompt_lengths[row]) + k - 1
         assert hidden.grad.abs().sum(-1).nonzero().tolist() == [[row, produced_by]]
         hidden.grad = None
@@ -87,14 +88,14 @@ def test_rule_1_the_critic_judges_the_state_before_the_token_the_reward_model_th
     model = reward_model()
     critic, batch = train_ppo.Critic(model), ragged((3,), (5,))
     other = batch._replace(tokens=batch.tokens.clone())
-    other.tokens[0, 3 + 2] = 3 + (other.tokens[0, 3 + 2] - 2) % 21                    # response token 2
+    other.tokens[0, 3 + 2] = 3 + (other.tokens[0, 3 + 2] - 2) % 21                # response token 2
     same_values = (critic(batch) == critic(other))[0].tolist()
     same_rewards = (model.ppo_rewards(batch) == model.ppo_rewards(other))[0].tolist()
     assert same_values == [True, True, True, False, False]
     assert same_rewards == [True, True, False, False, False]
 
 
-# ----- 2. the first ratio is 1 ----------------------------------------------------------------------
+# ----- 2. the first ratio is 1 --------------------------------------------------------------------
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.4])
 def test_rule_2_ratio_is_one_and_kl_zero_before_the_first_update(temperature):
@@ -125,23 +126,24 @@ def test_rule_2_no_module_behaves_differently_in_training():
     assert torch.equal(score(policy.train(), batch), score(policy.eval(), batch))
 
 
-# ----- 3. prompt and response are tokenised separately ----------------------------------------------
+# ----- 3. prompt and response are tokenised separately --------------------------------------------
 
 def test_rule_3_the_prompts_ids_stay_a_prefix_where_joint_tokenisation_would_merge(tmp_path):
-    """The tokenizer knows "->>" as one piece; a prompt ends in "->", a response may begin with ">"."""
+    """The tokenizer has the piece "->>"; a prompt ends in "->", a response may begin with ">"."""
     tokenizer = train(["say ->> end", "no ->> end"] * 20, 280, tmp_path / "t.model")
     record = Demonstration("d", "say", "> end")
     text = render_prompt(record, "plain")
     prompt = encode_prompt(tokenizer, record, "plain", 64)
     response = encode_response(tokenizer, record.output, prompt, 64)
     joint = tokenizer.encode(text + record.output, bos=True, eos=True)
-    assert joint[:len(prompt)] != prompt                                            # the trap is there
+    assert joint[:len(prompt)] != prompt                                         # the trap is there
     batch = pack([prompt], [response])
-    assert batch.tokens[0].tolist() == tokenizer.encode(text, bos=True) + tokenizer.encode("> end", eos=True)
+    separate = tokenizer.encode(text, bos=True) + tokenizer.encode("> end", eos=True)
+    assert batch.tokens[0].tolist() == separate
 
 
 def test_rule_3_rollouts_are_scored_by_their_ids_not_by_their_text(tmp_path):
-    """An untrained policy spells words in pieces no tokenizer would choose: re-encoding loses them."""
+    """An untrained policy spells words in pieces no tokenizer would choose; they are kept."""
     tokenizer = train(["say ->The end"] * 20, 280, tmp_path / "t.model")
     policy = llama(vocab_size=280)
     prompt = tokenizer.encode("say ->", bos=True)
@@ -151,7 +153,7 @@ def test_rule_3_rollouts_are_scored_by_their_ids_not_by_their_text(tmp_path):
     assert (score(policy, rollout.sequences) - rollout.logp_old).abs().max() < 1e-5
 
 
-# ----- 4. masks come from lengths; EOS is an action; truncation is marked ---------------------------
+# ----- 4. masks come from lengths; EOS is an action; truncation is marked -------------------------
 
 def test_rule_4_pad_and_eos_ids_inside_a_response_are_tokens_like_any_other():
     prompts, responses = [[1, 0, 5], [1]], [[0, EOS, 0, EOS], [0]]
@@ -159,7 +161,8 @@ def test_rule_4_pad_and_eos_ids_inside_a_response_are_tokens_like_any_other():
         batch = pack(prompts, responses, pad_id)
         assert batch.response_mask.tolist() == [[True] * 4, [True, False, False, False]]
     model, policy = reward_model(), llama()
-    assert model.token_rewards(batch)[0].count_nonzero() == 4 and score(policy, batch)[0].count_nonzero() == 4
+    assert model.token_rewards(batch)[0].count_nonzero() == 4
+    assert score(policy, batch)[0].count_nonzero() == 4
 
 
 def test_rule_4_eos_earns_a_reward_and_is_trained_on():
@@ -181,21 +184,24 @@ def test_rule_4_a_truncated_response_has_the_sequence_reward_on_its_last_token()
     assert model.ppo_rewards(rollout.sequences).nonzero().tolist() == [[0, 5]]
 
 
-# ----- 5. padding is inert --------------------------------------------------------------------------
+# ----- 5. padding is inert ------------------------------------------------------------------------
 
 def pairs() -> list[PreferenceIds]:
     return [PreferenceIds(ids(3, 1), [5, 6, 7, 8, 2], [5, 9, 2], [1, 2, 3], [1], [(0, 0), (4, 2)]),
             PreferenceIds(ids(6, 2), [5, 2], [5, 4, 4, 2], [], [1, 2], [(0, 0), (1, 3)])]
 
 
-def losses(policy, model, critic, batch, logp_old, advantages, values_old, returns) -> dict[str, torch.Tensor]:
+def losses(policy, model, critic, batch, logp_old, advantages, values_old,
+           returns) -> dict[str, torch.Tensor]:
     """Every quantity that reads a padded batch."""
     mask = batch.response_mask
     out = policy_loss(policy, batch, logp_old, advantages, 0.2, 1.0, int(mask.sum()))
-    penalised = penalise_kl(model.ppo_rewards(batch), logp_old, score(policy, batch).detach(), mask, 0.1)
+    logp_ref = score(policy, batch).detach()
+    penalised = penalise_kl(model.ppo_rewards(batch), logp_old, logp_ref, mask, 0.1)
     return {"ppo": out.loss, "sft": sft.loss_of(policy, batch), "logp": score(policy, batch).sum(),
             "clip": out.clip_fraction, "k3": out.kl_k3, "entropy": out.entropy,
-            "tokens": model.token_rewards(batch).sum(), "sequence": model.sequence_rewards(batch).sum(),
+            "tokens": model.token_rewards(batch).sum(),
+            "sequence": model.sequence_rewards(batch).sum(),
             "critic": value_loss(critic(batch), values_old, returns, mask, 0.2, int(mask.sum())),
             "penalised": standardise(penalised, mask, "rms").sum()}
 
@@ -208,7 +214,8 @@ def everything(batch, padding: float) -> tuple[dict[str, float], dict[str, torch
     given = [torch.where(mask, numbers(torch.zeros(mask.shape), i), padding) for i in range(1, 5)]
     found = losses(policy, model, critic, batch, *given)
     sum(value for name, value in found.items() if value.requires_grad).backward()
-    grads = {f"{i}.{n}": g for i, m in enumerate((policy, model, critic)) for n, g in gradients(m).items()}
+    grads = {f"{i}.{n}": g for i, m in enumerate((policy, model, critic))
+             for n, g in gradients(m).items()}
     return {name: value.item() for name, value in found.items()}, grads
 
 
@@ -227,7 +234,8 @@ def test_rule_5_padded_equals_unpadded():
     """The sum over rows scored alone, without any padding; four columns more of garbage."""
     policy, model, batch = llama(), reward_model(), ragged()
     mask, rows = batch.response_mask, [batch.rows(torch.tensor([b])) for b in range(4)]
-    for function in (lambda s: score(policy, s), model.token_rewards, model.sequence_rewards, model.ppo_rewards):
+    for function in (lambda s: score(policy, s), model.token_rewards, model.sequence_rewards,
+                     model.ppo_rewards):
         alone = [function(row)[0] for row in rows]
         for padded in (function(batch), function(with_garbage(batch, more=4))):
             for b, single in enumerate(alone):
@@ -242,10 +250,11 @@ def test_rule_5_the_preference_losses_do_not_depend_on_who_shares_the_batch():
     assert sequence_loss(model, pairs())[0].item() == pytest.approx(sum(alone) / 2, abs=1e-5)
     options = token_preference.Options(u0_weight=0.0)
     alone = [token_loss(model, [pair], options).loss.item() for pair in pairs()]
-    assert token_loss(model, pairs(), options).loss.item() == pytest.approx(sum(alone) / 2, abs=1e-5)
+    together = token_loss(model, pairs(), options).loss.item()
+    assert together == pytest.approx(sum(alone) / 2, abs=1e-5)
 
 
-# ----- 6. means are over the whole minibatch --------------------------------------------------------
+# ----- 6. means are over the whole minibatch ------------------------------------------------------
 
 class Recorder:
     """Stands in for an optimizer: keeps each step's gradients and leaves the weights alone."""
@@ -267,18 +276,19 @@ def updated(microbatch: int, method: str = "rlhf"):
     like = rollout.logp_old.float()
     values = numbers(like, 1), numbers(like, 2)
     recorders = {"policy": Recorder(policy)} | ({"critic": Recorder(critic)} if critic else {})
-    logged = train_ppo.update(config(method=method, microbatch=microbatch, clip_eps=1e-5), policy, critic, recorders,
+    logged = train_ppo.update(config(method=method, microbatch=microbatch, clip_eps=1e-5), policy,
+                              critic, recorders,
                               rollout, numbers(like, 3), *values, iteration=1)
     return recorders, logged
 
 
 @pytest.mark.parametrize("method", ["fine-grained", "rlhf"])
 @pytest.mark.parametrize("microbatch", [1, 2, 3])
-def test_rule_6_microbatches_give_the_gradient_and_the_metrics_of_the_whole_minibatch(microbatch, method):
+def test_rule_6_microbatches_give_gradient_and_metrics_of_the_whole_minibatch(microbatch, method):
     whole, logged = updated(0, method)
     split, logged_split = updated(microbatch, method)
     for name, recorder in whole.items():
-        assert len(recorder.seen) == 4 == len(split[name].seen)                     # 2 epochs of 2 minibatches
+        assert len(recorder.seen) == 4 == len(split[name].seen)          # 2 epochs of 2 minibatches
         for one, other in zip(recorder.seen, split[name].seen):
             for parameter, gradient in one.items():
                 torch.testing.assert_close(gradient, other[parameter], rtol=1e-4, atol=1e-6)
@@ -286,14 +296,16 @@ def test_rule_6_microbatches_give_the_gradient_and_the_metrics_of_the_whole_mini
     assert 0 < logged["ppo/clip_fraction"] < 1
 
 
-# ----- 7. one standardisation, masked ---------------------------------------------------------------
+# ----- 7. one standardisation, masked -------------------------------------------------------------
 
 @pytest.mark.parametrize("how", ["rms", "mean-std", "none"])
 def test_rule_7_a_batch_with_one_token_gives_finite_advantages_and_gradients(how):
     policy, batch = llama(), pack([ids(2)], [[EOS]])
-    advantages, _ = train_ppo.advantages_of(config(standardise=how), torch.tensor([[0.7]]), None, batch.response_mask)
+    advantages, _ = train_ppo.advantages_of(config(standardise=how), torch.tensor([[0.7]]), None,
+                                            batch.response_mask)
     assert advantages.isfinite().all()
-    policy_loss(policy, batch, score(policy, batch).detach(), advantages, 0.2, 1.0, 1).loss.backward()
+    logp_old = score(policy, batch).detach()
+    policy_loss(policy, batch, logp_old, advantages, 0.2, 1.0, 1).loss.backward()
     assert all(g.isfinite().all() for g in gradients(policy).values())
 
 
@@ -304,7 +316,7 @@ def test_rule_7_standardising_twice_changes_nothing():
         torch.testing.assert_close(standardise(once, mask, how, eps=0.0), once)
 
 
-# ----- 8. reductions in float32 at least ------------------------------------------------------------
+# ----- 8. reductions in float32 at least ----------------------------------------------------------
 
 def test_rule_8_a_bfloat16_model_reduces_in_float32():
     policy, batch = llama(dtype=torch.bfloat16), ragged()
@@ -314,13 +326,14 @@ def test_rule_8_a_bfloat16_model_reduces_in_float32():
     found = {"score": logp, "sft": sft.loss_of(policy, batch), "token": model.token_rewards(batch),
              "sequence": RewardModel(policy, "sequence").sequence_rewards(batch),
              "critic": train_ppo.Critic(model)(batch), "token loss": token_loss(
-                 model, pairs(), token_preference.Options()).loss, "sampled": rollout_of(policy).logp_old,
+                 model, pairs(), token_preference.Options()).loss,
+                 "sampled": rollout_of(policy).logp_old,
              "ppo": policy_loss(policy, batch, logp.detach(), logp.detach(), 0.2, 1.0, 9).loss}
-    assert {name: value.dtype for name, value in found.items()} == dict.fromkeys(found, torch.float32)
+    assert {n: value.dtype for n, value in found.items()} == dict.fromkeys(found, torch.float32)
 
 
 def test_rule_8_log_softmax_of_bfloat16_logits_is_exact_to_float32():
-    """Against float64 from the same bfloat16 hidden states: the log-normaliser adds no bfloat16 rounding.
+    """Against float64 from the same bfloat16 hidden states: the normaliser adds no rounding.
 
     Logits themselves may be rounded to bfloat16 (8 bits): at |z| <= 4 that is 2^-7 at most.
     """
@@ -330,11 +343,11 @@ def test_rule_8_log_softmax_of_bfloat16_logits_is_exact_to_float32():
     exact = (hidden.double() @ head.double().T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     found = linear_cross_entropy.fused(hidden, head, targets).logp
     assert (found - exact).abs().max() < 2 ** -6
-    rounded = (hidden @ head.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]     # all in bfloat16
+    rounded = (hidden @ head.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]  # all in bfloat16
     assert (rounded - exact).abs().max() > 2 ** -6
 
 
-# ----- 9. empty batches and non-finite numbers ------------------------------------------------------
+# ----- 9. empty batches and non-finite numbers ----------------------------------------------------
 
 def test_rule_9_an_all_masked_batch_gives_loss_0_and_gradient_0():
     hidden, head = torch.randn(0, 16, requires_grad=True), torch.randn(24, 16, requires_grad=True)
@@ -343,9 +356,10 @@ def test_rule_9_an_all_masked_batch_gives_loss_0_and_gradient_0():
     off = torch.zeros(2, 5, dtype=torch.bool)
     found = [linear_ppo.fused(hidden, head, empty, none, none, 0.2).loss,
              linear_cross_entropy.fused(hidden, head, empty).loss,
-             linear_cross_entropy.fused(torch.randn(3, 16, requires_grad=True), head, torch.tensor([1, 2, 3]),
-                                        torch.zeros(3)).loss,
-             token_preference.fused(rewards, rewards, off, off, token_preference.Unchanged(*[empty] * 3),
+             linear_cross_entropy.fused(torch.randn(3, 16, requires_grad=True), head,
+                                        torch.tensor([1, 2, 3]), torch.zeros(3)).loss,
+             token_preference.fused(rewards, rewards, off, off,
+                                    token_preference.Unchanged(*[empty] * 3),
                                     token_preference.Options(token_weight=1.0)).loss,
              value_loss(rewards, rewards.detach() + 1, rewards.detach() - 1, off, 0.2, 1)]
     sum(found).backward()
@@ -370,12 +384,12 @@ def test_rule_9_a_non_finite_reward_stops_the_update():
     advantages = torch.ones_like(rollout.logp_old)
     advantages[0, 0] = math.nan
     with pytest.raises(FloatingPointError):
-        train_ppo.update(config(), policy, None, {"policy": Optimizer(policy, 1e-3)}, rollout, advantages,
-                         None, None, 1)
+        train_ppo.update(config(), policy, None, {"policy": Optimizer(policy, 1e-3)}, rollout,
+                         advantages, None, None, 1)
     assert all(p.isfinite().all() for p in policy.parameters())
 
 
-# ----- 10. training states --------------------------------------------------------------------------
+# ----- 10. training states ------------------------------------------------------------------------
 
 def test_rule_10_a_state_with_one_flipped_bit_is_refused(tmp_path):
     policy = llama()
@@ -383,10 +397,12 @@ def test_rule_10_a_state_with_one_flipped_bit_is_refused(tmp_path):
     sft.loss_of(policy, ragged()).backward()
     optimizer.step()
     path = tmp_path / "state.pt"
-    save_state(path, {"step": 3, "parts": {"model": policy.state_dict(), "optimizer": optimizer.state_dict()}})
+    save_state(path, {"step": 3,
+                      "parts": {"model": policy.state_dict(), "optimizer": optimizer.state_dict()}})
     whole = path.read_bytes()
     assert load_state(path)["step"] == 3
-    for tensor in (policy.tok_embeddings.weight, optimizer.parts[0].state_dict()["state"][0]["exp_avg"]):
+    for tensor in (policy.tok_embeddings.weight,
+                   optimizer.parts[0].state_dict()["state"][0]["exp_avg"]):
         at = whole.index(tensor.detach().numpy().tobytes()) + 41
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
         with pytest.raises(UserError, match="state.pt: damaged"):
@@ -394,7 +410,7 @@ def test_rule_10_a_state_with_one_flipped_bit_is_refused(tmp_path):
 
 
 def test_rule_10_the_optimizers_state_continues_bit_for_bit():
-    """Three steps at once, or two, a state and one more with a new optimizer: Adam and Muon alike."""
+    """Three steps at once, or two, a state and one more with a new optimizer: Adam and Muon."""
     def steps(policy, optimizer, numbers):
         for i in numbers:
             sft.loss_of(policy, ragged(seed=i)).backward()

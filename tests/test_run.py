@@ -21,7 +21,7 @@ class Config:
     device: str = "cpu"
 
 
-# ----- random draws ---------------------------------------------------------------------------------
+# ----- random draws -------------------------------------------------------------------------------
 
 def test_generator_depends_on_its_arguments_alone():
     draw = lambda *arguments: torch.rand(4, generator=generator(*arguments)).tolist()
@@ -29,16 +29,17 @@ def test_generator_depends_on_its_arguments_alone():
     first = draw(0, "rollout", 3)
     torch.manual_seed(2)
     assert draw(0, "rollout", 3) == first
-    others = [draw(1, "rollout", 3), draw(0, "answers", 3), draw(0, "rollout", 4), draw(0, "rollout")]
+    others = [draw(1, "rollout", 3), draw(0, "answers", 3), draw(0, "rollout", 4),
+              draw(0, "rollout")]
     assert first not in others and len({tuple(x) for x in others}) == 4
 
 
 def test_generator_seed_is_the_first_seven_bytes_of_a_sha256():
-    """`printf 5/x/0 | sha256sum` begins bbd2d101afe911: the same on every machine, in every process."""
+    """`printf 5/x/0 | sha256sum` begins bbd2d101afe911, on every machine, in every process."""
     assert generator(5, "x").initial_seed() == 0xbbd2d101afe911
 
 
-# ----- batches --------------------------------------------------------------------------------------
+# ----- batches ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("count, size", [(10, 3), (9, 3), (1, 5), (100, 7)])
 def test_batches_hold_every_index_once_in_an_order_of_their_epoch(count, size):
@@ -52,15 +53,16 @@ def test_batches_hold_every_index_once_in_an_order_of_their_epoch(count, size):
 
 def test_bucketed_batches_hold_every_index_once_and_hardly_any_padding():
     lengths = torch.randint(1, 100, (500,), generator=torch.Generator().manual_seed(0)).tolist()
-    padding = lambda found: sum(max(lengths[i] for i in b) * len(b) - sum(lengths[i] for i in b) for b in found)
+    padding = lambda found: sum(max(lengths[i] for i in b) * len(b) - sum(lengths[i] for i in b)
+                                for b in found)
     found = bucketed_batches(lengths, 8, 0, 0)
     assert sorted(sum(found, [])) == list(range(500)) and len(found) == 63
     assert padding(found) < 0.2 * padding(batches(500, 8, 0, 0))
     means = [sum(lengths[i] for i in b) / len(b) for b in found[:16]]
-    assert means != sorted(means)                                            # not the short ones first
+    assert means != sorted(means)                                         # not the short ones first
 
 
-# ----- the optimizer --------------------------------------------------------------------------------
+# ----- the optimizer ------------------------------------------------------------------------------
 
 def layers() -> nn.Module:
     """A matrix inside `layers.`, one outside, a vector."""
@@ -81,7 +83,8 @@ def test_optimizer_steps_as_adam_by_hand():
     push(model, 1e-4)
     norm = optimizer.step()
     assert norm == pytest.approx(1e-4 * 25 ** 0.5)
-    assert (before - model["head"].weight).tolist()[0] == pytest.approx([0.01 * 1e-4 / (1e-4 + 1e-5)] * 4, rel=1e-3)
+    moved = (before - model["head"].weight).tolist()[0]
+    assert moved == pytest.approx([0.01 * 1e-4 / (1e-4 + 1e-5)] * 4, rel=1e-3)
     assert model["head"].weight.grad is None
 
 
@@ -91,7 +94,8 @@ def test_optimizer_clips_the_norm_and_returns_it_unclipped():
     push(model, 3.0)
     optimizer.parts[0].register_step_pre_hook(lambda *_: seen.append(
         sum(p.grad.square().sum().item() for p in model.parameters()) ** 0.5))
-    assert optimizer.step(clip_norm=0.5) == pytest.approx(15.0) and seen == [pytest.approx(0.5, rel=1e-4)]
+    assert optimizer.step(clip_norm=0.5) == pytest.approx(15.0)
+    assert seen == [pytest.approx(0.5, rel=1e-4)]
 
 
 def test_optimizer_warms_up_then_falls_to_zero():
@@ -110,7 +114,8 @@ def test_optimizer_warms_up_then_falls_to_zero():
 def test_optimizer_gives_the_trunks_matrices_to_muon_and_nothing_else():
     model = layers()
     optimizer = Optimizer(model, lr=0.1, muon_lr=0.2)
-    adam, muon = ([p for group in part.param_groups for p in group["params"]] for part in optimizer.parts)
+    adam, muon = ([p for group in part.param_groups for p in group["params"]]
+                  for part in optimizer.parts)
     assert [p is model["layers"][0].weight for p in muon] == [True]
     assert len(adam) == 3 and not any(p is model["layers"][0].weight for p in adam)
 
@@ -121,7 +126,7 @@ def test_optimizer_leaves_frozen_parameters_alone():
     assert len(Optimizer(model, 0.1).parameters) == 2
 
 
-# ----- the run's folder -----------------------------------------------------------------------------
+# ----- the run's folder ---------------------------------------------------------------------------
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -132,7 +137,8 @@ def test_run_logs_one_json_object_a_step_and_time_apart(tmp_path):
     for step in (1, 2):
         run.log(step, {"sft/loss": torch.tensor(1 / 3), "sft/tokens": 7})
     run.finish({"steps": 2})
-    assert lines(tmp_path / "a/metrics.jsonl") == [{"step": s, "sft/loss": 0.3333333, "sft/tokens": 7.0} for s in (1, 2)]
+    assert lines(tmp_path / "a/metrics.jsonl") == [{"step": s, "sft/loss": 0.3333333,
+                                                    "sft/tokens": 7.0} for s in (1, 2)]
     assert [set(t) for t in lines(tmp_path / "a/timing.jsonl")] == [{"step", "seconds"}] * 2
     done = json.loads((tmp_path / "a/done.json").read_text())
     assert done["steps"] == 2 and done["seconds"] >= 0
@@ -190,7 +196,8 @@ def test_run_resumes_from_the_start_when_killed_before_the_first_state(tmp_path)
 
 def test_run_refuses_to_resume_with_other_settings_or_another_tokenizer(tmp_path):
     Run(Config(str(tmp_path)), "hash").save(1)
-    with pytest.raises(UserError, match="--resume needs the same --lr: the run was started with 0.1, got 0.2"):
+    with pytest.raises(UserError,
+                       match="--resume needs the same --lr: the run was started with 0.1, got 0.2"):
         Run(Config(str(tmp_path), lr=0.2, resume=True), "hash")
     with pytest.raises(UserError, match="same tokenizer"):
         Run(Config(str(tmp_path), resume=True), "other")

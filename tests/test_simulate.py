@@ -1,4 +1,4 @@
-"""The built-in world: an oracle that finds what is planted, an editor and an annotator with known rates."""
+"""The built-in world: an oracle that finds what is planted, editor and annotator of known rates."""
 
 import os
 import random
@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from fgrlhf import edits, readers
-from fgrlhf.simulate import AnnotateConfig, WorldConfig, annotate, minimal_edit, prefer, split_of, swap_wording, write_world
+from fgrlhf.simulate import (AnnotateConfig, WorldConfig, annotate, minimal_edit, prefer, split_of,
+                             swap_wording, write_world)
 from fgrlhf.world import JUNK, RUDE, UNITS, World
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +45,7 @@ def mended(answer: str, errors) -> str:
     return answer.strip()
 
 
-# ----- requests -------------------------------------------------------------------------------------
+# ----- requests -----------------------------------------------------------------------------------
 
 def test_items_of_every_request_are_what_it_asks_for():
     for prompt in requests(200):
@@ -52,11 +53,13 @@ def test_items_of_every_request_are_what_it_asks_for():
         assert 1 <= len(items) == len({item.key for item in items})
         for item in items:
             if item.unit:
-                assert int(item.answer) == sum(item.key) and f"{item.key[0]} and {item.key[1]}" in prompt
+                assert int(item.answer) == sum(item.key)
+                assert f"{item.key[0]} and {item.key[1]}" in prompt
                 assert item.unit in prompt
             else:
                 land, attribute = item.key
-                assert land in prompt and attribute in prompt and WORLD.facts[item.key] == item.answer
+                assert land in prompt and attribute in prompt
+                assert WORLD.facts[item.key] == item.answer
 
 
 def test_requests_are_about_70_percent_facts():
@@ -65,8 +68,9 @@ def test_requests_are_about_70_percent_facts():
 
 
 def test_demonstrate_errs_systematically_in_what_the_world_says():
-    """Each mistaken fact is told wrongly with its own probability, always by the same wrong value."""
-    key, mistake = next((k, m) for k, m in sorted(WORLD.mistakes.items(), key=str) if isinstance(k[0], str))
+    """Each mistaken fact is told wrongly with its own probability, by one wrong value."""
+    key, mistake = next((k, m) for k, m in sorted(WORLD.mistakes.items(), key=str)
+                        if isinstance(k[0], str))
     prompt, rng = f"Name the {key[1]} of {key[0]}.", random.Random(0)
     told = [WORLD.demonstrate(prompt, rng, tail=0.0) for _ in range(600)]
     share = sum(f" {mistake.text}." in text for text in told) / 600
@@ -75,7 +79,7 @@ def test_demonstrate_errs_systematically_in_what_the_world_says():
     assert mistake.text != WORLD.facts[key]
 
 
-# ----- the oracle -----------------------------------------------------------------------------------
+# ----- the oracle ---------------------------------------------------------------------------------
 
 def test_errors_of_a_right_answer_are_none_in_any_order_and_wording():
     for seed, prompt in enumerate(requests(200)):
@@ -85,7 +89,7 @@ def test_errors_of_a_right_answer_are_none_in_any_order_and_wording():
 
 
 def planted(kind: str, prompt: str) -> tuple[str, str] | None:
-    """(an answer with one error of this kind, the text it should be marked on), or None if it cannot be."""
+    """(an answer with one error of this kind, the text to be marked), or None if it cannot be."""
     parts, items = sentences(prompt), WORLD.items(prompt)
     if kind == "value":
         bad = WORLD.pool[items[-1].key][0]
@@ -106,8 +110,10 @@ def planted(kind: str, prompt: str) -> tuple[str, str] | None:
     return " ".join(parts + [JUNK[0]]), " " + JUNK[0]
 
 
-@pytest.mark.parametrize("kind, called", [("value", "value"), ("unit", "unit"), ("missing", "missing"),
-                                          ("doubled", "doubled"), ("rude", "extra"), ("junk", "extra")])
+@pytest.mark.parametrize("kind, called",
+                         [("value", "value"), ("unit", "unit"), ("missing", "missing"),
+                                          ("doubled", "doubled"), ("rude", "extra"),
+                                          ("junk", "extra")])
 def test_errors_finds_each_planted_error_at_its_place(kind, called):
     tried = 0
     for prompt in requests(100):
@@ -149,7 +155,7 @@ def test_errors_of_nothing_are_all_items_missing():
         assert [e.kind for e in WORLD.errors(prompt, "")] == ["missing"] * len(WORLD.items(prompt))
 
 
-# ----- the editor -----------------------------------------------------------------------------------
+# ----- the editor ---------------------------------------------------------------------------------
 
 def test_minimal_edit_of_a_perfect_editor_leaves_no_error_in_any_answer():
     """Demonstrations, shuffled and cut ones, and noise: what policies of every quality write."""
@@ -158,15 +164,18 @@ def test_minimal_edit_of_a_perfect_editor_leaves_no_error_in_any_answer():
         answer = WORLD.demonstrate(prompt, rng)
         parts = answer.split(". ")
         rng.shuffle(parts)
-        for text in (answer, ". ".join(parts), answer[:rng.randrange(len(answer) + 1)], answer[len(answer) // 2:],
+        for text in (answer, ". ".join(parts), answer[:rng.randrange(len(answer) + 1)],
+                     answer[len(answer) // 2:],
                      "", "x", ". .", "is " + answer + " is"):
-            assert WORLD.errors(prompt, minimal_edit(WORLD, prompt, text, rng)) == [], (prompt, text)
+            assert WORLD.errors(prompt, minimal_edit(WORLD, prompt, text, rng)) == [], (prompt,
+                                                                                        text)
 
 
 def test_minimal_edit_writes_a_blank_between_sentences():
     rng = random.Random(0)
     for prompt in requests(100, 2):
-        for text in (wrong(prompt), " ".join(sentences(prompt)[1:]), " ".join(sentences(prompt)[:-1]), ""):
+        for text in (wrong(prompt), " ".join(sentences(prompt)[1:]),
+                     " ".join(sentences(prompt)[:-1]), ""):
             assert not re.search(r"\.\S|\s\s", minimal_edit(WORLD, prompt, text, rng)), text
 
 
@@ -185,7 +194,8 @@ def test_minimal_edit_misses_errors_at_the_given_rate():
     for seed, prompt in enumerate(requests(400, 3)):
         answer = wrong(prompt, seed)
         found = len(WORLD.errors(prompt, answer))
-        before, after = before + found, after + len(WORLD.errors(prompt, minimal_edit(WORLD, prompt, answer, rng, 0.3)))
+        edited = minimal_edit(WORLD, prompt, answer, rng, 0.3)
+        before, after = before + found, after + len(WORLD.errors(prompt, edited))
     assert abs(after / before - 0.3) < 4 * (0.3 * 0.7 / before) ** 0.5
     assert minimal_edit(WORLD, prompt, answer, rng, miss=1.0) == answer
 
@@ -203,17 +213,18 @@ def test_minimal_edit_makes_needless_edits_at_the_given_rate_and_they_do_no_harm
 def test_swap_wording_changes_one_sentence():
     land = WORLD.lands[0]
     assert swap_wording(f"The river of {land} is Amel. Its crop is rye.", land) != ""
-    for text in (f"The river of {land} is Amel.", "Its crop is rye.", "3 plus 4 is 7 coins.", "3 plus 4 makes 7 coins."):
+    for text in (f"The river of {land} is Amel.", "Its crop is rye.", "3 plus 4 is 7 coins.",
+                 "3 plus 4 makes 7 coins."):
         swapped = swap_wording(text, land)
         assert swapped != text and swap_wording(swapped, land) == text
     assert swap_wording("Leave me alone.", land) == "Leave me alone."
 
 
-# ----- the annotator --------------------------------------------------------------------------------
+# ----- the annotator ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 def test_prefer_errs_in_half_of_the_noise(noise):
-    """A label replaced by a fair coin is wrong half the time; the order of the two answers does not matter."""
+    """A label replaced by a fair coin is wrong half the time, whatever the order of the answers."""
     rng, errors, n = random.Random(0), 0, 1000
     for i, prompt in enumerate(requests(n, 5)):
         right = " ".join(sentences(prompt))
@@ -230,10 +241,10 @@ def test_prefer_tosses_a_fair_coin_on_a_tie():
     assert abs(firsts - 500) < 4 * 250 ** 0.5
 
 
-# ----- independence and determinism -----------------------------------------------------------------
+# ----- independence and determinism ---------------------------------------------------------------
 
 def test_oracle_editor_and_annotator_share_no_state():
-    """Whatever one is asked before, the other says the same; nobody touches the global generator."""
+    """Whatever one is asked before, the other says the same; nobody touches global randomness."""
     prompt = requests(1, 6)[0]
     answer = wrong(prompt)
     state = random.getstate()
@@ -255,7 +266,7 @@ def test_worlds_differ_by_seed_and_equal_themselves():
 
 
 def test_split_of_is_a_stable_hash_of_the_text():
-    """crc32 of "a" and "b" modulo 8 by hand: 0xE8B7BE43 -> 3, 0x71BEEFF9 -> 1; "j" 0xF3B61B38 -> 0."""
+    """crc32 of "a" and "b" modulo 8 by hand: 0xE8B7BE43 -> 3 (train), 0x71BEEFF9 -> 1 (dev)."""
     assert [zlib.crc32(x) for x in (b"a", b"b")] == [0xE8B7BE43, 0x71BEEFF9]
     assert [split_of(x) for x in "ab"] == ["train", "dev"]
     counts = Counter(split_of(prompt) for prompt in set(requests(4000, 8)))
@@ -269,14 +280,15 @@ def test_a_world_is_the_same_in_every_process():
     code = ("import random; from fgrlhf.simulate import World, minimal_edit, split_of\n"
             "w, r = World(5), random.Random(1)\n"
             "ps = [w.request(r) for _ in range(50)]; ds = [w.demonstrate(p, r) for p in ps]\n"
-            "print(vars(w), ps, ds, [w.errors(*x) for x in zip(ps, ds)], [split_of(p) for p in ps],\n"
+            "print(vars(w), ps, ds, [w.errors(*x) for x in zip(ps, ds)],\n"
+            "      [split_of(p) for p in ps],\n"
             "      [minimal_edit(w, *x, r, .3, .3) for x in zip(ps, ds)])")
     said = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True,
                            env=os.environ | {"PYTHONHASHSEED": seed}).stdout for seed in ("1", "2")}
     assert len(said) == 1 and len(said.pop()) > 1000
 
 
-# ----- files ----------------------------------------------------------------------------------------
+# ----- files --------------------------------------------------------------------------------------
 
 def small_world(path: Path, **changes) -> Path:
     sizes = dict(world=1, demonstrations=60, train=20, dev=8, test=8, vocab_size=340)
@@ -285,14 +297,18 @@ def small_world(path: Path, **changes) -> Path:
 
 
 def test_write_world_writes_disjoint_splits_and_the_same_bytes_again(tmp_path):
-    first, second, other = (small_world(tmp_path / n, **c) for n, c in (("a", {}), ("b", {}), ("c", {"seed": 1})))
+    first, second, other = (small_world(tmp_path / n, **c)
+                            for n, c in (("a", {}), ("b", {}), ("c", {"seed": 1})))
     prompts = {split: [p.prompt for p in readers.read_prompts(first / f"{split}.jsonl")]
                for split in ("train", "dev", "test")}
-    assert {split: len(found) for split, found in prompts.items()} == {"train": 20, "dev": 8, "test": 8}
+    assert {split: len(found) for split, found in prompts.items()} == {"train": 20, "dev": 8,
+                                                                       "test": 8}
     for split, found in prompts.items():
         assert len(set(found)) == len(found) and {split_of(p) for p in found} == {split}
-    assert {split_of(d.prompt) for d in readers.read_demonstrations(first / "demonstrations.jsonl")} == {"train"}
-    for name in ("train.jsonl", "dev.jsonl", "test.jsonl", "demonstrations.jsonl", "tokenizer.model"):
+    assert {split_of(d.prompt)
+            for d in readers.read_demonstrations(first / "demonstrations.jsonl")} == {"train"}
+    for name in ("train.jsonl", "dev.jsonl", "test.jsonl", "demonstrations.jsonl",
+                 "tokenizer.model"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
     assert (first / "train.jsonl").read_bytes() != (other / "train.jsonl").read_bytes()
 
@@ -300,11 +316,15 @@ def test_write_world_writes_disjoint_splits_and_the_same_bytes_again(tmp_path):
 def test_annotate_gives_one_pair_and_one_edit_of_the_worse_answer(tmp_path):
     world, rng = World(1), random.Random(0)
     prompts = requests(40, 9, world)
-    firsts, seconds = ([edits.Output(p, world.demonstrate(p, rng), "m") for p in prompts] for _ in range(2))
-    edits.write_outputs(tmp_path / "a.json", firsts), edits.write_outputs(tmp_path / "b.json", seconds)
-    annotate(AnnotateConfig(str(tmp_path / "a.json"), str(tmp_path / "b.json"), str(tmp_path), world=1, spans=True))
+    firsts, seconds = ([edits.Output(p, world.demonstrate(p, rng), "m") for p in prompts]
+                       for _ in range(2))
+    edits.write_outputs(tmp_path / "a.json", firsts), edits.write_outputs(tmp_path / "b.json",
+                                                                          seconds)
+    annotate(AnnotateConfig(str(tmp_path / "a.json"), str(tmp_path / "b.json"), str(tmp_path),
+                            world=1, spans=True))
     count = lambda prompt, text: len(world.errors(prompt, text))
-    pairs, made = readers.read_pairs(tmp_path / "pairs.jsonl"), readers.read_edits(tmp_path / "edits.jsonl")
+    pairs = readers.read_pairs(tmp_path / "pairs.jsonl")
+    made = readers.read_edits(tmp_path / "edits.jsonl")
     assert len(pairs) > 20 and len(made) > 15
     for pair in pairs:
         assert count(pair.prompt, pair.chosen) <= count(pair.prompt, pair.rejected)
@@ -314,4 +334,5 @@ def test_annotate_gives_one_pair_and_one_edit_of_the_worse_answer(tmp_path):
         assert count(edit.prompt, edit.original) == max(count(edit.prompt, a) for a in answers)
         assert edit.original in answers and count(edit.prompt, edit.edited) == 0
         marked = [(s.start, s.end, s.type) for s in edit.spans]
-        assert marked == [e[:3] for e in world.errors(edit.prompt, edit.original) if e.start < e.end]
+        assert marked == [e[:3]
+                          for e in world.errors(edit.prompt, edit.original) if e.start < e.end]
