@@ -35,6 +35,7 @@ class OutputsConfig:
     out: str = arg(help="file for the answers, in AlpacaEval's model_outputs.json format")
     template: str = arg("plain", choices=tuple(TEMPLATES), help="how a record becomes a prompt")
     max_new_tokens: int = arg(64, help="longest answer")
+    greedy_out: str | None = arg(None, help="also write greedy answers to this file")
     temperature: float = arg(1.0, help="0 is greedy")
     seed: int = arg(0, help="seed of the sampling")
     limit: int | None = arg(None, help="answer the first N prompts only")
@@ -70,10 +71,11 @@ def outputs(config: OutputsConfig) -> dict:
     device = pick_device(config.device)
     policy, tokenizer = load_model(config.policy, device, torch.float32), load_tokenizer(config.policy)
     prompts = read_prompts(config.prompts)[:config.limit]
-    texts = answers(policy, tokenizer, prompts, config.template, config.max_new_tokens, config.temperature,
-                    config.seed, str(config.policy), config.batch)
-    write_outputs(config.out, texts)
-    return {"outputs": len(texts), "out": config.out}
+    wanted = [(config.out, config.temperature)] + ([(config.greedy_out, 0.0)] if config.greedy_out else [])
+    for path, temperature in wanted:
+        write_outputs(path, answers(policy, tokenizer, prompts, config.template, config.max_new_tokens,
+                                    temperature, config.seed, str(config.policy), config.batch))
+    return {"outputs": len(prompts), "out": [path for path, _ in wanted]}
 
 
 def win_rate(config: WinRateConfig) -> dict:

@@ -31,7 +31,6 @@ SYSTEMS = {
     "likelihood": ("Log-likelihood as token reward", "control"),
     "fine-grained-paper-loss": ("Fine-grained PPO, paper's token loss", "ablation"),
     "fine-grained-logp-feature": ("Fine-grained PPO, logp in the head", "ablation"),
-    "fine-grained-no-gap": ("Fine-grained PPO, gaps credit nobody", "ablation"),
 }
 REWARD_MODELS = {
     "rm-sequence": "Sequence-level on pairs",
@@ -41,7 +40,6 @@ REWARD_MODELS = {
     "rm-likelihood": "Untrained log-likelihood",
     "rm-token-paper-loss": "Token-level, paper's loss",
     "rm-token-logp-feature": "Token-level, logp in the head",
-    "rm-token-no-gap": "Token-level, gaps credit nobody",
 }
 REWARD_METRICS = {"edits/pair_accuracy": "edit_accuracy", "pairs/pair_accuracy": "pair_accuracy",
                   "edits/token_auc": "token_auc", "edits/token_auc_within": "token_auc_within",

@@ -76,7 +76,7 @@ class World:
                  "river": _names(rng, 10, ("mel", "she", "wen")), "colour": COLOURS,
                  "ruler": _names(rng, 10, ("ric", "na", "mund"))}
         self.facts = {(land, a): rng.choice(pools[a]) for land in self.lands for a in ATTRIBUTES}
-        self.sums = {(a, b): str(a + b) for a in range(2, 9) for b in range(2, 9)}
+        self.sums = {(a, b): str(a + b) for a in range(2, 7) for b in range(2, 7)}
         self.pool = {key: [v for v in pools[key[1]] if v != right] for key, right in self.facts.items()}
         self.pool |= {key: [str(int(right) + d) for d in (-2, -1, 1, 2)] for key, right in self.sums.items()}
         self.mistakes: dict[tuple, Habit] = {}
