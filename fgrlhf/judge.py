@@ -45,6 +45,15 @@ def same_prompts(system: list[Output], reference: list[Output]) -> None:
                         f"order, got {len(system)} others; write both from one prompt file")
 
 
+def count_errors(world: World, outputs: list[Output]) -> list[int]:
+    """Errors of each answer by the world's oracle; refuses prompts that another world asked."""
+    for output in outputs:
+        if not world.items(output.instruction):
+            raise UserError(f"outputs: {output.instruction[:60]!r} is no request of world {world.seed}; "
+                            "give the --world the prompts were written with")
+    return [len(world.errors(output.instruction, output.output)) for output in outputs]
+
+
 @dataclass(frozen=True)
 class OracleJudge:
     """The built-in world's oracle: fewer errors win."""
@@ -62,7 +71,7 @@ class OracleJudge:
     def errors(self, outputs: list[Output]) -> list[int]:
         """Errors of each answer."""
         same_prompts(outputs, [Output(p.prompt, "", "") for p in self.prompts])
-        return [len(self.world.errors(o.instruction, o.output)) for o in outputs]
+        return count_errors(self.world, outputs)
 
     def compare(self, outputs: list[Output]) -> dict[str, float]:
         """Win rate against the reference's answers, and mean errors an answer."""
@@ -75,8 +84,7 @@ class OracleJudge:
 def by_oracle(world: World, system: list[Output], reference: list[Output]) -> list[float]:
     """Preferences of the built-in oracle."""
     same_prompts(system, reference)
-    count = lambda outputs: [len(world.errors(o.instruction, o.output)) for o in outputs]
-    return compare(count(system), count(reference))
+    return compare(count_errors(world, system), count_errors(world, reference))
 
 
 @torch.no_grad()

@@ -35,6 +35,14 @@ def test_by_oracle_prefers_fewer_errors():
                      outputs(ONE_WRONG, ONE_WRONG, RIGHT)) == [1, 0.5, 0]
 
 
+def test_by_oracle_refuses_prompts_of_another_world():
+    """Every answer would have no error to find, or only surplus sentences: a tie that means nothing."""
+    assert LAND not in World(1).lands
+    for world, texts in ((World(1), outputs(RIGHT)), (WORLD, [Output("Who are you?", "I.", "m")])):
+        with pytest.raises(UserError, match=f"no request of world {world.seed}"):
+            by_oracle(world, texts, texts)
+
+
 def test_oracle_judge_reads_its_reference_once_and_compares(tmp_path):
     edits.write_jsonl(tmp_path / "dev.jsonl", [Prompt("a", ASKED), Prompt("b", ASKED)])
     edits.write_outputs(tmp_path / "ref.json", outputs(ONE_WRONG, ALL_WRONG))
