@@ -126,6 +126,9 @@ def annotate(config: AnnotateConfig) -> None:
     if [o.instruction for o in firsts] != [o.instruction for o in seconds]:
         raise UserError(f"{config.others}: expected the prompts of {config.outputs} in the same order; "
                         "write both with `eval.py outputs` from one prompt file")
+    if foreign := [o.instruction for o in firsts if not world.items(o.instruction)]:
+        raise UserError(f"{config.outputs}: {foreign[0][:60]!r} is no request of world {world.seed}; give the "
+                        "--world the prompts were written with")
     pairs, edited = [], []
     for i, (first, second) in enumerate(zip(firsts, seconds)):
         prompt, texts = first.instruction, (first.output, second.output)
@@ -135,7 +138,7 @@ def annotate(config: AnnotateConfig) -> None:
         if chosen != rejected and chosen and rejected and not tied:
             pairs.append(edits.Pair(f"pair-{i}", prompt, chosen, rejected, annotator="simulated"))
         mended = minimal_edit(world, prompt, rejected, rng, config.miss, config.needless)
-        if rejected and mended != rejected:
+        if rejected and mended and mended != rejected:
             spans = tuple(edits.Span(e.start, e.end, e.kind) for e in world.errors(prompt, rejected)
                           if e.start < e.end)              # an omission has no characters
             edited.append(edits.Edit(f"edit-{i}", prompt, rejected, mended, annotator="simulated",

@@ -36,7 +36,7 @@ def test_by_oracle_prefers_fewer_errors():
 
 
 def test_by_oracle_refuses_prompts_of_another_world():
-    """Every answer would have no error to find, or only surplus sentences: a tie that means nothing."""
+    """There would be no item to find missing or wrong: a tie that means nothing."""
     assert LAND not in World(1).lands
     for world, texts in ((World(1), outputs(RIGHT)), (WORLD, [Output("Who are you?", "I.", "m")])):
         with pytest.raises(UserError, match=f"no request of world {world.seed}"):

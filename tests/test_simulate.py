@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fgrlhf import edits, readers
+from fgrlhf.config import UserError
 from fgrlhf.simulate import (AnnotateConfig, WorldConfig, annotate, minimal_edit, prefer, split_of,
                              swap_wording, write_world)
 from fgrlhf.world import JUNK, RUDE, UNITS, World
@@ -336,3 +337,21 @@ def test_annotate_gives_one_pair_and_one_edit_of_the_worse_answer(tmp_path):
         marked = [(s.start, s.end, s.type) for s in edit.spans]
         assert marked == [e[:3]
                           for e in world.errors(edit.prompt, edit.original) if e.start < e.end]
+
+
+def test_annotate_leaves_out_edits_that_end_blank(tmp_path):
+    """An editor who strikes the only sentence and misses what is missing leaves no answer to learn."""
+    prompts = list(dict.fromkeys(requests(40, 9)))
+    for name in ("a", "b"):
+        edits.write_outputs(tmp_path / f"{name}.json", [edits.Output(p, "No.", "m") for p in prompts])
+    annotate(AnnotateConfig(str(tmp_path / "a.json"), str(tmp_path / "b.json"), str(tmp_path), world=3,
+                            miss=0.6))
+    made = readers.read_edits(tmp_path / "edits.jsonl")
+    assert 0 < len(made) < len(prompts) and all(edit.edited for edit in made)
+
+
+def test_annotate_refuses_prompts_of_another_world(tmp_path):
+    edits.write_outputs(tmp_path / "a.json", [edits.Output(p, "No.", "m") for p in requests(5, 9)])
+    with pytest.raises(UserError, match="no request of world 4"):
+        annotate(AnnotateConfig(*[str(tmp_path / "a.json")] * 2, str(tmp_path / "out"), world=4))
+    assert not (tmp_path / "out").exists()
