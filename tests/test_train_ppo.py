@@ -1,0 +1,120 @@
+"""The training loop: what reaches the update is what the equations say, and prompts go round."""
+
+import pytest
+import torch
+
+import train_ppo
+from fgrlhf import edits
+from fgrlhf.checkpoint import load_model, load_tokenizer, save_model
+from fgrlhf.config import UserError
+from fgrlhf.reward import RewardModel, load_reward, save_reward
+from fgrlhf.rollout import score
+from fgrlhf.tokenizer import train
+from tests.small import llama, slow_logp
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A policy, a reward model of either kind and five prompts."""
+    path = tmp_path_factory.mktemp("ppo")
+    tokenizer = train(["name the river", "it is red"] * 5, 275, path / "t.model")
+    save_model(llama(vocab_size=275, max_seq_len=48), path / "policy", tokenizer=tokenizer)
+    for kind in ("token", "sequence"):
+        torch.manual_seed(0)
+        model = RewardModel(llama(seed=1, vocab_size=275, max_seq_len=48), kind)
+        model.mean.fill_(0.2), model.scale.fill_(1.5)
+        save_reward(model, path / kind, tokenizer)
+    edits.write_jsonl(path / "prompts.jsonl",
+                      [edits.Prompt(str(i), "name the river"[:3 + 2 * i]) for i in range(5)])
+    return path
+
+
+def config(folder, **changes) -> train_ppo.Config:
+    fields = dict(method="fine-grained", policy=str(folder / "policy"),
+                  reward=str(folder / "token"), prompts=str(folder / "prompts.jsonl"), out="",
+                  iterations=2, rollouts=6, max_new_tokens=6, microbatch=2, temperature=0.9, lr=1e-2,
+                  warmup=0)
+    return train_ppo.Config(**fields | changes)
+
+
+def updates(monkeypatch, config) -> list[tuple]:
+    """Run the loop; the arguments of each update, which still happens."""
+    seen, update = [], train_ppo.update
+
+    def watched(config, policy, critic, optimizers, *rest):
+        *batch, iteration = rest
+        seen.append(batch)                                 # rollout, advantages, values, returns
+        return update(config, policy, critic, optimizers, *batch, iteration)
+    monkeypatch.setattr(train_ppo, "update", watched)
+    train_ppo.train(config)
+    return seen
+
+
+def penalised(folder, kind: str, rollout, beta: float) -> list[list[float]]:
+    """r_t - beta (logp_old - logp_ref), row by row, the reference scored one token at a time."""
+    ref, model = load_model(folder / "policy"), load_reward(folder / kind)
+    rewards = model.ppo_rewards(rollout.sequences)
+    result = []
+    for row, (p, n) in enumerate(zip(*(part.tolist() for part in rollout.sequences[1:]))):
+        tokens = rollout.sequences.tokens[row].tolist()
+        logp_ref = slow_logp(ref, tokens[:p], tokens[p:p + n], 0.9)
+        kl = [rollout.logp_old[row, t].item() - logp_ref[t] for t in range(n)]
+        result.append([rewards[row, t].item() - beta * kl[t] for t in range(n)])
+    return result
+
+
+def test_train_hands_the_update_rewards_less_kl_over_their_rms(folder, tmp_path, monkeypatch):
+    """Equations (5) and (6), also once the policy has left the reference."""
+    seen = updates(monkeypatch, config(folder, out=str(tmp_path / "a"), beta=0.7))
+    for rollout, advantages, values, returns in seen:
+        expected = penalised(folder, "token", rollout, 0.7)
+        flat = [x for row in expected for x in row]
+        rms = (sum(x * x for x in flat) / len(flat)) ** 0.5
+        for row, numbers in enumerate(expected):
+            assert advantages[row, :len(numbers)].tolist() == pytest.approx(
+                [x / rms for x in numbers], abs=1e-4)
+        assert values is None and returns is None
+    assert len(seen) == 2
+    sequences, logp_old, _ = seen[1][0]
+    logp_ref = score(load_model(folder / "policy"), sequences, 0.9)
+    assert (logp_old - logp_ref).abs().max() > 0.01                          # it has left it
+
+
+def test_train_hands_the_update_gae_of_the_terminal_reward(folder, tmp_path, monkeypatch):
+    """The baseline: returns are A + V by the double sum, advantages have mean 0 and deviation 1."""
+    settings = dict(method="rlhf", reward=str(folder / "sequence"), beta=0.3, gamma=1.0,
+                    gae_lambda=0.8)
+    for rollout, advantages, values, returns in updates(
+            monkeypatch, config(folder, out=str(tmp_path / "a"), **settings)):
+        rows = penalised(folder, "sequence", rollout, 0.3)
+        for row, r in enumerate(rows):
+            v = values[row, :len(r)].tolist() + [0.0]
+            delta = [r[t] + v[t + 1] - v[t] for t in range(len(r))]
+            expected = [sum(0.8 ** (k - t) * delta[k] for k in range(t, len(r))) + v[t]
+                        for t in range(len(r))]
+            assert returns[row, :len(r)].tolist() == pytest.approx(expected, abs=1e-4)
+        real = advantages[rollout.sequences.response_mask]
+        assert real.mean().abs() < 1e-5 and real.std(correction=0) == pytest.approx(1, abs=1e-3)
+
+
+def test_train_leaves_reference_and_reward_model_as_they_were(folder, tmp_path):
+    before = {path: path.read_bytes() for path in folder.rglob("*.pt*")}
+    train_ppo.train(config(folder, out=str(tmp_path / "a"), iterations=1))
+    assert before == {path: path.read_bytes() for path in folder.rglob("*.pt*")}
+    assert load_tokenizer(tmp_path / "a/policy").sha256 == load_tokenizer(folder / "policy").sha256
+
+
+def test_episode_prompts_takes_every_prompt_once_before_any_twice(folder):
+    """5 prompts, 6 episodes an iteration: passes run on across them, each in its own order."""
+    rows = [row for i in range(1, 6) for row in train_ppo.episode_prompts(5, config(folder), i)]
+    passes = [rows[i:i + 5] for i in range(0, 30, 5)]
+    assert all(sorted(p) == list(range(5)) for p in passes) and len({tuple(p) for p in passes}) > 1
+
+
+@pytest.mark.parametrize("changes, flag", [
+    ({"minibatches": 7}, "--minibatches"), ({"minibatches": 0}, "--minibatches"),
+    ({"temperature": 0.0}, "--temperature"), ({"world": 1}, "--dev-prompts")])
+def test_flags_that_contradict_one_another_are_refused(changes, flag, folder, tmp_path):
+    with pytest.raises(UserError, match=flag):
+        train_ppo.train(config(folder, out=str(tmp_path / "a"), **changes))
+    assert not (tmp_path / "a").exists()
