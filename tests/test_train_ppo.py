@@ -32,8 +32,8 @@ def folder(tmp_path_factory):
 def config(folder, **changes) -> train_ppo.Config:
     fields = dict(method="fine-grained", policy=str(folder / "policy"),
                   reward=str(folder / "token"), prompts=str(folder / "prompts.jsonl"), out="",
-                  iterations=2, rollouts=6, max_new_tokens=6, microbatch=2, temperature=0.9, lr=1e-2,
-                  warmup=0)
+                  iterations=2, rollouts=6, max_new_tokens=6, microbatch=2, temperature=0.9,
+                  lr=1e-2, warmup=0)
     return train_ppo.Config(**fields | changes)
 
 
