@@ -34,7 +34,9 @@ class Config:
     model: str | None = arg(None, help="folder of the model to start from")
     init: str | None = arg(None, help=f"or a preset to initialise: {', '.join(PRESETS)}")
     tokenizer: str | None = arg(None, help="tokenizer.model, with --init (a model folder brings its own)")
+    context: int | None = arg(None, help="context length, with --init (default: the preset's)")
     template: str = arg("plain", choices=tuple(edits.TEMPLATES), help="how a record becomes a prompt")
+    prompt_tokens: int | None = arg(None, help="keep the last N tokens of a longer prompt (default: refuse)")
     limit: int | None = arg(None, help="use the first N records only")
     epochs: int = arg(1, help="passes over the data; 0 saves the model as it starts")
     batch: int = arg(32, help="sequences a step")
@@ -58,7 +60,8 @@ def start_model(config: Config, device) -> tuple[LLaMA, Tokenizer]:
     if config.tokenizer is None:
         raise UserError("--init: expected --tokenizer FILE beside it")
     tokenizer = Tokenizer(config.tokenizer)
-    model = build(PRESETS[config.init], config.seed, vocab_size=tokenizer.vocab_size)
+    context = config.context or PRESETS[config.init].max_seq_len
+    model = build(PRESETS[config.init], config.seed, vocab_size=tokenizer.vocab_size, max_seq_len=context)
     return model.to(device), tokenizer
 
 
@@ -75,7 +78,8 @@ def train(config: Config) -> None:
     context = model.config.max_seq_len
     prompts, responses = [], []
     for record in readers.read_demonstrations(config.data)[:config.limit]:
-        prompts.append(encode_prompt(tokenizer, record, config.template, context - 1))
+        prompts.append(encode_prompt(tokenizer, record, config.template, config.prompt_tokens or context - 1,
+                                     keep_end=config.prompt_tokens is not None))
         responses.append(encode_response(tokenizer, record.output, prompts[-1], context))
 
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
