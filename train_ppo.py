@@ -198,7 +198,10 @@ def train(config: Config) -> None:
         penalised = penalise_kl(rewards, rollout.logp_old, logp_ref, mask, config.beta)
         advantages, returns = advantages_of(config, penalised, values, mask)
         # 5.
-        logged = update(config, policy, critic, optimizers, rollout, advantages, values, returns, iteration)
+        with log.guard(iteration, logp_old=rollout.logp_old, logp_ref=logp_ref, rewards=rewards,
+                       advantages=advantages, tokens=sequences.tokens):
+            logged = update(config, policy, critic, optimizers, rollout, advantages, values, returns,
+                            iteration)
         # 6.
         logged |= {f"rollout/{k}": v for k, v in kl_estimates(rollout.logp_old, logp_ref, mask).items()} | {
             "rollout/reward": rewards.sum().item() / len(rows),

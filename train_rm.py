@@ -128,8 +128,9 @@ def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: 
         epoch, cursor = divmod(step - 1, per_epoch)
         rows = bucketed_batches(lengths, config.batch, config.seed, epoch)[cursor]
         loss, logged = loss_of(model, [examples[i] for i in rows], config)
-        loss.backward()
-        logged |= {"rm/loss": loss, "rm/gradient_norm": optimizer.step()}
+        with log.guard(step, loss=loss, records=torch.tensor(rows)):
+            loss.backward()
+            logged |= {"rm/loss": loss.item(), "rm/gradient_norm": optimizer.step()}
         if resumable:
             log.log(step, logged)
             if step % config.save_every == 0 and step < steps:

@@ -64,11 +64,14 @@ def to_json(config) -> str:
 
 
 def run(main: typing.Callable[[], None]) -> None:
-    """Call `main`; a UserError becomes one line on stderr and exit status 2."""
+    """Call `main`; a UserError becomes one line on stderr and exit status 2, a non-finite number 1."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except FloatingPointError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except BrokenPipeError:
         raise SystemExit(141) from None

@@ -197,6 +197,24 @@ class Run:
                 "tokenizer": self.hash, "extra": extra or {},
                 "parts": {name: part.state_dict() for name, part in parts.items()}})
 
+    @contextlib.contextmanager
+    def guard(self, step: int, **tensors: torch.Tensor):
+        """Stop the run before a number that is not finite reaches the weights (rule 9).
+
+        Refuses non-finite `tensors` by name; a FloatingPointError raised inside stops it too. Either way
+        the tensors are left in OUT/failed-batch.pt.
+        """
+        try:
+            for name, tensor in tensors.items():
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise FloatingPointError(f"{name}: expected finite numbers, got "
+                                             f"{int((~tensor.isfinite()).sum())} others")
+            yield
+        except FloatingPointError as error:
+            path = self.folder / "failed-batch.pt"
+            save_state(path, {"step": step} | {n: t.detach().cpu() for n, t in tensors.items()})
+            raise FloatingPointError(f"step {step}: {error}; the batch is in {path}") from None
+
     def finish(self, summary: dict) -> None:
         """Mark the run complete. Written last; the training state is not needed any more."""
         summary |= {"seconds": round(self.seconds, 2)}

@@ -93,8 +93,9 @@ def train(config: Config) -> None:
         rows = bucketed_batches(lengths, config.batch, config.seed, epoch)[cursor]
         sequences = pack([prompts[i] for i in rows], [responses[i] for i in rows], device=device)
         loss = loss_of(model, sequences)
-        loss.backward()
-        norm = optimizer.step()
+        with log.guard(step, loss=loss, tokens=sequences.tokens):
+            loss.backward()
+            norm = optimizer.step()
         log.log(step, {"sft/loss": loss.item(), "sft/gradient_norm": norm,
                        "sft/tokens": int(sequences.response_lengths.sum())})
         if step % config.save_every == 0 and step < steps:

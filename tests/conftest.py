@@ -6,16 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder with real data: $FGRLHF_DATA, else ../shared/data beside the checkout."""
-    path = Path(os.environ.get("FGRLHF_DATA", ROOT.parent / "shared" / "data"))
-    if not path.is_dir():
-        pytest.skip(f"real data not found at {path}; set FGRLHF_DATA to run this test")
-    return path
+    """The folder with real data, from the environment variable FGRLHF_DATA."""
+    path = os.environ.get("FGRLHF_DATA")
+    if not path or not Path(path).is_dir():
+        pytest.skip("needs real data that is not part of the project; set FGRLHF_DATA to its folder")
+    return Path(path)
 
 
 @pytest.fixture(autouse=True)
