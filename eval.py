@@ -34,12 +34,12 @@ class OutputsConfig:
     prompts: str = arg(help="prompts to answer")
     out: str = arg(help="file for the answers, in AlpacaEval's model_outputs.json format")
     template: str = arg("plain", choices=tuple(TEMPLATES), help="how a record becomes a prompt")
-    max_new_tokens: int = arg(64, help="longest answer")
+    max_new_tokens: int = arg(64, least=1, help="longest answer")
     greedy_out: str | None = arg(None, help="also write greedy answers to this file")
-    temperature: float = arg(1.0, help="0 is greedy")
+    temperature: float = arg(1.0, least=0, help="0 is greedy")
     seed: int = arg(0, help="seed of the sampling")
-    limit: int | None = arg(None, help="answer the first N prompts only")
-    batch: int = arg(256, help="prompts decoded together")
+    limit: int | None = arg(None, least=1, help="answer the first N prompts only")
+    batch: int = arg(256, least=1, help="prompts decoded together")
     device: str = arg("auto", help="auto, cpu, cuda, ...")
 
 
@@ -62,7 +62,7 @@ class RewardModelConfig:
     reward: str = arg(help="folder of the reward model")
     data: str = arg(help="held-out edits or pairs; token AUC where edits have spans")
     template: str = arg("plain", choices=tuple(TEMPLATES), help="how a record becomes a prompt")
-    prompt_tokens: int | None = arg(None, help="keep the last N tokens of a longer prompt (default: refuse)")
+    prompt_tokens: int | None = arg(None, least=2, help="keep the last N tokens of a longer prompt (default: refuse)")
     normalise: bool = arg(False, help="collapse runs of whitespace in edits first")
     device: str = arg("auto", help="auto, cpu, cuda, ...")
 

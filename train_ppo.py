@@ -48,33 +48,37 @@ class Config:
     prompts: str = arg(help="prompts to sample responses to")
     out: str = arg(help="folder for the policies and the logs")
     template: str = arg("plain", choices=tuple(TEMPLATES), help="how a record becomes a prompt")
-    iterations: int = arg(30, help="rollout and update, this many times")
-    rollouts: int = arg(64, help="episodes an iteration")
-    max_new_tokens: int = arg(64, help="longest response; a longer one is cut and counts as truncated")
+    iterations: int = arg(30, least=1, help="rollout and update, this many times")
+    rollouts: int = arg(64, least=1, help="episodes an iteration")
+    max_new_tokens: int = arg(64, least=1, help="longest response; a longer one is cut and counts as truncated")
     temperature: float = arg(1.0, help="of sampling, scoring and updating alike")
-    epochs: int = arg(2, help="passes over each batch of rollouts")
-    minibatches: int = arg(2, help="updates a pass")
-    microbatch: int = arg(16, help="sequences a forward pass, of similar length; changes memory and speed "
+    epochs: int = arg(2, least=1, help="passes over each batch of rollouts")
+    minibatches: int = arg(2, least=1, help="updates a pass")
+    microbatch: int = arg(16, least=0, help="sequences a forward pass, of similar length; changes memory and speed "
                                    "alone; 0 takes the whole minibatch")
-    lr: float = arg(1.2e-3, help="Adam's learning rate, constant after warm-up")
-    warmup: int = arg(5, help="warm-up steps")
-    clip_eps: float = arg(0.2, help="clip of the ratio, and of the critic's change")
-    beta: float = arg(0.5, help="KL coefficient, in units of calibrated reward a nat")
-    gamma: float = arg(0.0, help="fine-grained: 0 is the paper's myopic advantage; above it a "
-                                 "discounted reward-to-go. rlhf: the discount of GAE")
-    gae_lambda: float = arg(0.95, help="rlhf: lambda of GAE")
+    lr: float = arg(1.2e-3, least=0, help="Adam's learning rate, constant after warm-up")
+    warmup: int = arg(5, least=0, help="warm-up steps")
+    clip_eps: float = arg(0.2, least=0, help="clip of the ratio, and of the critic's change")
+    beta: float = arg(0.5, least=0, help="KL coefficient, in units of calibrated reward a nat")
+    gamma: float | None = arg(None, least=0, help="fine-grained: 0, the default, is the paper's myopic "
+                              "advantage, above it a discounted reward-to-go. rlhf: GAE's, default 1")
+    gae_lambda: float = arg(0.95, least=0, help="rlhf: lambda of GAE")
     standardise: str = arg("rms", choices=("rms", "mean-std", "none"),
                            help="fine-grained: of the advantages, per batch (rlhf: mean-std)")
-    value_lr: float = arg(6e-4, help="rlhf: the critic's learning rate")
+    value_lr: float = arg(6e-4, least=0, help="rlhf: the critic's learning rate")
     dev_prompts: str | None = arg(None, help="dev prompts for checkpoint choice")
     dev_reference: str | None = arg(None, help="the reference's outputs on the dev prompts")
     world: int | None = arg(None, help="seed of the built-in world whose oracle judges dev answers")
-    eval_every: int = arg(5, help="iterations between dev evaluations")
-    max_kl: float = arg(0.0, help="stop an iteration's updates when KL(old || new) exceeds this; 0 never")
+    eval_every: int = arg(5, least=1, help="iterations between dev evaluations")
+    max_kl: float = arg(0.0, least=0, help="stop an iteration's updates when KL(old || new) exceeds this; 0 never")
     seed: int = arg(0, help="seed of prompt order, sampling and minibatches")
-    save_every: int = arg(10, help="iterations between training states for --resume")
+    save_every: int = arg(10, least=1, help="iterations between training states for --resume")
     resume: bool = arg(False, help="continue the unfinished run in --out")
     device: str = arg("auto", help="auto, cpu, cuda, ...")
+
+    def __post_init__(self):
+        if self.gamma is None:                                      # config.json shows the resolved value
+            object.__setattr__(self, "gamma", 1.0 if self.method == "rlhf" else 0.0)
 
 
 class Critic(nn.Module):
@@ -104,14 +108,18 @@ def advantages_of(config: Config, rewards: Tensor, values: Tensor | None, mask: 
 
 def update(config: Config, policy, critic, optimizers, rollout: Rollout, advantages: Tensor, values, returns,
            iteration: int) -> dict[str, float]:
-    """Epochs of minibatches on one batch of rollouts; means of the last epoch's statistics."""
+    """Epochs of minibatches on one batch of rollouts.
+
+    Returns the means of the last epoch's statistics, and its last minibatch's gradient norms.
+    """
     B, mask = len(advantages), rollout.sequences.response_mask
     size = -(-B // config.minibatches)
     logged: dict[str, float] = {}
     for epoch in range(config.epochs):
         totals: dict[str, float] = {}
-        for number, rows in enumerate(batches(B, size, config.seed, iteration * config.epochs + epoch)):
-            tokens = int(mask[rows].sum())
+        minibatches = batches(B, size, config.seed, iteration * config.epochs + epoch)
+        for number, rows in enumerate(minibatches):
+            tokens, kl = int(mask[rows].sum()), 0.0
             for part in by_length(rollout.sequences, rows, config.microbatch):
                 sequences = rollout.sequences.rows(part)
                 T = int(sequences.response_lengths.max())
@@ -129,10 +137,11 @@ def update(config: Config, policy, critic, optimizers, rollout: Rollout, advanta
                     loss.backward()
                     statistics["ppo/value_loss"] = loss
                 for name, value in statistics.items():
-                    totals[name] = totals.get(name, 0.0) + value.item() / config.minibatches
+                    totals[name] = totals.get(name, 0.0) + value.item() / len(minibatches)
+                kl += out.kl_k3.item()
             for name, optimizer in optimizers.items():
                 totals[f"ppo/gradient_norm_{name}"] = optimizer.step()
-            if config.max_kl and totals["ppo/kl_k3"] > config.max_kl:
+            if config.max_kl and kl > config.max_kl:
                 return totals | {"ppo/stopped_early": 1.0}
         logged = totals
     return logged
@@ -175,8 +184,15 @@ def train(config: Config) -> None:
         optimizers["critic"] = Optimizer(critic, config.value_lr, config.warmup)
 
     room = policy.config.max_seq_len - config.max_new_tokens
+    if room < 1:
+        raise UserError(f"--max-new-tokens {config.max_new_tokens}: expected fewer than the policy's "
+                        f"context of {policy.config.max_seq_len} tokens")
     prompts = [encode_prompt(tokenizer, record, config.template, room) for record in read_prompts(config.prompts)]
-    judge = OracleJudge.load(config.world, config.dev_prompts, config.dev_reference) if config.dev_prompts else None
+    judge = None
+    if config.dev_prompts:
+        judge = OracleJudge.load(config.world, config.dev_prompts, config.dev_reference)
+        for record in judge.prompts:                                # refuse a long one now, not later
+            encode_prompt(tokenizer, record, config.template, room)
     log = Run(config, tokenizer.sha256)
     parts = {"policy": policy} | ({"critic": critic} if critic is not None else {})
     parts |= {f"optimizer_{name}": optimizer for name, optimizer in optimizers.items()}

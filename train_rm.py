@@ -37,27 +37,27 @@ class Config:
     kind: str = arg("token", choices=KINDS, help="one reward a token, or one a response")
     eval_edits: str | None = arg(None, help="held-out edits for the final evaluation")
     eval_pairs: str | None = arg(None, help="held-out ordinary pairs for the final evaluation")
-    folds: int = arg(0, help="K-fold cross-validation over the records of --data; 0 trains one model")
+    folds: int = arg(0, least=0, help="K-fold cross-validation over the records of --data; 0 trains one model")
     template: str = arg("plain", choices=tuple(TEMPLATES), help="how a record becomes a prompt")
-    prompt_tokens: int | None = arg(None, help="keep the last N tokens of a longer prompt (default: refuse)")
+    prompt_tokens: int | None = arg(None, least=2, help="keep the last N tokens of a longer prompt (default: refuse)")
     normalise: bool = arg(False, help="collapse runs of whitespace in edits first")
-    limit: int | None = arg(None, help="use the first N records only")
+    limit: int | None = arg(None, least=1, help="use the first N records only")
     unit: str = arg("token", choices=UNITS, help="unit of the alignment")
     credit_gap: bool = arg(True, help="a pure insertion or deletion credits the token behind the gap")
     reduce: str = arg("sum", choices=("sum", "mean"), help="rewards over U1 in equation (4)")
     u0: str = arg("anchor", choices=("difference", "anchor"),
                   help="unchanged tokens: squared difference of the paper, or drawn to 0")
-    u0_weight: float = arg(0.02, help="lambda of equation (4)")
-    token_weight: float = arg(1.0, help="weight of the per-token logistic term; 0 is the paper's loss")
+    u0_weight: float = arg(0.02, least=0, help="lambda of equation (4)")
+    token_weight: float = arg(1.0, least=0, help="weight of the per-token logistic term; 0 is the paper's loss")
     logp_feature: bool = arg(False, help="add a * logp_t to the head (not in the paper)")
     likelihood: bool = arg(False, help="control: no training, the model's own log-likelihood as reward")
-    epochs: int = arg(6, help="passes over the data")
-    batch: int = arg(16, help="pairs a step")
-    lr: float = arg(3e-3, help="Adam's peak learning rate: warm-up, then linear to 0")
-    muon_lr: float = arg(5e-3, help="Muon's learning rate for the trunk's matrices; 0 gives them to Adam")
-    warmup: int = arg(10, help="warm-up steps")
+    epochs: int = arg(6, least=0, help="passes over the data")
+    batch: int = arg(16, least=1, help="pairs a step")
+    lr: float = arg(3e-3, least=0, help="Adam's peak learning rate: warm-up, then linear to 0")
+    muon_lr: float = arg(5e-3, least=0, help="Muon's learning rate for the trunk's matrices; 0 gives them to Adam")
+    warmup: int = arg(10, least=0, help="warm-up steps")
     seed: int = arg(0, help="seed of head, data order, folds and calibration samples")
-    save_every: int = arg(200, help="steps between training states for --resume")
+    save_every: int = arg(200, least=1, help="steps between training states for --resume")
     resume: bool = arg(False, help="continue the unfinished run in --out")
     device: str = arg("auto", help="auto, cpu, cuda, ...")
 
@@ -172,8 +172,13 @@ def train(config: Config) -> None:
     context = load_model(config.model, "meta").config.max_seq_len
     records = load_records(config, config.data)
     examples = encode(config, records, tokenizer, context)
-    held_out = {name: load_records(config, path) for name, path in
-                (("edits", config.eval_edits), ("pairs", config.eval_pairs)) if path}
+    if config.folds == 1 or config.folds > len(records):
+        raise UserError(f"--folds {config.folds}: expected 0, or 2 to {len(records)} (the records)")
+    held_out = {}
+    for name, path in (("edits", config.eval_edits), ("pairs", config.eval_pairs)):
+        if path:
+            kept = load_records(config, path)
+            held_out[name] = kept, encode(config, kept, tokenizer, context)
     log = Run(config, tokenizer.sha256)
     if config.folds:
         log.finish(cross_validate(config, records, examples, tokenizer, log, device))
@@ -185,8 +190,8 @@ def train(config: Config) -> None:
     model.calibrate(sides)
     save_reward(model, log.folder / "reward", tokenizer)
     summary = {"records": len(records), "mean": model.mean.item(), "scale": model.scale.item()}
-    for name, kept in held_out.items():
-        table = reward_table(judge(model, kept, encode(config, kept, tokenizer, context), tokenizer))
+    for name, (kept, encoded) in held_out.items():
+        table = reward_table(judge(model, kept, encoded, tokenizer))
         summary |= {f"{name}/{key}": value for key, value in table.items()}
     log.finish(summary)
 

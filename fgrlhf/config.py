@@ -21,9 +21,25 @@ class UserError(ValueError):
     """Something the user can mend: one line that names the place, what was expected and what to do."""
 
 
-def arg(default=dataclasses.MISSING, *, help: str, choices: tuple | None = None):
-    """A dataclass field with its help text; without a default the flag is required."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def arg(default=dataclasses.MISSING, *, help: str, choices: tuple | None = None,
+        least: float | None = None):
+    """A dataclass field with its help text; without a default the flag is required.
+
+    least: the smallest number that makes sense; a smaller one is refused like a wrong type.
+    """
+    return dataclasses.field(default=default,
+                             metadata={"help": help, "choices": choices, "least": least})
+
+
+def at_least(kind: type, least: float):
+    """An argparse type: a number of `kind` not below `least`."""
+    def number(text: str):
+        value = kind(text)
+        if not value >= least:                                      # refuses NaN as well
+            raise argparse.ArgumentTypeError(f"expected a number of at least {least}, got {text}")
+        return value
+    number.__name__ = kind.__name__                                 # argparse names it in its errors
+    return number
 
 
 def parser(config: type, prog: str | None = None, description: str = "") -> argparse.ArgumentParser:
@@ -46,7 +62,9 @@ def parser(config: type, prog: str | None = None, description: str = "") -> argp
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options |= {"type": kind, "choices": field.metadata["choices"],
+            least = field.metadata["least"]
+            options |= {"type": kind if least is None else at_least(kind, least),
+                        "choices": field.metadata["choices"],
                         "metavar": None if field.metadata["choices"] else kind.__name__.upper()}
         result.add_argument("--" + field.name.replace("_", "-"), **options)
     return result

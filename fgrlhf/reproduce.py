@@ -32,9 +32,9 @@ class Config:
     profile: str = arg("quick", choices=("quick", "full", "sweep"),
                        help="quick: one seed's worth of minutes; full: longer baselines and every ablation; "
                             "sweep: the settings tried for baseline and method, on dev prompts alone")
-    seeds: int = arg(1, help="number of seeds, each with a world of its own")
+    seeds: int = arg(1, least=1, help="number of seeds, each with a world of its own")
     first_seed: int = arg(0, help="the first of them")
-    workers: int = arg(os.cpu_count() or 1, help="stages at a time, each on one thread")
+    workers: int = arg(os.cpu_count() or 1, least=1, help="stages at a time, each on one thread")
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,8 @@ class Run:
         self.state, self.seconds = None, 0.0
         written = configuration.to_json(config)
         if (self.folder / "done.json").exists():
-            if config.resume and (self.folder / "config.json").read_text() == written:
+            before = json.loads((self.folder / "config.json").read_text())
+            if config.resume and before | {"resume": True} == json.loads(written):
                 print(f"{self.folder}: already complete")
                 raise SystemExit(0)
             raise UserError(f"{self.folder}: holds a finished run; choose another --out or remove it")

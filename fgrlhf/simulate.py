@@ -73,10 +73,10 @@ class WorldConfig:
     out: str = arg(help="folder for demonstrations.jsonl, {train,dev,test}.jsonl and tokenizer.model")
     world: int = arg(0, help="seed of the world itself: its facts, habits and mistakes")
     seed: int = arg(0, help="seed of the requests and demonstrations drawn from it")
-    demonstrations: int = arg(12000, help="SFT demonstrations, on train prompts")
-    train: int = arg(3000, help="train prompts, for annotation and PPO")
-    dev: int = arg(300, help="dev prompts: settings and checkpoints are chosen here")
-    test: int = arg(600, help="test prompts: looked at once")
+    demonstrations: int = arg(12000, least=1, help="SFT demonstrations, on train prompts")
+    train: int = arg(3000, least=1, help="train prompts, for annotation and PPO")
+    dev: int = arg(300, least=1, help="dev prompts: settings and checkpoints are chosen here")
+    test: int = arg(600, least=1, help="test prompts: looked at once")
     vocab_size: int = arg(640, help="sentencepiece pieces, 259 of them bytes and control")
 
 
@@ -87,9 +87,9 @@ class AnnotateConfig:
     out: str = arg(help="folder for pairs.jsonl and edits.jsonl")
     world: int = arg(0, help="seed of the world")
     seed: int = arg(0, help="seed of coin tosses, noise, misses and needless edits")
-    noise: float = arg(0.0, help="share of preference labels replaced by a fair coin (AlpacaFarm: 0.5)")
-    miss: float = arg(0.0, help="probability that the editor overlooks an error")
-    needless: float = arg(0.0, help="probability of one swapped synonym in an edit")
+    noise: float = arg(0.0, least=0, help="share of preference labels replaced by a fair coin (AlpacaFarm: 0.5)")
+    miss: float = arg(0.0, least=0, help="probability that the editor overlooks an error")
+    needless: float = arg(0.0, least=0, help="probability of one swapped synonym in an edit")
     skip_ties: bool = arg(False, help="leave out pairs with equally many errors (for evaluation only)")
     spans: bool = arg(False, help="write the oracle's error spans into edits.jsonl (for evaluation only)")
 

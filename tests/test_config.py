@@ -84,3 +84,30 @@ def test_run_survives_a_reader_that_goes_away():
         process.stdout.close()
         assert process.wait() == 141
         assert b"Traceback" not in process.stderr.read()
+
+
+@dataclass(frozen=True)
+class Bounded:
+    batch: int = arg(4, least=1, help="sequences a step")
+    share: float = arg(0.5, least=0, help="a share")
+
+
+@pytest.mark.parametrize("argv", [["--batch", "0"], ["--share", "-0.1"], ["--share", "nan"]])
+def test_parse_refuses_a_number_below_the_least(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Bounded, argv)
+    assert stop.value.code == 2
+    assert f"argument {argv[0]}: expected a number of at least" in capsys.readouterr().err
+
+
+def test_parse_takes_the_least_number_itself():
+    assert parse(Bounded, ["--batch", "1", "--share", "0"]) == Bounded(1, 0.0)
+
+
+def test_run_says_what_was_not_finite_with_status_1(capsys):
+    def main():
+        raise FloatingPointError("step 3: rewards: expected finite numbers")
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "stopped: step 3: rewards: expected finite numbers\n"

@@ -1,6 +1,7 @@
 """What training scripts share: draws, batches, the optimizer's schedule, the run's folder."""
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from fgrlhf.checkpoint import load_state
 from fgrlhf.config import UserError
 from fgrlhf.run import Optimizer, Run, batches, bucketed_batches, generator, pick_device
 
@@ -222,3 +224,30 @@ def test_pick_device_takes_what_is_there_and_refuses_the_rest():
     for name in ("nonsense", "cuda:99"):
         with pytest.raises(UserError, match=f"--device {name}: not usable here"):
             pick_device(name)
+
+
+def test_run_resumes_a_run_that_was_finished_without_the_flag(tmp_path, capsys):
+    Run(Config(str(tmp_path))).finish({})
+    with pytest.raises(SystemExit, match="0"):
+        Run(Config(str(tmp_path), resume=True))
+    assert "already complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_run_guard_names_the_tensor_and_leaves_the_batch(tmp_path, bad):
+    run = Run(Config(str(tmp_path)))
+    with pytest.raises(FloatingPointError, match="step 3: rewards: .* 1 others; the batch is in"):
+        with run.guard(3, tokens=torch.tensor([[5, 6]]), rewards=torch.tensor([[1.0, bad]])):
+            pytest.fail("the update must not run")
+    dumped = load_state(tmp_path / "failed-batch.pt")
+    assert dumped["step"] == 3
+    assert dumped["tokens"].tolist() == [[5, 6]]
+    assert dumped["rewards"].isfinite().tolist() == [[True, False]]
+
+
+def test_run_guard_leaves_the_batch_when_the_step_inside_fails(tmp_path):
+    run = Run(Config(str(tmp_path)))
+    with pytest.raises(FloatingPointError, match="step 1: gradient norm is nan; the batch is in"):
+        with run.guard(1, tokens=torch.tensor([7])):
+            raise FloatingPointError("gradient norm is nan")
+    assert load_state(tmp_path / "failed-batch.pt")["tokens"].tolist() == [7]
