@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import torch
 
-import train_rm
 from fgrlhf.checkpoint import load_model, load_tokenizer
 from fgrlhf.config import UserError, arg, parse, run
 from fgrlhf.edits import TEMPLATES, write_outputs
+from fgrlhf.encode import encode_preferences, read_preferences
 from fgrlhf.evaluate import bootstrap, reward_table
-from fgrlhf.judge import answers, by_annotations, by_oracle, by_reward
+from fgrlhf.judge import answers, by_annotations, by_oracle, by_reward, judge_preferences
 from fgrlhf.readers import read_outputs, read_prompts
 from fgrlhf.reward import load_reward
 from fgrlhf.run import pick_device
@@ -101,12 +101,10 @@ def win_rate(config: WinRateConfig) -> dict:
 def reward_model(config: RewardModelConfig) -> dict:
     model = load_reward(config.reward, pick_device(config.device), torch.float32)
     tokenizer = load_tokenizer(config.reward)
-    as_trained = train_rm.Config(data=config.data, model=config.reward, out="", kind=model.kind,
-                                 template=config.template, prompt_tokens=config.prompt_tokens,
-                                 normalise=config.normalise)
-    records = train_rm.load_records(as_trained, config.data)
-    examples = train_rm.encode(as_trained, records, tokenizer, model.trunk.config.max_seq_len)
-    return reward_table(train_rm.judge(model, records, examples, tokenizer))
+    records = read_preferences(config.data, config.normalise)
+    examples = encode_preferences(records, tokenizer, model.trunk.config.max_seq_len, config.template,
+                                  config.prompt_tokens)
+    return reward_table(judge_preferences(model, records, examples, tokenizer))
 
 
 def main() -> None:

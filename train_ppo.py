@@ -137,13 +137,12 @@ def update(config: Config, policy, critic, optimizers, rollout: Rollout, advanta
                     loss.backward()
                     statistics["ppo/value_loss"] = loss
                 for name, value in statistics.items():
-                    totals[name] = totals.get(name, 0.0) + value.item() / len(minibatches)
+                    totals[name] = totals.get(name, 0.0) + value.item()
                 kl += out.kl_k3.item()
-            for name, optimizer in optimizers.items():
-                totals[f"ppo/gradient_norm_{name}"] = optimizer.step()
+            norms = {f"ppo/gradient_norm_{n}": optimizer.step() for n, optimizer in optimizers.items()}
+            logged = {name: total / (number + 1) for name, total in totals.items()} | norms
             if config.max_kl and kl > config.max_kl:
-                return totals | {"ppo/stopped_early": 1.0}
-        logged = totals
+                return logged | {"ppo/stopped_early": 1.0}
     return logged
 
 
@@ -178,6 +177,9 @@ def train(config: Config) -> None:
     policy = load_model(config.policy, device, torch.float32)
     ref = load_model(config.policy, device, torch.float32).requires_grad_(False)
     reward_model = load_reward(config.reward, device, torch.float32).requires_grad_(False)
+    if config.method == "fine-grained" and reward_model.kind != "token":
+        raise UserError(f"--reward {config.reward}: expected a token-level reward model for --method "
+                        "fine-grained, got a sequence-level one; see train_rm.py --kind")
     critic = Critic(reward_model).requires_grad_(True) if config.method == "rlhf" else None
     optimizers = {"policy": Optimizer(policy, config.lr, config.warmup)}
     if critic is not None:
@@ -216,6 +218,8 @@ def train(config: Config) -> None:
         # 5.
         with log.guard(iteration, logp_old=rollout.logp_old, logp_ref=logp_ref, rewards=rewards,
                        advantages=advantages, tokens=sequences.tokens):
+            if iteration == 1:
+                check_first_ratio(logp_ref, rollout.logp_old)       # the KL to itself is 0
             logged = update(config, policy, critic, optimizers, rollout, advantages, values, returns,
                             iteration)
         # 6.
@@ -230,16 +234,16 @@ def train(config: Config) -> None:
                 outputs = answers(policy, tokenizer, judge.prompts, config.template,
                                   config.max_new_tokens, 1.0, config.seed)
                 logged |= judge.compare(outputs)
-            if logged["eval/win_rate"] > best["win_rate"]:
-                best = {"win_rate": logged["eval/win_rate"], "iteration": iteration}
-                save_model(policy, log.folder / "best", tokenizer=tokenizer)
+                if logged["eval/win_rate"] > best["win_rate"]:
+                    best = {"win_rate": logged["eval/win_rate"], "iteration": iteration}
+                    save_model(policy, log.folder / "best", tokenizer=tokenizer)
         log.log(iteration, logged)
         if iteration % config.save_every == 0 and iteration < config.iterations:
             log.save(iteration, best, **parts)
     save_model(policy, log.folder / "policy", tokenizer=tokenizer)
+    chosen = {"best_iteration": best["iteration"], "best_dev_win_rate": best["win_rate"]}
     log.finish({"iterations": config.iterations, "episodes": config.iterations * config.rollouts,
-                "best_iteration": best["iteration"],
-                "best_dev_win_rate": best["win_rate"]})
+                **(chosen if judge else {})})
 
 
 if __name__ == "__main__":

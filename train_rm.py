@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from fgrlhf.checkpoint import load_model, load_tokenizer
 from fgrlhf.config import UserError, arg, parse, run
-from fgrlhf.edits import TEMPLATES, Edit, normalise_edit
-from fgrlhf.encode import UNITS, PreferenceIds, encode_preference, encode_prompt, span_types
-from fgrlhf.evaluate import Judged, reward_table
-from fgrlhf.readers import read_edits, read_pairs
+from fgrlhf.edits import TEMPLATES
+from fgrlhf.encode import UNITS, PreferenceIds, encode_preferences, read_preferences
+from fgrlhf.evaluate import reward_table
+from fgrlhf.judge import judge_preferences
 from fgrlhf.reward import KINDS, RewardModel, save_reward, sequence_loss, token_loss
 from fgrlhf.rollout import pack
 from fgrlhf.run import Optimizer, Run, bucketed_batches, generator, pick_device
@@ -56,31 +56,10 @@ class Config:
     lr: float = arg(3e-3, least=0, help="Adam's peak learning rate: warm-up, then linear to 0")
     muon_lr: float = arg(5e-3, least=0, help="Muon's learning rate for the trunk's matrices; 0 gives them to Adam")
     warmup: int = arg(10, least=0, help="warm-up steps")
-    seed: int = arg(0, help="seed of head, data order, folds and calibration samples")
+    seed: int = arg(0, help="seed of head, data order and folds")
     save_every: int = arg(200, least=1, help="steps between training states for --resume")
     resume: bool = arg(False, help="continue the unfinished run in --out")
     device: str = arg("auto", help="auto, cpu, cuda, ...")
-
-
-def load_records(config: Config, path: str) -> list:
-    """Edits where the file holds edits, pairs otherwise; an edit that changes nothing teaches nothing."""
-    try:
-        records = [normalise_edit(r) if config.normalise else r for r in read_edits(path)]
-    except UserError:
-        records = read_pairs(path)                # knows edits too, and names the fault of either
-    records = [r for r in records if not isinstance(r, Edit) or r.original != r.edited][:config.limit]
-    if not records:
-        raise UserError(f"{path}: expected at least one record with two different texts, got none")
-    return records
-
-
-def encode(config: Config, records: list, tokenizer, context: int) -> list[PreferenceIds]:
-    limit = min(config.prompt_tokens or context, context // 2)
-    result = []
-    for record in records:
-        prompt = encode_prompt(tokenizer, record, config.template, limit, config.prompt_tokens is not None)
-        result.append(encode_preference(tokenizer, record, prompt, context, config.unit, config.credit_gap))
-    return result
 
 
 def loss_of(model: RewardModel, batch: list[PreferenceIds], config: Config) -> tuple[torch.Tensor, dict]:
@@ -92,27 +71,6 @@ def loss_of(model: RewardModel, batch: list[PreferenceIds], config: Config) -> t
                                                             config.token_weight))
     return out.loss, {"rm/bt": out.bt, "rm/u0": out.u0, "rm/token": out.token,
                       "rm/accuracy": (out.margin > 0).float().mean()}
-
-
-@torch.no_grad()
-def judge(model: RewardModel, records: list, examples: list[PreferenceIds], tokenizer) -> list[Judged]:
-    """Rewards of held-out preferences, with the human error spans where the record has them."""
-    device, judged = model.head.weight.device, []
-    for record, pair in zip(tqdm(records, desc="evaluate", leave=False), examples):
-        both = pack([pair.prompt] * 2, [pair.chosen, pair.rejected], device=device)
-        rewards, types = [], []
-        if model.kind == "token":
-            token_rewards = model.token_rewards(both)
-            chosen, rejected = token_rewards.sum(-1).tolist()
-            if isinstance(record, Edit) and record.spans is not None:
-                length = len(pair.rejected) - (pair.rejected[-1] == tokenizer.eos_id)
-                rewards = token_rewards[1, :length].tolist()
-                types = span_types(tokenizer, pair.rejected[:length], record.spans)
-        else:
-            chosen, rejected = model.sequence_rewards(both).tolist()
-        change = (len(pair.plus) + len(pair.minus)) / (len(pair.chosen) + len(pair.rejected))
-        judged.append(Judged(record.id, chosen, rejected, change, rewards, types))
-    return judged
 
 
 def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: Run, name: str) -> None:
@@ -155,8 +113,10 @@ def cross_validate(config: Config, records: list, examples: list[PreferenceIds],
     for k, held_out in enumerate(folds):
         inside = [i for i in range(len(records)) if i not in set(held_out)]
         model = new_model(config, device)
-        fit(model, [examples[i] for i in inside], config, log, f"fold {k + 1}/{config.folds}")
-        judged.append(judge(model, [records[i] for i in held_out], [examples[i] for i in held_out], tokenizer))
+        if not config.likelihood:
+            fit(model, [examples[i] for i in inside], config, log, f"fold {k + 1}/{config.folds}")
+        judged.append(judge_preferences(model, [records[i] for i in held_out],
+                                        [examples[i] for i in held_out], tokenizer))
         log.log(k + 1, {f"rm/{name}": value for name, value in reward_table(judged[-1]).items()})
     tables = [reward_table(fold) for fold in judged]
     whole = reward_table([j for fold in judged for j in fold])
@@ -170,15 +130,18 @@ def train(config: Config) -> None:
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.model)
     context = load_model(config.model, "meta").config.max_seq_len
-    records = load_records(config, config.data)
-    examples = encode(config, records, tokenizer, context)
+    read = lambda path: read_preferences(path, config.normalise, config.limit)
+    encode = lambda records: encode_preferences(records, tokenizer, context, config.template,
+                                                config.prompt_tokens, config.unit, config.credit_gap)
+    records = read(config.data)
+    examples = encode(records)
     if config.folds == 1 or config.folds > len(records):
         raise UserError(f"--folds {config.folds}: expected 0, or 2 to {len(records)} (the records)")
     held_out = {}
     for name, path in (("edits", config.eval_edits), ("pairs", config.eval_pairs)):
         if path:
-            kept = load_records(config, path)
-            held_out[name] = kept, encode(config, kept, tokenizer, context)
+            kept = read(path)
+            held_out[name] = kept, encode(kept)
     log = Run(config, tokenizer.sha256)
     if config.folds:
         log.finish(cross_validate(config, records, examples, tokenizer, log, device))
@@ -191,7 +154,7 @@ def train(config: Config) -> None:
     save_reward(model, log.folder / "reward", tokenizer)
     summary = {"records": len(records), "mean": model.mean.item(), "scale": model.scale.item()}
     for name, (kept, encoded) in held_out.items():
-        table = reward_table(judge(model, kept, encoded, tokenizer))
+        table = reward_table(judge_preferences(model, kept, encoded, tokenizer))
         summary |= {f"{name}/{key}": value for key, value in table.items()}
     log.finish(summary)
 

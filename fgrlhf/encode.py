@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from fgrlhf.align import align, align_words, gap_credit
 from fgrlhf.config import UserError
-from fgrlhf.edits import Edit, Pair, render_prompt
+from fgrlhf.edits import Edit, Pair, normalise_edit, render_prompt
+from fgrlhf.readers import read_edits, read_pairs
 
 UNITS = ("token", "word")
 
@@ -23,6 +24,7 @@ class PreferenceIds(NamedTuple):
     plus: list[int]                             # U1+: indices into chosen
     minus: list[int]                            # U1-: indices into rejected
     unchanged: list[tuple[int, int]]            # U0: (index into chosen, index into rejected)
+    change: float = 0.0                         # changed tokens of both sides / tokens of both sides
 
 
 def encode_prompt(tokenizer, record, template: str, limit: int, keep_end: bool = False) -> list[int]:
@@ -36,12 +38,12 @@ def encode_prompt(tokenizer, record, template: str, limit: int, keep_end: bool =
     if keep_end:
         return ids[:1] + ids[len(ids) + 1 - limit:]
     raise UserError(f"record {record.id!r}: prompt: expected at most {limit} tokens, got {len(ids)}; "
-                    "shorten it, use a model with a longer context, or cut it with --prompt-tokens")
+                    "shorten it or use a model with a longer context")
 
 
 def encode_response(tokenizer, text: str, prompt: list[int], context: int) -> list[int]:
     """The ids of a finished response, EOS included, cut to what the prompt leaves of the context."""
-    return tokenizer.encode(text, eos=True)[:context - len(prompt)]
+    return tokenizer.encode(text, eos=True)[:max(0, context - len(prompt))]
 
 
 def encode_preference(tokenizer, record: Edit | Pair, prompt: list[int], context: int,
@@ -55,14 +57,40 @@ def encode_preference(tokenizer, record: Edit | Pair, prompt: list[int], context
     better, worse = ((record.edited, record.original) if isinstance(record, Edit)
                      else (record.chosen, record.rejected))
     chosen, rejected = (encode_response(tokenizer, text, prompt, context) for text in (better, worse))
-    if unit == "token":
-        alignment = align(rejected, chosen)
-    else:
-        alignment = align_words(worse, better, *(
-            tokenizer.spans(ids) for ids in (rejected, chosen)))
+    alignment = align(rejected, chosen)
+    changed = sum(alignment.original_changed) + sum(alignment.edited_changed)
+    if unit == "word":
+        alignment = align_words(worse, better, tokenizer.spans(rejected), tokenizer.spans(chosen))
     credit = gap_credit(alignment, credit_gap)
     return PreferenceIds(prompt, chosen, rejected, credit.edited, credit.original,
-                         [(j, i) for i, j in credit.pairs])
+                         [(j, i) for i, j in credit.pairs], changed / (len(chosen) + len(rejected)))
+
+
+def encode_preferences(records: list[Edit | Pair], tokenizer, context: int, template: str,
+                       prompt_tokens: int | None = None, unit: str = "token",
+                       credit_gap: bool = True) -> list[PreferenceIds]:
+    """Every record by `encode_preference`. A prompt longer than `prompt_tokens` loses its beginning;
+    without that limit one that leaves no room for a response is refused."""
+    limit = min(prompt_tokens or context, context - 1)
+    prompts = [encode_prompt(tokenizer, record, template, limit, prompt_tokens is not None)
+               for record in records]
+    return [encode_preference(tokenizer, record, prompt, context, unit, credit_gap)
+            for record, prompt in zip(records, prompts)]
+
+
+def read_preferences(path: str, normalise: bool = False, limit: int | None = None) -> list[Edit | Pair]:
+    """Edits where the file holds edits, pairs otherwise; an edit that changes nothing teaches nothing.
+
+    normalise: collapse runs of whitespace in edits. limit: the first so many records only.
+    """
+    try:
+        records = [normalise_edit(r) if normalise else r for r in read_edits(path)]
+    except UserError:
+        records = read_pairs(path)                # knows edits too, and names the fault of either
+    records = [r for r in records if not isinstance(r, Edit) or r.original != r.edited][:limit]
+    if not records:
+        raise UserError(f"{path}: expected at least one record with two different texts, got none")
+    return records
 
 
 def span_types(tokenizer, ids: list[int], spans) -> list[str]:

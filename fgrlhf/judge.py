@@ -4,14 +4,16 @@ Each judge takes AlpacaEval outputs of a system and of a reference on the same p
 preference a prompt: 1 (the system wins), 0.5 (tie), 0. Their mean is the win rate.
 """
 
+import json
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
 from fgrlhf.config import UserError
-from fgrlhf.edits import Output, Prompt
-from fgrlhf.encode import encode_prompt, encode_response
-from fgrlhf.evaluate import compare
+from fgrlhf.edits import Edit, Output, Prompt
+from fgrlhf.encode import PreferenceIds, encode_prompt, encode_response, span_types
+from fgrlhf.evaluate import Judged, compare
 from fgrlhf.model import LLaMA
 from fgrlhf.readers import read_annotations, read_outputs, read_prompts
 from fgrlhf.reward import RewardModel
@@ -35,7 +37,9 @@ def answers(policy: LLaMA, tokenizer, prompts: list[Prompt], template: str, max_
         for row, i in enumerate(rows):
             response = tokens[row, prompt_lengths[row]:prompt_lengths[row] + lengths[row]].tolist()
             texts[i] = tokenizer.decode(response).strip()
-    return [Output(prompt.prompt, text, name) for prompt, text in zip(prompts, texts)]
+    return [Output(prompt.prompt, text, name,
+                   other=(("input", json.dumps(prompt.input)),) if prompt.input else ())
+            for prompt, text in zip(prompts, texts)]
 
 
 def same_prompts(system: list[Output], reference: list[Output]) -> None:
@@ -88,16 +92,40 @@ def by_oracle(world: World, system: list[Output], reference: list[Output]) -> li
 
 
 @torch.no_grad()
+def judge_preferences(model: RewardModel, records: list, examples: list[PreferenceIds],
+                      tokenizer) -> list[Judged]:
+    """Rewards of held-out preferences, with the human error spans where the record has them."""
+    device, judged = model.head.weight.device, []
+    for record, pair in zip(tqdm(records, desc="evaluate", leave=False), examples):
+        both = pack([pair.prompt] * 2, [pair.chosen, pair.rejected], device=device)
+        rewards, types = [], []
+        if model.kind == "token":
+            token_rewards = model.token_rewards(both)
+            chosen, rejected = token_rewards.sum(-1).tolist()
+            if isinstance(record, Edit) and record.spans is not None:
+                length = len(pair.rejected) - (pair.rejected[-1] == tokenizer.eos_id)
+                rewards = token_rewards[1, :length].tolist()
+                types = span_types(tokenizer, pair.rejected[:length], record.spans)
+        else:
+            chosen, rejected = model.sequence_rewards(both).tolist()
+        judged.append(Judged(record.id, chosen, rejected, pair.change, rewards, types))
+    return judged
+
+
+@torch.no_grad()
 def by_reward(model: RewardModel, tokenizer, template: str, system: list[Output],
               reference: list[Output]) -> list[float]:
     """Preferences of a reward model: the higher R(x, y) wins."""
     same_prompts(system, reference)
     context, rewards = model.trunk.config.max_seq_len, []
     for outputs in (system, reference):
-        for output in outputs:
-            prompt = encode_prompt(tokenizer, Prompt("output", output.instruction), template, context - 1)
+        for output in tqdm(outputs, desc="judge", leave=False):
+            asked = json.loads(dict(output.other).get("input", "null"))
+            record = Prompt("output", output.instruction, asked or None)
+            prompt = encode_prompt(tokenizer, record, template, context - 1)
             ids = encode_response(tokenizer, output.output, prompt, context)
-            rewards.append(model.sequence_rewards(pack([prompt], [ids])).item())
+            batch = pack([prompt], [ids], device=model.head.weight.device)
+            rewards.append(model.sequence_rewards(batch).item())
     return compare([-r for r in rewards[:len(system)]], [-r for r in rewards[len(system):]])
 
 

@@ -35,15 +35,21 @@ class Stage:
         return "python " + shlex.join(self.command)
 
 
+def record_file(stage: Stage, out: Path) -> Path:
+    """Where a stage's success is recorded."""
+    return out / "stages" / f"{stage.name}.json"
+
+
 def finished(stage: Stage, out: Path) -> bool:
     """Whether this very command has succeeded in `out` before."""
-    record = out / "stages" / f"{stage.name}.json"
+    record = record_file(stage, out)
     return record.exists() and json.loads(record.read_text())["command"] == stage.text
 
 
 def execute(stage: Stage, out: Path) -> None:
     """Run one stage; on failure raise UserError with the end of its log."""
     log, started = out / "logs" / f"{stage.name}.log", time.perf_counter()
+    record_file(stage, out).unlink(missing_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as file:
         file.write(f"$ {stage.text}\n")
@@ -54,12 +60,18 @@ def execute(stage: Stage, out: Path) -> None:
         last = log.read_text(errors="replace").strip().splitlines()[-1]
         raise UserError(f"stage {stage.name} failed with exit status {code}: {last} (see {log})")
     record = {"command": stage.text, "seconds": round(time.perf_counter() - started, 2)}
-    write_atomic(out / "stages" / f"{stage.name}.json", json.dumps(record).encode())
+    write_atomic(record_file(stage, out), json.dumps(record).encode())
 
 
 def run_stages(stages: list[Stage], out: Path, workers: int) -> None:
-    """Run all stages, each after its needs, earlier listed ones first; stop at the first failure."""
-    done = {stage.name for stage in stages if finished(stage, out)}
+    """Run all stages, each after its needs, earlier listed ones first; stop at the first failure.
+
+    `stages` are listed after their needs.
+    """
+    done: set[str] = set()
+    for stage in stages:                                    # a stage is stale when one it needs is
+        if set(stage.needs) <= done and finished(stage, out):
+            done.add(stage.name)
     waiting = [stage for stage in stages if stage.name not in done]
     running: dict[Future, Stage] = {}
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(stages), initial=len(done), unit="stage") as bar:

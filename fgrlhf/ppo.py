@@ -1,4 +1,4 @@
-"""Losses and statistics of PPO on tensors: equation (7), the critic's loss, the first-minibatch check.
+"""Losses and statistics of PPO: equation (7), the critic's loss, the first-minibatch check.
 
     rho_t   = exp(logp_t - logp_old_t)
     (7)       L_clip = -mean over response tokens of min(rho_t A_t, clip(rho_t, 1-eps, 1+eps) A_t)
@@ -34,7 +34,7 @@ def value_loss(values: Tensor, values_old: Tensor, returns: Tensor, mask: Tensor
     # Masked before the arithmetic: behind it, a NaN in the padding would be 0 here but NaN in backward.
     values, values_old, returns = (torch.where(mask, x, 0.0) for x in (values, values_old, returns))
     clipped = values_old + (values - values_old).clamp(-clip_eps, clip_eps)
-    return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square()).sum() / denominator
+    return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square()).sum() / max(denominator, 1)
 
 
 def kl_estimates(logp: Tensor, logp_ref: Tensor, mask: Tensor) -> dict[str, float]:

@@ -34,12 +34,13 @@ class Config:
                             "sweep: the settings tried for baseline and method, on dev prompts alone")
     seeds: int = arg(1, least=1, help="number of seeds, each with a world of its own")
     first_seed: int = arg(0, help="the first of them")
+    device: str = arg("cpu", help="for every stage; the README's figures are the CPU's")
     workers: int = arg(os.cpu_count() or 1, least=1, help="stages at a time, each on one thread")
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What the profiles differ in. Settings of the methods are the scripts' defaults in all of them."""
+    """What the profiles differ in; the methods' settings are the same in all of them."""
 
     annotations: int = 1000         # prompts annotated: one pair and one edit each
     dev: int = 200                  # dev prompts
@@ -62,8 +63,8 @@ GRID = [(beta, lr) for beta in ("0.2", "0.5", "1.0") for lr in ("6e-4", "1.2e-3"
 class Seed:
     """Builds the stages of one seed; `at` turns a name into a path inside its folder."""
 
-    def __init__(self, seed: int, folder: Path, scale: Scale):
-        self.seed, self.folder, self.scale = str(seed), folder, scale
+    def __init__(self, seed: int, folder: Path, scale: Scale, device: str):
+        self.seed, self.folder, self.scale, self.device = str(seed), folder, scale, device
         self.stages: list[Stage] = []
 
     def at(self, name: str) -> str:
@@ -71,6 +72,8 @@ class Seed:
 
     def add(self, name: str, *command: str, needs: tuple[str, ...] = ()) -> None:
         prefix = self.folder.name
+        if "fgrlhf.simulate" not in command:                    # the world itself needs no device
+            command += ("--device", self.device)
         self.stages.append(Stage(f"{prefix}.{name}", command, tuple(f"{prefix}.{need}" for need in needs)))
 
     def outputs(self, name: str, policy: str, prompts: str, *options: str, needs=()) -> None:
@@ -163,10 +166,18 @@ def sweep(seed: Seed) -> None:
         seed.ppo(f"rlhf-{beta}-{lr}", "rm-sequence", seed.scale.baseline_iterations, *RLHF, *point, test=False)
 
 
+def wall_seconds(out: Path, this_call: float) -> float:
+    """Seconds of this call and of the interrupted ones before it, kept in OUT/seconds.json."""
+    path = out / "seconds.json"
+    total = this_call + (json.loads(path.read_text()) if path.exists() else 0.0)
+    write_atomic(path, json.dumps(round(total, 1)).encode())
+    return round(total, 1)
+
+
 def main(config: Config) -> None:
     out, started = Path(config.out), time.perf_counter()
     scale = SCALES[config.profile]
-    seeds = [Seed(number, out / f"seed{number}", scale)
+    seeds = [Seed(number, out / f"seed{number}", scale, config.device)
              for number in range(config.first_seed, config.first_seed + config.seeds)]
     for seed in seeds:
         start(seed)
@@ -174,9 +185,11 @@ def main(config: Config) -> None:
     stages = [stage for seed in seeds for stage in seed.stages]
     run_stages(stages, out, config.workers)
     results = collect(config.profile, [seed.folder for seed in seeds]) | {
-        "command": f"python -m fgrlhf.reproduce --profile {config.profile} --seeds {config.seeds} --out {config.out}",
-        "machine": f"{os.cpu_count()} CPU cores, torch {torch.__version__}",
-        "seconds": round(time.perf_counter() - started, 1), "commands": [stage.text for stage in stages]}
+        "command": f"python -m fgrlhf.reproduce --profile {config.profile} --seeds {config.seeds} "
+                   f"--first-seed {config.first_seed} --out {config.out}",
+        "machine": f"{os.cpu_count()} CPU cores, torch {torch.__version__}, device {config.device}",
+        "seconds": wall_seconds(out, time.perf_counter() - started),
+        "commands": [stage.text for stage in stages]}
     examples = results.pop("examples", {})
     write_atomic(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     write_report(out / "report.html", results | {"examples": examples})

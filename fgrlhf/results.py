@@ -13,6 +13,7 @@ import torch
 
 from fgrlhf.align import align
 from fgrlhf.checkpoint import load_tokenizer
+from fgrlhf.edits import Prompt
 from fgrlhf.encode import encode_prompt
 from fgrlhf.evaluate import bootstrap, compare, over_seeds
 from fgrlhf.readers import read_edits, read_outputs
@@ -52,6 +53,7 @@ NOTES = ["The world is ours: it shows the mechanism, not that a 7B model gains a
          "information.",
          "Win rates are against one fixed sample of the SFT model, on test prompts, judged by the world's "
          "oracle (fewer errors win, ties count one half).",
+         "PPO runs are tested at their best dev checkpoint, SFT and imitation at their last.",
          "The imperfect editor misses 30% of the errors and makes a needless edit in 10% of the answers."]
 
 
@@ -161,7 +163,7 @@ def examples(folder: Path, count: int = 6) -> dict:
 
     shown, maps, diffs = [o for o in before if len(world.errors(o.instruction, o.output)) >= 2][:count], [], []
     for output in shown:
-        prompt = encode_prompt(tokenizer, _Asked(output.instruction), "plain", 10 ** 6)
+        prompt = encode_prompt(tokenizer, Prompt("test", output.instruction), "plain", 10 ** 6)
         ids = tokenizer.encode(output.output, eos=True)
         with torch.no_grad():
             rewards = model.ppo_rewards(pack([prompt], [ids]))[0].tolist()
@@ -178,13 +180,6 @@ def examples(folder: Path, count: int = 6) -> dict:
     return {"heat_maps": maps, "edits": diffs, "before_after": [
         {"prompt": a.instruction, "before": a.output, "before_errors": count_errors(a), "after": b.output,
          "after_errors": count_errors(b), "label": "fine-grained"} for a, b in list(zip(before, after))[:count]]}
-
-
-class _Asked(NamedTuple):
-    prompt: str
-    input: None = None
-    context: tuple = ()
-    id: str = "test"
 
 
 def reward_models(folders: list[Path]) -> dict:

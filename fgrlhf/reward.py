@@ -10,7 +10,8 @@ log-probability feature `a` is not in the paper and off by default; logp_t comes
 own trunk and output matrix. A model with v = 0, b = 0, a = 1 is the log-likelihood control.
 
 For PPO the rewards are put on one scale, (r - mean) / scale, so that the KL coefficient beta means the
-same for every model; mean and scale are measured once on reference samples (`calibrate`).
+same for every model; mean and scale are measured once (`calibrate`), by train_rm.py on the rejected
+responses of its training records.
 """
 
 import json

@@ -52,6 +52,8 @@ def bucketed_batches(lengths: list[int], size: int, seed: int, epoch: int) -> li
 
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where it is present, else the CPU."""
+    if name.startswith("mps"):
+        raise UserError("--device mps: not supported, it has no float64; use cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -76,9 +76,10 @@ def train(config: Config) -> None:
     device = pick_device(config.device)
     model, tokenizer = start_model(config, device)
     context = model.config.max_seq_len
+    limit = min(config.prompt_tokens or context, context - 1)
     prompts, responses = [], []
     for record in readers.read_demonstrations(config.data)[:config.limit]:
-        prompts.append(encode_prompt(tokenizer, record, config.template, config.prompt_tokens or context - 1,
+        prompts.append(encode_prompt(tokenizer, record, config.template, limit,
                                      keep_end=config.prompt_tokens is not None))
         responses.append(encode_response(tokenizer, record.output, prompts[-1], context))
 

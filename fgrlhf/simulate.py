@@ -103,7 +103,6 @@ def write_world(config: WorldConfig) -> None:
         text = world.request(rng)
         prompts[split_of(text)].setdefault(text)
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     for split, count in wanted.items():
         edits.write_jsonl(out / f"{split}.jsonl",
                           [edits.Prompt(f"{split}-{i}", text)
@@ -144,7 +143,6 @@ def annotate(config: AnnotateConfig) -> None:
             edited.append(edits.Edit(f"edit-{i}", prompt, rejected, mended, annotator="simulated",
                                      spans=spans if config.spans else None))
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     edits.write_jsonl(out / "pairs.jsonl", pairs)
     edits.write_jsonl(out / "edits.jsonl", edited)
     print(f"{len(firsts)} annotations of each kind: {len(pairs)} pairs and {len(edited)} edits in {out} "

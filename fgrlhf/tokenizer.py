@@ -23,6 +23,7 @@ from typing import NamedTuple
 import sentencepiece
 
 from fgrlhf.config import UserError
+from fgrlhf.files import write_atomic
 
 BLANK = "▁"                                 # sentencepiece writes the blank as U+2581
 
@@ -180,5 +181,5 @@ def train(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
         else:
             raise
         raise UserError(f"{path}: expected a vocabulary of {vocab_size} pieces; {hint}") from None
-    Path(path).write_bytes(model.getvalue())
+    write_atomic(path, model.getvalue())
     return Tokenizer(path)

@@ -12,7 +12,7 @@ RIVALS = {"kernels/bench.py": {"liger_kernel", "trl"}}        # measured beside 
 # One tuple a rank; inside a rank from left to right. A module imports only from what stands before
 # its own group, and from any kernel.
 RANKS = (
-    ("config align", "fields tokenizer", "files", "edits", "readers"),
+    ("config align", "fields", "files", "tokenizer edits", "readers"),
     ("encode model",),
     ("safetensors layouts.stored", "layouts.huggingface_tokenizer layouts.llama2c layouts.meta",
      "layouts.huggingface", "checkpoint world", "simulate"),
