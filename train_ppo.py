@@ -1,12 +1,12 @@
 """Fine-grained PPO (the paper's) and the PPO-RLHF it is compared with, from one loop.
 
-    python train_ppo.py --method fine-grained --policy runs/sft/policy --reward runs/rm-token/reward \
-        --prompts train.jsonl --out runs/fine-grained
-    python train_ppo.py --method rlhf --policy runs/sft/policy --reward runs/rm-sequence/reward \
-        --prompts train.jsonl --out runs/rlhf
+    python train_ppo.py --method fine-grained --policy runs/sft/policy \
+        --reward runs/rm-token/reward --prompts train.jsonl --out runs/fine-grained
+    python train_ppo.py --method rlhf --policy runs/sft/policy \
+        --reward runs/rm-sequence/reward --prompts train.jsonl --out runs/rlhf
 
-What the fine-grained method deletes from PPO: the critic, its loss, GAE, and the terminal reward. Each
-token's own reward, less its KL, is its advantage (equations (5)-(7)). One iteration:
+What the fine-grained method deletes from PPO: the critic, its loss, GAE, and the terminal reward.
+Each token's own reward, less its KL, is its advantage (equations (5)-(7)). One iteration:
 
     1. sample a batch of responses, keeping log pi_old of every token
     2. score them once by the reference and by the reward model
@@ -22,6 +22,7 @@ Leaves config.json, metrics.jsonl, timing.jsonl; --resume continues a stopped ru
 
 import copy
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +34,13 @@ from fgrlhf.config import UserError, arg, parse, run
 from fgrlhf.edits import TEMPLATES
 from fgrlhf.encode import encode_prompt
 from fgrlhf.judge import OracleJudge, answers
+from fgrlhf.model import LLaMA
 from fgrlhf.ppo import check_first_ratio, kl_estimates, policy_loss, value_loss
 from fgrlhf.readers import read_prompts
 from fgrlhf.reward import RewardModel, load_reward
 from fgrlhf.rollout import Rollout, by_length, in_groups, locate, sample, score, unflatten
 from fgrlhf.run import Optimizer, Run, batches, generator, pick_device
+from fgrlhf.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -50,18 +53,19 @@ class Config:
     template: str = arg("plain", choices=tuple(TEMPLATES), help="how a record becomes a prompt")
     iterations: int = arg(30, least=1, help="rollout and update, this many times")
     rollouts: int = arg(64, least=1, help="episodes an iteration")
-    max_new_tokens: int = arg(64, least=1, help="longest response; a longer one is cut and counts as truncated")
+    max_new_tokens: int = arg(64, least=1, help="longest response; a longer one is truncated")
     temperature: float = arg(1.0, help="of sampling, scoring and updating alike")
     epochs: int = arg(2, least=1, help="passes over each batch of rollouts")
     minibatches: int = arg(2, least=1, help="updates a pass")
-    microbatch: int = arg(16, least=0, help="sequences a forward pass, of similar length; changes memory and speed "
-                                   "alone; 0 takes the whole minibatch")
+    microbatch: int = arg(16, least=0, help="sequences a forward pass, of similar length; changes "
+                          "memory and speed alone; 0 takes the whole minibatch")
     lr: float = arg(1.2e-3, least=0, help="Adam's learning rate, constant after warm-up")
     warmup: int = arg(5, least=0, help="warm-up steps")
     clip_eps: float = arg(0.2, least=0, help="clip of the ratio, and of the critic's change")
     beta: float = arg(0.5, least=0, help="KL coefficient, in units of calibrated reward a nat")
-    gamma: float | None = arg(None, least=0, help="fine-grained: 0, the default, is the paper's myopic "
-                              "advantage, above it a discounted reward-to-go. rlhf: GAE's, default 1")
+    gamma: float | None = arg(None, least=0, help="fine-grained: 0, the default, is the paper's "
+                              "myopic advantage, above it a discounted reward-to-go. rlhf: GAE's, "
+                              "default 1")
     gae_lambda: float = arg(0.95, least=0, help="rlhf: lambda of GAE")
     standardise: str = arg("rms", choices=("rms", "mean-std", "none"),
                            help="fine-grained: of the advantages, per batch (rlhf: mean-std)")
@@ -70,19 +74,19 @@ class Config:
     dev_reference: str | None = arg(None, help="the reference's outputs on the dev prompts")
     world: int | None = arg(None, help="seed of the built-in world whose oracle judges dev answers")
     eval_every: int = arg(5, least=1, help="iterations between dev evaluations")
-    max_kl: float = arg(0.0, least=0, help="stop an iteration's updates when KL(old || new) exceeds this; 0 never")
+    max_kl: float = arg(0.0, least=0, help="end the updates above this KL(old || new); 0 never")
     seed: int = arg(0, help="seed of prompt order, sampling and minibatches")
     save_every: int = arg(10, least=1, help="iterations between training states for --resume")
     resume: bool = arg(False, help="continue the unfinished run in --out")
     device: str = arg("auto", help="auto, cpu, cuda, ...")
 
     def __post_init__(self):
-        if self.gamma is None:                                      # config.json shows the resolved value
+        if self.gamma is None:                              # config.json shows the resolved value
             object.__setattr__(self, "gamma", 1.0 if self.method == "rlhf" else 0.0)
 
 
 class Critic(nn.Module):
-    """V(s_t), the baseline's alone: a copy of the reward model, read one position before each token."""
+    """V(s_t), the baseline's alone: a copy of the reward model, read one position earlier."""
 
     def __init__(self, reward: RewardModel):
         super().__init__()
@@ -91,7 +95,7 @@ class Critic(nn.Module):
         self.register_buffer("scale", reward.scale.clone())
 
     def forward(self, sequences) -> Tensor:
-        """Values [B, T] in units of calibrated reward; values[:, t] is known before token t is chosen."""
+        """Values [B, T] in calibrated reward; values[:, t] is known before token t is chosen."""
         at = locate(sequences)
         hidden = self.trunk.hidden(sequences.tokens)[at.row, at.position - 1]    # [N, D]
         values = (self.head(hidden)[:, 0].float() - self.mean) / self.scale
@@ -101,13 +105,15 @@ class Critic(nn.Module):
 def advantages_of(config: Config, rewards: Tensor, values: Tensor | None, mask: Tensor):
     """(advantages, returns): the fine-grained method has no critic and hence no returns."""
     if values is None:
-        return standardise(reward_to_go(rewards, mask, config.gamma), mask, config.standardise), None
-    advantages, returns = generalised_advantage(rewards, values, mask, config.gamma, config.gae_lambda)
+        advantages = reward_to_go(rewards, mask, config.gamma)
+        return standardise(advantages, mask, config.standardise), None
+    advantages, returns = generalised_advantage(rewards, values, mask, config.gamma,
+                                                config.gae_lambda)
     return standardise(advantages, mask, "mean-std"), returns
 
 
-def update(config: Config, policy, critic, optimizers, rollout: Rollout, advantages: Tensor, values, returns,
-           iteration: int) -> dict[str, float]:
+def update(config: Config, policy, critic, optimizers, rollout: Rollout, advantages: Tensor,
+           values, returns, iteration: int) -> dict[str, float]:
     """Epochs of minibatches on one batch of rollouts.
 
     Returns the means of the last epoch's statistics, and its last minibatch's gradient norms.
@@ -139,7 +145,8 @@ def update(config: Config, policy, critic, optimizers, rollout: Rollout, advanta
                 for name, value in statistics.items():
                     totals[name] = totals.get(name, 0.0) + value.item()
                 kl += out.kl_k3.item()
-            norms = {f"ppo/gradient_norm_{n}": optimizer.step() for n, optimizer in optimizers.items()}
+            norms = {f"ppo/gradient_norm_{n}": optimizer.step()
+                     for n, optimizer in optimizers.items()}
             logged = {name: total / (number + 1) for name, total in totals.items()} | norms
             if config.max_kl and kl > config.max_kl:
                 return logged | {"ppo/stopped_early": 1.0}
@@ -147,7 +154,7 @@ def update(config: Config, policy, critic, optimizers, rollout: Rollout, advanta
 
 
 def episode_prompts(count: int, config: Config, iteration: int) -> list[int]:
-    """The prompts of one iteration: shuffled passes over all of them, a function of seed and iteration."""
+    """One iteration's prompts, from shuffled passes over all: a function of seed and iteration."""
     rows = []
     for k in range((iteration - 1) * config.rollouts, iteration * config.rollouts):
         epoch, cursor = divmod(k, count)
@@ -160,7 +167,8 @@ def episode_prompts(count: int, config: Config, iteration: int) -> list[int]:
 def check_shapes(config: Config) -> None:
     """Flags that contradict one another are refused before any model is loaded."""
     if config.rollouts < config.minibatches or min(config.rollouts, config.minibatches) < 1:
-        raise UserError(f"--minibatches {config.minibatches}: expected 1..{config.rollouts} (--rollouts)")
+        raise UserError(f"--minibatches {config.minibatches}: "
+                        f"expected 1..{config.rollouts} (--rollouts)")
     if config.temperature <= 0:
         raise UserError(f"--temperature {config.temperature}: expected a number above 0")
     wanted = [config.dev_prompts is None, config.dev_reference is None, config.world is None]
@@ -168,18 +176,37 @@ def check_shapes(config: Config) -> None:
         raise UserError("--dev-prompts, --dev-reference and --world: expected all three or none")
 
 
-def train(config: Config) -> None:
-    check_shapes(config)
-    device = pick_device(config.device)
+class Setup(NamedTuple):
+    """What a run works with, besides its Config."""
+
+    tokenizer: Tokenizer
+    policy: LLaMA
+    ref: LLaMA                          # the policy as it starts, frozen
+    reward_model: RewardModel           # frozen
+    critic: Critic | None               # rlhf alone
+    optimizers: dict[str, Optimizer]    # "policy" and, for rlhf, "critic"
+    prompts: list[list[int]]            # ids, BOS first
+    judge: OracleJudge | None           # of dev answers
+
+    def parts(self) -> dict:
+        """What a training state holds."""
+        critic = {} if self.critic is None else {"critic": self.critic}
+        return {"policy": self.policy} | critic | {
+            f"optimizer_{name}": optimizer for name, optimizer in self.optimizers.items()}
+
+
+def load(config: Config, device: torch.device) -> Setup:
+    """Read models, prompts and judge; whatever does not fit together is refused here."""
     tokenizer = load_tokenizer(config.policy)
     if load_tokenizer(config.reward).sha256 != tokenizer.sha256:
-        raise UserError(f"--reward {config.reward}: its tokenizer is not the one of --policy {config.policy}")
+        raise UserError(f"--reward {config.reward}: its tokenizer is not the one of "
+                        f"--policy {config.policy}")
     policy = load_model(config.policy, device, torch.float32)
     ref = load_model(config.policy, device, torch.float32).requires_grad_(False)
     reward_model = load_reward(config.reward, device, torch.float32).requires_grad_(False)
     if config.method == "fine-grained" and reward_model.kind != "token":
-        raise UserError(f"--reward {config.reward}: expected a token-level reward model for --method "
-                        "fine-grained, got a sequence-level one; see train_rm.py --kind")
+        raise UserError(f"--reward {config.reward}: expected a token-level reward model for "
+                        "--method fine-grained, got a sequence-level one; see train_rm.py --kind")
     critic = Critic(reward_model).requires_grad_(True) if config.method == "rlhf" else None
     optimizers = {"policy": Optimizer(policy, config.lr, config.warmup)}
     if critic is not None:
@@ -187,49 +214,82 @@ def train(config: Config) -> None:
 
     room = policy.config.max_seq_len - config.max_new_tokens
     if room < 1:
-        raise UserError(f"--max-new-tokens {config.max_new_tokens}: expected fewer than the policy's "
-                        f"context of {policy.config.max_seq_len} tokens")
-    prompts = [encode_prompt(tokenizer, record, config.template, room) for record in read_prompts(config.prompts)]
+        raise UserError(f"--max-new-tokens {config.max_new_tokens}: expected fewer than the "
+                        f"policy's context of {policy.config.max_seq_len} tokens")
+    encode = lambda record: encode_prompt(tokenizer, record, config.template, room)
+    prompts = [encode(record) for record in read_prompts(config.prompts)]
     judge = None
     if config.dev_prompts:
         judge = OracleJudge.load(config.world, config.dev_prompts, config.dev_reference)
-        for record in judge.prompts:                                # refuse a long one now, not later
-            encode_prompt(tokenizer, record, config.template, room)
-    log = Run(config, tokenizer.sha256)
-    parts = {"policy": policy} | ({"critic": critic} if critic is not None else {})
-    parts |= {f"optimizer_{name}": optimizer for name, optimizer in optimizers.items()}
-    best = log.restore(**parts) or {"win_rate": -1.0, "iteration": 0}
+        for record in judge.prompts:                        # refuse a long one now, not later
+            encode(record)
+    return Setup(tokenizer, policy, ref, reward_model, critic, optimizers, prompts, judge)
 
-    for iteration in tqdm(range(log.step + 1, config.iterations + 1), desc=config.method, initial=log.step,
-                          total=config.iterations):
-        # 1. rollouts
-        rows = episode_prompts(len(prompts), config, iteration)
-        rollout = sample(policy, [prompts[i] for i in rows], tokenizer.eos_id, config.max_new_tokens,
-                         config.temperature, generator(config.seed, "rollout", iteration))
-        sequences, mask = rollout.sequences, rollout.sequences.response_mask
-        # 2. reference and reward, one pass each
-        once = lambda function: in_groups(function, sequences, config.microbatch)
-        logp_ref = once(lambda part: score(ref, part, config.temperature))
-        rewards = once(reward_model.ppo_rewards)
-        values = once(critic) if critic is not None else None
-        # 3. and 4.
-        penalised = penalise_kl(rewards, rollout.logp_old, logp_ref, mask, config.beta)
-        advantages, returns = advantages_of(config, penalised, values, mask)
-        # 5.
+
+class Batch(NamedTuple):
+    """One iteration's rollouts with all that the update needs; every tensor is [B, T]."""
+
+    rollout: Rollout
+    logp_ref: Tensor
+    rewards: Tensor                     # calibrated, before the KL is taken off
+    advantages: Tensor
+    values: Tensor | None               # the critic's, before the update
+    returns: Tensor | None
+
+    def metrics(self) -> dict[str, float]:
+        """The namespace rollout/."""
+        sequences, mask = self.rollout.sequences, self.rollout.sequences.response_mask
+        kl = kl_estimates(self.rollout.logp_old, self.logp_ref, mask)
+        return {f"rollout/{name}": value for name, value in kl.items()} | {
+            "rollout/reward": self.rewards.sum().item() / len(self.rewards),
+            "rollout/reward_per_token": self.rewards[mask].mean().item(),
+            "rollout/length": sequences.response_lengths.float().mean().item(),
+            "rollout/truncated": self.rollout.truncated.float().mean().item()}
+
+
+def collect(config: Config, setup: Setup, iteration: int) -> Batch:
+    """Steps 1 to 4 of one iteration."""
+    # 1. rollouts
+    rows = episode_prompts(len(setup.prompts), config, iteration)
+    rollout = sample(setup.policy, [setup.prompts[i] for i in rows], setup.tokenizer.eos_id,
+                     config.max_new_tokens, config.temperature,
+                     generator(config.seed, "rollout", iteration))
+    # 2. reference, reward and critic, one pass each
+    once = lambda function: in_groups(function, rollout.sequences, config.microbatch)
+    logp_ref = once(lambda part: score(setup.ref, part, config.temperature))
+    rewards = once(setup.reward_model.ppo_rewards)
+    values = once(setup.critic) if setup.critic is not None else None
+    # 3. the reward less its KL
+    mask = rollout.sequences.response_mask
+    penalised = penalise_kl(rewards, rollout.logp_old, logp_ref, mask, config.beta)
+    # 4. advantages
+    advantages, returns = advantages_of(config, penalised, values, mask)
+    return Batch(rollout, logp_ref, rewards, advantages, values, returns)
+
+
+def train(config: Config) -> None:
+    check_shapes(config)
+    setup = load(config, pick_device(config.device))
+    policy, tokenizer, judge = setup.policy, setup.tokenizer, setup.judge
+    log = Run(config, tokenizer.sha256)
+    best = log.restore(**setup.parts()) or {"win_rate": -1.0, "iteration": 0}
+
+    for iteration in tqdm(range(log.step + 1, config.iterations + 1), desc=config.method,
+                          initial=log.step, total=config.iterations):
+        # 1. to 4. rollouts, reference and reward, KL, advantages
+        batch = collect(config, setup, iteration)
+        rollout, logp_ref, rewards, advantages, values, returns = batch
+        # 5. clipped updates
         with log.guard(iteration, logp_old=rollout.logp_old, logp_ref=logp_ref, rewards=rewards,
-                       advantages=advantages, tokens=sequences.tokens):
+                       advantages=advantages, tokens=rollout.sequences.tokens):
             if iteration == 1:
                 check_first_ratio(logp_ref, rollout.logp_old)       # the KL to itself is 0
-            logged = update(config, policy, critic, optimizers, rollout, advantages, values, returns,
-                            iteration)
-        # 6.
-        logged |= {f"rollout/{k}": v for k, v in kl_estimates(rollout.logp_old, logp_ref, mask).items()} | {
-            "rollout/reward": rewards.sum().item() / len(rows),
-            "rollout/reward_per_token": rewards[mask].mean().item(),
-            "rollout/length": sequences.response_lengths.float().mean().item(),
-            "rollout/truncated": rollout.truncated.float().mean().item(),
-            "rollout/episodes": iteration * config.rollouts}
-        if judge is not None and (iteration % config.eval_every == 0 or iteration == config.iterations):
+            logged = update(config, policy, setup.critic, setup.optimizers, rollout, advantages,
+                            values, returns, iteration)
+        # 6. log, evaluate, save
+        last = iteration == config.iterations
+        logged |= batch.metrics() | {"rollout/episodes": iteration * config.rollouts}
+        if judge is not None and (iteration % config.eval_every == 0 or last):
             with log.untimed():
                 outputs = answers(policy, tokenizer, judge.prompts, config.template,
                                   config.max_new_tokens, 1.0, config.seed)
@@ -238,8 +298,9 @@ def train(config: Config) -> None:
                     best = {"win_rate": logged["eval/win_rate"], "iteration": iteration}
                     save_model(policy, log.folder / "best", tokenizer=tokenizer)
         log.log(iteration, logged)
-        if iteration % config.save_every == 0 and iteration < config.iterations:
-            log.save(iteration, best, **parts)
+        if iteration % config.save_every == 0 and not last:
+            log.save(iteration, best, **setup.parts())
+
     save_model(policy, log.folder / "policy", tokenizer=tokenizer)
     chosen = {"best_iteration": best["iteration"], "best_dev_win_rate": best["win_rate"]}
     log.finish({"iterations": config.iterations, "episodes": config.iterations * config.rollouts,
