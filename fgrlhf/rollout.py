@@ -1,8 +1,9 @@
 """Batched sampling with the KV cache, and the one function that scores responses.
 
-The index convention of the whole project: `logp[:, t]` scores response token t, from the hidden state one
-position before it; whatever belongs to token t itself (its reward) is read at its own position. Prompt
-and response ids are concatenated, never re-tokenised, and padding is on the right, so masks are lengths.
+The index convention of the whole project: `logp[:, t]` scores response token t, from the hidden
+state one position before it; what belongs to token t itself (its reward) is read at its own
+position. Prompt and response ids are concatenated, never re-tokenised; padding is on the right, so
+masks are lengths.
 """
 
 from collections.abc import Callable
@@ -16,9 +17,9 @@ from kernels import linear_logp
 
 
 class Sequences(NamedTuple):
-    """Prompts with their responses, right-padded. S = longest prompt + response, T = longest response."""
+    """Prompts with their responses, right-padded. S is the longest row, T the longest response."""
 
-    tokens: Tensor              # [B, S] int64, prompt ids then response ids (EOS included), then padding
+    tokens: Tensor              # [B, S] int64, prompt ids, response ids (EOS included), padding
     prompt_lengths: Tensor      # [B] int64
     response_lengths: Tensor    # [B] int64, EOS counted
 
@@ -39,7 +40,7 @@ class Rollout(NamedTuple):
     """What sampling hands on. `logp_old[:, t]` is 0 where response_mask is False."""
 
     sequences: Sequences
-    logp_old: Tensor            # [B, T] log pi_old(token t | all before) at `temperature`; float32 at least
+    logp_old: Tensor            # [B, T] log pi_old(token t | before) at `temperature`; >= float32
     truncated: Tensor           # [B] bool, True where the token limit came before EOS
 
 
@@ -53,7 +54,7 @@ class Located(NamedTuple):
 
 
 def by_length(sequences: Sequences, rows: list[int], size: int) -> list[Tensor]:
-    """`rows` in groups of at most `size` (0: all), of similar length so that little of a group is padding."""
+    """`rows` in groups of at most `size` (0: all), of similar length so that little is padding."""
     total = (sequences.prompt_lengths + sequences.response_lengths).tolist()
     rows = sorted(rows, key=lambda row: total[row])
     size = size or len(rows)
@@ -73,10 +74,12 @@ def unflatten(values: Tensor, at: Located, sequences: Sequences) -> Tensor:
     return values.new_zeros(shape).index_put((at.row, at.step), values)
 
 
-def pack(prompts: list[list[int]], responses: list[list[int]], pad_id: int = 0, device=None) -> Sequences:
+def pack(prompts: list[list[int]], responses: list[list[int]], pad_id: int = 0,
+         device=None) -> Sequences:
     """Concatenate ids row by row and pad on the right. `pad_id` is inert: no mask reads it."""
     if empty := [i for i, (p, r) in enumerate(zip(prompts, responses)) if not p or not r]:
-        raise ValueError(f"pack: expected a prompt and a response of at least one token, row {empty[0]} has none")
+        raise ValueError("pack: expected a prompt and a response of at least one token, "
+                         f"row {empty[0]} has none")
     rows = [torch.tensor(p + r) for p, r in zip(prompts, responses)]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
     return Sequences(tokens.to(device), torch.tensor([len(p) for p in prompts], device=device),
@@ -86,12 +89,13 @@ def pack(prompts: list[list[int]], responses: list[list[int]], pad_id: int = 0, 
 def score(model: LLaMA, sequences: Sequences, temperature: float = 1.0) -> Tensor:
     """logp [B, T] of every response token, 0 in the padding. Differentiable.
 
-    The policy's update, the reference and every control call this one function, at the temperature of
-    sampling; logits exist for response positions only, a chunk at a time.
+    The policy's update, the reference and every control call this one function, at the temperature
+    of sampling; logits exist for response positions only, a chunk at a time.
     """
     at = locate(sequences)
     hidden = model.hidden(sequences.tokens)[at.row, at.position - 1]             # [N, D]
-    return unflatten(linear_logp.fused(hidden, model.head, at.target, temperature).logp, at, sequences)
+    logp = linear_logp.fused(hidden, model.head, at.target, temperature).logp    # [N]
+    return unflatten(logp, at, sequences)
 
 
 @torch.no_grad()
@@ -105,28 +109,39 @@ def in_groups(function: Callable[[Sequences], Tensor], sequences: Sequences, siz
     return result
 
 
+def lay_out(prompts: list[list[int]], max_new_tokens: int, context: int,
+            device) -> tuple[Tensor, Tensor]:
+    """(tokens, lengths [B]): the prompts right-padded, with T more columns behind the longest.
+
+    T is `max_new_tokens`, or what the longest prompt leaves of the context where that is less.
+    """
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    longest = int(lengths.max())
+    if longest >= context:
+        raise ValueError(f"prompts: expected fewer than max_seq_len = {context} tokens, "
+                         f"got {longest}")
+    width = min(longest + max_new_tokens, context)
+    tokens = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
+    for row, prompt in enumerate(prompts):
+        tokens[row, :len(prompt)] = torch.tensor(prompt)
+    return tokens, lengths
+
+
 @torch.no_grad()
 def sample(policy: LLaMA, prompts: list[list[int]], eos_id: int, max_new_tokens: int,
            temperature: float = 1.0, generator: torch.Generator | None = None) -> Rollout:
     """Sample one response to each prompt, by inverse CDF from one uniform number per (row, step).
 
     The uniforms are drawn up front for the whole batch, so a response does not depend on which rows
-    share its batch or when they end. temperature 0 is greedy, its logp those of temperature 1. No top-k
-    and no top-p: they would make sampling and scoring two distributions (rule 2).
+    share its batch or when they end. temperature 0 is greedy, its logp those of temperature 1. No
+    top-k and no top-p: they would make sampling and scoring two distributions (rule 2).
 
     prompts: B lists of at least one id. Returns a Rollout whose T is the longest response, at most
     `max_new_tokens`; a response without EOS by then, or at the context's end, is `truncated`.
     """
     device, B = policy.head.device, len(prompts)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    room = policy.config.max_seq_len - lengths.max().item()
-    if room < 1:
-        raise ValueError(f"prompts: expected fewer than max_seq_len = {policy.config.max_seq_len} tokens, "
-                         f"got {lengths.max().item()}")
-    T = min(max_new_tokens, room)
-    tokens = torch.zeros(B, lengths.max() + T, dtype=torch.long, device=device)
-    for row, prompt in enumerate(prompts):
-        tokens[row, :len(prompt)] = torch.tensor(prompt)
+    tokens, lengths = lay_out(prompts, max_new_tokens, policy.config.max_seq_len, device)
+    T = tokens.shape[1] - int(lengths.max())
     uniform = torch.rand(B, max_new_tokens, generator=generator, dtype=torch.float64).to(device)
     wide = torch.promote_types(policy.head.dtype, torch.float32)
     logp_old = torch.zeros(B, T, device=device, dtype=wide)
@@ -157,6 +172,7 @@ def sample(policy: LLaMA, prompts: list[list[int]], eos_id: int, max_new_tokens:
 
 
 def inverse_cdf(logp: Tensor, uniform: Tensor) -> Tensor:
-    """The first token whose cumulative probability exceeds u: logp [b, V], uniform [b] in [0, 1) -> [b]."""
-    cdf = logp.double().exp().cumsum(-1)
-    return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logp.shape[1] - 1)
+    """The first token of cumulative probability above u. logp [b, V], u [b] in [0, 1) -> [b]."""
+    cdf = logp.double().exp().cumsum(-1)                                         # [b, V]
+    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+    return token.clamp(max=logp.shape[1] - 1)
