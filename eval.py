@@ -1,13 +1,13 @@
 """Evaluate policies and reward models.
 
-    python eval.py outputs      --policy DIR --prompts FILE --out A.json          answers, AlpacaEval's format
+    python eval.py outputs      --policy DIR --prompts FILE --out A.json    AlpacaEval's format
     python eval.py win-rate     --outputs A.json --reference B.json --judge oracle --world 0
     python eval.py win-rate     --outputs A.json --reference B.json --judge reward --reward DIR
-    python eval.py win-rate     --judge annotations --annotations FILE            recorded judgements
-    python eval.py reward-model --reward DIR --data FILE                          pair accuracy, token AUC
+    python eval.py win-rate     --judge annotations --annotations FILE      recorded judgements
+    python eval.py reward-model --reward DIR --data FILE                    pair accuracy, token AUC
 
-Figures go to stdout as one JSON object, progress to stderr. A win rate is the mean of 1 (win), 1/2 (tie),
-0 (loss) over prompts, with a 95% bootstrap interval over prompts.
+Figures go to stdout as one JSON object, progress to stderr. A win rate is the mean of 1 (win), 1/2
+(tie), 0 (loss) over prompts, with a 95% bootstrap interval over prompts.
 """
 
 import json
@@ -45,14 +45,15 @@ class OutputsConfig:
 
 @dataclass(frozen=True)
 class WinRateConfig:
-    judge: str = arg(choices=("oracle", "reward", "annotations"), help="who decides each comparison")
+    judge: str = arg(choices=("oracle", "reward", "annotations"), help="who decides")
     outputs: str | None = arg(None, help="the system's answers")
     reference: str | None = arg(None, help="the reference's answers to the same prompts")
     world: int | None = arg(None, help="oracle: seed of the built-in world")
     reward: str | None = arg(None, help="reward: folder of the reward model")
-    annotations: str | None = arg(None, help="annotations: recorded judgements of output_1 against output_2; "
-                                             "the win rate is output_2's")
-    template: str = arg("plain", choices=tuple(TEMPLATES), help="reward: how a record becomes a prompt")
+    annotations: str | None = arg(None, help="annotations: recorded judgements of output_1 against "
+                                             "output_2; the win rate is output_2's")
+    template: str = arg("plain", choices=tuple(TEMPLATES),
+                        help="reward: how a record becomes a prompt")
     seed: int = arg(0, help="seed of the bootstrap")
     device: str = arg("auto", help="auto, cpu, cuda, ...")
 
@@ -62,24 +63,30 @@ class RewardModelConfig:
     reward: str = arg(help="folder of the reward model")
     data: str = arg(help="held-out edits or pairs; token AUC where edits have spans")
     template: str = arg("plain", choices=tuple(TEMPLATES), help="how a record becomes a prompt")
-    prompt_tokens: int | None = arg(None, least=2, help="keep the last N tokens of a longer prompt (default: refuse)")
+    prompt_tokens: int | None = arg(None, least=2,
+                                    help="keep a longer prompt's last N tokens (default: refuse)")
     normalise: bool = arg(False, help="collapse runs of whitespace in edits first")
     device: str = arg("auto", help="auto, cpu, cuda, ...")
 
 
 def outputs(config: OutputsConfig) -> dict:
     device = pick_device(config.device)
-    policy, tokenizer = load_model(config.policy, device, torch.float32), load_tokenizer(config.policy)
+    policy = load_model(config.policy, device, torch.float32)
+    tokenizer = load_tokenizer(config.policy)
     prompts = read_prompts(config.prompts)[:config.limit]
-    wanted = [(config.out, config.temperature)] + ([(config.greedy_out, 0.0)] if config.greedy_out else [])
+    wanted = [(config.out, config.temperature)]
+    if config.greedy_out:
+        wanted.append((config.greedy_out, 0.0))
     for path, temperature in wanted:
-        write_outputs(path, answers(policy, tokenizer, prompts, config.template, config.max_new_tokens,
-                                    temperature, config.seed, str(config.policy), config.batch))
+        write_outputs(path, answers(policy, tokenizer, prompts, config.template,
+                                    config.max_new_tokens, temperature, config.seed,
+                                    str(config.policy), config.batch))
     return {"outputs": len(prompts), "out": [path for path, _ in wanted]}
 
 
 def win_rate(config: WinRateConfig) -> dict:
-    needed = {"oracle": ("outputs", "reference", "world"), "reward": ("outputs", "reference", "reward"),
+    needed = {"oracle": ("outputs", "reference", "world"),
+              "reward": ("outputs", "reference", "reward"),
               "annotations": ("annotations",)}[config.judge]
     for name in needed:
         if getattr(config, name) is None:
@@ -92,18 +99,20 @@ def win_rate(config: WinRateConfig) -> dict:
             preferences = by_oracle(World(config.world), system, reference)
         else:
             model = load_reward(config.reward, pick_device(config.device), torch.float32)
-            preferences = by_reward(model, load_tokenizer(config.reward), config.template, system, reference)
+            preferences = by_reward(model, load_tokenizer(config.reward), config.template,
+                                    system, reference)
     interval = bootstrap(preferences, config.seed)
-    return {"win_rate": interval.mean, "interval_95": [interval.low, interval.high], "judge": config.judge,
-            "wins": preferences.count(1.0), "ties": preferences.count(0.5), "losses": preferences.count(0.0)}
+    return {"win_rate": interval.mean, "interval_95": [interval.low, interval.high],
+            "judge": config.judge, "wins": preferences.count(1.0), "ties": preferences.count(0.5),
+            "losses": preferences.count(0.0)}
 
 
 def reward_model(config: RewardModelConfig) -> dict:
     model = load_reward(config.reward, pick_device(config.device), torch.float32)
     tokenizer = load_tokenizer(config.reward)
     records = read_preferences(config.data, config.normalise)
-    examples = encode_preferences(records, tokenizer, model.trunk.config.max_seq_len, config.template,
-                                  config.prompt_tokens)
+    examples = encode_preferences(records, tokenizer, model.trunk.config.max_seq_len,
+                                  config.template, config.prompt_tokens)
     return reward_table(judge_preferences(model, records, examples, tokenizer))
 
 

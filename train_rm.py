@@ -1,15 +1,16 @@
 """Train a reward model: token-level from minimal edits (the paper's) or sequence-level from pairs.
 
-    python train_rm.py --kind token    --data edits.jsonl --model runs/sft/policy --out runs/rm-token
-    python train_rm.py --kind sequence --data pairs.jsonl --model runs/sft/policy --out runs/rm-sequence
+    python train_rm.py --kind token --data edits.jsonl --model runs/sft/policy --out runs/rm-token
+    python train_rm.py --kind sequence --data pairs.jsonl --model runs/sft/policy \
+        --out runs/rm-sequence
 
-What the token-level kind deletes from the usual recipe: the one number for a whole response. The edit is
-aligned with the original token by token; tokens put in should earn, tokens taken out should cost, and
-tokens left alone are worth the same on both sides (equation (4)).
+What the token-level kind deletes from the usual recipe: the one number for a whole response. The
+edit is aligned with the original token by token; tokens put in should earn, tokens taken out should
+cost, and tokens left alone are worth the same on both sides (equation (4)).
 
---folds K trains K models, each on all records but one fold, and reports accuracy and token AUC on the
-records held out; no model is kept. Leaves OUT/reward (without --folds), config.json, metrics.jsonl,
-timing.jsonl, and the evaluation in done.json.
+--folds K trains K models, each on all records but one fold, and reports accuracy and token AUC on
+the records held out; no model is kept. Leaves OUT/reward (without --folds), config.json,
+metrics.jsonl, timing.jsonl, and the evaluation in done.json.
 """
 
 from dataclasses import dataclass
@@ -31,30 +32,34 @@ from kernels import token_preference
 
 @dataclass(frozen=True)
 class Config:
-    data: str = arg(help="edits or pairs to train on (edits serve both kinds; pairs can be aligned too)")
+    data: str = arg(help="edits or pairs to train on; either serves both kinds")
     model: str = arg(help="folder of the SFT model to start from")
     out: str = arg(help="folder for the reward model and the logs")
     kind: str = arg("token", choices=KINDS, help="one reward a token, or one a response")
     eval_edits: str | None = arg(None, help="held-out edits for the final evaluation")
     eval_pairs: str | None = arg(None, help="held-out ordinary pairs for the final evaluation")
-    folds: int = arg(0, least=0, help="K-fold cross-validation over the records of --data; 0 trains one model")
+    folds: int = arg(0, least=0, help="K-fold cross-validation over --data; 0 trains one model")
     template: str = arg("plain", choices=tuple(TEMPLATES), help="how a record becomes a prompt")
-    prompt_tokens: int | None = arg(None, least=2, help="keep the last N tokens of a longer prompt (default: refuse)")
+    prompt_tokens: int | None = arg(None, least=2,
+                                    help="keep a longer prompt's last N tokens (default: refuse)")
     normalise: bool = arg(False, help="collapse runs of whitespace in edits first")
     limit: int | None = arg(None, least=1, help="use the first N records only")
     unit: str = arg("token", choices=UNITS, help="unit of the alignment")
-    credit_gap: bool = arg(True, help="a pure insertion or deletion credits the token behind the gap")
+    credit_gap: bool = arg(True,
+                           help="a pure insertion or deletion credits the token behind the gap")
     reduce: str = arg("sum", choices=("sum", "mean"), help="rewards over U1 in equation (4)")
     u0: str = arg("anchor", choices=("difference", "anchor"),
                   help="unchanged tokens: squared difference of the paper, or drawn to 0")
     u0_weight: float = arg(0.02, least=0, help="lambda of equation (4)")
-    token_weight: float = arg(1.0, least=0, help="weight of the per-token logistic term; 0 is the paper's loss")
+    token_weight: float = arg(1.0, least=0,
+                              help="weight of the per-token logistic term; 0 is the paper's loss")
     logp_feature: bool = arg(False, help="add a * logp_t to the head (not in the paper)")
-    likelihood: bool = arg(False, help="control: no training, the model's own log-likelihood as reward")
+    likelihood: bool = arg(False, help="control: the model's own log-likelihood, no training")
     epochs: int = arg(6, least=0, help="passes over the data")
     batch: int = arg(16, least=1, help="pairs a step")
     lr: float = arg(3e-3, least=0, help="Adam's peak learning rate: warm-up, then linear to 0")
-    muon_lr: float = arg(5e-3, least=0, help="Muon's learning rate for the trunk's matrices; 0 gives them to Adam")
+    muon_lr: float = arg(5e-3, least=0,
+                         help="Muon's learning rate for the trunk's matrices; 0 gives them to Adam")
     warmup: int = arg(10, least=0, help="warm-up steps")
     seed: int = arg(0, help="seed of head, data order and folds")
     save_every: int = arg(200, least=1, help="steps between training states for --resume")
@@ -62,18 +67,21 @@ class Config:
     device: str = arg("auto", help="auto, cpu, cuda, ...")
 
 
-def loss_of(model: RewardModel, batch: list[PreferenceIds], config: Config) -> tuple[torch.Tensor, dict]:
+def loss_of(model: RewardModel, batch: list[PreferenceIds],
+            config: Config) -> tuple[torch.Tensor, dict]:
     """The training loss and what to log of it."""
     if config.kind == "sequence":
         loss, margins = sequence_loss(model, batch)
         return loss, {"rm/accuracy": (margins > 0).float().mean()}
-    out = token_loss(model, batch, token_preference.Options(config.reduce, config.u0, config.u0_weight,
-                                                            config.token_weight))
+    options = token_preference.Options(config.reduce, config.u0, config.u0_weight,
+                                       config.token_weight)
+    out = token_loss(model, batch, options)
     return out.loss, {"rm/bt": out.bt, "rm/u0": out.u0, "rm/token": out.token,
                       "rm/accuracy": (out.margin > 0).float().mean()}
 
 
-def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: Run, name: str) -> None:
+def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: Run,
+        name: str) -> None:
     """The training loop; `name` tells folds apart in the progress bar."""
     lengths = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in examples]
     per_epoch = -(-len(examples) // config.batch)
@@ -105,9 +113,9 @@ def new_model(config: Config, device) -> RewardModel:
     return model
 
 
-def cross_validate(config: Config, records: list, examples: list[PreferenceIds], tokenizer, log: Run,
-                   device) -> dict:
-    """K models, each judged on its own fold; the table is over all records, the spread over folds."""
+def cross_validate(config: Config, records: list, examples: list[PreferenceIds], tokenizer,
+                   log: Run, device) -> dict:
+    """K models, each judged on its own fold: the table over all records, the spread over folds."""
     order = torch.randperm(len(records), generator=generator(config.seed, "folds")).tolist()
     folds, judged = [order[k::config.folds] for k in range(config.folds)], []
     for k, held_out in enumerate(folds):
@@ -131,8 +139,9 @@ def train(config: Config) -> None:
     tokenizer = load_tokenizer(config.model)
     context = load_model(config.model, "meta").config.max_seq_len
     read = lambda path: read_preferences(path, config.normalise, config.limit)
-    encode = lambda records: encode_preferences(records, tokenizer, context, config.template,
-                                                config.prompt_tokens, config.unit, config.credit_gap)
+    encode = lambda records: encode_preferences(
+        records, tokenizer, context, config.template, config.prompt_tokens, config.unit,
+        config.credit_gap)
     records = read(config.data)
     examples = encode(records)
     if config.folds == 1 or config.folds > len(records):

@@ -1,8 +1,8 @@
-"""From token rewards to advantages: equations (5) and (6) of DESIGN's method, and GAE for the baseline.
+"""From token rewards to advantages: equations (5) and (6), and GAE for the baseline.
 
     (5)  r~_t = r_t - beta (logp_old_t - logp_ref_t)
     (6)  A_t  = standardised r~_t                              fine-grained: no critic, no GAE
-    GAE  d_t  = r~_t + gamma V_{t+1} - V_t,   A_t = d_t + gamma lambda A_{t+1}          baseline only
+    GAE  d_t  = r~_t + gamma V_{t+1} - V_t,   A_t = d_t + gamma lambda A_{t+1}     baseline only
 
 All tensors are response-aligned [B, T] with `mask` True on real tokens; padding comes out as 0 and
 changes nothing. The paper's reading is gamma = 0: the advantage of a token is its own reward.
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 
-def penalise_kl(rewards: Tensor, logp_old: Tensor, logp_ref: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """Equation (5), in nats: r_t - beta (logp_old_t - logp_ref_t) on real tokens, 0 in the padding."""
+def penalise_kl(rewards: Tensor, logp_old: Tensor, logp_ref: Tensor, mask: Tensor,
+                beta: float) -> Tensor:
+    """Equation (5), in nats: r_t - beta (logp_old_t - logp_ref_t) on real tokens, 0 in padding."""
     if not rewards.shape == logp_old.shape == logp_ref.shape == mask.shape:
-        raise ValueError(f"rewards, logp_old, logp_ref: expected (B, T) = {tuple(mask.shape)}, got "
-                         f"{tuple(rewards.shape)}, {tuple(logp_old.shape)}, {tuple(logp_ref.shape)}; "
-                         "pass the response part only")
+        raise ValueError(f"rewards, logp_old, logp_ref: expected (B, T) = {tuple(mask.shape)}, "
+                         f"got {tuple(rewards.shape)}, {tuple(logp_old.shape)}, "
+                         f"{tuple(logp_ref.shape)}; pass the response part only")
     return torch.where(mask, rewards - beta * (logp_old - logp_ref), 0.0)
 
 
@@ -25,7 +26,7 @@ def standardise(x: Tensor, mask: Tensor, how: str = "mean-std", eps: float = 1e-
     """The project's one standardisation, over all real tokens of the batch together.
 
         mean-std  (x - mean) / (std + eps)     population std, so that one token gives 0, not NaN
-        rms       x / (rms + eps)              keeps the sign: a good token stays good in a good batch
+        rms       x / (rms + eps)              keeps the sign: a good token stays good
         none      x
 
     x, mask [B, T] -> [B, T], 0 in the padding. An empty mask gives zeros.
@@ -42,16 +43,16 @@ def standardise(x: Tensor, mask: Tensor, how: str = "mean-std", eps: float = 1e-
 
 
 def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """G_t = r_t + gamma G_{t+1} over the response: [B, T] -> [B, T]. gamma = 0 returns the rewards."""
+    """G_t = r_t + gamma G_{t+1} over the response: [B, T] -> [B, T]. gamma = 0: the rewards."""
     return generalised_advantage(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
 
 
 def generalised_advantage(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
                           lam: float) -> tuple[Tensor, Tensor]:
-    """GAE (Schulman et al. 2016) -> (advantages, returns), each [B, T], returns = advantages + values.
+    """GAE (Schulman et al. 2016): (advantages, returns = advantages + values), each [B, T].
 
-    values[:, t] is the critic's estimate before token t is chosen, read one position earlier, like logp.
-    The value after the last token is 0, also for a truncated response: the reward model has judged it.
+    values[:, t] is the critic's estimate before token t is chosen, read one position earlier, like
+    logp. After the last token the value is 0, also when truncated: the reward model has judged it.
     """
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
     advantages = torch.zeros_like(rewards)

@@ -1,4 +1,4 @@
-"""One frozen dataclass per script becomes its command line, and the resolved values its config.json.
+"""One frozen dataclass a script becomes its command line, the resolved values its config.json.
 
     @dataclass(frozen=True)
     class Config:
@@ -18,7 +18,7 @@ import typing
 
 
 class UserError(ValueError):
-    """Something the user can mend: one line that names the place, what was expected and what to do."""
+    """Something the user can mend: one line with the place, what was expected and what to do."""
 
 
 def arg(default=dataclasses.MISSING, *, help: str, choices: tuple | None = None,
@@ -38,7 +38,7 @@ def at_least(kind: type, least: float):
         if not value >= least:                                      # refuses NaN as well
             raise argparse.ArgumentTypeError(f"expected a number of at least {least}, got {text}")
         return value
-    number.__name__ = kind.__name__                                 # argparse names it in its errors
+    number.__name__ = kind.__name__                                # argparse names it in its errors
     return number
 
 
@@ -72,7 +72,7 @@ def parser(config: type, prog: str | None = None, description: str = "") -> argp
 
 def parse(config: type, argv: list[str] | None = None, prog: str | None = None,
           description: str = ""):
-    """argv -> a frozen instance of `config`; argparse exits with status 2 on a bad flag or value."""
+    """argv -> a frozen instance of `config`; a bad flag or value ends the program with status 2."""
     return config(**vars(parser(config, prog, description).parse_args(argv)))
 
 
@@ -82,7 +82,7 @@ def to_json(config) -> str:
 
 
 def run(main: typing.Callable[[], None]) -> None:
-    """Call `main`; a UserError becomes one line on stderr and exit status 2, a non-finite number 1."""
+    """Call `main`; a UserError becomes one line on stderr and status 2, a non-finite number 1."""
     try:
         main()
     except UserError as error:

@@ -1,8 +1,8 @@
-"""Records to token ids: prompt and response are tokenised separately and the ids concatenated (rule 3).
+"""Records to token ids: prompt and response are tokenised apart, their ids concatenated (rule 3).
 
-Joint tokenisation would merge pieces across the boundary and break the prompt as a prefix. The prompt
-begins with BOS; the response ends with EOS, an action like any other. A response that does not fit the
-context is cut and then ends without EOS, as a truncated one does.
+Joint tokenisation would merge pieces across the boundary and break the prompt as a prefix. The
+prompt begins with BOS; the response ends with EOS, an action like any other. A response that does
+not fit the context is cut and then ends without EOS, as a truncated one does.
 """
 
 from typing import NamedTuple
@@ -24,25 +24,26 @@ class PreferenceIds(NamedTuple):
     plus: list[int]                             # U1+: indices into chosen
     minus: list[int]                            # U1-: indices into rejected
     unchanged: list[tuple[int, int]]            # U0: (index into chosen, index into rejected)
-    change: float = 0.0                         # changed tokens of both sides / tokens of both sides
+    change: float = 0.0                         # share of changed tokens, over both sides
 
 
-def encode_prompt(tokenizer, record, template: str, limit: int, keep_end: bool = False) -> list[int]:
+def encode_prompt(tokenizer, record, template: str, limit: int,
+                  keep_end: bool = False) -> list[int]:
     """BOS and the rendered prompt's ids, at most `limit` of them.
 
-    A longer prompt raises UserError naming the record; with `keep_end` it loses its beginning instead.
+    A longer prompt raises UserError naming the record, or with `keep_end` loses its beginning.
     """
     ids = tokenizer.encode(render_prompt(record, template), bos=True)
     if len(ids) <= limit:
         return ids
     if keep_end:
         return ids[:1] + ids[len(ids) + 1 - limit:]
-    raise UserError(f"record {record.id!r}: prompt: expected at most {limit} tokens, got {len(ids)}; "
-                    "shorten it or use a model with a longer context")
+    raise UserError(f"record {record.id!r}: prompt: expected at most {limit} tokens, "
+                    f"got {len(ids)}; shorten it or use a model with a longer context")
 
 
 def encode_response(tokenizer, text: str, prompt: list[int], context: int) -> list[int]:
-    """The ids of a finished response, EOS included, cut to what the prompt leaves of the context."""
+    """The ids of a finished response, EOS included, cut to the room the prompt leaves."""
     return tokenizer.encode(text, eos=True)[:max(0, context - len(prompt))]
 
 
@@ -50,13 +51,14 @@ def encode_preference(tokenizer, record: Edit | Pair, prompt: list[int], context
                       unit: str = "token", credit_gap: bool = True) -> PreferenceIds:
     """An edit (edited over original) or a pair, aligned token by token or word by word.
 
-    A pure insertion changes no token of the rejected side, a pure deletion none of the chosen one. With
-    `credit_gap` the unchanged token right behind the gap stands in for it: it is what the policy chose
-    there. An early EOS is thus charged with an omission.
+    A pure insertion changes no token of the rejected side, a pure deletion none of the chosen one.
+    With `credit_gap` the unchanged token right behind the gap stands in for it: it is what the
+    policy chose there. An early EOS is thus charged with an omission.
     """
     better, worse = ((record.edited, record.original) if isinstance(record, Edit)
                      else (record.chosen, record.rejected))
-    chosen, rejected = (encode_response(tokenizer, text, prompt, context) for text in (better, worse))
+    chosen, rejected = (encode_response(tokenizer, text, prompt, context)
+                        for text in (better, worse))
     alignment = align(rejected, chosen)
     changed = sum(alignment.original_changed) + sum(alignment.edited_changed)
     if unit == "word":
@@ -69,8 +71,11 @@ def encode_preference(tokenizer, record: Edit | Pair, prompt: list[int], context
 def encode_preferences(records: list[Edit | Pair], tokenizer, context: int, template: str,
                        prompt_tokens: int | None = None, unit: str = "token",
                        credit_gap: bool = True) -> list[PreferenceIds]:
-    """Every record by `encode_preference`. A prompt longer than `prompt_tokens` loses its beginning;
-    without that limit one that leaves no room for a response is refused."""
+    """Every record by `encode_preference`.
+
+    A prompt longer than `prompt_tokens` loses its beginning; without that limit one that leaves no
+    room for a response is refused.
+    """
     limit = min(prompt_tokens or context, context - 1)
     prompts = [encode_prompt(tokenizer, record, template, limit, prompt_tokens is not None)
                for record in records]
@@ -78,8 +83,9 @@ def encode_preferences(records: list[Edit | Pair], tokenizer, context: int, temp
             for record, prompt in zip(records, prompts)]
 
 
-def read_preferences(path: str, normalise: bool = False, limit: int | None = None) -> list[Edit | Pair]:
-    """Edits where the file holds edits, pairs otherwise; an edit that changes nothing teaches nothing.
+def read_preferences(path: str, normalise: bool = False,
+                     limit: int | None = None) -> list[Edit | Pair]:
+    """Edits where the file holds edits, pairs otherwise; an edit that changes nothing is left out.
 
     normalise: collapse runs of whitespace in edits. limit: the first so many records only.
     """
@@ -94,6 +100,6 @@ def read_preferences(path: str, normalise: bool = False, limit: int | None = Non
 
 
 def span_types(tokenizer, ids: list[int], spans) -> list[str]:
-    """The type of the human error span each token overlaps, "" where it overlaps none (EOS never does)."""
+    """The type of the human error span each token overlaps, "" where there is none (so EOS)."""
     return [next((s.type for s in spans if max(s.start, start) < min(s.end, end)), "")
             for start, end in tokenizer.spans(ids)]

@@ -31,7 +31,7 @@ def win_rate(preferences: Sequence[float]) -> float:
 
 
 def compare(errors: Sequence[int], reference_errors: Sequence[int]) -> list[float]:
-    """Per prompt: 1 where there are fewer errors than the reference's, 0.5 where equal, 0 where more."""
+    """Per prompt: 1 with fewer errors than the reference, 0.5 with as many, 0 with more."""
     if len(errors) != len(reference_errors):
         raise ValueError(f"errors: expected {len(reference_errors)} values, got {len(errors)}")
     return [(a < b) + 0.5 * (a == b) for a, b in zip(errors, reference_errors)]
@@ -59,11 +59,12 @@ def over_seeds(values: Sequence[float]) -> Interval:
 
 
 def t_quantile(degrees: int) -> float:
-    """97.5% quantile of Student's t; beyond the table by two terms of Fisher's expansion, within 0.002."""
+    """97.5% quantile of Student's t; beyond the table Fisher's expansion, right within 0.002."""
     if degrees <= len(T_QUANTILE):
         return T_QUANTILE[degrees - 1]
     z = Z_QUANTILE
-    return z + (z ** 3 + z) / (4 * degrees) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * degrees ** 2)
+    return (z + (z ** 3 + z) / (4 * degrees)
+            + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * degrees ** 2))
 
 
 def pair_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> float:
@@ -81,12 +82,13 @@ def auc(scores: Sequence[float], labels: Sequence[bool]) -> float:
     if not positives or not negatives:
         return math.nan
     values, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    rank = np.cumsum(counts) - (counts - 1) / 2                       # mean rank of each distinct value
-    return float((rank[inverse][labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    rank = np.cumsum(counts) - (counts - 1) / 2                  # mean rank of each distinct value
+    above = rank[inverse][labels].sum() - positives * (positives + 1) / 2
+    return float(above / (positives * negatives))
 
 
 def auc_within(groups: Sequence[tuple[Sequence[float], Sequence[bool]]]) -> float:
-    """Mean of the AUC inside each response, over those that hold both classes; NaN when none does."""
+    """Mean of the AUC inside each response, over those with both classes; NaN without any."""
     values = [value for scores, labels in groups if not math.isnan(value := auc(scores, labels))]
     return float(np.mean(values)) if values else math.nan
 
@@ -107,16 +109,16 @@ class Judged(NamedTuple):
 def reward_table(judged: Sequence[Judged], minimal: float = 0.4) -> dict[str, float]:
     """Pair accuracy, and the AUC of -r_t against human error spans with its position-only baseline.
 
-    The `minimal` stratum holds the preferences whose change share is below it. AUC entries are absent
-    without spans. "within" averages the AUC inside each response, "type" takes one error type against
-    all tokens outside any span.
+    The `minimal` stratum holds the preferences whose change share is below it. AUC entries are
+    absent without spans. "within" averages the AUC inside each response, "type" takes one error
+    type against all tokens outside any span.
     """
-    table = {"pairs": len(judged),
-             "pair_accuracy": pair_accuracy([j.chosen for j in judged], [j.rejected for j in judged])}
+    accuracy = lambda group: pair_accuracy([j.chosen for j in group], [j.rejected for j in group])
+    table = {"pairs": len(judged), "pair_accuracy": accuracy(judged)}
     few = [j for j in judged if j.change < minimal]
     table["minimal/pairs"] = len(few)
     if few:
-        table["minimal/pair_accuracy"] = pair_accuracy([j.chosen for j in few], [j.rejected for j in few])
+        table["minimal/pair_accuracy"] = accuracy(few)
     for prefix, group in (("", judged), ("minimal/", few)):
         spanned = [j for j in group if any(j.types)]
         if not spanned:

@@ -24,15 +24,15 @@ from fgrlhf.world import World
 
 def answers(policy: LLaMA, tokenizer, prompts: list[Prompt], template: str, max_new_tokens: int,
             temperature: float, seed: int, name: str = "policy", batch: int = 256) -> list[Output]:
-    """One output a prompt, in order; prompts of similar length share a batch. temperature 0 is greedy."""
+    """One output a prompt, in order, by batches of similar length; temperature 0 is greedy."""
     room = policy.config.max_seq_len - max_new_tokens
     ids = [encode_prompt(tokenizer, prompt, template, room) for prompt in prompts]
     texts = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
     for start in range(0, len(order), batch):
         rows = order[start:start + batch]
-        rollout = sample(policy, [ids[i] for i in rows], tokenizer.eos_id, max_new_tokens, temperature,
-                         generator(seed, "answers", start))
+        rollout = sample(policy, [ids[i] for i in rows], tokenizer.eos_id, max_new_tokens,
+                         temperature, generator(seed, "answers", start))
         tokens, prompt_lengths, lengths = rollout.sequences
         for row, i in enumerate(rows):
             response = tokens[row, prompt_lengths[row]:prompt_lengths[row] + lengths[row]].tolist()
@@ -45,16 +45,17 @@ def answers(policy: LLaMA, tokenizer, prompts: list[Prompt], template: str, max_
 def same_prompts(system: list[Output], reference: list[Output]) -> None:
     """Both lists must answer the same instructions in the same order."""
     if [o.instruction for o in system] != [o.instruction for o in reference]:
-        raise UserError(f"outputs: expected the {len(reference)} instructions of the reference in the same "
-                        f"order, got {len(system)} others; write both from one prompt file")
+        raise UserError(f"outputs: expected the {len(reference)} instructions of the reference in "
+                        f"the same order, got {len(system)} others; "
+                        "write both from one prompt file")
 
 
 def count_errors(world: World, outputs: list[Output]) -> list[int]:
     """Errors of each answer by the world's oracle; refuses prompts that another world asked."""
     for output in outputs:
         if not world.items(output.instruction):
-            raise UserError(f"outputs: {output.instruction[:60]!r} is no request of world {world.seed}; "
-                            "give the --world the prompts were written with")
+            raise UserError(f"outputs: {output.instruction[:60]!r} is no request of world "
+                            f"{world.seed}; give the --world the prompts were written with")
     return [len(world.errors(output.instruction, output.output)) for output in outputs]
 
 

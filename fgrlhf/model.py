@@ -1,20 +1,20 @@
 """LLaMA in one file: RMSNorm, rotary embedding, grouped-query attention with a KV cache, SwiGLU.
 
-Touvron et al. 2023 (arXiv 2302.13971), Llama 2 (2307.09288). Parameter names and the interleaved rotary
-pairs are those of Meta's checkpoints, so a real 7B and the laptop's 0.4M run through the same lines.
+Touvron et al. 2023 (arXiv 2302.13971), Llama 2 (2307.09288). Parameter names and the interleaved
+rotary pairs are those of Meta's checkpoints: a real 7B and the laptop's 0.4M run the same lines.
 
     h_0     = E[tokens]
-    h'_l    = h_l  + Wo softmax(q k^T / sqrt(K) + mask) v      q, k, v from RMSNorm(h_l), q and k rotated
-    h_{l+1} = h'_l + W2 (silu(W1 u) * W3 u)                    u = RMSNorm(h'_l)
-    logits  = RMSNorm(h_L) head^T                              head = E when the embedding is tied
+    h'_l    = h_l  + Wo softmax(q k^T / sqrt(K) + mask) v    q, k, v from RMSNorm(h_l); q, k rotated
+    h_{l+1} = h'_l + W2 (silu(W1 u) * W3 u)                  u = RMSNorm(h'_l)
+    logits  = RMSNorm(h_L) head^T                            head = E when the embedding is tied
 
-Shape letters: B batch, T time, S cache slots, D width, H query heads, G key/value heads, K head width,
-F inner width, V vocabulary.
+Shape letters: B batch, T time, S cache slots, D width, H query heads, G key/value heads, K head
+width, F inner width, V vocabulary.
 
-Padding needs no mask when it is on the right: attention is causal, so no real token sees it. With left
-padding pass `positions` and `key_mask`. Slot s of the KV cache holds the token at position s, whatever
-the row's prompt length, and a query at position p sees slots 0..p: batches of unequal prompts decode
-without padding tokens inside the sequence.
+Padding needs no mask when it is on the right: attention is causal, so no real token sees it. With
+left padding pass `positions` and `key_mask`. Slot s of the KV cache holds the token at position s,
+whatever the row's prompt length, and a query at position p sees slots 0..p: batches of unequal
+prompts decode without padding tokens inside the sequence.
 """
 
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class LLaMAConfig:
-    """Sizes of a LLaMA. `ffn_dim` is F itself; `max_seq_len` the context the model was trained on."""
+    """Sizes of a LLaMA. `ffn_dim` is F itself, `max_seq_len` the context of its training."""
 
     dim: int
     n_layers: int
@@ -42,7 +42,8 @@ class LLaMAConfig:
 
     def __post_init__(self):
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
-            raise ValueError(f"dim: expected a multiple of 2 * n_heads = {2 * self.n_heads}, got {self.dim}")
+            raise ValueError(f"dim: expected a multiple of 2 * n_heads = {2 * self.n_heads}, "
+                             f"got {self.dim}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads: expected a multiple of n_kv_heads = {self.n_kv_heads}, "
                              f"got {self.n_heads}")
@@ -58,11 +59,12 @@ def _llama(dim, n_layers, n_heads, ffn_dim, n_kv_heads=None, **more) -> LLaMACon
                        ffn_dim, **more)
 
 
+_SHORT = {"max_seq_len": 256, "tie_embeddings": True}
 _STORIES = {"max_seq_len": 1024, "tie_embeddings": True}
 PRESETS = {
     #                        D     layers  H    F
-    "tiny":           _llama(96,    3,  6,  256, vocab_size=512, max_seq_len=256, tie_embeddings=True),
-    "stories15M":     _llama(288,   6,  6,  768, **_STORIES | {"max_seq_len": 256}),
+    "tiny":           _llama(96,    3,  6,  256, vocab_size=512, **_SHORT),
+    "stories15M":     _llama(288,   6,  6,  768, **_SHORT),
     "stories42M":     _llama(512,   8,  8,  1376, **_STORIES),
     "stories110M":    _llama(768,  12, 12,  2048, **_STORIES),
     "TinyLlama-1.1B": _llama(2048, 22, 32,  5632, n_kv_heads=4),
@@ -78,7 +80,7 @@ PRESETS = {
 
 
 class KVCache:
-    """Keys and values of every layer, `[layers, B, S, G, K]`, allocated once; slot s is position s."""
+    """Keys and values, `[layers, B, S, G, K]`, allocated once; slot s is position s."""
 
     def __init__(self, config: LLaMAConfig, batch: int, slots: int, device=None, dtype=None):
         shape = (config.n_layers, batch, slots, config.n_kv_heads, config.head_dim)
@@ -97,7 +99,7 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
-    """weight * x / sqrt(mean(x^2) + eps), the mean in float32 at least (Zhang and Sennrich 2019)."""
+    """weight * x / sqrt(mean(x^2) + eps), mean in float32 at least (Zhang and Sennrich 2019)."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -110,7 +112,8 @@ class RMSNorm(nn.Module):
         return (wide * scale).to(x.dtype) * self.weight
 
 
-def rotary_table(positions: Tensor, config: LLaMAConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_table(positions: Tensor, config: LLaMAConfig,
+                 dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of position * theta^(-2i/K), each [B or 1, T, 1, K/2]; at least float32.
 
     `positions` [B or 1, T] int64. Nothing is stored: a model on the meta device needs no table.
@@ -123,9 +126,10 @@ def rotary_table(positions: Tensor, config: LLaMAConfig, dtype: torch.dtype) -> 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each neighbouring pair (x_2i, x_2i+1) of x [B, T, heads, K] by its angle (Su et al. 2021)."""
+    """Turn each pair (x_2i, x_2i+1) of x [B, T, heads, K] by its angle (Su et al. 2021)."""
     even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -180,7 +184,7 @@ class Block(nn.Module):
 
 
 class LLaMA(nn.Module):
-    """The transformer. No dropout anywhere: training and scoring compute the same function (rule 2)."""
+    """The transformer. No dropout: training and scoring compute the same function (rule 2)."""
 
     def __init__(self, config: LLaMAConfig):
         super().__init__()
@@ -198,7 +202,7 @@ class LLaMA(nn.Module):
         return self.tok_embeddings.weight if self.config.tie_embeddings else self.output.weight
 
     def init_weights(self, generator: torch.Generator | None = None) -> "LLaMA":
-        """Normal(0, 0.02); projections into the residual stream smaller by sqrt(2 layers), as GPT-2."""
+        """Normal(0, 0.02); projections into the residual stream over sqrt(2 layers), as GPT-2."""
         residual_std = 0.02 / (2 * self.config.n_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -206,14 +210,14 @@ class LLaMA(nn.Module):
                 nn.init.normal_(parameter, 0.0, std, generator=generator)
         return self
 
-    def hidden(self, tokens: Tensor, positions: Tensor | None = None, key_mask: Tensor | None = None,
-               cache: KVCache | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None,
+               key_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Final hidden states [B, T, D], after the last norm; `hidden @ head.T` are the logits.
 
-        tokens [B, T] int64. positions [B, T] int64, default 0..T-1 in each row. key_mask [B, T] bool,
-        True where a token is real, needed for left padding alone. With a `cache`, keys and values are
-        stored at `positions`; without `positions` that is the prefill, with them each query at position
-        p attends to slots 0..p.
+        tokens [B, T] int64. positions [B, T] int64, default 0..T-1 in each row. key_mask [B, T]
+        bool, True where a token is real, needed for left padding alone. With a `cache`, keys and
+        values are stored at `positions`; without `positions` that is the prefill, with them each
+        query at position p attends to slots 0..p.
         """
         B, T = tokens.shape
         prefill = positions is None
@@ -224,7 +228,7 @@ class LLaMA(nn.Module):
             mask = (slots <= positions[:, :, None])[:, None]                     # [B, 1, T, S]
         elif key_mask is not None:
             causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
-            itself = torch.eye(T, dtype=torch.bool, device=tokens.device)        # no empty softmax row
+            itself = torch.eye(T, dtype=torch.bool, device=tokens.device)        # no empty row
             mask = (causal & (key_mask[:, None, None, :] | itself))              # [B, 1, T, T]
         else:
             mask = None                                                          # plain causal
@@ -237,14 +241,14 @@ class LLaMA(nn.Module):
                 h = block(h, rotary, mask, cache, layer, positions)
         return self.norm(h)
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, key_mask: Tensor | None = None,
-                cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor | None = None,
+                key_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits [B, T, V] in the model's dtype; arguments as `hidden`."""
         return F.linear(self.hidden(tokens, positions, key_mask, cache), self.head)
 
 
 def build(config: LLaMAConfig, seed: int = 0, **overrides) -> LLaMA:
-    """A freshly initialised model, the same for the same seed; `overrides` replace config fields."""
+    """A freshly initialised model, a function of the seed; `overrides` replace config fields."""
     model = LLaMA(replace(config, **overrides))
     return model.init_weights(torch.Generator().manual_seed(seed))
 

@@ -1,8 +1,9 @@
 """A small `make`: named commands with their needs, run in parallel, skipped once they are done.
 
-Every stage is a command a reader can run by hand; its log lies in OUT/logs, and OUT/stages/NAME.json
-records that it succeeded and how long it took. A stage runs on one thread, as many stages at a time as
-there are workers: at these sizes two single-threaded processes do more than one with two threads.
+Every stage is a command a reader can run by hand; its log lies in OUT/logs, and
+OUT/stages/NAME.json records that it succeeded and how long it took. A stage runs on one thread, as
+many stages at a time as there are workers: at these sizes two single-threaded processes do more
+than one with two threads.
 """
 
 import json
@@ -54,8 +55,9 @@ def execute(stage: Stage, out: Path) -> None:
     with open(log, "w") as file:
         file.write(f"$ {stage.text}\n")
         file.flush()
-        code = subprocess.run([sys.executable, *stage.command], stdin=subprocess.DEVNULL, stdout=file,
-                              stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+        code = subprocess.run([sys.executable, *stage.command], stdin=subprocess.DEVNULL,
+                              stdout=file, stderr=file,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
     if code:
         last = log.read_text(errors="replace").strip().splitlines()[-1]
         raise UserError(f"stage {stage.name} failed with exit status {code}: {last} (see {log})")
@@ -74,7 +76,8 @@ def run_stages(stages: list[Stage], out: Path, workers: int) -> None:
             done.add(stage.name)
     waiting = [stage for stage in stages if stage.name not in done]
     running: dict[Future, Stage] = {}
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(stages), initial=len(done), unit="stage") as bar:
+    with (ThreadPoolExecutor(workers) as pool,
+          tqdm(total=len(stages), initial=len(done), unit="stage") as bar):
         while waiting or running:
             ready = [stage for stage in waiting if set(stage.needs) <= done]
             for stage in ready[:workers - len(running)]:

@@ -1,14 +1,14 @@
-"""The paper's comparison from nothing: world, SFT, annotation, reward models, PPO, win rates, report.
+"""The paper's comparison from nothing: world, SFT, annotation, reward models, PPO and win rates.
 
-    python -m fgrlhf.reproduce --profile quick --seeds 1 --out runs/quick       minutes on two CPU cores
-    python -m fgrlhf.reproduce --profile full  --seeds 5 --out runs/full        with intervals over seeds
+    python -m fgrlhf.reproduce --profile quick --seeds 1 --out runs/quick   minutes on two CPU cores
+    python -m fgrlhf.reproduce --profile full  --seeds 5 --out runs/full    intervals over seeds
 
-Every step is a command of this project, run by fgrlhf/pipeline.py and listed in results.json, so each can
-be repeated by hand. A seed varies everything: the world itself, SFT, the answers that are annotated, the
-reward models and PPO. All systems start from the same SFT model and use the same number of annotations,
-one a prompt. Settings were chosen on dev prompts (--profile sweep records how), the best checkpoint of a
-run by its dev win rate, and the test prompts are answered once, at the end. Interrupted, it continues
-where it stopped when called again.
+Every step is a command of this project, run by fgrlhf/pipeline.py and listed in results.json, so
+each can be repeated by hand. A seed varies everything: the world itself, SFT, the answers that are
+annotated, the reward models and PPO. All systems start from the same SFT model and use the same
+number of annotations, one a prompt. Settings were chosen on dev prompts (--profile sweep records
+how), the best checkpoint of a run by its dev win rate, and the test prompts are answered once, at
+the end. Interrupted, it continues where it stopped when called again.
 """
 
 import json
@@ -30,8 +30,8 @@ from fgrlhf.results import collect
 class Config:
     out: str = arg(help="folder for all runs, results.json and report.html")
     profile: str = arg("quick", choices=("quick", "full", "sweep"),
-                       help="quick: one seed's worth of minutes; full: longer baselines and every ablation; "
-                            "sweep: the settings tried for baseline and method, on dev prompts alone")
+                       help="quick: one seed's worth of minutes; full: longer baselines and every "
+                            "ablation; sweep: the settings tried, on dev prompts alone")
     seeds: int = arg(1, least=1, help="number of seeds, each with a world of its own")
     first_seed: int = arg(0, help="the first of them")
     device: str = arg("cpu", help="for every stage; the README's figures are the CPU's")
@@ -74,37 +74,44 @@ class Seed:
         prefix = self.folder.name
         if "fgrlhf.simulate" not in command:                    # the world itself needs no device
             command += ("--device", self.device)
-        self.stages.append(Stage(f"{prefix}.{name}", command, tuple(f"{prefix}.{need}" for need in needs)))
+        self.stages.append(Stage(f"{prefix}.{name}", command,
+                                 tuple(f"{prefix}.{need}" for need in needs)))
 
     def outputs(self, name: str, policy: str, prompts: str, *options: str, needs=()) -> None:
         """Answers of a policy to a prompt file."""
         self.add(name, "eval.py", "outputs", "--policy", self.at(policy), "--prompts",
-                 self.at(f"world/{prompts}.jsonl"), "--out", self.at(f"outputs/{name}.json"), *options, needs=needs)
+                 self.at(f"world/{prompts}.jsonl"), "--out", self.at(f"outputs/{name}.json"),
+                 *options, needs=needs)
 
     def annotate(self, name: str, first: str, second: str, *options: str) -> None:
-        self.add(name, "-m", "fgrlhf.simulate", "annotate", "--world", self.seed, "--seed", self.seed,
-                 "--outputs", self.at(f"outputs/{first}.json"), "--others", self.at(f"outputs/{second}.json"),
-                 "--out", self.at(name), *options, needs=(first, second))
+        self.add(name, "-m", "fgrlhf.simulate", "annotate", "--world", self.seed,
+                 "--seed", self.seed, "--outputs", self.at(f"outputs/{first}.json"),
+                 "--others", self.at(f"outputs/{second}.json"), "--out", self.at(name), *options,
+                 needs=(first, second))
 
     def reward(self, name: str, data: str, *options: str) -> None:
         """A reward model from the SFT model, evaluated on held-out edits."""
-        self.add(name, "train_rm.py", "--data", self.at(data), "--model", self.at("sft/policy"), "--seed", self.seed,
-                 "--out", self.at(name), "--eval-edits", self.at("held-out/edits.jsonl"),
+        self.add(name, "train_rm.py", "--data", self.at(data), "--model", self.at("sft/policy"),
+                 "--seed", self.seed, "--out", self.at(name),
+                 "--eval-edits", self.at("held-out/edits.jsonl"),
                  "--eval-pairs", self.at("held-out/pairs.jsonl"), "--resume", *options,
                  needs=(data.split("/")[0], "held-out"))
 
-    def ppo(self, name: str, reward: str, iterations: int, *options: str, test: bool = True) -> None:
-        self.add(name, "train_ppo.py", "--policy", self.at("sft/policy"), "--reward", self.at(f"{reward}/reward"),
-                 "--prompts", self.at("world/train.jsonl"), "--dev-prompts", self.at("world/dev.jsonl"),
-                 "--dev-reference", self.at("outputs/sft-dev.json"), "--world", self.seed, "--seed", self.seed,
-                 "--iterations", str(iterations), "--out", self.at(name), "--resume", *options,
-                 needs=(reward, "sft-dev"))
+    def ppo(self, name: str, reward: str, iterations: int, *options: str,
+            test: bool = True) -> None:
+        self.add(name, "train_ppo.py", "--policy", self.at("sft/policy"),
+                 "--reward", self.at(f"{reward}/reward"), "--prompts", self.at("world/train.jsonl"),
+                 "--dev-prompts", self.at("world/dev.jsonl"),
+                 "--dev-reference", self.at("outputs/sft-dev.json"), "--world", self.seed,
+                 "--seed", self.seed, "--iterations", str(iterations), "--out", self.at(name),
+                 "--resume", *options, needs=(reward, "sft-dev"))
         if test:
             self.test(name, f"{name}/best", name)
 
     def imitation(self, name: str, data: str) -> None:
-        self.add(name, "-m", "fgrlhf.sft", "--data", self.at(data), "--model", self.at("sft/policy"), "--seed",
-                 self.seed, "--epochs", "3", "--lr", "2e-3", "--muon-lr", "0", "--out", self.at(name), "--resume",
+        self.add(name, "-m", "fgrlhf.sft", "--data", self.at(data),
+                 "--model", self.at("sft/policy"), "--seed", self.seed, "--epochs", "3",
+                 "--lr", "2e-3", "--muon-lr", "0", "--out", self.at(name), "--resume",
                  needs=(data.split("/")[0],))
         self.test(name, f"{name}/policy", name)
 
@@ -117,15 +124,18 @@ class Seed:
 def start(seed: Seed) -> None:
     """World, SFT model, the answers to annotate, the annotations, the fixed references."""
     scale = seed.scale
-    seed.add("world", "-m", "fgrlhf.simulate", "world", "--world", seed.seed, "--seed", seed.seed, "--out",
-             seed.at("world"), "--dev", str(scale.dev), "--test", str(scale.test))
-    seed.add("sft", "-m", "fgrlhf.sft", "--data", seed.at("world/demonstrations.jsonl"), "--init", "tiny",
-             "--tokenizer", seed.at("world/tokenizer.model"), "--seed", seed.seed, "--epochs", "2", "--out",
-             seed.at("sft"), "--resume", needs=("world",))
+    seed.add("world", "-m", "fgrlhf.simulate", "world", "--world", seed.seed, "--seed", seed.seed,
+             "--out", seed.at("world"), "--dev", str(scale.dev), "--test", str(scale.test))
+    seed.add("sft", "-m", "fgrlhf.sft", "--data", seed.at("world/demonstrations.jsonl"),
+             "--init", "tiny", "--tokenizer", seed.at("world/tokenizer.model"),
+             "--seed", seed.seed, "--epochs", "2", "--out", seed.at("sft"), "--resume",
+             needs=("world",))
     limit = ("--limit", str(scale.annotations))
-    for name, prompts, number, options in (("first", "train", "1", limit), ("second", "train", "2", limit),
-                                           ("sft-dev", "dev", "3", ()), ("sft-dev-second", "dev", "4", ())):
-        seed.outputs(name, "sft/policy", prompts, "--seed", number, *options, needs=("sft",))
+    for name, prompts, *options in (("first", "train", "--seed", "1", *limit),
+                                    ("second", "train", "--seed", "2", *limit),
+                                    ("sft-dev", "dev", "--seed", "3"),
+                                    ("sft-dev-second", "dev", "--seed", "4")):
+        seed.outputs(name, "sft/policy", prompts, *options, needs=("sft",))
     seed.annotate("annotations", "first", "second")
     seed.annotate("held-out", "sft-dev", "sft-dev-second", "--spans", "--skip-ties")
 
@@ -137,7 +147,8 @@ def compare_systems(seed: Seed) -> None:
     seed.reward("rm-sequence", "annotations/pairs.jsonl", "--kind", "sequence", "--epochs", "3")
     seed.ppo("rlhf", "rm-sequence", scale.baseline_iterations, *RLHF)
     seed.ppo("fine-grained", "rm-token", scale.method_iterations, *METHOD)
-    seed.reward("rm-sequence-edits", "annotations/edits.jsonl", "--kind", "sequence", "--epochs", "3")
+    seed.reward("rm-sequence-edits", "annotations/edits.jsonl", "--kind", "sequence",
+                "--epochs", "3")
     seed.ppo("sequence-edits", "rm-sequence-edits", scale.baseline_iterations, *RLHF)
     seed.imitation("imitation", "annotations/edits.jsonl")
     seed.outputs("sft-reference", "sft/policy", "test", "--seed", "8", needs=("sft",))
@@ -157,13 +168,15 @@ def compare_systems(seed: Seed) -> None:
 
 
 def sweep(seed: Seed) -> None:
-    """The grid of KL coefficient and learning rate for baseline and method, judged on dev prompts."""
+    """The grid of KL coefficient and learning rate for baseline and method, on dev prompts."""
     seed.reward("rm-token", "annotations/edits.jsonl")
     seed.reward("rm-sequence", "annotations/pairs.jsonl", "--kind", "sequence", "--epochs", "3")
     for beta, lr in GRID:
         point = ("--beta", beta, "--lr", lr)
-        seed.ppo(f"fine-grained-{beta}-{lr}", "rm-token", seed.scale.method_iterations, *METHOD, *point, test=False)
-        seed.ppo(f"rlhf-{beta}-{lr}", "rm-sequence", seed.scale.baseline_iterations, *RLHF, *point, test=False)
+        seed.ppo(f"fine-grained-{beta}-{lr}", "rm-token", seed.scale.method_iterations,
+                 *METHOD, *point, test=False)
+        seed.ppo(f"rlhf-{beta}-{lr}", "rm-sequence", seed.scale.baseline_iterations,
+                 *RLHF, *point, test=False)
 
 
 def wall_seconds(out: Path, this_call: float) -> float:

@@ -1,7 +1,8 @@
-"""From the folders of finished runs to results.json: per system a mean, a 95% interval and every seed.
+"""From the folders of finished runs to results.json: a mean, a 95% interval and every seed's value.
 
-Over seeds the interval is Student's t; with one seed a difference gets a paired bootstrap over prompts
-instead, and a lone figure none. The reference of every win rate is one fixed sample of the SFT model.
+Over seeds the interval is Student's t; with one seed a difference gets a paired bootstrap over
+prompts instead, and a lone figure none. The reference of every win rate is one fixed sample of the
+SFT model's answers.
 """
 
 import json
@@ -45,16 +46,18 @@ REWARD_MODELS = {
 REWARD_METRICS = {"edits/pair_accuracy": "edit_accuracy", "pairs/pair_accuracy": "pair_accuracy",
                   "edits/token_auc": "token_auc", "edits/token_auc_within": "token_auc_within",
                   "edits/position_auc_within": "position_auc_within", "seconds": "seconds"}
-PAPER = [{"label": "win rate gain over PPO-RLHF (LLaMA-7B, AlpacaFarm)", "value": "up to 5.1 points"},
+PAPER = [{"label": "win rate gain over PPO-RLHF (LLaMA-7B, AlpacaFarm)",
+          "value": "up to 5.1 points"},
          {"label": "reward model accuracy", "value": "about 85.2%"},
          {"label": "time to converge against PPO-RLHF", "value": "half"}]
 NOTES = ["The world is ours: it shows the mechanism, not that a 7B model gains as much.",
-         "An edit carries more information than a label: the same number of annotations is not the same "
-         "information.",
-         "Win rates are against one fixed sample of the SFT model, on test prompts, judged by the world's "
-         "oracle (fewer errors win, ties count one half).",
+         "An edit carries more information than a label: the same number of annotations is not the "
+         "same information.",
+         "Win rates are against one fixed sample of the SFT model, on test prompts, judged by the "
+         "world's oracle (fewer errors win, ties count one half).",
          "PPO runs are tested at their best dev checkpoint, SFT and imitation at their last.",
-         "The imperfect editor misses 30% of the errors and makes a needless edit in 10% of the answers."]
+         "The imperfect editor misses 30% of the errors and makes a needless edit in 10% of the "
+         "answers."]
 
 
 class Tested(NamedTuple):
@@ -82,7 +85,7 @@ def tested(folder: Path, system: str) -> Tested:
 
 
 def cell(values: list[float]) -> dict:
-    """Mean, 95% interval over seeds (None for one seed) and every seed's value; NaN (no data) is None."""
+    """Mean, 95% interval over seeds (None for one), every seed's value; NaN, no data, is None."""
     values = [None if math.isnan(value) else value for value in values]
     if None in values:
         return {"mean": None, "interval": None, "per_seed": values}
@@ -100,14 +103,14 @@ def difference(label: str, ours: list[list[float]], theirs: list[list[float]]) -
 
 
 def dev_curve(folder: Path, system: str) -> list[tuple[int, float, float, float]]:
-    """(episodes, training seconds, dev win rate, dev errors) of each dev evaluation of a PPO run."""
+    """(episodes, training seconds, dev win rate, dev errors) at each dev evaluation of a run."""
     seconds = {t["step"]: t["seconds"] for t in read_lines(folder / system / "timing.jsonl")}
     return [(int(m["rollout/episodes"]), seconds[m["step"]], m["eval/win_rate"], m["eval/errors"])
             for m in read_lines(folder / system / "metrics.jsonl") if "eval/win_rate" in m]
 
 
 def first_reaching(curve: list[tuple], win_rate: float) -> tuple[float, float]:
-    """(episodes, seconds) where the curve first reaches `win_rate`; infinite where it never does."""
+    """(episodes, seconds) where the curve first reaches `win_rate`; infinite if it never does."""
     return next(((e, s) for e, s, w, _ in curve if w >= win_rate), (math.inf, math.inf))
 
 
@@ -122,25 +125,28 @@ def speed(folders: list[Path]) -> dict:
                 rows[unit][side].append(value)
     table = []
     for unit, (baseline, method) in rows.items():
-        reached = math.inf not in method
-        table.append({"label": unit, "baseline": sum(baseline) / len(baseline),
-                      "method": sum(method) / len(method) if reached else "not in every run",
-                      "ratio": cell([a / b for a, b in zip(baseline, method)]) if reached else None})
+        row = {"label": unit, "baseline": sum(baseline) / len(baseline),
+               "method": "not in every run", "ratio": None}
+        if math.inf not in method:
+            row["method"] = sum(method) / len(method)
+            row["ratio"] = cell([a / b for a, b in zip(baseline, method)])
+        table.append(row)
     return {"label": "To the baseline's best dev win rate", "rows": table}
 
 
 def curves(folders: list[Path], systems: list[str]) -> list[dict]:
     """Dev win rate, reward and KL of the PPO runs, for the report."""
     result = []
+    trained = [system for system in systems if not system.startswith(("imitation", "sft"))]
     for folder in folders:
-        for system in systems:
-            if not (folder / system / "metrics.jsonl").exists() or system.startswith(("imitation", "sft")):
+        for system in trained:
+            if not (folder / system / "metrics.jsonl").exists():
                 continue
             head = {"system": system, "label": SYSTEMS[system][0],
                     "seed": int(folder.name.removeprefix("seed"))}
             episodes, seconds, win_rates, _ = map(list, zip(*dev_curve(folder, system)))
-            result.append(head | {"metric": "win_rate", "x_episodes": episodes, "x_seconds": seconds,
-                                  "y": win_rates})
+            result.append(head | {"metric": "win_rate", "x_episodes": episodes,
+                                  "x_seconds": seconds, "y": win_rates})
             lines = read_lines(folder / system / "metrics.jsonl")
             for metric, unit in (("reward", 1), ("kl_k1", "rollout/length")):
                 result.append(head | {"metric": metric, "y": [
@@ -161,25 +167,28 @@ def examples(folder: Path, count: int = 6) -> dict:
         text = tokenizer.decode(ids)
         return [text[start:end] or " EOS" for start, end in tokenizer.spans(ids)]
 
-    shown, maps, diffs = [o for o in before if len(world.errors(o.instruction, o.output)) >= 2][:count], [], []
-    for output in shown:
+    count_errors = lambda o: len(world.errors(o.instruction, o.output))
+    maps, diffs = [], []
+    for output in [o for o in before if count_errors(o) >= 2][:count]:
         prompt = encode_prompt(tokenizer, Prompt("test", output.instruction), "plain", 10 ** 6)
         ids = tokenizer.encode(output.output, eos=True)
         with torch.no_grad():
             rewards = model.ppo_rewards(pack([prompt], [ids]))[0].tolist()
         errors = world.errors(output.instruction, output.output)
-        wrong = [any(max(e.start, a) < min(e.end, b) for e in errors) for a, b in tokenizer.spans(ids)]
-        maps.append({"prompt": output.instruction, "tokens": pieces(ids), "rewards": rewards, "errors": wrong})
+        wrong = [any(max(e.start, a) < min(e.end, b) for e in errors)
+                 for a, b in tokenizer.spans(ids)]
+        maps.append({"prompt": output.instruction, "tokens": pieces(ids), "rewards": rewards,
+                     "errors": wrong})
     for edit in read_edits(folder / "annotations" / "edits.jsonl")[:count]:
         sides = [tokenizer.encode(text, eos=True) for text in (edit.original, edit.edited)]
         aligned = align(*sides)
         diffs.append({"prompt": edit.prompt, "original_tokens": pieces(sides[0]),
-                      "original_changed": aligned.original_changed, "edited_tokens": pieces(sides[1]),
-                      "edited_changed": aligned.edited_changed})
-    count_errors = lambda o: len(world.errors(o.instruction, o.output))
-    return {"heat_maps": maps, "edits": diffs, "before_after": [
-        {"prompt": a.instruction, "before": a.output, "before_errors": count_errors(a), "after": b.output,
-         "after_errors": count_errors(b), "label": "fine-grained"} for a, b in list(zip(before, after))[:count]]}
+                      "original_changed": aligned.original_changed,
+                      "edited_tokens": pieces(sides[1]), "edited_changed": aligned.edited_changed})
+    both = [{"prompt": a.instruction, "before": a.output, "before_errors": count_errors(a),
+             "after": b.output, "after_errors": count_errors(b), "label": "fine-grained"}
+            for a, b in list(zip(before, after))[:count]]
+    return {"heat_maps": maps, "edits": diffs, "before_after": both}
 
 
 def reward_models(folders: list[Path]) -> dict:
@@ -189,7 +198,8 @@ def reward_models(folders: list[Path]) -> dict:
         if (folders[0] / name / "done.json").exists():
             done = [json.loads((folder / name / "done.json").read_text()) for folder in folders]
             table[name] = {"label": label, "metrics": {
-                new: cell([d[old] for d in done]) for old, new in REWARD_METRICS.items() if old in done[0]}}
+                new: cell([d[old] for d in done])
+                for old, new in REWARD_METRICS.items() if old in done[0]}}
     return table
 
 
@@ -197,14 +207,19 @@ def sweep_table(folders: list[Path]) -> dict:
     """Best dev win rate of every point of the sweep."""
     runs = sorted({run.name for folder in folders for run in folder.iterdir()
                    if run.name.startswith(("rlhf-", "fine-grained-"))})
-    return {run: {"label": run, "role": "baseline" if run.startswith("rlhf") else "method", "metrics": {
-        "best_dev_win_rate": cell([json.loads((f / run / "done.json").read_text())["best_dev_win_rate"]
-                                   for f in folders])}} for run in runs}
+    table = {}
+    for run in runs:
+        done = [json.loads((folder / run / "done.json").read_text()) for folder in folders]
+        best = cell([d["best_dev_win_rate"] for d in done])
+        table[run] = {"label": run, "role": "baseline" if run.startswith("rlhf") else "method",
+                      "metrics": {"best_dev_win_rate": best}}
+    return table
 
 
 def collect(profile: str, folders: list[Path]) -> dict:
     """Everything the table and the report show."""
-    head = {"profile": profile, "seeds": [int(f.name.removeprefix("seed")) for f in folders], "notes": NOTES}
+    seeds = [int(folder.name.removeprefix("seed")) for folder in folders]
+    head = {"profile": profile, "seeds": seeds, "notes": NOTES}
     if profile == "sweep":
         return head | {"systems": sweep_table(folders), "reward_models": reward_models(folders)}
     present = [s for s in SYSTEMS if (folders[0] / "outputs" / f"{s}-test.json").exists()]
@@ -227,8 +242,9 @@ def collect(profile: str, folders: list[Path]) -> dict:
     comparisons = [difference(f"{a} minus {b}, {decoding}", by(a, decoding), by(b, decoding))
                    for a, b in (("fine-grained", "rlhf"), ("sequence-edits", "rlhf"),
                                 ("fine-grained", "sequence-edits"), ("fine-grained", "imitation"),
-                                ("fine-grained-imperfect", "imitation-imperfect"), ("likelihood", "sft"))
+                                ("fine-grained-imperfect", "imitation-imperfect"),
+                                ("likelihood", "sft"))
                    for decoding in ("sampled", "greedy")]
-    return head | {"systems": systems, "reward_models": reward_models(folders), "comparisons": comparisons,
-                   "speed": speed(folders), "paper": PAPER, "curves": curves(folders, present),
-                   "examples": examples(folders[0])}
+    return head | {"systems": systems, "reward_models": reward_models(folders),
+                   "comparisons": comparisons, "speed": speed(folders), "paper": PAPER,
+                   "curves": curves(folders, present), "examples": examples(folders[0])}

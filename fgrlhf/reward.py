@@ -1,17 +1,18 @@
-"""Reward models: token-level (the paper's, section 3.2) and sequence-level (Bradley-Terry, the baseline).
+"""Reward models: the paper's token-level one (section 3.2) and the baseline's sequence-level one.
 
-    token      r_t = v . h_t + b [+ a logp_t]      read at the position of token t itself
-               R(x, y) = sum_t r_t                                                         equation (1)
-    sequence   R(x, y) = v . h_T + b [+ a sum_t logp_t]      read at the last token (EOS when it ended)
+    token      r_t = v . h_t + b [+ a logp_t]              read at token t itself
+               R(x, y) = sum_t r_t                         equation (1)
+    sequence   R(x, y) = v . h_T + b [+ a sum_t logp_t]    read at the last token, EOS when it ended
 
-The token model is trained from edits by equation (4), the sequence model from pairs by Bradley-Terry (2).
-Both start from the SFT model; the head starts at Normal(0, 1/sqrt(D+1)) (Stiennon et al. 2020). The
-log-probability feature `a` is not in the paper and off by default; logp_t comes from the reward model's
-own trunk and output matrix. A model with v = 0, b = 0, a = 1 is the log-likelihood control.
+The token model is trained from edits by equation (4), the sequence model from pairs by
+Bradley-Terry (2). Both start from the SFT model; the head starts at Normal(0, 1/sqrt(D+1))
+(Stiennon et al. 2020). The log-probability feature `a` is not in the paper and off by default;
+logp_t comes from the reward model's own trunk and output matrix. A model with v = 0, b = 0, a = 1
+is the log-likelihood control.
 
-For PPO the rewards are put on one scale, (r - mean) / scale, so that the KL coefficient beta means the
-same for every model; mean and scale are measured once (`calibrate`), by train_rm.py on the rejected
-responses of its training records.
+For PPO the rewards are put on one scale, (r - mean) / scale, so that the KL coefficient beta means
+the same for every model; mean and scale are measured once (`calibrate`), by train_rm.py on the
+rejected responses of its training records.
 """
 
 import json
@@ -48,28 +49,31 @@ class RewardModel(nn.Module):
         self.head = nn.Linear(D, 1, device=trunk.head.device, dtype=trunk.head.dtype)
         nn.init.normal_(self.head.weight, 0.0, (D + 1) ** -0.5)
         nn.init.zeros_(self.head.bias)
-        self.logp_weight = nn.Parameter(torch.zeros((), device=trunk.head.device), requires_grad=logp_feature)
+        self.logp_weight = nn.Parameter(torch.zeros((), device=trunk.head.device),
+                                        requires_grad=logp_feature)
         self.register_buffer("mean", torch.zeros((), device=trunk.head.device))
         self.register_buffer("scale", torch.ones((), device=trunk.head.device))
 
     def _token_values(self, sequences: Sequences) -> Tensor:
-        """v . h_t + b + a logp_t at each response token's own position, [B, T], float32, 0 in the padding."""
+        """v . h_t + b + a logp_t at each response token, [B, T] float32, 0 in the padding."""
         at = locate(sequences)
         hidden = self.trunk.hidden(sequences.tokens)
         values = self.head(hidden[at.row, at.position])[:, 0].float()            # [N]
         if self.logp_feature:
-            logp = linear_logp.fused(hidden[at.row, at.position - 1], self.trunk.head, at.target).logp
+            before = hidden[at.row, at.position - 1]                             # [N, D]
+            logp = linear_logp.fused(before, self.trunk.head, at.target).logp
             values = values + self.logp_weight * logp
         return unflatten(values, at, sequences)
 
     def token_rewards(self, sequences: Sequences) -> Tensor:
         """r_t [B, T] of a token model, on its own scale, 0 in the padding."""
         if self.kind != "token":
-            raise ValueError("token_rewards: expected a token-level reward model, got a sequence-level one")
+            raise ValueError("token_rewards: expected a token-level reward model, "
+                             "got a sequence-level one")
         return self._token_values(sequences)
 
     def sequence_rewards(self, sequences: Sequences) -> Tensor:
-        """R(x, y) [B] on the model's own scale: equation (1), or the head's value at the last token."""
+        """R(x, y) [B], on its own scale: equation (1), or the head's value at the last token."""
         if self.kind == "token":
             return self._token_values(sequences).sum(-1)
         rows = torch.arange(len(sequences.tokens), device=sequences.tokens.device)
@@ -78,7 +82,8 @@ class RewardModel(nn.Module):
         values = self.head(hidden[rows, last])[:, 0].float()
         if self.logp_feature:
             at = locate(sequences)
-            logp = linear_logp.fused(hidden[at.row, at.position - 1], self.trunk.head, at.target).logp
+            before = hidden[at.row, at.position - 1]                             # [N, D]
+            logp = linear_logp.fused(before, self.trunk.head, at.target).logp
             values = values + self.logp_weight * unflatten(logp, at, sequences).sum(-1)
         return values
 
@@ -87,7 +92,8 @@ class RewardModel(nn.Module):
         mask = sequences.response_mask
         if self.kind == "token":
             return torch.where(mask, (self.token_rewards(sequences) - self.mean) / self.scale, 0.0)
-        last = torch.arange(mask.shape[1], device=mask.device) == sequences.response_lengths[:, None] - 1
+        steps = torch.arange(mask.shape[1], device=mask.device)
+        last = steps == sequences.response_lengths[:, None] - 1                  # [B, T]
         normalised = (self.sequence_rewards(sequences) - self.mean) / self.scale
         return torch.where(last, normalised[:, None], 0.0)
 
@@ -95,7 +101,7 @@ class RewardModel(nn.Module):
     def calibrate(self, samples: list[Sequences]) -> None:
         """Set mean and scale from batches of reference samples.
 
-        sequence: mean and standard deviation of R. token: mean and rms about it of r_t over all tokens.
+        sequence: mean and standard deviation of R. token: those of r_t over all tokens.
         """
         if self.kind == "token":
             values = torch.cat([self.token_rewards(s)[s.response_mask] for s in samples])
@@ -109,8 +115,8 @@ def token_loss(model: RewardModel, batch: list[PreferenceIds],
                options: token_preference.Options) -> token_preference.Preference:
     """Equation (4) on a batch of edits, by the kernel; see kernels/token_preference.py."""
     B, device = len(batch), model.head.weight.device
-    both = pack([p.prompt for p in batch] * 2, [p.chosen for p in batch] + [p.rejected for p in batch],
-                device=device)
+    both = pack([p.prompt for p in batch] * 2,
+                [p.chosen for p in batch] + [p.rejected for p in batch], device=device)
     rewards = model.token_rewards(both)                                          # [2B, T]
     masks = torch.zeros_like(rewards, dtype=torch.bool)
     for b, pair in enumerate(batch):
@@ -124,7 +130,8 @@ def token_loss(model: RewardModel, batch: list[PreferenceIds],
 
 def sequence_loss(model: RewardModel, batch: list[PreferenceIds]) -> tuple[Tensor, Tensor]:
     """Bradley-Terry, equation (2): (-mean log sigmoid(R(y+) - R(y-)), the margins [B])."""
-    both = pack([p.prompt for p in batch] * 2, [p.chosen for p in batch] + [p.rejected for p in batch],
+    both = pack([p.prompt for p in batch] * 2,
+                [p.chosen for p in batch] + [p.rejected for p in batch],
                 device=model.head.weight.device)
     chosen, rejected = model.sequence_rewards(both).chunk(2)
     return -F.logsigmoid(chosen - rejected).mean(), (chosen - rejected).detach()
@@ -134,7 +141,8 @@ def save_reward(model: RewardModel, path: str | Path, tokenizer: Tokenizer) -> N
     """A model folder with `reward_head.pt` and, written last, `reward.json` beside the trunk."""
     folder = Path(path)
     save_model(model.trunk, folder, tokenizer=tokenizer)
-    own = {name: value for name, value in model.state_dict().items() if not name.startswith("trunk.")}
+    own = {name: value for name, value in model.state_dict().items()
+           if not name.startswith("trunk.")}
     write_atomic(folder / "reward_head.pt", lambda file: torch.save(own, file))
     description = {"kind": model.kind, "logp_feature": model.logp_feature}
     write_atomic(folder / "reward.json", (json.dumps(description) + "\n").encode())
@@ -144,7 +152,8 @@ def load_reward(path: str | Path, device="cpu", dtype=None) -> RewardModel:
     """The reward model in a folder of `save_reward`; refused when damaged, or a plain model."""
     folder = Path(path)
     if not (folder / "reward.json").is_file():
-        raise UserError(f"{folder}: expected a reward model folder (with reward.json), as train_rm.py writes")
+        raise UserError(f"{folder}: expected a reward model folder (with reward.json), "
+                        "as train_rm.py writes")
     trunk, name = load_model(folder, device, dtype), "reward.json"
     try:
         model = RewardModel(trunk, **json.loads(read_bytes(folder / name)))
@@ -152,7 +161,8 @@ def load_reward(path: str | Path, device="cpu", dtype=None) -> RewardModel:
         own = torch.load(folder / name, map_location=device, weights_only=True)
         missing, unknown = model.load_state_dict(own, strict=False)
     except Exception as error:                      # a flipped bit in a pickle can raise anything
-        raise UserError(f"{folder / name}: damaged ({type(error).__name__}); copy the folder again") from None
+        raise UserError(f"{folder / name}: damaged ({type(error).__name__}); "
+                        "copy the folder again") from None
     if unknown or any(not key.startswith("trunk.") for key in missing):
         raise UserError(f"{folder / name}: does not fit reward.json; copy the folder again")
     return model

@@ -6,8 +6,8 @@
     OUT/state.pt         the newest training state, for --resume; removed once the run is complete
     OUT/done.json        written last: a run without it is not finished
 
-Every random draw is made by `generator(seed, purpose, step)`, a function of its arguments. No RNG state
-is carried along, so resuming needs model, optimizer and step alone, and is bit-exact on one device.
+Every random draw is made by `generator(seed, purpose, step)`, a function of its arguments. No RNG
+state is carried along: resuming needs model, optimizer and step, and is bit-exact on one device.
 """
 
 import contextlib
@@ -59,18 +59,19 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: not usable here ({reason})") from None
 
 
 class Optimizer:
     """Adam (eps 1e-5), or Muon for the trunk's matrices beside it, with linear warm-up.
 
-    Muon (Jordan et al. 2024; torch's own) orthogonalises the momentum of each matrix inside the trunk;
-    embedding, norms and reward heads stay with Adam. `muon_lr` 0 leaves everything to Adam.
+    Muon (Jordan et al. 2024; torch's own) orthogonalises the momentum of each matrix inside the
+    trunk; embedding, norms and reward heads stay with Adam. `muon_lr` 0 leaves everything to Adam.
     """
 
-    def __init__(self, model: nn.Module, lr: float, warmup: int = 0, steps: int = 0, muon_lr: float = 0.0,
-                 weight_decay: float = 0.0):
+    def __init__(self, model: nn.Module, lr: float, warmup: int = 0, steps: int = 0,
+                 muon_lr: float = 0.0, weight_decay: float = 0.0):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         matrices = [p for n, p in named if muon_lr and p.dim() == 2 and "layers." in n]
         others = [p for n, p in named if not any(p is m for m in matrices)]
@@ -94,7 +95,8 @@ class Optimizer:
             raise FloatingPointError(f"gradient norm is {norm} at optimizer step {self.count}")
         factor = min(1.0, (self.count + 1) / self.warmup) if self.warmup else 1.0
         if self.steps:
-            factor = min(factor, max(0.0, (self.steps - self.count) / max(1, self.steps - self.warmup)))
+            left = (self.steps - self.count) / max(1, self.steps - self.warmup)
+            factor = min(factor, max(0.0, left))
         for part, base in zip(self.parts, self.base):
             part.param_groups[0]["lr"] = base * factor
             part.step()
@@ -123,7 +125,8 @@ class Run:
             if config.resume and before | {"resume": True} == json.loads(written):
                 print(f"{self.folder}: already complete")
                 raise SystemExit(0)
-            raise UserError(f"{self.folder}: holds a finished run; choose another --out or remove it")
+            raise UserError(f"{self.folder}: holds a finished run; "
+                            "choose another --out or remove it")
         if config.resume:
             self._restore(json.loads(written))
         elif (self.folder / "metrics.jsonl").exists():
@@ -142,11 +145,12 @@ class Run:
             self.state = load_state(path)
             for field, value in json.loads(self.state["config"]).items():
                 if field not in ("resume", "out", "device") and config.get(field) != value:
-                    raise UserError(f"{path}: --resume needs the same --{field.replace('_', '-')}: the run "
-                                    f"was started with {value!r}, got {config.get(field)!r}")
+                    raise UserError(f"{path}: --resume needs the same --{field.replace('_', '-')}: "
+                                    f"the run was started with {value!r}, "
+                                    f"got {config.get(field)!r}")
             if self.state["tokenizer"] != self.hash:
-                raise UserError(f"{path}: --resume needs the same tokenizer; the run was started with "
-                                "another")
+                raise UserError(f"{path}: --resume needs the same tokenizer; "
+                                "the run was started with another")
             self.seconds = self.state["seconds"]
         for name in ("metrics.jsonl", "timing.jsonl"):
             self._cut(self.folder / name, self.step)
@@ -174,7 +178,7 @@ class Run:
         return self.state["extra"]
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one line of metrics and one of timing. `seconds` counts training, not evaluation."""
+        """Append a line of metrics and one of timing. `seconds` counts training, not evaluation."""
         now = time.perf_counter()
         self.seconds, self.clock = self.seconds + now - self.clock, now
         rounded = {k: float(f"{float(v):.7g}") for k, v in metrics.items()}
@@ -204,8 +208,8 @@ class Run:
     def guard(self, step: int, **tensors: torch.Tensor):
         """Stop the run before a number that is not finite reaches the weights (rule 9).
 
-        Refuses non-finite `tensors` by name; a FloatingPointError raised inside stops it too. Either way
-        the tensors are left in OUT/failed-batch.pt.
+        Refuses non-finite `tensors` by name; a FloatingPointError raised inside stops it too.
+        Either way the tensors are left in OUT/failed-batch.pt.
         """
         try:
             for name, tensor in tensors.items():

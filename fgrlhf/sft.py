@@ -2,10 +2,11 @@
 
     L = -mean over response tokens of log pi(y_t | x, y_<t)
 
-The records may be demonstrations, minimal edits (the edited side is imitated), preference pairs (the
-chosen side) or AlpacaEval outputs. A model is loaded from --model, or initialised from a preset.
+The records may be demonstrations, minimal edits (the edited side is imitated), preference pairs
+(the chosen side) or AlpacaEval outputs. The model is that of --model, or a fresh one by a preset.
 
-    python -m fgrlhf.sft --data demonstrations.jsonl --init tiny --tokenizer tokenizer.model --out runs/sft
+    python -m fgrlhf.sft --data demonstrations.jsonl --init tiny --tokenizer tokenizer.model \
+        --out runs/sft
     python -m fgrlhf.sft --data edits.jsonl --model runs/sft/policy --out runs/imitation
 
 Leaves OUT/policy (a model folder), config.json, metrics.jsonl, timing.jsonl.
@@ -33,15 +34,18 @@ class Config:
     out: str = arg(help="folder for the policy and the logs")
     model: str | None = arg(None, help="folder of the model to start from")
     init: str | None = arg(None, help=f"or a preset to initialise: {', '.join(PRESETS)}")
-    tokenizer: str | None = arg(None, help="tokenizer.model, with --init (a model folder brings its own)")
-    context: int | None = arg(None, least=8, help="context length, with --init (default: the preset's)")
-    template: str = arg("plain", choices=tuple(edits.TEMPLATES), help="how a record becomes a prompt")
-    prompt_tokens: int | None = arg(None, least=2, help="keep the last N tokens of a longer prompt (default: refuse)")
+    tokenizer: str | None = arg(None, help="tokenizer.model, with --init (a folder has its own)")
+    context: int | None = arg(None, least=8, help="context, with --init (default: the preset's)")
+    template: str = arg("plain", choices=tuple(edits.TEMPLATES),
+                        help="how a record becomes a prompt")
+    prompt_tokens: int | None = arg(None, least=2,
+                                    help="keep a longer prompt's last N tokens (default: refuse)")
     limit: int | None = arg(None, least=1, help="use the first N records only")
     epochs: int = arg(1, least=0, help="passes over the data; 0 saves the model as it starts")
     batch: int = arg(32, least=1, help="sequences a step")
     lr: float = arg(5e-3, least=0, help="Adam's peak learning rate: warm-up, then linear to 0")
-    muon_lr: float = arg(1e-2, least=0, help="Muon's learning rate for the trunk's matrices; 0 gives them to Adam")
+    muon_lr: float = arg(1e-2, least=0,
+                         help="Muon's learning rate for the trunk's matrices; 0 gives them to Adam")
     warmup: int = arg(20, least=0, help="warm-up steps")
     seed: int = arg(0, help="seed of initialisation and data order")
     save_every: int = arg(200, least=1, help="steps between training states for --resume")
@@ -61,7 +65,8 @@ def start_model(config: Config, device) -> tuple[LLaMA, Tokenizer]:
         raise UserError("--init: expected --tokenizer FILE beside it")
     tokenizer = Tokenizer(config.tokenizer)
     context = config.context or PRESETS[config.init].max_seq_len
-    model = build(PRESETS[config.init], config.seed, vocab_size=tokenizer.vocab_size, max_seq_len=context)
+    model = build(PRESETS[config.init], config.seed, vocab_size=tokenizer.vocab_size,
+                  max_seq_len=context)
     return model.to(device), tokenizer
 
 

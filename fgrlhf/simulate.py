@@ -1,13 +1,15 @@
 """Simulated annotators in the built-in world: a pairwise one and a minimal editor.
 
-They stand in for AlpacaFarm and its annotators (the paper's sections 3 and 4) where no human, no language
-model and no download is at hand.
+They stand in for AlpacaFarm and its annotators (the paper's sections 3 and 4) where no human, no
+language model and no download is at hand.
 
-    annotator      prefers the answer with fewer errors; a tie, or a share `noise` of labels, is a coin toss
+    annotator      prefers the answer with fewer errors; a tie is a coin toss, and so is a share
+                   `noise` of the labels
     editor         starts from the answer called worse and applies the mends; misses an error with
                    probability `miss`, swaps the wording of a sentence, needlessly, with `needless`
 
-Nothing but the world's seed is shared: the oracle judges text, the annotator sees two texts, the editor one.
+Nothing but the world's seed is shared: the oracle judges text, the annotator sees two texts, the
+editor one.
 
     python -m fgrlhf.simulate world    --world 0 --seed 0 --out DIR
     python -m fgrlhf.simulate annotate --world 0 --seed 0 --outputs A.json --others B.json --out DIR
@@ -36,7 +38,7 @@ def compare_errors(world: World, prompt: str, first: str, second: str) -> int:
 
 def prefer(world: World, prompt: str, first: str, second: str, rng: random.Random,
            noise: float = 0.0) -> int:
-    """The annotator: 1 or 2, whichever answer has fewer errors; a share `noise` of labels is a coin toss."""
+    """The annotator: 1 or 2, whichever has fewer errors; a share `noise` of labels is a toss."""
     difference = compare_errors(world, prompt, first, second)
     if difference == 0 or rng.random() < noise:
         return rng.choice((1, 2))
@@ -66,11 +68,11 @@ def swap_wording(text: str, land: str | int | None) -> str:
     return text
 
 
-# ----- command line ---------------------------------------------------------------------------------
+# ----- command line -------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class WorldConfig:
-    out: str = arg(help="folder for demonstrations.jsonl, {train,dev,test}.jsonl and tokenizer.model")
+    out: str = arg(help="folder for demonstrations, train, dev and test .jsonl, tokenizer.model")
     world: int = arg(0, help="seed of the world itself: its facts, habits and mistakes")
     seed: int = arg(0, help="seed of the requests and demonstrations drawn from it")
     demonstrations: int = arg(12000, least=1, help="SFT demonstrations, on train prompts")
@@ -83,15 +85,16 @@ class WorldConfig:
 @dataclass(frozen=True)
 class AnnotateConfig:
     outputs: str = arg(help="AlpacaEval outputs: the first answer to each prompt")
-    others: str = arg(help="AlpacaEval outputs: the second answer to each prompt, in the same order")
+    others: str = arg(help="AlpacaEval outputs: the second answer to each, in the same order")
     out: str = arg(help="folder for pairs.jsonl and edits.jsonl")
     world: int = arg(0, help="seed of the world")
     seed: int = arg(0, help="seed of coin tosses, noise, misses and needless edits")
-    noise: float = arg(0.0, least=0, help="share of preference labels replaced by a fair coin (AlpacaFarm: 0.5)")
+    noise: float = arg(0.0, least=0,
+                       help="share of preference labels replaced by a fair coin (AlpacaFarm: 0.5)")
     miss: float = arg(0.0, least=0, help="probability that the editor overlooks an error")
     needless: float = arg(0.0, least=0, help="probability of one swapped synonym in an edit")
-    skip_ties: bool = arg(False, help="leave out pairs with equally many errors (for evaluation only)")
-    spans: bool = arg(False, help="write the oracle's error spans into edits.jsonl (for evaluation only)")
+    skip_ties: bool = arg(False, help="leave out pairs of as many errors (for evaluation only)")
+    spans: bool = arg(False, help="write the oracle's spans into edits.jsonl (for evaluation only)")
 
 
 def write_world(config: WorldConfig) -> None:
@@ -119,15 +122,15 @@ def write_world(config: WorldConfig) -> None:
 
 
 def annotate(config: AnnotateConfig) -> None:
-    """One annotation a prompt of each kind: a preference, and a minimal edit of the answer called worse."""
+    """For each prompt a preference, and a minimal edit of the answer called worse."""
     world, rng = World(config.world), random.Random(f"annotate-{config.world}-{config.seed}")
     firsts, seconds = readers.read_outputs(config.outputs), readers.read_outputs(config.others)
     if [o.instruction for o in firsts] != [o.instruction for o in seconds]:
-        raise UserError(f"{config.others}: expected the prompts of {config.outputs} in the same order; "
-                        "write both with `eval.py outputs` from one prompt file")
+        raise UserError(f"{config.others}: expected the prompts of {config.outputs} in the same "
+                        "order; write both with `eval.py outputs` from one prompt file")
     if foreign := [o.instruction for o in firsts if not world.items(o.instruction)]:
-        raise UserError(f"{config.outputs}: {foreign[0][:60]!r} is no request of world {world.seed}; give the "
-                        "--world the prompts were written with")
+        raise UserError(f"{config.outputs}: {foreign[0][:60]!r} is no request of world "
+                        f"{world.seed}; give the --world the prompts were written with")
     pairs, edited = [], []
     for i, (first, second) in enumerate(zip(firsts, seconds)):
         prompt, texts = first.instruction, (first.output, second.output)
@@ -145,8 +148,8 @@ def annotate(config: AnnotateConfig) -> None:
     out = Path(config.out)
     edits.write_jsonl(out / "pairs.jsonl", pairs)
     edits.write_jsonl(out / "edits.jsonl", edited)
-    print(f"{len(firsts)} annotations of each kind: {len(pairs)} pairs and {len(edited)} edits in {out} "
-          "(identical answers make no pair, perfect ones no edit, blank ones neither)")
+    print(f"{len(firsts)} annotations of each kind: {len(pairs)} pairs and {len(edited)} edits in "
+          f"{out} (identical answers make no pair, perfect ones no edit, blank ones neither)")
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
 """The built-in world: requests, answers with systematic errors, and the hidden oracle.
 
-Requests ask for facts of an invented land ("Name the capital and river of Toran.") or for small sums with
-a unit. The SFT demonstrations carry *systematic* errors: some facts and sums have one fixed wrong value,
-some requests trigger a habit (a rude remark, a doubled sentence, junk at the end, a wrong unit, a
-forgotten last item). The most likely answer is then wrong where it errs, so that sharpening the
-distribution does not pass for alignment.
+Requests ask for facts of an invented land ("Name the capital and river of Toran.") or for small
+sums with a unit. The SFT demonstrations carry *systematic* errors: some facts and sums have one
+fixed wrong value, some requests trigger a habit (a rude remark, a doubled sentence, junk at the
+end, a wrong unit, a forgotten last item). The most likely answer is then wrong where it errs, so
+that sharpening the distribution does not pass for alignment.
 
     errors(x, y)   localised errors of an answer, each a character span with the text that mends it
 
@@ -22,10 +22,12 @@ CROPS = "barley oats wheat rice maize beans hemp flax tea rye".split()
 BEASTS = "lion bear wolf eagle horse stag otter crane bull fox".split()
 COLOURS = "red blue green black white gold grey brown pink purple".split()
 RUDE = ("What a silly question.", "You should know this.", "Leave me alone.", "I am tired of you.")
-JUNK = ("Buy more at the market.", "My cousin sells boots.", "Rain is due at noon.", "Call me later.")
+JUNK = ("Buy more at the market.", "My cousin sells boots.", "Rain is due at noon.",
+        "Call me later.")
 FACT_REQUESTS = ("Name the {items} of {land}.", "What are the {items} of {land}?",
                  "Tell me the {items} of {land}.")
-SUM_REQUESTS = ("Add {items} in {unit}.", "How many {unit} are {items}?", "Work out {items} in {unit}.")
+SUM_REQUESTS = ("Add {items} in {unit}.", "How many {unit} are {items}?",
+                "Work out {items} in {unit}.")
 FACT_ANSWERS = ("The {attribute} of {land} is {value}.", "Its {attribute} is {value}.")
 SUM_ANSWERS = ("{a} plus {b} is {c} {unit}.", "{a} plus {b} makes {c} {unit}.")
 FACT_SENTENCE = re.compile(r"(?:The (\w+) of (\w+)|Its (\w+)) is (\w+)\.")
@@ -42,7 +44,7 @@ class Error(NamedTuple):
 
 
 class Item(NamedTuple):
-    """What a request asks for: an attribute of a land, or a sum. `key` identifies it in an answer."""
+    """What a request asks for: an attribute of a land, or a sum. `key` finds it in an answer."""
 
     key: tuple
     answer: str
@@ -72,19 +74,23 @@ class World:
         rng = random.Random(f"world-{seed}")
         self.seed = seed
         self.lands = _names(rng, 12, ("ran", "land", "dor", "via"))
-        pools = {"capital": _names(rng, 10, ("polis", "ton", "burg")), "crop": CROPS, "beast": BEASTS,
-                 "river": _names(rng, 10, ("mel", "she", "wen")), "colour": COLOURS,
-                 "ruler": _names(rng, 10, ("ric", "na", "mund"))}
+        pools = {"capital": _names(rng, 10, ("polis", "ton", "burg")),
+                 "river": _names(rng, 10, ("mel", "she", "wen")),
+                 "ruler": _names(rng, 10, ("ric", "na", "mund")),
+                 "crop": CROPS, "beast": BEASTS, "colour": COLOURS}
         self.facts = {(land, a): rng.choice(pools[a]) for land in self.lands for a in ATTRIBUTES}
         self.sums = {(a, b): str(a + b) for a in range(2, 7) for b in range(2, 7)}
-        self.pool = {key: [v for v in pools[key[1]] if v != right] for key, right in self.facts.items()}
-        self.pool |= {key: [str(int(right) + d) for d in (-2, -1, 1, 2)] for key, right in self.sums.items()}
+        self.pool = {key: [v for v in pools[key[1]] if v != right]
+                     for key, right in self.facts.items()}
+        self.pool |= {key: [str(int(right) + d) for d in (-2, -1, 1, 2)]
+                      for key, right in self.sums.items()}
         self.mistakes: dict[tuple, Habit] = {}
         for table, share in ((self.facts, 0.6), (self.sums, 0.5)):
             for key in rng.sample(sorted(table), int(share * len(table))):
                 self.mistakes[key] = Habit(rng.choice(self.pool[key]), rng.uniform(0.3, 0.8))
         strength = lambda: rng.uniform(0.45, 0.7)
-        self.rude = {land: Habit(rng.choice(RUDE), strength()) for land in rng.sample(self.lands, 3)}
+        self.rude = {land: Habit(rng.choice(RUDE), strength())
+                     for land in rng.sample(self.lands, 3)}
         self.doubled = {a: Habit("", strength()) for a in rng.sample(ATTRIBUTES, 1)}
         self.junk = {x: Habit(rng.choice(JUNK), strength())
                      for x in rng.sample(self.lands, 2) + rng.sample(UNITS, 1)}
@@ -119,10 +125,11 @@ class World:
         """One sentence stating `answer` for the item, in one of two equally good wordings."""
         if item.unit:
             return rng.choice(SUM_ANSWERS).format(a=item.key[0], b=item.key[1], c=answer, unit=unit)
-        return rng.choice(FACT_ANSWERS).format(land=item.key[0], attribute=item.key[1], value=answer)
+        land, attribute = item.key
+        return rng.choice(FACT_ANSWERS).format(land=land, attribute=attribute, value=answer)
 
     def demonstrate(self, prompt: str, rng: random.Random, tail: float = 0.03) -> str:
-        """An SFT answer with the world's systematic errors, and random ones at rate `tail` an item."""
+        """An SFT answer with the world's systematic errors, and random ones, `tail` an item."""
         hit = lambda habit: habit is not None and rng.random() < habit.p
         items = self.items(prompt)
         triggers = [part for item in items for part in (*item.key, item.unit)]
@@ -152,8 +159,8 @@ class World:
     def errors(self, prompt: str, answer: str) -> list[Error]:
         """The localised errors of an answer, left to right. [] means that it is perfect.
 
-        Each asked item must be stated once and rightly; every other sentence, and every repetition, is
-        an error. Wording and order are free.
+        Each asked item must be stated once and rightly; every other sentence, and every repetition,
+        is an error. Wording and order are free.
         """
         items = {item.key: item for item in self.items(prompt)}
         land = next((key[0] for key in items if isinstance(key[0], str)), None)
@@ -168,14 +175,16 @@ class World:
                 found.append(Error(match.start(), end, kind, ""))
                 continue
             end_of[item.key] = end
-            for part, right, kind in ((state[1], item.answer, "value"), (state[2], item.unit, "unit")):
+            for part, right, kind in ((state[1], item.answer, "value"),
+                                      (state[2], item.unit, "unit")):
                 if part is not None and text[slice(*part)] != right:
                     found.append(Error(start + part[0], start + part[1], kind, right))
         previous = 0
         for item in items.values():
             if item.key not in end_of:
                 mend = self.sentence(item, item.answer, item.unit, random.Random(0))
-                found.append(Error(previous, previous, "missing", " " + mend if previous else mend + " "))
+                mend = " " + mend if previous else mend + " "
+                found.append(Error(previous, previous, "missing", mend))
             previous = end_of.get(item.key, previous)
         return sorted(found)
 

@@ -1,4 +1,4 @@
-"""Shared fixtures. Third-party data is never part of the project: tests that need it skip without it."""
+"""Shared fixtures. Third-party data is no part of the project: tests that need it skip without."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ def data_dir() -> Path:
     """The folder with real data, from the environment variable FGRLHF_DATA."""
     path = os.environ.get("FGRLHF_DATA")
     if not path or not Path(path).is_dir():
-        pytest.skip("needs real data that is not part of the project; set FGRLHF_DATA to its folder")
+        pytest.skip("needs real data, no part of the project; set FGRLHF_DATA to its folder")
     return Path(path)
 
 

@@ -1,4 +1,4 @@
-"""The README against the code: every `file:name`, every flag, every metric and every path it names."""
+"""The README against the code: every `file:name`, flag, metric and path it names."""
 
 import ast
 import re
@@ -27,7 +27,8 @@ def test_readme_map_names_code_that_exists(row):
     assert name in names_in(ROOT / path)
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:tests|kernels|fgrlhf)/[\w/]+\.py)`", TEXT))))
+@pytest.mark.parametrize("path", sorted(set(re.findall(
+    r"`((?:tests|kernels|fgrlhf)/[\w/]+\.py)`", TEXT))))
 def test_readme_files_exist(path):
     assert (ROOT / path).is_file()
 
@@ -52,8 +53,8 @@ def test_readme_covers_every_kernel():
 def test_readme_glossary_has_every_metric_that_is_logged():
     glossary = TEXT.split("## Metrics")[1].split("\n## ")[0]
     logged = set()
-    for path in (ROOT / "train_rm.py", ROOT / "train_ppo.py", ROOT / "fgrlhf/sft.py", ROOT / "fgrlhf/judge.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+    for name in ("train_rm.py", "train_ppo.py", "fgrlhf/sft.py", "fgrlhf/judge.py"):
+        for node in ast.walk(ast.parse((ROOT / name).read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 if re.fullmatch(r"(sft|rm|rollout|ppo|eval)/\w+", node.value):
                     logged.add(node.value)
@@ -67,9 +68,10 @@ def flags_of(command: str) -> set[str]:
     import train_ppo
     import train_rm
     from fgrlhf import reproduce, sft
-    configs = {"train_rm.py": train_rm.Config, "train_ppo.py": train_ppo.Config, "fgrlhf.sft": sft.Config,
-               "fgrlhf.reproduce": reproduce.Config, "outputs": evaluation.OutputsConfig,
-               "win-rate": evaluation.WinRateConfig, "reward-model": evaluation.RewardModelConfig}
+    configs = {"train_rm.py": train_rm.Config, "train_ppo.py": train_ppo.Config,
+               "fgrlhf.sft": sft.Config, "fgrlhf.reproduce": reproduce.Config,
+               "outputs": evaluation.OutputsConfig, "win-rate": evaluation.WinRateConfig,
+               "reward-model": evaluation.RewardModelConfig}
     config = next((config for name, config in configs.items() if name in command), None)
     return None if config is None else set(parser(config)._option_string_actions)
 

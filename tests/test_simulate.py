@@ -340,12 +340,13 @@ def test_annotate_gives_one_pair_and_one_edit_of_the_worse_answer(tmp_path):
 
 
 def test_annotate_leaves_out_edits_that_end_blank(tmp_path):
-    """An editor who strikes the only sentence and misses what is missing leaves no answer to learn."""
+    """An editor who strikes the only sentence and misses what is missing teaches nothing."""
     prompts = list(dict.fromkeys(requests(40, 9)))
     for name in ("a", "b"):
-        edits.write_outputs(tmp_path / f"{name}.json", [edits.Output(p, "No.", "m") for p in prompts])
-    annotate(AnnotateConfig(str(tmp_path / "a.json"), str(tmp_path / "b.json"), str(tmp_path), world=3,
-                            miss=0.6))
+        edits.write_outputs(tmp_path / f"{name}.json",
+                            [edits.Output(p, "No.", "m") for p in prompts])
+    annotate(AnnotateConfig(str(tmp_path / "a.json"), str(tmp_path / "b.json"), str(tmp_path),
+                            world=3, miss=0.6))
     made = readers.read_edits(tmp_path / "edits.jsonl")
     assert 0 < len(made) < len(prompts) and all(edit.edited for edit in made)
 
