@@ -102,6 +102,21 @@ def test_every_module_says_what_it_is():
     assert not silent
 
 
+def test_no_line_is_longer_than_100_columns():
+    long = [f"{path.relative_to(ROOT)}:{number}" for path in [*FILES, *ROOT.glob("tests/*.py")]
+            for number, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100]
+    assert not long
+
+
+def test_no_function_is_longer_than_60_lines():
+    """Decorators aside, from `def` to the last line; tests are free to be as long as they need."""
+    long = [f"{path.relative_to(ROOT)}:{node.lineno} {node.name}" for path in MODULES
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            and node.end_lineno - node.lineno > 60]
+    assert not long
+
+
 def test_nothing_unpickles_code():
     """Every torch.load is weights_only; pickle itself is never called."""
     for path in MODULES:
