@@ -1,0 +1,144 @@
+"""Stages as small commands: what runs, in which order, what is skipped, what a failure says."""
+
+import json
+
+import pytest
+
+from fgrlhf.config import UserError
+from fgrlhf.pipeline import Stage, finished, run_stages
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+folder, name, action = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+note = lambda text: print(text, file=open(folder / "notes", "a"))
+
+def wait_for(mark):
+    for _ in range(1000):
+        if mark in (folder / "notes").read_text().split():
+            return
+        time.sleep(0.01)
+    sys.exit(f"{name}: {mark} never came")
+
+note("+" + name)
+if action == "fail":
+    print("loading")
+    sys.exit("no such thing as " + name)
+if action.startswith("wait "):
+    wait_for(action[5:])
+if action == "slow":
+    time.sleep(0.2)
+note("-" + name)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return tmp_path
+
+
+def stage(folder, name: str, *needs: str, action: str = "") -> Stage:
+    command = (str(folder / "script.py"), str(folder), name, action)
+    return Stage(name, command, needs)
+
+
+def ran(folder, stages: list[Stage], workers: int = 1) -> list[str]:
+    """The stages that run when they are called for, by the order of their starts."""
+    return [note[1:] for note in notes(folder, stages, workers) if note[0] == "+"]
+
+
+def notes(folder, stages: list[Stage], workers: int = 1) -> list[str]:
+    """+name where a stage starts and -name where it ends, of this call."""
+    (folder / "notes").write_text("")
+    run_stages(stages, folder / "out", workers)
+    return (folder / "notes").read_text().split()
+
+
+def test_run_stages_starts_a_stage_only_when_its_needs_have_ended(folder):
+    """A diamond with room for all of it at once."""
+    stages = [stage(folder, "top", action="slow"), stage(folder, "left", "top", action="slow"),
+              stage(folder, "right", "top", action="slow"), stage(folder, "end", "left", "right")]
+    seen = notes(folder, stages, workers=4)
+    assert seen[:2] == ["+top", "-top"] and seen[-2:] == ["+end", "-end"] and len(seen) == 8
+
+
+def test_run_stages_runs_as_many_at_a_time_as_there_are_workers(folder):
+    """Each of the two waits for the other to start, which only two workers can satisfy."""
+    stages = [stage(folder, "a", action="wait +b"), stage(folder, "b", action="wait +a")]
+    assert sorted(ran(folder, stages, workers=2)) == ["a", "b"]
+
+
+def test_run_stages_with_one_worker_runs_one_at_a_time_as_listed(folder):
+    stages = [stage(folder, name, action="slow") for name in "cab"]
+    assert notes(folder, stages) == ["+c", "-c", "+a", "-a", "+b", "-b"]
+
+
+def test_run_stages_skips_what_is_done(folder):
+    stages = [stage(folder, "a"), stage(folder, "b", "a")]
+    assert ran(folder, stages) == ["a", "b"]
+    assert all(finished(s, folder / "out") for s in stages)
+    assert ran(folder, stages) == []
+    record = json.loads((folder / "out/stages/b.json").read_text())
+    assert record["command"] == stages[1].text and record["seconds"] > 0
+
+
+def test_run_stages_reruns_a_stage_whose_command_changed_and_whatever_needs_it(folder):
+    """d needs it through b, c not at all."""
+    rest = [stage(folder, "b", "a"), stage(folder, "c"), stage(folder, "d", "b")]
+    assert ran(folder, [stage(folder, "a"), *rest]) == ["a", "b", "c", "d"]
+    changed = [stage(folder, "a", action="slow"), *rest]
+    assert ran(folder, changed) == ["a", "b", "d"]
+    assert ran(folder, changed) == []
+
+
+def test_run_stages_runs_a_stage_again_when_its_need_is_new(folder):
+    assert ran(folder, [stage(folder, "b")]) == ["b"]
+    assert ran(folder, [stage(folder, "a"), stage(folder, "b", "a")]) == ["a", "b"]
+
+
+def test_run_stages_names_the_log_and_its_last_line_when_a_stage_fails(folder):
+    """In one line; nothing that needs the stage starts, and the next call takes it up again."""
+    stages = [stage(folder, "a"), stage(folder, "b", "a", action="fail"), stage(folder, "c", "b")]
+    with pytest.raises(UserError) as caught:
+        ran(folder, stages)
+    log = folder / "out/logs/b.log"
+    assert str(caught.value) == (
+        f"stage b failed with exit status 1: no such thing as b (see {log})")
+    assert log.read_text() == f"$ {stages[1].text}\nloading\nno such thing as b\n"
+    assert [finished(s, folder / "out") for s in stages] == [True, False, False]
+    mended = [stages[0], stage(folder, "b", "a"), stages[2]]
+    assert ran(folder, mended) == ["b", "c"]
+
+
+def test_run_stages_names_the_command_when_a_stage_fails_without_a_word(folder):
+    silent = Stage("silent", ("-c", "raise SystemExit(3)"))
+    with pytest.raises(UserError, match=r"stage silent failed with exit status 3: \$ python -c "):
+        run_stages([silent], folder / "out", 1)
+
+
+def test_run_stages_keeps_the_success_of_a_stage_that_ran_beside_a_failing_one(folder):
+    beside = stage(folder, "beside", action="wait +bad")
+    with pytest.raises(UserError, match="stage bad failed"):
+        ran(folder, [beside, stage(folder, "bad", action="fail")], workers=2)
+    assert ran(folder, [beside, stage(folder, "bad")]) == ["bad"]
+
+
+def test_a_stage_that_fails_is_not_finished_though_it_was_before(folder):
+    """Its need has changed, so it runs again, and this time it fails."""
+    flag = folder / "broken"
+    code = f"import os; assert not os.path.exists({str(flag)!r})"
+    fragile = Stage("b", ("-c", code), ("a",))
+    run_stages([stage(folder, "a"), fragile], folder / "out", 1)
+    flag.touch()
+    with pytest.raises(UserError, match="stage b failed with exit status 1: AssertionError"):
+        run_stages([stage(folder, "a", action="slow"), fragile], folder / "out", 1)
+    assert not finished(fragile, folder / "out")
+
+
+def test_a_stage_runs_on_one_thread_and_its_text_can_be_typed(folder):
+    code = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    one = Stage("one", ("-c", code))
+    run_stages([one], folder / "out", 1)
+    assert one.text == "python -c 'import os; print(os.environ['\"'\"'OMP_NUM_THREADS'\"'\"'])'"
+    assert (folder / "out/logs/one.log").read_text() == f"$ {one.text}\n1\n"

@@ -1,0 +1,158 @@
+"""From handmade run folders to the cells, curves and speed of results.json."""
+
+import json
+import math
+
+import pytest
+
+from fgrlhf import edits, results
+from fgrlhf.world import World
+
+T_1 = 12.706                                    # 97.5% quantile of Student's t, 1 degree of freedom
+
+
+def write_run(folder, evaluations: dict[int, float], seconds: float, steps: int = 4):
+    """A PPO run of `steps` iterations, 10 episodes and `seconds` each; {step: dev win rate}."""
+    folder.mkdir(parents=True)
+    lines = [{"step": step, "rollout/episodes": 10.0 * step, "rollout/reward": 0.5 * step,
+              "rollout/kl_k1": 0.25, "rollout/length": 8.0}
+             | ({"eval/win_rate": evaluations[step], "eval/errors": 2.0}
+                if step in evaluations else {}) for step in range(1, steps + 1)]
+    timing = [{"step": step, "seconds": seconds * step} for step in range(1, steps + 1)]
+    for name, records in (("metrics", lines), ("timing", timing)):
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / f"{name}.jsonl").write_text(text)
+
+
+def write_done(folder, **values):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "done.json").write_text(json.dumps(values))
+
+
+# ----- figures ------------------------------------------------------------------------------------
+
+def test_cell_gives_mean_t_interval_and_every_seed():
+    """Deviation of 0.5 and 0.7 is 0.2 / sqrt(2), over sqrt(2) seeds 0.1."""
+    found = results.cell([0.5, 0.7])
+    assert found["mean"] == pytest.approx(0.6) and found["per_seed"] == [0.5, 0.7]
+    assert found["interval"] == pytest.approx([0.6 - 0.1 * T_1, 0.6 + 0.1 * T_1], abs=1e-4)
+
+
+def test_cell_of_one_seed_has_no_interval():
+    assert results.cell([0.25]) == {"mean": 0.25, "interval": None, "per_seed": [0.25]}
+
+
+def test_cell_with_a_seed_without_data_has_no_mean_and_is_json():
+    found = results.cell([0.5, math.nan])
+    assert found == {"mean": None, "interval": None, "per_seed": [0.5, None]}
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_difference_over_seeds_is_students_t_of_the_seeds_means():
+    ours, theirs = [[1.0, 0.5], [1.0, 1.0]], [[0.5, 0.5], [0.5, 0.5]]
+    found = results.difference("ours minus theirs", ours, theirs)
+    assert found["label"] == "ours minus theirs" and found["per_seed"] == [0.25, 0.5]
+    assert found["mean"] == 0.375
+    assert found["interval"] == pytest.approx([0.375 - 0.125 * T_1, 0.375 + 0.125 * T_1], abs=1e-4)
+
+
+def test_difference_of_one_seed_is_paired_by_prompt():
+    """The same gain on every prompt leaves nothing to doubt, however the prompts differ."""
+    found = results.difference("", [[1.0, 0.5, 1.0, 0.5]], [[0.5, 0.0, 0.5, 0.0]])
+    assert found["mean"] == 0.5 and found["interval"] == [0.5, 0.5]
+    unpaired = results.difference("", [[1.0, 0.5, 1.0, 0.5]], [[0.0, 0.5, 0.0, 0.5]])
+    low, high = unpaired["interval"]
+    assert unpaired["mean"] == 0.5 and 0 <= low < 0.5 < high <= 1
+
+
+@pytest.mark.parametrize("win_rate, found", [
+    (0.4, (10, 1.0)), (0.5, (20, 2.0)), (0.6, (20, 2.0)), (0.7, (math.inf, math.inf))])
+def test_first_reaching_is_the_first_evaluation_that_is_as_good(win_rate, found):
+    curve = [(10, 1.0, 0.4, 3.0), (20, 2.0, 0.6, 2.0), (30, 3.0, 0.5, 2.0), (40, 4.0, 0.6, 2.0)]
+    assert results.first_reaching(curve, win_rate) == found
+
+
+# ----- from folders -------------------------------------------------------------------------------
+
+def test_dev_curve_joins_metrics_and_timing_where_there_was_an_evaluation(tmp_path):
+    write_run(tmp_path / "rlhf", {2: 0.4, 4: 0.6}, seconds=1.5)
+    assert results.dev_curve(tmp_path, "rlhf") == [(20, 3.0, 0.4, 2.0), (40, 6.0, 0.6, 2.0)]
+
+
+def test_speed_compares_where_both_first_reach_the_baselines_best(tmp_path):
+    """Seed 0: 40 against 20 episodes, 4 against 6 seconds; seed 1: 30 against 10, 3 against 3."""
+    folders = [tmp_path / "seed0", tmp_path / "seed1"]
+    write_run(folders[0] / "rlhf", {2: 0.5, 4: 0.6}, 1.0)
+    write_run(folders[0] / "fine-grained", {1: 0.3, 2: 0.6, 3: 0.9}, 3.0)
+    write_run(folders[1] / "rlhf", {1: 0.2, 3: 0.7, 4: 0.7}, 1.0)
+    write_run(folders[1] / "fine-grained", {1: 0.8, 2: 0.1}, 3.0)
+    episodes, seconds = results.speed(folders)["rows"]
+    assert (episodes["label"], episodes["baseline"], episodes["method"]) == ("episodes", 35, 15)
+    assert episodes["ratio"]["per_seed"] == [2.0, 3.0] and episodes["ratio"]["mean"] == 2.5
+    assert (seconds["label"], seconds["baseline"], seconds["method"]) == ("seconds", 3.5, 4.5)
+    assert seconds["ratio"]["per_seed"] == pytest.approx([2 / 3, 1.0])
+
+
+def test_speed_says_so_when_the_method_does_not_get_there_in_every_run(tmp_path):
+    folders = [tmp_path / "seed0", tmp_path / "seed1"]
+    for folder, reached in zip(folders, (0.9, 0.4)):
+        write_run(folder / "rlhf", {2: 0.5}, 1.0)
+        write_run(folder / "fine-grained", {1: reached}, 1.0)
+    for row in results.speed(folders)["rows"]:
+        assert row["method"] == "not in every run" and row["ratio"] is None
+    json.dumps(results.speed(folders), allow_nan=False)
+
+
+def test_curves_hold_win_rate_reward_and_kl_a_response_of_every_ppo_run(tmp_path):
+    """kl_k1 is logged a token; the curve is a response, 0.25 nats times 8 tokens."""
+    folder = tmp_path / "seed3"
+    write_run(folder / "rlhf", {2: 0.4, 4: 0.6}, 1.5)
+    write_run(folder / "imitation", {2: 0.4}, 1.0)
+    found = {c["metric"]: c for c in results.curves([folder], ["sft", "rlhf", "imitation"])}
+    assert {c["system"] for c in found.values()} == {"rlhf"} and len(found) == 3
+    assert all(c["seed"] == 3 for c in found.values())
+    win_rate = found["win_rate"]
+    assert (win_rate["x_episodes"], win_rate["x_seconds"], win_rate["y"]) == (
+        [20, 40], [3.0, 6.0], [0.4, 0.6])
+    assert found["reward"]["y"] == [0.5, 1.0, 1.5, 2.0]
+    assert found["kl_k1"]["y"] == [2.0] * 4 and found["kl_k1"]["x_episodes"] == [10, 20, 30, 40]
+
+
+def test_tested_counts_the_errors_the_folders_own_world_finds(tmp_path):
+    """Right: 0 errors. Nothing said: 1, the fact is missing. "No.": 2, it is extra besides."""
+    world, folder = World(3), tmp_path / "seed3"
+    land = world.lands[0]
+    prompt, right = f"Name the river of {land}.", f"Its river is {world.facts[land, 'river']}."
+    for name, answers in (("rlhf-test", (right, "No.")), ("rlhf-test-greedy", (right, right)),
+                          ("sft-reference", ("", ""))):
+        (folder / "outputs").mkdir(parents=True, exist_ok=True)
+        edits.write_outputs(folder / "outputs" / f"{name}.json",
+                            [edits.Output(prompt, answer, "m") for answer in answers])
+    found = results.tested(folder, "rlhf")
+    assert found == results.Tested(sampled=[0, 2], greedy=[0, 0], reference=[1, 1])
+    assert found.preferences("sampled") == [1.0, 0.0]
+    assert found.preferences("greedy") == [1.0, 1.0]
+
+
+def test_reward_models_take_the_figures_of_those_that_were_trained(tmp_path):
+    folders = [tmp_path / "seed0", tmp_path / "seed1"]
+    for folder, accuracy in zip(folders, (0.75, 0.25)):
+        write_done(folder / "rm-token", **{"edits/pair_accuracy": accuracy, "seconds": 3.0})
+    table = results.reward_models(folders)
+    assert list(table) == ["rm-token"] and set(table["rm-token"]["metrics"]) == {
+        "edit_accuracy", "seconds"}
+    assert table["rm-token"]["metrics"]["edit_accuracy"]["mean"] == 0.5
+
+
+def test_collect_of_a_sweep_is_the_best_dev_win_rate_of_every_point(tmp_path):
+    folders = [tmp_path / "seed5", tmp_path / "seed6"]
+    for folder, win_rate in zip(folders, (0.5, 0.75)):
+        write_done(folder / "rlhf-0.2-6e-4", best_dev_win_rate=win_rate)
+        write_done(folder / "fine-grained-0.5-6e-4", best_dev_win_rate=win_rate + 0.125)
+        write_done(folder / "sft")
+    found = results.collect("sweep", folders)
+    assert found["seeds"] == [5, 6] and found["profile"] == "sweep"
+    table = {name: (row["role"], row["metrics"]["best_dev_win_rate"]["mean"])
+             for name, row in found["systems"].items()}
+    assert table == {"rlhf-0.2-6e-4": ("baseline", 0.625),
+                     "fine-grained-0.5-6e-4": ("method", 0.75)}
