@@ -50,7 +50,7 @@ class Scale:
     ablations: bool = False
 
 
-SCALES = {"quick": Scale(baseline_iterations=30), "sweep": Scale(),
+SCALES = {"quick": Scale(), "sweep": Scale(),
           "full": Scale(test=600, method_iterations=60, baseline_iterations=80, ablations=True)}
 # Chosen on the dev prompts of other worlds; README.md has the sweep.
 RLHF = ("--method", "rlhf", "--gamma", "1", "--gae-lambda", "0.95", "--beta", "0.2", "--lr", "6e-4")

@@ -165,7 +165,8 @@ def examples(folder: Path, count: int = 6) -> dict:
 
     def pieces(ids: list[int]) -> list[str]:
         text = tokenizer.decode(ids)
-        return [text[start:end] or " EOS" for start, end in tokenizer.spans(ids)]
+        return [" EOS" if i == tokenizer.eos_id else text[start:end] or " "
+                for i, (start, end) in zip(ids, tokenizer.spans(ids))]
 
     count_errors = lambda o: len(world.errors(o.instruction, o.output))
     maps, diffs = [], []
@@ -187,7 +188,7 @@ def examples(folder: Path, count: int = 6) -> dict:
                       "edited_tokens": pieces(sides[1]), "edited_changed": aligned.edited_changed})
     both = [{"prompt": a.instruction, "before": a.output, "before_errors": count_errors(a),
              "after": b.output, "after_errors": count_errors(b), "label": "fine-grained"}
-            for a, b in list(zip(before, after))[:count]]
+            for a, b in zip(before, after) if count_errors(a)][:count]
     return {"heat_maps": maps, "edits": diffs, "before_after": both}
 
 
