@@ -113,10 +113,10 @@ def save_model(model: LLaMA, path: str | Path, layout: str = "meta",
     """Write a model folder, each file atomically and the JSON that makes it one last.
 
     layout "meta" is the project's own and can be read by Meta's code once the keys "max_seq_len"
-    and "tie_embeddings" are dropped; "hf" is read by transformers, vLLM and llama.cpp's converter.
-    The weights keep their dtype; either way round is bit-exact. With a `tokenizer` its file is
-    copied. Raises UserError when the folder holds another checkpoint, which a reader would mix up
-    with this one, or the tokenizer is another model's.
+    and "tie_embeddings" are dropped; "hf" is read by transformers, vLLM and llama.cpp's converter,
+    the last only with a `tokenizer`. The weights keep their dtype; either way round is bit-exact.
+    With a `tokenizer` its file is copied. Raises UserError when the folder holds another
+    checkpoint, which a reader would mix up with this one, or the tokenizer is another model's.
     """
     if layout not in WEIGHTS:
         raise ValueError(f'layout: expected "meta" or "hf", got {layout!r}')

@@ -75,6 +75,8 @@ def run_stages(stages: list[Stage], out: Path, workers: int) -> None:
         if set(stage.needs) <= done and finished(stage, out):
             done.add(stage.name)
     waiting = [stage for stage in stages if stage.name not in done]
+    for stage in waiting:                                   # also if this call stops before it
+        record_file(stage, out).unlink(missing_ok=True)
     running: dict[Future, Stage] = {}
     with (ThreadPoolExecutor(workers) as pool,
           tqdm(total=len(stages), initial=len(done), unit="stage") as bar):

@@ -99,8 +99,9 @@ def _systems(systems: dict[str, dict]) -> Html | None:
             for s, drawn in zip(systems.values(), strips)]
     return section("Systems", table(
         "Win rate on test prompts against one fixed sample of the SFT policy (50 = no better), "
-        "sampled and greedy; errors per response by the oracle. PPO runs at the checkpoint that is "
-        "best on dev prompts, SFT and imitation at their last. Brackets and lines: 95% intervals; discs: means; ticks: seeds.",
+        "sampled and greedy; errors per response by the oracle. PPO runs at the checkpoint that "
+        "is best on dev prompts, SFT and imitation at their last. Brackets and lines: 95% "
+        "intervals; discs: means; ticks: seeds.",
         ["system", head, *(c.header for c in columns)], _by_role(systems, rows)))
 
 

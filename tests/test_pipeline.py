@@ -92,6 +92,16 @@ def test_run_stages_reruns_a_stage_whose_command_changed_and_whatever_needs_it(f
     assert ran(folder, changed) == []
 
 
+def test_run_stages_remembers_what_is_stale_when_a_call_stops_half_way(folder):
+    """a ran anew, then c failed before b's turn: b is still to be run by the next call."""
+    a, b, c = stage(folder, "a"), stage(folder, "b", "a"), stage(folder, "c")
+    assert ran(folder, [a, c, b]) == ["a", "c", "b"]
+    changed = stage(folder, "a", action="slow")
+    with pytest.raises(UserError, match="stage c failed"):
+        ran(folder, [changed, stage(folder, "c", action="fail"), b])
+    assert ran(folder, [changed, c, b]) == ["c", "b"]
+
+
 def test_run_stages_runs_a_stage_again_when_its_need_is_new(folder):
     assert ran(folder, [stage(folder, "b")]) == ["b"]
     assert ran(folder, [stage(folder, "a"), stage(folder, "b", "a")]) == ["a", "b"]

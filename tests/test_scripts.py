@@ -164,8 +164,7 @@ def test_train_rm_cross_validates_without_keeping_a_model(folder, policy, annota
     assert len(lines(folder / "folds/metrics.jsonl")) == 3
 
 
-@pytest.mark.parametrize("method, kind", [("fine-grained", "token"), ("rlhf", "sequence"),
-                                          ("fine-grained", "sequence")])
+@pytest.mark.parametrize("method, kind", [("fine-grained", "token"), ("rlhf", "sequence")])
 def test_train_ppo_trains_by_either_method(method, kind, folder, world, policy, run):
     out, rewards = folder / f"ppo-{method}-{kind}", folder / f"reward-{kind}"
     torch.manual_seed(0)
@@ -273,6 +272,16 @@ def copy_with_another_tokenizer(folder: Path, to: Path) -> Path:
         (copy / path.name).write_bytes(path.read_bytes())
     train(["another text altogether"], 280, copy / "tokenizer.model")
     return copy
+
+
+def test_train_ppo_refuses_a_sequence_level_reward_for_the_fine_grained_method(
+        world, policy, run, tmp_path):
+    save_reward(RewardModel(load_model(policy), "sequence"), tmp_path / "r", load_tokenizer(policy))
+    done = run("train_ppo.py", "--method", "fine-grained", "--policy", policy, "--reward",
+               tmp_path / "r", "--prompts", world / "train.jsonl", "--out", tmp_path / "o",
+               status=2)
+    assert "expected a token-level reward model" in done.err and done.err.count("\n") == 1
+    assert not (tmp_path / "o").exists()
 
 
 def test_train_ppo_refuses_policy_and_reward_of_two_tokenizers(world, policy, run, tmp_path):
