@@ -1,9 +1,9 @@
 """A small `make`: named commands with their needs, run in parallel, skipped once they are done.
 
 Every stage is a command a reader can run by hand; its log lies in OUT/logs, and
-OUT/stages/NAME.json records that it succeeded and how long it took. A stage runs on one thread, as
-many stages at a time as there are workers: at these sizes two single-threaded processes do more
-than one with two threads.
+OUT/stages/NAME.json records that it succeeded and how long it took. A stage runs on one thread
+unless it asks for more, as many stages at a time as there are workers: at these sizes two
+single-threaded processes do more than one with two threads.
 """
 
 import json
@@ -29,11 +29,13 @@ class Stage:
     name: str
     command: tuple[str, ...]
     needs: tuple[str, ...] = ()
+    threads: int = 1
 
     @property
     def text(self) -> str:
         """The command as one types it."""
-        return "python " + shlex.join(self.command)
+        prefix = f"OMP_NUM_THREADS={self.threads} " if self.threads > 1 else ""
+        return prefix + "python " + shlex.join(self.command)
 
 
 def record_file(stage: Stage, out: Path) -> Path:
@@ -57,7 +59,7 @@ def execute(stage: Stage, out: Path) -> None:
         file.flush()
         code = subprocess.run([sys.executable, *stage.command], stdin=subprocess.DEVNULL,
                               stdout=file, stderr=file,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+                              env=os.environ | {"OMP_NUM_THREADS": str(stage.threads)}).returncode
     if code:
         last = log.read_text(errors="replace").strip().splitlines()[-1]
         raise UserError(f"stage {stage.name} failed with exit status {code}: {last} (see {log})")

@@ -48,9 +48,11 @@ class Scale:
     method_iterations: int = 40     # of every run without a critic
     baseline_iterations: int = 40   # of every run with critic and GAE
     ablations: bool = False
+    sft_threads: int = 1            # with one seed nothing else can run beside SFT
 
 
-SCALES = {"quick": Scale(), "sweep": Scale(),
+SCALES = {"quick": Scale(method_iterations=30, baseline_iterations=30, sft_threads=2),
+          "sweep": Scale(),
           "full": Scale(test=600, method_iterations=60, baseline_iterations=80, ablations=True)}
 # Chosen on the dev prompts of other worlds; README.md has the sweep.
 RLHF = ("--method", "rlhf", "--gamma", "1", "--gae-lambda", "0.95", "--beta", "0.2", "--lr", "6e-4")
@@ -70,12 +72,12 @@ class Seed:
     def at(self, name: str) -> str:
         return str(self.folder / name)
 
-    def add(self, name: str, *command: str, needs: tuple[str, ...] = ()) -> None:
+    def add(self, name: str, *command: str, needs: tuple[str, ...] = (), threads: int = 1) -> None:
         prefix = self.folder.name
         if "fgrlhf.simulate" not in command:                    # the world itself needs no device
             command += ("--device", self.device)
         self.stages.append(Stage(f"{prefix}.{name}", command,
-                                 tuple(f"{prefix}.{need}" for need in needs)))
+                                 tuple(f"{prefix}.{need}" for need in needs), threads))
 
     def outputs(self, name: str, policy: str, prompts: str, *options: str, needs=()) -> None:
         """Answers of a policy to a prompt file."""
@@ -129,7 +131,7 @@ def start(seed: Seed) -> None:
     seed.add("sft", "-m", "fgrlhf.sft", "--data", seed.at("world/demonstrations.jsonl"),
              "--init", "tiny", "--tokenizer", seed.at("world/tokenizer.model"),
              "--seed", seed.seed, "--epochs", "2", "--out", seed.at("sft"), "--resume",
-             needs=("world",))
+             needs=("world",), threads=scale.sft_threads)
     limit = ("--limit", str(scale.annotations))
     for name, prompts, *options in (("first", "train", "--seed", "1", *limit),
                                     ("second", "train", "--seed", "2", *limit),
@@ -150,15 +152,15 @@ def compare_systems(seed: Seed) -> None:
     seed.reward("rm-sequence-edits", "annotations/edits.jsonl", "--kind", "sequence",
                 "--epochs", "3")
     seed.ppo("sequence-edits", "rm-sequence-edits", scale.baseline_iterations, *RLHF)
-    seed.imitation("imitation", "annotations/edits.jsonl")
-    seed.outputs("sft-reference", "sft/policy", "test", "--seed", "8", needs=("sft",))
-    seed.test("sft", "sft/policy", "sft")
-    seed.reward("rm-likelihood", "annotations/edits.jsonl", "--likelihood")
-    seed.ppo("likelihood", "rm-likelihood", scale.method_iterations, *METHOD)
     seed.annotate("imperfect", "first", "second", *IMPERFECT)
-    seed.imitation("imitation-imperfect", "imperfect/edits.jsonl")
     seed.reward("rm-token-imperfect", "imperfect/edits.jsonl")
     seed.ppo("fine-grained-imperfect", "rm-token-imperfect", scale.method_iterations, *METHOD)
+    seed.reward("rm-likelihood", "annotations/edits.jsonl", "--likelihood")
+    seed.ppo("likelihood", "rm-likelihood", scale.method_iterations, *METHOD)
+    seed.imitation("imitation", "annotations/edits.jsonl")          # the short ones last
+    seed.imitation("imitation-imperfect", "imperfect/edits.jsonl")
+    seed.test("sft", "sft/policy", "sft")
+    seed.outputs("sft-reference", "sft/policy", "test", "--seed", "8", needs=("sft",))
     if not scale.ablations:
         return
     paper = ("--token-weight", "0", "--u0", "difference", "--u0-weight", "1")
