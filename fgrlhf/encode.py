@@ -24,7 +24,7 @@ class PreferenceIds(NamedTuple):
     plus: list[int]                             # U1+: indices into chosen
     minus: list[int]                            # U1-: indices into rejected
     unchanged: list[tuple[int, int]]            # U0: (index into chosen, index into rejected)
-    change: float = 0.0                         # share of changed tokens, over both sides
+    change: float = 0.0                         # token edit distance / longer side, in [0, 1]
 
 
 def encode_prompt(tokenizer, record, template: str, limit: int,
@@ -60,12 +60,12 @@ def encode_preference(tokenizer, record: Edit | Pair, prompt: list[int], context
     chosen, rejected = (encode_response(tokenizer, text, prompt, context)
                         for text in (better, worse))
     alignment = align(rejected, chosen)
-    changed = sum(alignment.original_changed) + sum(alignment.edited_changed)
+    change = alignment.distance / max(len(rejected), len(chosen), 1)
     if unit == "word":
         alignment = align_words(worse, better, tokenizer.spans(rejected), tokenizer.spans(chosen))
     credit = gap_credit(alignment, credit_gap)
     return PreferenceIds(prompt, chosen, rejected, credit.edited, credit.original,
-                         [(j, i) for i, j in credit.pairs], changed / (len(chosen) + len(rejected)))
+                         [(j, i) for i, j in credit.pairs], change)
 
 
 def encode_preferences(records: list[Edit | Pair], tokenizer, context: int, template: str,

@@ -101,7 +101,7 @@ class Judged(NamedTuple):
     id: str
     chosen: float                       # R(x, y+)
     rejected: float                     # R(x, y-)
-    change: float                       # changed tokens of both sides / tokens of both sides
+    change: float                       # token edit distance / length of the longer side
     rewards: list[float]                # r_t of the rejected response, EOS left out
     types: list[str]                    # the human error span each of these tokens lies in, or ""
 
