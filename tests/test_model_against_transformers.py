@@ -17,7 +17,7 @@ CASES = range(len(FIXTURE["cases"]))
 
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The formula of make_transformers_fixture.py."""
+    """The formula of make_transformers_fixture.txt."""
     n = np.arange(np.prod(shape), dtype=np.float64) + zlib.crc32(name.encode()) % 1000
     numbers = 0.5 * np.sin(n * n * 0.7 + n)
     return (numbers + (len(shape) == 1)).reshape(shape).astype(np.float32)
