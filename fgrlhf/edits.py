@@ -36,6 +36,17 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Provenance:
+    """How an edit came about: `fgrlhf.collect` writes one into each of its records."""
+    editor: Text                                  # human, llm or simulated
+    time: Text                                    # when it was accepted: 2026-11-21T12:00:00Z
+    attempts: int                                 # answers asked for until this one
+    seconds: float                                # from showing the response to accepting the edit
+    model: str | None = None
+    prompt_version: str | None = None             # the instruction's file in fgrlhf/prompts
+
+
+@dataclass(frozen=True)
 class Edit:
     """`edited` is the preferred response, made from `original` by an editor."""
     id: Text
@@ -46,6 +57,7 @@ class Edit:
     context: tuple[Passage, ...] = ()
     spans: tuple[Span, ...] | None = None         # sorted; None: nobody looked, (): nothing wrong
     annotator: str | None = None
+    provenance: Provenance | None = None
 
 
 @dataclass(frozen=True)
@@ -116,11 +128,11 @@ class Annotation:
 
 def write_jsonl(path: str | Path, records: Iterable) -> None:
     """One JSON object a line, UTF-8, atomically; a field at its default (None, ()) is omitted."""
-    lines = [json.dumps(_plain(record), ensure_ascii=False) + "\n" for record in records]
+    lines = [json.dumps(plain(record), ensure_ascii=False) + "\n" for record in records]
     write_atomic(path, "".join(lines).encode("utf-8"))
 
 
-def _plain(record) -> dict:
+def plain(record) -> dict:
     values = dataclasses.asdict(record)
     return {field.name: values[field.name] for field in dataclasses.fields(record)
             if getattr(record, field.name) != field.default}
@@ -130,7 +142,7 @@ def write_outputs(path: str | Path, outputs: Iterable[Output]) -> None:
     """AlpacaEval's model_outputs.json: one indented JSON array."""
     values = []
     for output in outputs:
-        value = _plain(output)
+        value = plain(output)
         value.pop("other", None)
         values.append(value | {key: json.loads(text) for key, text in output.other})
     write_atomic(path, (json.dumps(values, ensure_ascii=False, indent=1) + "\n").encode("utf-8"))

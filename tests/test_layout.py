@@ -12,7 +12,8 @@ RIVALS = {"kernels/bench.py": {"liger_kernel", "trl"}}        # measured beside 
 # One tuple a rank; inside a rank from left to right. A module imports only from what stands before
 # its own group, and from any kernel.
 RANKS = (
-    ("config align", "fields", "files", "tokenizer edits", "readers"),
+    ("config align", "fields", "files", "tokenizer edits", "readers",
+     "collecting.change collecting.tasks collecting.store", "collecting.human"),
     ("encode model",),
     ("safetensors layouts.stored", "layouts.huggingface_tokenizer layouts.llama2c layouts.meta",
      "layouts.huggingface", "checkpoint world", "simulate"),
@@ -20,7 +21,7 @@ RANKS = (
     ("advantage ppo",),
     ("evaluate reporting.markup reporting.table",
      "judge results reporting.chart reporting.excerpts", "report"),
-    ("sft generate memory pipeline train_rm train_ppo", "eval reproduce"),
+    ("sft generate memory pipeline train_rm train_ppo", "eval reproduce collect"),
 )
 KERNELS = ("three_matmuls clipped_surrogate token_preference", "linear_logp exact_kl",
            "linear_ppo linear_cross_entropy", "bench")
