@@ -292,7 +292,8 @@ def train(config: Config) -> None:
         if judge is not None and (iteration % config.eval_every == 0 or last):
             with log.untimed():
                 outputs = answers(policy, tokenizer, judge.prompts, config.template,
-                                  config.max_new_tokens, 1.0, config.seed)
+                                  config.max_new_tokens, 1.0, config.seed,
+                                  purpose="dev")
                 logged |= judge.compare(outputs)
                 if logged["eval/win_rate"] > best["win_rate"]:
                     best = {"win_rate": logged["eval/win_rate"], "iteration": iteration}

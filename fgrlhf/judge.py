@@ -23,8 +23,12 @@ from fgrlhf.world import World
 
 
 def answers(policy: LLaMA, tokenizer, prompts: list[Prompt], template: str, max_new_tokens: int,
-            temperature: float, seed: int, name: str = "policy", batch: int = 256) -> list[Output]:
-    """One output a prompt, in order, by batches of similar length; temperature 0 is greedy."""
+            temperature: float, seed: int, name: str = "policy", batch: int = 256,
+            purpose: str = "answers") -> list[Output]:
+    """One output a prompt, in order, by batches of similar length; temperature 0 is greedy.
+
+    Samples that are compared must not share random numbers: another seed, or another purpose.
+    """
     room = policy.config.max_seq_len - max_new_tokens
     ids = [encode_prompt(tokenizer, prompt, template, room) for prompt in prompts]
     texts = [""] * len(prompts)
@@ -32,7 +36,7 @@ def answers(policy: LLaMA, tokenizer, prompts: list[Prompt], template: str, max_
     for start in range(0, len(order), batch):
         rows = order[start:start + batch]
         rollout = sample(policy, [ids[i] for i in rows], tokenizer.eos_id, max_new_tokens,
-                         temperature, generator(seed, "answers", start))
+                         temperature, generator(seed, purpose, start))
         tokens, prompt_lengths, lengths = rollout.sequences
         for row, i in enumerate(rows):
             response = tokens[row, prompt_lengths[row]:prompt_lengths[row] + lengths[row]].tolist()

@@ -93,8 +93,11 @@ def test_answers_come_in_the_order_of_the_prompts_whatever_the_batch(tokenizer):
     assert {o.generator for o in found[1]} == {"me"} and len({o.output for o in found[1]}) > 1
 
 
-def test_answers_are_a_function_of_their_seed(tokenizer):
+def test_answers_are_a_function_of_seed_and_purpose(tokenizer):
+    """Dev answers of a run with seed 3 must not share draws with the reference sampled by seed 3."""
     policy, prompts = llama(vocab_size=300, max_seq_len=160), [Prompt("a", ASKED)] * 3
-    first, again, other = (answers(policy, tokenizer, prompts, "plain", 12, 1.0, seed)
-                           for seed in (0, 0, 1))
+    first, again, other, dev = (
+        answers(policy, tokenizer, prompts, "plain", 12, 1.0, seed, purpose=purpose)
+        for seed, purpose in ((0, "answers"), (0, "answers"), (1, "answers"), (0, "dev")))
     assert first == again != other
+    assert first != dev
