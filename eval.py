@@ -22,6 +22,7 @@ from fgrlhf.edits import TEMPLATES, write_outputs
 from fgrlhf.encode import encode_preferences, read_preferences
 from fgrlhf.evaluate import bootstrap, reward_table
 from fgrlhf.judge import answers, by_annotations, by_oracle, by_reward, judge_preferences
+from fgrlhf.model import DTYPES
 from fgrlhf.readers import read_outputs, read_prompts
 from fgrlhf.reward import load_reward
 from fgrlhf.run import pick_device
@@ -40,6 +41,7 @@ class OutputsConfig:
     seed: int = arg(0, help="seed of the sampling")
     limit: int | None = arg(None, least=1, help="answer the first N prompts only")
     batch: int = arg(256, least=1, help="prompts decoded together")
+    dtype: str = arg("float32", choices=DTYPES, help="of weights and activations")
     device: str = arg("auto", help="auto, cpu, cuda, ...")
 
 
@@ -55,6 +57,7 @@ class WinRateConfig:
     template: str = arg("plain", choices=tuple(TEMPLATES),
                         help="reward: how a record becomes a prompt")
     seed: int = arg(0, help="seed of the bootstrap")
+    dtype: str = arg("float32", choices=DTYPES, help="of weights and activations")
     device: str = arg("auto", help="auto, cpu, cuda, ...")
 
 
@@ -66,12 +69,13 @@ class RewardModelConfig:
     prompt_tokens: int | None = arg(None, least=2,
                                     help="keep a longer prompt's last N tokens (default: refuse)")
     normalise: bool = arg(False, help="collapse runs of whitespace in edits first")
+    dtype: str = arg("float32", choices=DTYPES, help="of weights and activations")
     device: str = arg("auto", help="auto, cpu, cuda, ...")
 
 
 def outputs(config: OutputsConfig) -> dict:
     device = pick_device(config.device)
-    policy = load_model(config.policy, device, torch.float32)
+    policy = load_model(config.policy, device, getattr(torch, config.dtype))
     tokenizer = load_tokenizer(config.policy)
     prompts = read_prompts(config.prompts)[:config.limit]
     wanted = [(config.out, config.temperature)]
@@ -98,7 +102,8 @@ def win_rate(config: WinRateConfig) -> dict:
         if config.judge == "oracle":
             preferences = by_oracle(World(config.world), system, reference)
         else:
-            model = load_reward(config.reward, pick_device(config.device), torch.float32)
+            model = load_reward(config.reward, pick_device(config.device),
+                                getattr(torch, config.dtype))
             preferences = by_reward(model, load_tokenizer(config.reward), config.template,
                                     system, reference)
     interval = bootstrap(preferences, config.seed)
@@ -108,7 +113,8 @@ def win_rate(config: WinRateConfig) -> dict:
 
 
 def reward_model(config: RewardModelConfig) -> dict:
-    model = load_reward(config.reward, pick_device(config.device), torch.float32)
+    model = load_reward(config.reward, pick_device(config.device),
+                        getattr(torch, config.dtype))
     tokenizer = load_tokenizer(config.reward)
     records = read_preferences(config.data, config.normalise)
     examples = encode_preferences(records, tokenizer, model.trunk.config.max_seq_len,

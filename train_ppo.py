@@ -34,12 +34,14 @@ from fgrlhf.config import UserError, arg, parse, run
 from fgrlhf.edits import TEMPLATES
 from fgrlhf.encode import encode_prompt
 from fgrlhf.judge import OracleJudge, answers
-from fgrlhf.model import LLaMA
+from fgrlhf.model import DTYPES, LLaMA
+from fgrlhf.optimizer import Optimizer
 from fgrlhf.ppo import check_first_ratio, kl_estimates, policy_loss, value_loss
 from fgrlhf.readers import read_prompts
 from fgrlhf.reward import RewardModel, load_reward
-from fgrlhf.rollout import Rollout, by_length, in_groups, locate, sample, score, unflatten
-from fgrlhf.run import Optimizer, Run, batches, generator, pick_device
+from fgrlhf.rollout import (Rollout, Sequences, by_length, in_groups, locate, sample, score,
+                            unflatten)
+from fgrlhf.run import Run, batches, generator, pick_device
 from fgrlhf.tokenizer import Tokenizer
 
 
@@ -78,6 +80,8 @@ class Config:
     seed: int = arg(0, help="seed of prompt order, sampling and minibatches")
     save_every: int = arg(10, least=1, help="iterations between training states for --resume")
     resume: bool = arg(False, help="continue the unfinished run in --out")
+    dtype: str = arg("float32", choices=DTYPES,
+                     help="of weights and activations; bfloat16 keeps float32 master weights")
     device: str = arg("auto", help="auto, cpu, cuda, ...")
 
     def __post_init__(self):
@@ -98,7 +102,7 @@ class Critic(nn.Module):
         """Values [B, T] in calibrated reward; values[:, t] is known before token t is chosen."""
         at = locate(sequences)
         hidden = self.trunk.hidden(sequences.tokens)[at.row, at.position - 1]    # [N, D]
-        values = (self.head(hidden)[:, 0].float() - self.mean) / self.scale
+        values = (self.head(hidden.to(self.head.weight.dtype))[:, 0] - self.mean) / self.scale
         return unflatten(values, at, sequences)
 
 
@@ -112,6 +116,23 @@ def advantages_of(config: Config, rewards: Tensor, values: Tensor | None, mask: 
     return standardise(advantages, mask, "mean-std"), returns
 
 
+def minibatches(config: Config, B: int, iteration: int, epoch: int = 0) -> list[list[int]]:
+    """The rows of each update of one epoch: a function of seed, iteration and epoch."""
+    size = -(-B // config.minibatches)
+    return batches(B, size, config.seed, iteration * config.epochs + epoch)
+
+
+def scoring_groups(config: Config, sequences: Sequences, iteration: int) -> list[Tensor]:
+    """The rows that one forward pass scores together.
+
+    A bfloat16 matmul rounds a row differently in another shape, by up to 0.04 nats a token: there
+    the groups are those of the first epoch's updates, and the first ratio is 1 to 1e-6 as ever.
+    """
+    B = len(sequences.tokens)
+    together = [list(range(B))] if config.dtype == "float32" else minibatches(config, B, iteration)
+    return [part for rows in together for part in by_length(sequences, rows, config.microbatch)]
+
+
 def update(config: Config, policy, critic, optimizers, rollout: Rollout, advantages: Tensor,
            values, returns, iteration: int) -> dict[str, float]:
     """Epochs of minibatches on one batch of rollouts.
@@ -119,12 +140,10 @@ def update(config: Config, policy, critic, optimizers, rollout: Rollout, advanta
     Returns the means of the last epoch's statistics, and its last minibatch's gradient norms.
     """
     B, mask = len(advantages), rollout.sequences.response_mask
-    size = -(-B // config.minibatches)
     logged: dict[str, float] = {}
     for epoch in range(config.epochs):
         totals: dict[str, float] = {}
-        minibatches = batches(B, size, config.seed, iteration * config.epochs + epoch)
-        for number, rows in enumerate(minibatches):
+        for number, rows in enumerate(minibatches(config, B, iteration, epoch)):
             tokens, kl = int(mask[rows].sum()), 0.0
             for part in by_length(rollout.sequences, rows, config.microbatch):
                 sequences = rollout.sequences.rows(part)
@@ -201,9 +220,10 @@ def load(config: Config, device: torch.device) -> Setup:
     if load_tokenizer(config.reward).sha256 != tokenizer.sha256:
         raise UserError(f"--reward {config.reward}: its tokenizer is not the one of "
                         f"--policy {config.policy}")
-    policy = load_model(config.policy, device, torch.float32)
-    ref = load_model(config.policy, device, torch.float32).requires_grad_(False)
-    reward_model = load_reward(config.reward, device, torch.float32).requires_grad_(False)
+    dtype = getattr(torch, config.dtype)
+    policy = load_model(config.policy, device, dtype)
+    ref = load_model(config.policy, device, dtype).requires_grad_(False)
+    reward_model = load_reward(config.reward, device, dtype).requires_grad_(False)
     if config.method == "fine-grained" and reward_model.kind != "token":
         raise UserError(f"--reward {config.reward}: expected a token-level reward model for "
                         "--method fine-grained, got a sequence-level one; see train_rm.py --kind")
@@ -255,7 +275,11 @@ def collect(config: Config, setup: Setup, iteration: int) -> Batch:
                      config.max_new_tokens, config.temperature,
                      generator(config.seed, "rollout", iteration))
     # 2. reference, reward and critic, one pass each
-    once = lambda function: in_groups(function, rollout.sequences, config.microbatch)
+    groups = scoring_groups(config, rollout.sequences, iteration)
+    once = lambda function: in_groups(function, rollout.sequences, groups)
+    if config.dtype != "float32":       # decoding a token at a time rounds otherwise: score again
+        logp_old = once(lambda part: score(setup.policy, part, config.temperature))
+        rollout = rollout._replace(logp_old=logp_old)
     logp_ref = once(lambda part: score(setup.ref, part, config.temperature))
     rewards = once(setup.reward_model.ppo_rewards)
     values = once(setup.critic) if setup.critic is not None else None

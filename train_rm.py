@@ -24,9 +24,11 @@ from fgrlhf.edits import TEMPLATES
 from fgrlhf.encode import UNITS, PreferenceIds, encode_preferences, read_preferences
 from fgrlhf.evaluate import reward_table
 from fgrlhf.judge import judge_preferences
+from fgrlhf.model import DTYPES
+from fgrlhf.optimizer import Optimizer
 from fgrlhf.reward import KINDS, RewardModel, save_reward, sequence_loss, token_loss
 from fgrlhf.rollout import pack
-from fgrlhf.run import Optimizer, Run, bucketed_batches, generator, pick_device
+from fgrlhf.run import Run, bucketed_batches, generator, pick_device
 from kernels import token_preference
 
 
@@ -64,6 +66,8 @@ class Config:
     seed: int = arg(0, help="seed of head, data order and folds")
     save_every: int = arg(200, least=1, help="steps between training states for --resume")
     resume: bool = arg(False, help="continue the unfinished run in --out")
+    dtype: str = arg("float32", choices=DTYPES,
+                     help="of weights and activations; bfloat16 keeps float32 master weights")
     device: str = arg("auto", help="auto, cpu, cuda, ...")
 
 
@@ -105,7 +109,7 @@ def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: 
 
 def new_model(config: Config, device) -> RewardModel:
     torch.manual_seed(config.seed)                                  # the head's initialisation
-    model = RewardModel(load_model(config.model, device, torch.float32), config.kind,
+    model = RewardModel(load_model(config.model, device, getattr(torch, config.dtype)), config.kind,
                         config.logp_feature or config.likelihood)
     if config.likelihood:
         torch.nn.init.zeros_(model.head.weight)

@@ -79,6 +79,9 @@ PRESETS = {
 }
 
 
+DTYPES = ("float32", "bfloat16")           # of weights and activations, as the flag --dtype has it
+
+
 class KVCache:
     """Keys and values, `[layers, B, S, G, K]`, allocated once; slot s is position s."""
 

@@ -46,7 +46,8 @@ class RewardModel(nn.Module):
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
         self.trunk, self.kind, self.logp_feature = trunk, kind, logp_feature
         D = trunk.config.dim
-        self.head = nn.Linear(D, 1, device=trunk.head.device, dtype=trunk.head.dtype)
+        wide = torch.promote_types(trunk.head.dtype, torch.float32)     # one number a token: cheap
+        self.head = nn.Linear(D, 1, device=trunk.head.device, dtype=wide)
         nn.init.normal_(self.head.weight, 0.0, (D + 1) ** -0.5)
         nn.init.zeros_(self.head.bias)
         self.logp_weight = nn.Parameter(torch.zeros((), device=trunk.head.device),
@@ -54,11 +55,15 @@ class RewardModel(nn.Module):
         self.register_buffer("mean", torch.zeros((), device=trunk.head.device))
         self.register_buffer("scale", torch.ones((), device=trunk.head.device))
 
+    def _read(self, hidden: Tensor) -> Tensor:
+        """v . h + b, [N, D] -> [N] float32."""
+        return self.head(hidden.to(self.head.weight.dtype))[:, 0].float()
+
     def _token_values(self, sequences: Sequences) -> Tensor:
         """v . h_t + b + a logp_t at each response token, [B, T] float32, 0 in the padding."""
         at = locate(sequences)
         hidden = self.trunk.hidden(sequences.tokens)
-        values = self.head(hidden[at.row, at.position])[:, 0].float()            # [N]
+        values = self._read(hidden[at.row, at.position])                         # [N]
         if self.logp_feature:
             before = hidden[at.row, at.position - 1]                             # [N, D]
             logp = linear_logp.fused(before, self.trunk.head, at.target).logp
@@ -79,7 +84,7 @@ class RewardModel(nn.Module):
         rows = torch.arange(len(sequences.tokens), device=sequences.tokens.device)
         last = sequences.prompt_lengths + sequences.response_lengths - 1
         hidden = self.trunk.hidden(sequences.tokens)
-        values = self.head(hidden[rows, last])[:, 0].float()
+        values = self._read(hidden[rows, last])
         if self.logp_feature:
             at = locate(sequences)
             before = hidden[at.row, at.position - 1]                             # [N, D]

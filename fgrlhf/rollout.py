@@ -99,11 +99,12 @@ def score(model: LLaMA, sequences: Sequences, temperature: float = 1.0) -> Tenso
 
 
 @torch.no_grad()
-def in_groups(function: Callable[[Sequences], Tensor], sequences: Sequences, size: int) -> Tensor:
-    """function(sequences) -> [B, T], computed a group of similar length at a time."""
+def in_groups(function: Callable[[Sequences], Tensor], sequences: Sequences,
+              groups: list[Tensor]) -> Tensor:
+    """function(sequences) -> [B, T], computed a group of rows at a time; 0 in rows of no group."""
     B, T = len(sequences.tokens), int(sequences.response_lengths.max())
     result = torch.zeros(B, T, device=sequences.tokens.device)
-    for rows in by_length(sequences, list(range(B)), size):
+    for rows in groups:
         part = function(sequences.rows(rows))
         result[rows, :part.shape[1]] = part
     return result

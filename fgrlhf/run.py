@@ -1,4 +1,4 @@
-"""What every training script shares: its folder, metrics, checkpoints and optimizer.
+"""What every training script shares: its folder, metrics, checkpoints, random draws.
 
     OUT/config.json      the resolved configuration
     OUT/metrics.jsonl    one JSON object a step; a pure function of config and seed
@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from fgrlhf import config as configuration
 from fgrlhf.checkpoint import load_state, save_state
@@ -61,56 +60,6 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: not usable here ({reason})") from None
-
-
-class Optimizer:
-    """Adam (eps 1e-5), or Muon for the trunk's matrices beside it, with linear warm-up.
-
-    Muon (Jordan et al. 2024; torch's own) orthogonalises the momentum of each matrix inside the
-    trunk; embedding, norms and reward heads stay with Adam. `muon_lr` 0 leaves everything to Adam.
-    """
-
-    def __init__(self, model: nn.Module, lr: float, warmup: int = 0, steps: int = 0,
-                 muon_lr: float = 0.0, weight_decay: float = 0.0):
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        matrices = [p for n, p in named if muon_lr and p.dim() == 2 and "layers." in n]
-        others = [p for n, p in named if not any(p is m for m in matrices)]
-        self.parts = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.999), eps=1e-5,
-                                        weight_decay=weight_decay, foreach=True)]
-        if matrices:
-            self.parts.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay,
-                                               adjust_lr_fn="match_rms_adamw"))
-        self.parameters = [p for _, p in named]
-        self.base = [part.param_groups[0]["lr"] for part in self.parts]
-        self.warmup, self.steps, self.count = warmup, steps, 0
-
-    def step(self, clip_norm: float = 1.0) -> float:
-        """Clip the gradient's norm, step, clear; returns the norm before clipping.
-
-        The learning rate warms up linearly over `warmup` steps, then falls linearly to 0 at `steps`
-        (steps = 0: stays constant).
-        """
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, clip_norm))
-        if norm != norm or norm == float("inf"):
-            raise FloatingPointError(f"gradient norm is {norm} at optimizer step {self.count}")
-        factor = min(1.0, (self.count + 1) / self.warmup) if self.warmup else 1.0
-        if self.steps:
-            left = (self.steps - self.count) / max(1, self.steps - self.warmup)
-            factor = min(factor, max(0.0, left))
-        for part, base in zip(self.parts, self.base):
-            part.param_groups[0]["lr"] = base * factor
-            part.step()
-            part.zero_grad(set_to_none=True)
-        self.count += 1
-        return norm
-
-    def state_dict(self) -> dict:
-        return {"count": self.count, "parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.count = state["count"]
-        for part, saved in zip(self.parts, state["parts"]):
-            part.load_state_dict(saved)
 
 
 class Run:

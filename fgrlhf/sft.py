@@ -21,9 +21,10 @@ from fgrlhf import edits, readers
 from fgrlhf.checkpoint import load_model, load_tokenizer, save_model
 from fgrlhf.config import UserError, arg, parse, run
 from fgrlhf.encode import encode_prompt, encode_response
-from fgrlhf.model import PRESETS, LLaMA, build
+from fgrlhf.model import DTYPES, PRESETS, LLaMA, build
+from fgrlhf.optimizer import Optimizer
 from fgrlhf.rollout import Sequences, locate, pack
-from fgrlhf.run import Optimizer, Run, bucketed_batches, pick_device
+from fgrlhf.run import Run, bucketed_batches, pick_device
 from fgrlhf.tokenizer import Tokenizer
 from kernels import linear_cross_entropy
 
@@ -50,15 +51,18 @@ class Config:
     seed: int = arg(0, help="seed of initialisation and data order")
     save_every: int = arg(200, least=1, help="steps between training states for --resume")
     resume: bool = arg(False, help="continue the unfinished run in --out")
+    dtype: str = arg("float32", choices=DTYPES,
+                     help="of weights and activations; bfloat16 keeps float32 master weights")
     device: str = arg("auto", help="auto, cpu, cuda, ...")
 
 
 def start_model(config: Config, device) -> tuple[LLaMA, Tokenizer]:
     """The model and tokenizer of --model, or a fresh model of the --init preset."""
+    dtype = getattr(torch, config.dtype)
     if (config.model is None) == (config.init is None):
         raise UserError("expected exactly one of --model DIR and --init PRESET")
     if config.model is not None:
-        return load_model(config.model, device, torch.float32), load_tokenizer(config.model)
+        return load_model(config.model, device, dtype), load_tokenizer(config.model)
     if config.init not in PRESETS:
         raise UserError(f"--init {config.init}: expected one of {', '.join(PRESETS)}")
     if config.tokenizer is None:
@@ -67,7 +71,7 @@ def start_model(config: Config, device) -> tuple[LLaMA, Tokenizer]:
     context = config.context or PRESETS[config.init].max_seq_len
     model = build(PRESETS[config.init], config.seed, vocab_size=tokenizer.vocab_size,
                   max_seq_len=context)
-    return model.to(device), tokenizer
+    return model.to(device, dtype), tokenizer
 
 
 def loss_of(model: LLaMA, sequences: Sequences) -> torch.Tensor:

@@ -17,7 +17,7 @@ RANKS = (
     ("encode model",),
     ("safetensors layouts.stored", "layouts.huggingface_tokenizer layouts.llama2c layouts.meta",
      "layouts.huggingface", "checkpoint world", "simulate"),
-    ("rollout run", "reward"),
+    ("rollout run optimizer", "reward"),
     ("advantage ppo",),
     ("evaluate reporting.markup reporting.table",
      "judge results reporting.chart reporting.excerpts", "report"),

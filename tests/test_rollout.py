@@ -68,7 +68,8 @@ def test_in_groups_puts_every_value_where_it_belongs(size):
     def values(s):
         at = locate(s)
         return unflatten(at.target * 100.0 + at.step, at, s)
-    assert torch.equal(in_groups(values, batch, size), values(batch))
+    groups = by_length(batch, list(range(len(batch.tokens))), size)
+    assert torch.equal(in_groups(values, batch, groups), values(batch))
 
 
 # ----- scoring ------------------------------------------------------------------------------------

@@ -17,10 +17,10 @@ from fgrlhf.checkpoint import load_state, save_state
 from fgrlhf.config import UserError
 from fgrlhf.edits import Demonstration, render_prompt
 from fgrlhf.encode import PreferenceIds, encode_prompt, encode_response
+from fgrlhf.optimizer import Optimizer
 from fgrlhf.ppo import check_first_ratio, kl_estimates, policy_loss, value_loss
 from fgrlhf.reward import RewardModel, sequence_loss, token_loss
 from fgrlhf.rollout import pack, sample, score
-from fgrlhf.run import Optimizer
 from fgrlhf.tokenizer import train
 from kernels import linear_cross_entropy, linear_ppo, token_preference
 from tests.small import gradients, ids, llama, ragged, with_garbage

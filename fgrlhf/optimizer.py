@@ -1,0 +1,123 @@
+"""Adam, or Muon for the trunk's matrices beside it, in float32 whatever the weights are kept in.
+
+    m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2      w = w - lr m^ / (sqrt(v^) + 1e-5)
+
+Weights in bfloat16 have a float32 master copy, which is what is stepped and saved; the weights are
+the master rounded. A step of 1e-5 would vanish in a weight's 8 bits. Their gradients are added up
+in float32 too, as each backward makes them, so that microbatches change nothing (rule 6).
+
+`in_backward` steps each parameter as soon as its gradient is there and frees the gradient: the peak
+is without gradients, and the norm is then clipped a parameter at a time, not over all of them. It
+needs the whole minibatch in one backward pass.
+
+Muon (Jordan et al. 2024; torch's own) orthogonalises the momentum of each matrix inside the trunk,
+in bfloat16; embedding, norms and reward heads stay with Adam.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class Optimizer:
+    """AdamW and Muon over the trainable parameters of `model`, with linear warm-up.
+
+    `muon_lr` 0 leaves everything to Adam. The learning rate warms up linearly over `warmup` steps,
+    then falls linearly to 0 at `steps` (steps = 0: stays constant).
+    """
+
+    def __init__(self, model: nn.Module, lr: float, warmup: int = 0, steps: int = 0,
+                 muon_lr: float = 0.0, weight_decay: float = 0.0, clip_norm: float = 1.0,
+                 in_backward: bool = False):
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in named]
+        self.masters = [p if p.dtype in (torch.float32, torch.float64)
+                        else nn.Parameter(p.detach().float()) for p in self.parameters]
+        self.narrow = any(m is not p for m, p in zip(self.masters, self.parameters))
+        matrices = [m for (n, p), m in zip(named, self.masters)
+                    if muon_lr and p.dim() == 2 and "layers." in n]
+        others = [m for m in self.masters if not any(m is x for x in matrices)]
+        one_at_a_time = lambda group: [[m] for m in group] if in_backward else [group]
+        # foreach makes a temporary as large as the model; beside masters there is no room for that
+        self.parts = [torch.optim.AdamW(group, lr=lr, betas=(0.9, 0.999), eps=1e-5,
+                                        weight_decay=weight_decay, foreach=not self.narrow)
+                      for group in one_at_a_time(others)]
+        if matrices:
+            self.parts += [torch.optim.Muon(group, lr=muon_lr, weight_decay=weight_decay,
+                                            adjust_lr_fn="match_rms_adamw")
+                           for group in one_at_a_time(matrices)]
+        self.base = [part.param_groups[0]["lr"] for part in self.parts]
+        self.warmup, self.steps, self.count = warmup, steps, 0
+        self.clip_norm, self.in_backward, self.square = clip_norm, in_backward, 0.0
+        for parameter, master in zip(self.parameters, self.masters):
+            if in_backward or master is not parameter:
+                parameter.register_post_accumulate_grad_hook(self._hook(parameter, master))
+
+    def _hook(self, parameter: Tensor, master: Tensor):
+        """What happens to a parameter's gradient once a backward pass has made it."""
+        parts = [(part, base) for part, base in zip(self.parts, self.base)
+                 if part.param_groups[0]["params"][0] is master]
+
+        def widen(parameter: Tensor) -> None:
+            if master is not parameter:
+                wide = parameter.grad.float()
+                master.grad = wide if master.grad is None else master.grad.add_(wide)
+                parameter.grad = None
+
+        def step(parameter: Tensor) -> None:
+            widen(parameter)
+            norm = self._clipped([master])
+            self.square += norm ** 2
+            self._step(parts)
+            if master is not parameter:
+                parameter.data.copy_(master)
+
+        return step if self.in_backward else widen
+
+    def _clipped(self, parameters: list[Tensor]) -> float:
+        """Clip these gradients together; returns their norm before, which must be finite."""
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.clip_norm))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"gradient norm is {norm} at optimizer step {self.count}")
+        return norm
+
+    def _step(self, parts: list[tuple[torch.optim.Optimizer, float]]) -> None:
+        """Step and clear these parts at the learning rate of the present step."""
+        factor = min(1.0, (self.count + 1) / self.warmup) if self.warmup else 1.0
+        if self.steps:
+            left = (self.steps - self.count) / max(1, self.steps - self.warmup)
+            factor = min(factor, max(0.0, left))
+        for part, base in parts:
+            part.param_groups[0]["lr"] = base * factor
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def step(self) -> float:
+        """Clip the gradient's norm, step, clear; returns the norm before clipping.
+
+        With `in_backward` all that has happened already, and this counts the step.
+        """
+        if self.in_backward:
+            norm, self.square = math.sqrt(self.square), 0.0
+        else:
+            norm = self._clipped(self.masters)
+            self._step(list(zip(self.parts, self.base)))
+            if self.narrow:
+                for parameter, master in zip(self.parameters, self.masters):
+                    if master is not parameter:
+                        parameter.data.copy_(master)
+        self.count += 1
+        return norm
+
+    def state_dict(self) -> dict:
+        masters = [m.detach() for m in self.masters] if self.narrow else []
+        return {"count": self.count, "parts": [part.state_dict() for part in self.parts],
+                "masters": masters}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.count = state["count"]
+        for part, saved in zip(self.parts, state["parts"]):
+            part.load_state_dict(saved)
+        for master, saved in zip(self.masters, state.get("masters", [])):
+            master.data.copy_(saved)

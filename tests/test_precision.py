@@ -1,0 +1,189 @@
+"""--dtype bfloat16: float32 masters, float32 losses, and rule 2 as strict as in float32."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import train_ppo
+from fgrlhf.checkpoint import load_model, save_model
+from fgrlhf.optimizer import Optimizer
+from fgrlhf.ppo import policy_loss
+from fgrlhf.reward import RewardModel, load_reward, save_reward
+from fgrlhf.rollout import in_groups, sample, score
+from fgrlhf.tokenizer import train as train_tokenizer
+from tests.small import ids, llama, ragged
+
+BF16 = torch.bfloat16
+
+
+def push(model: nn.Module, gradients: list[torch.Tensor]) -> None:
+    """One backward pass that gives each parameter the gradient named."""
+    sum((p.float() * g).sum() for p, g in zip(model.parameters(), gradients)).backward()
+
+
+# ----- the optimizer ------------------------------------------------------------------------------
+
+def test_optimizer_steps_a_bf16_weight_by_less_than_its_last_bit():
+    """100 steps of 1e-4 from 1, gradient 1: 0.99, though 1 - 1e-4 rounds back to 1 in bf16."""
+    model = nn.Linear(1, 1, bias=False).to(BF16)
+    model.weight.data.fill_(1.0)
+    optimizer = Optimizer(model, lr=1e-4)
+    for _ in range(100):
+        push(model, [torch.ones(1, 1)])
+        optimizer.step()
+    assert optimizer.masters[0].item() == pytest.approx(0.99, abs=1e-5)
+    assert model.weight.item() == torch.tensor(0.99).to(BF16).item()
+    assert model.weight.dtype == BF16 and optimizer.masters[0].dtype == torch.float32
+
+
+def test_optimizer_adds_microbatch_gradients_in_float32():
+    """1 + 255 times 2^-8: in bf16 each addition would be lost, or round."""
+    model = nn.Linear(1, 1, bias=False).to(BF16)
+    optimizer = Optimizer(model, lr=0.0, clip_norm=1e9)
+    push(model, [torch.ones(1, 1)])
+    for _ in range(255):
+        push(model, [torch.full((1, 1), 2.0 ** -8)])
+    assert model.weight.grad is None
+    assert optimizer.step() == 1 + 255 * 2.0 ** -8
+
+
+def test_optimizer_state_keeps_the_masters_bits():
+    model, other = llama(dtype=BF16), llama(seed=1, dtype=BF16)
+    one, two = Optimizer(model, lr=1e-3), Optimizer(other, lr=1e-3)
+    for number, (m, o) in enumerate(((model, one), (model, one), (other, two))):
+        score(m, ragged()).sum().backward()
+        o.step()
+        if number == 1:
+            other.load_state_dict(model.state_dict())
+            two.load_state_dict(copy.deepcopy(one.state_dict()))
+            score(model, ragged()).sum().backward()
+            one.step()
+    assert all(torch.equal(a, b) for a, b in zip(one.masters, two.masters))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("muon_lr", [0.0, 1e-2])
+def test_optimizer_in_backward_is_the_optimizer_where_no_norm_is_clipped(dtype, muon_lr):
+    models = [llama(dtype=dtype), llama(dtype=dtype)]
+    optimizers = [Optimizer(m, 1e-2, warmup=3, muon_lr=muon_lr, clip_norm=1e9, in_backward=flag)
+                  for m, flag in zip(models, (False, True))]
+    for _ in range(3):
+        norms = []
+        for model, optimizer in zip(models, optimizers):
+            score(model, ragged()).mean().backward()
+            if optimizer.in_backward:                   # every gradient is gone before the step
+                assert all(p.grad is None for p in [*optimizer.masters, *model.parameters()])
+            norms.append(optimizer.step())
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    for a, b in zip(*(m.parameters() for m in models)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if dtype == torch.float32 else 0)
+
+
+def test_optimizer_in_backward_clips_each_parameter_alone():
+    """Norms 3 and 4: clipped at 2 to 2 and 2; the norm reported is that of both, 5."""
+    model, seen = nn.Linear(1, 1), []
+    optimizer = Optimizer(model, lr=0.0, clip_norm=2.0, in_backward=True)
+    for part in optimizer.parts:
+        part.register_step_pre_hook(lambda part, *_: seen.append(
+            part.param_groups[0]["params"][0].grad.item()))
+    push(model, [torch.full((1, 1), 3.0), torch.full((1,), -4.0)])
+    assert sorted(seen) == pytest.approx([-2.0, 2.0], rel=1e-5)
+    assert optimizer.step() == pytest.approx(5.0)
+
+
+def test_optimizer_in_backward_stops_before_a_step_that_is_not_finite():
+    model = nn.Linear(1, 1, bias=False)
+    before = model.weight.item()
+    optimizer = Optimizer(model, lr=1.0, in_backward=True)
+    with pytest.raises(FloatingPointError, match="gradient norm is nan"):
+        push(model, [torch.full((1, 1), float("nan"))])
+    assert model.weight.item() == before and optimizer.count == 0
+
+
+# ----- models -------------------------------------------------------------------------------------
+
+def test_rewards_and_log_probabilities_of_a_bf16_model_are_float32():
+    policy, model = llama(dtype=BF16), RewardModel(llama(seed=1, dtype=BF16), "token")
+    assert score(policy, ragged()).dtype == torch.float32
+    assert model.head.weight.dtype == torch.float32
+    assert model.token_rewards(ragged()).dtype == torch.float32
+    assert model.sequence_rewards(ragged()).dtype == torch.float32
+    assert policy.hidden(ragged().tokens).dtype == BF16
+
+
+def test_bf16_log_probabilities_are_those_of_float32_to_bf16_rounding():
+    """Logits of size 8 have a last bit of 2^-5 in bf16."""
+    policy = llama()
+    exact = score(policy, ragged())
+    policy.to(BF16)
+    assert 0 < (score(policy, ragged()) - exact).abs().max() < 0.25
+
+
+def test_a_bf16_model_is_saved_in_bf16_and_loads_either_way(tmp_path):
+    policy = llama(dtype=BF16)
+    save_model(policy, tmp_path / "m")
+    assert load_model(tmp_path / "m").head.dtype == BF16
+    wide = load_model(tmp_path / "m", dtype=torch.float32)
+    assert torch.equal(wide.head, policy.head.float())
+
+
+# ----- rule 2 -------------------------------------------------------------------------------------
+
+def setup_of(policy, eos: int = 2) -> train_ppo.Setup:
+    torch.manual_seed(0)
+    model = RewardModel(llama(seed=1, dtype=policy.head.dtype), "token").requires_grad_(False)
+
+    class Tokenizer:
+        eos_id = eos
+    prompts = [ids(1 + 2 * i % 5, i) for i in range(24)]
+    return train_ppo.Setup(Tokenizer(), policy, policy, model, None, {}, prompts, None)
+
+
+@pytest.mark.parametrize("microbatch", [0, 3])
+def test_rule_2_holds_in_bf16_to_the_tolerance_of_float32(microbatch):
+    """Every update of the first epoch scores its rows as collect did; KL to itself is 0."""
+    policy = llama(dtype=BF16, max_seq_len=40)
+    config = train_ppo.Config(method="fine-grained", policy="", reward="", prompts="", out="",
+                              rollouts=24, max_new_tokens=12, microbatch=microbatch,
+                              dtype="bfloat16")
+    batch = train_ppo.collect(config, setup_of(policy), 1)
+    rollout, mask = batch.rollout, batch.rollout.sequences.response_mask
+    assert (batch.logp_ref - rollout.logp_old).abs().max() < 1e-5
+    worst, sequences = 0.0, rollout.sequences
+    for part in train_ppo.scoring_groups(config, sequences, 1):
+        rows = sequences.rows(part)
+        T = int(rows.response_lengths.max())
+        out = policy_loss(policy, rows, rollout.logp_old[part, :T], batch.advantages[part, :T],
+                          0.2, 1.0, int(mask.sum()))
+        worst = max(worst, (out.logp - rollout.logp_old[part, :T][mask[part, :T]]).abs().max())
+    assert worst < 1e-5
+    drawn = sample(policy, setup_of(policy).prompts, 2, 12,
+                   generator=torch.Generator().manual_seed(0))
+    one_by_one = in_groups(lambda s: score(policy, s), drawn.sequences,
+                           [torch.arange(24)])
+    assert (drawn.logp_old - one_by_one).abs().max() > 1e-3      # why decoding's are not taken
+
+
+# ----- the scripts --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method, kind", [("fine-grained", "token"), ("rlhf", "sequence")])
+def test_train_ppo_runs_in_bf16_with_every_check(method, kind, tmp_path):
+    tokenizer = train_tokenizer(["say one two three"] * 20, 280, tmp_path / "t.model")
+    save_model(llama(vocab_size=280), tmp_path / "policy", tokenizer=tokenizer)
+    torch.manual_seed(0)
+    save_reward(RewardModel(llama(1, vocab_size=280), kind), tmp_path / "reward", tokenizer)
+    (tmp_path / "prompts.jsonl").write_text("".join(
+        json.dumps({"id": str(i), "prompt": "say one" + " two" * i}) + "\n" for i in range(4)))
+    train_ppo.train(train_ppo.Config(
+        method=method, policy=str(tmp_path / "policy"), reward=str(tmp_path / "reward"),
+        prompts=str(tmp_path / "prompts.jsonl"), out=str(tmp_path / "out"), iterations=2,
+        rollouts=6, max_new_tokens=6, microbatch=2, dtype="bfloat16"))
+    lines = [json.loads(x) for x in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert abs(lines[0]["rollout/kl_k1"]) < 1e-6 and abs(lines[1]["rollout/kl_k3"]) > 0
+    saved, start = load_model(tmp_path / "out/policy"), load_model(tmp_path / "policy")
+    assert saved.head.dtype == BF16 and (saved.head != start.head.to(BF16)).any()
+    assert load_reward(tmp_path / "reward").head.weight.dtype == torch.float32
