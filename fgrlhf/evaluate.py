@@ -48,13 +48,18 @@ def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 2000) -> Inte
     return Interval(float(values.mean()), float(low), float(high))
 
 
-def over_seeds(values: Sequence[float]) -> Interval:
-    """Mean over seeds with Student's t interval; a single seed has an interval of NaN."""
+def over_seeds(values: Sequence[float], more: int | None = None) -> Interval:
+    """Mean over seeds with Student's t interval; a single seed has an interval of NaN.
+
+    mean +- t s sqrt(1/n) covers the mean of endless seeds; with `more` = m seeds to come,
+    mean +- t s sqrt(1/n + 1/m) covers their mean (m = 1: what to expect of one run).
+    """
     values = np.asarray(values, dtype=float)
     mean, n = float(values.mean()), len(values)
     if n < 2:
         return Interval(mean, math.nan, math.nan)
-    half = t_quantile(n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
+    spread = math.sqrt(1 / n + (1 / more if more else 0))
+    half = t_quantile(n - 1) * float(values.std(ddof=1)) * spread
     return Interval(mean, mean - half, mean + half)
 
 

@@ -1,6 +1,7 @@
 """From the folders of finished runs to results.json: a mean, a 95% interval and every seed's value.
 
-Over seeds the interval is Student's t; with one seed a difference gets a paired bootstrap over
+Over seeds the interval is Student's t (`one_more`: where a further seed's value is to be expected,
+what a single run compares itself with); with one seed a difference gets a paired bootstrap over
 prompts instead, and a lone figure none. The reference of every win rate is one fixed sample of the
 SFT model's answers.
 """
@@ -85,12 +86,17 @@ def tested(folder: Path, system: str) -> Tested:
 
 
 def cell(values: list[float]) -> dict:
-    """Mean, 95% interval over seeds (None for one), every seed's value; NaN, no data, is None."""
+    """Mean, its 95% interval over seeds, the interval of one more seed's value, every seed's value.
+
+    Intervals are None for a single seed; NaN, no data, is None.
+    """
     values = [None if math.isnan(value) else value for value in values]
     if None in values:
-        return {"mean": None, "interval": None, "per_seed": values}
-    mean, low, high = over_seeds(values)
-    return {"mean": mean, "interval": None if math.isnan(low) else [low, high], "per_seed": values}
+        return {"mean": None, "interval": None, "one_more": None, "per_seed": values}
+    interval, one_more = over_seeds(values), over_seeds(values, more=1)
+    shown = lambda i: None if math.isnan(i.low) else [i.low, i.high]
+    return {"mean": interval.mean, "interval": shown(interval), "one_more": shown(one_more),
+            "per_seed": values}
 
 
 def difference(label: str, ours: list[list[float]], theirs: list[list[float]]) -> dict:

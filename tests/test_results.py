@@ -36,15 +36,18 @@ def test_cell_gives_mean_t_interval_and_every_seed():
     found = results.cell([0.5, 0.7])
     assert found["mean"] == pytest.approx(0.6) and found["per_seed"] == [0.5, 0.7]
     assert found["interval"] == pytest.approx([0.6 - 0.1 * T_1, 0.6 + 0.1 * T_1], abs=1e-4)
+    half = 0.1 * 2 ** 0.5 * T_1 * 1.5 ** 0.5                            # t s sqrt(1/2 + 1)
+    assert found["one_more"] == pytest.approx([0.6 - half, 0.6 + half], abs=1e-4)
 
 
 def test_cell_of_one_seed_has_no_interval():
-    assert results.cell([0.25]) == {"mean": 0.25, "interval": None, "per_seed": [0.25]}
+    assert results.cell([0.25]) == {"mean": 0.25, "interval": None, "one_more": None,
+                                    "per_seed": [0.25]}
 
 
 def test_cell_with_a_seed_without_data_has_no_mean_and_is_json():
     found = results.cell([0.5, math.nan])
-    assert found == {"mean": None, "interval": None, "per_seed": [0.5, None]}
+    assert found == {"mean": None, "interval": None, "one_more": None, "per_seed": [0.5, None]}
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
