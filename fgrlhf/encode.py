@@ -7,7 +7,7 @@ not fit the context is cut and then ends without EOS, as a truncated one does.
 
 from typing import NamedTuple
 
-from fgrlhf.align import align, align_words, gap_credit
+from fgrlhf.align import Alignment, align, align_words, gap_credit
 from fgrlhf.config import UserError
 from fgrlhf.edits import Edit, Pair, normalise_edit, render_prompt
 from fgrlhf.readers import read_edits, read_pairs
@@ -47,6 +47,13 @@ def encode_response(tokenizer, text: str, prompt: list[int], context: int) -> li
     return tokenizer.encode(text, eos=True)[:max(0, context - len(prompt))]
 
 
+def two_sides(record: Edit | Pair) -> tuple[str, str]:
+    """(better, worse): the texts y+ and y-."""
+    if isinstance(record, Edit):
+        return record.edited, record.original
+    return record.chosen, record.rejected
+
+
 def encode_preference(tokenizer, record: Edit | Pair, prompt: list[int], context: int,
                       unit: str = "token", credit_gap: bool = True) -> PreferenceIds:
     """An edit (edited over original) or a pair, aligned token by token or word by word.
@@ -55,17 +62,23 @@ def encode_preference(tokenizer, record: Edit | Pair, prompt: list[int], context
     With `credit_gap` the unchanged token right behind the gap stands in for it: it is what the
     policy chose there. An early EOS is thus charged with an omission.
     """
-    better, worse = ((record.edited, record.original) if isinstance(record, Edit)
-                     else (record.chosen, record.rejected))
+    better, worse = two_sides(record)
     chosen, rejected = (encode_response(tokenizer, text, prompt, context)
                         for text in (better, worse))
+    alignment, change = align_sides(tokenizer, worse, better, rejected, chosen, unit)
+    credit = gap_credit(alignment, credit_gap)
+    return PreferenceIds(prompt, chosen, rejected, credit.edited, credit.original,
+                         [(j, i) for i, j in credit.pairs], change)
+
+
+def align_sides(tokenizer, worse: str, better: str, rejected: list[int], chosen: list[int],
+                unit: str) -> tuple[Alignment, float]:
+    """The alignment of two responses by tokens or words, and the share of tokens that changed."""
     alignment = align(rejected, chosen)
     change = alignment.distance / max(len(rejected), len(chosen), 1)
     if unit == "word":
         alignment = align_words(worse, better, tokenizer.spans(rejected), tokenizer.spans(chosen))
-    credit = gap_credit(alignment, credit_gap)
-    return PreferenceIds(prompt, chosen, rejected, credit.edited, credit.original,
-                         [(j, i) for i, j in credit.pairs], change)
+    return alignment, change
 
 
 def encode_preferences(records: list[Edit | Pair], tokenizer, context: int, template: str,

@@ -12,6 +12,7 @@
     examples       {heat_maps: [{prompt, tokens, rewards, errors}],
                     edits: [{prompt, original_tokens, original_changed,
                              edited_tokens, edited_changed}],
+                    worked: [worked.Worked],
                     before_after: [{prompt, before, before_errors, after, after_errors, label}]}
 
 Cells are reporting/table.py's. Every part may be missing, and then so is its section. The page
@@ -26,6 +27,7 @@ from fgrlhf.files import write_atomic
 from fgrlhf.reporting import excerpts
 from fgrlhf.reporting.chart import Curve, line_chart, strip, strip_axis, ticks
 from fgrlhf.reporting.markup import Html, section, table, tag, typeset
+from fgrlhf.reporting.worked_page import worked_page
 from fgrlhf.reporting.table import (DIFFERENCE, ERRORS, GREEDY_ERRORS, REWARD_MODELS, TRAINING,
                                     WIN_RATES, Column, cell_texts, interval_of, is_number, number,
                                     present, ratio, text_table)
@@ -53,7 +55,7 @@ def page(results: dict) -> str:
              (_reward_models, get("reward_models")), (_speed, get("speed")), (_paper, get("paper")),
              (_training, systems), (_curves, curves),
              (excerpts.heat_maps, examples.get("heat_maps")),
-             (excerpts.edits, examples.get("edits")),
+             (excerpts.edits, examples.get("edits")), (worked_page, examples.get("worked")),
              (excerpts.before_after, examples.get("before_after")), (_again, results)]
     sections = [shown for show, part in parts if part and (shown := show(part))]
     title = f"Token-level RLHF from minimal edits, {get('profile') or 'a'} run"

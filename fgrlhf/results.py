@@ -14,13 +14,14 @@ from typing import NamedTuple
 import torch
 
 from fgrlhf.align import align
-from fgrlhf.checkpoint import load_tokenizer
+from fgrlhf.checkpoint import load_model, load_tokenizer
 from fgrlhf.edits import Prompt
 from fgrlhf.encode import encode_prompt
 from fgrlhf.evaluate import bootstrap, compare, over_seeds
 from fgrlhf.readers import read_edits, read_outputs
 from fgrlhf.reward import load_reward
 from fgrlhf.rollout import pack
+from fgrlhf.worked import LossSettings, UpdateSettings, Worked, settings_of, work
 from fgrlhf.world import World
 
 SYSTEMS = {
@@ -192,10 +193,22 @@ def examples(folder: Path, count: int = 6) -> dict:
         diffs.append({"prompt": edit.prompt, "original_tokens": pieces(sides[0]),
                       "original_changed": aligned.original_changed,
                       "edited_tokens": pieces(sides[1]), "edited_changed": aligned.edited_changed})
+    worked = work_edit(folder, tokenizer, model)
     both = [{"prompt": a.instruction, "before": a.output, "before_errors": count_errors(a),
              "after": b.output, "after_errors": count_errors(b), "label": "fine-grained"}
             for a, b in zip(before, after) if count_errors(a)][:count]
-    return {"heat_maps": maps, "edits": diffs, "before_after": both}
+    return {"heat_maps": maps, "edits": diffs, "worked": worked, "before_after": both}
+
+
+def work_edit(folder: Path, tokenizer, model) -> list[Worked]:
+    """The first held-out edit that mends two errors, worked through as fgrlhf.explain does."""
+    edit = next((e for e in read_edits(folder / "held-out" / "edits.jsonl")
+                 if len(e.spans or ()) > 1), None)
+    if edit is None:
+        return []
+    policy, reference = (load_model(folder / "sft" / "policy") for _ in range(2))
+    return [work(edit, tokenizer, model, settings_of(LossSettings, folder / "rm-token" / "reward"),
+                 policy, reference, settings_of(UpdateSettings, folder / "fine-grained" / "best"))]
 
 
 def reward_models(folders: list[Path]) -> dict:

@@ -18,10 +18,11 @@ RANKS = (
     ("safetensors layouts.stored", "layouts.huggingface_tokenizer layouts.llama2c layouts.meta",
      "layouts.huggingface", "checkpoint world", "simulate"),
     ("rollout run optimizer", "reward"),
-    ("advantage ppo",),
-    ("evaluate reporting.markup reporting.table",
-     "judge results reporting.chart reporting.excerpts", "report"),
-    ("sft generate memory pipeline train_rm train_ppo", "eval reproduce collect"),
+    ("advantage ppo", "worked"),
+    ("evaluate reporting.markup reporting.table reporting.equations",
+     "judge results reporting.chart reporting.excerpts reporting.worked_text",
+     "reporting.worked_page", "report"),
+    ("sft generate memory pipeline train_rm train_ppo explain", "eval reproduce collect"),
 )
 KERNELS = ("three_matmuls clipped_surrogate token_preference", "linear_logp exact_kl",
            "linear_ppo linear_cross_entropy", "bench")

@@ -22,7 +22,7 @@ from tests.processes import ROOT
 from tests.small import llama
 
 SCRIPTS = ("train_rm.py", "train_ppo.py", "eval.py", "fgrlhf.sft", "fgrlhf.simulate",
-           "fgrlhf.generate")
+           "fgrlhf.generate", "fgrlhf.explain")
 VOCABULARY = 400
 
 

@@ -9,6 +9,10 @@ from typing import Sequence
 from fgrlhf.reporting.markup import Html, section, table, tag, typeset
 from fgrlhf.reporting.table import is_number, number
 
+# What a token can be marked as: the element, and the word for those who see neither.
+MARKS = {"error": ("u", "error"), "out": ("del", "taken out"), "in": ("ins", "put in"),
+         "gap": ("u", "answers for a gap")}
+
 
 def heat_maps(maps: Sequence[dict]) -> Html:
     """Each token on a ground of its reward's colour, the reward below it, errors underlined.
@@ -21,8 +25,10 @@ def heat_maps(maps: Sequence[dict]) -> Html:
     for one in maps:
         tokens, errors = one["tokens"], one.get("errors") or [False] * len(one["tokens"])
         figures.append(tag("figure", _request(one),
-                           tag("div", [_heat_token(*each, largest) for each in
-                                       zip(tokens, one["rewards"], errors, strict=True)],
+                           tag("div", [heat_token(*each, largest) for each in
+                                       zip(tokens, one["rewards"],
+                                           ["error" if wrong else "" for wrong in errors],
+                                           strict=True)],
                                class_="heat")))
     return section(
         "Token rewards of real rollouts",
@@ -58,15 +64,18 @@ def _blank(token: str) -> str:
     return token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
 
 
-def _heat_token(token: str, reward: float | None, error: bool, largest: float) -> Html:
+def heat_token(token: str, reward: float | None, mark: str, largest: float,
+               digits: int = 1) -> Html:
+    """A token on the ground of its reward, with the reward below; `mark` is one of MARKS or ""."""
     token = _blank(token)
     text = token.removeprefix(" ").replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
     text = text if text.strip() else "\N{OPEN BOX}"         # a blank can be seen
     strength = reward / largest if is_number(reward) else 0
     classes = ["token", *["begins"] * token.startswith(" "), "good" if strength > 0 else "bad"]
-    return tag("span", tag("span", tag("u", text, class_="error") if error else text),
-               tag("small", typeset(number(reward, digits=1, sign="+"))),
-               tag("span", " (error) " if error else " ", class_="hidden"),
+    name, meaning = MARKS.get(mark, ("span", ""))
+    return tag("span", tag("span", tag(name, text, class_=mark) if mark else text),
+               tag("small", typeset(number(reward, digits=digits, sign="+"))),
+               tag("span", f" ({meaning}) " if mark else " ", class_="hidden"),
                class_=" ".join(classes), style=f"--strength:{abs(strength):.2f}")
 
 

@@ -1,0 +1,292 @@
+"""One record worked through: every printed number against its equation, computed here by hand."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+
+import train_ppo
+import train_rm
+from fgrlhf import explain
+from fgrlhf.config import UserError
+from fgrlhf.edits import Edit, write_jsonl
+from fgrlhf.report import page
+from fgrlhf.reporting.worked_text import visible, worked_text
+from fgrlhf.reward import RewardModel, save_reward
+from fgrlhf.checkpoint import save_model
+from fgrlhf.tokenizer import train
+from fgrlhf.worked import LossSettings, UpdateSettings, minus_log_sigmoid, settings_of, work
+from kernels import token_preference
+from tests.small import llama, slow_logp
+
+VOCABULARY = 274
+SWAP = Edit("swap", "red or blue", "a red cat", "a blue cat")
+GAP = Edit("gap", "red or blue", "a red", "a red cat")
+TRAINED = LossSettings(u0="anchor", u0_weight=0.02, token_weight=1.0)
+PPO = UpdateSettings(lr=0.03)
+COLUMNS = ("r_t", "old", "ref", "kl", "penalised", "A", "new", "rho", "term")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train(["a red cat or a blue one"] * 9, VOCABULARY,
+                 tmp_path_factory.mktemp("t") / "tokenizer.model")
+
+
+def model(seed: int):
+    return llama(seed, VOCABULARY, max_seq_len=64)
+
+
+@pytest.fixture(scope="module")
+def reward():
+    torch.manual_seed(0)
+    made = RewardModel(model(1), "token")
+    made.mean.fill_(0.25), made.scale.fill_(0.5)
+    return made.requires_grad_(False)
+
+
+@pytest.fixture(scope="module", params=["swap", "gap"])
+def worked(request, tokenizer, reward):
+    record = {"swap": SWAP, "gap": GAP}[request.param]
+    return work(record, tokenizer, reward, TRAINED, model(2), model(3), PPO)
+
+
+def sides(text: str) -> tuple[list[tuple], list[tuple]]:
+    """(set, reward) of each row of the first table: y-, then y+."""
+    table = text.split("set        r_t")[-1].split("\n\n")[0].splitlines()[1:]
+    found = [], []
+    for row in table:
+        for side, half in zip(found, row.split(" | ")):
+            if match := re.match(r" *(\d+) (.{12}) (.{4}) *(\S+)", half):
+                side.append((match[3].strip(), float(match[4])))
+    return found
+
+
+def values(text: str, label: str, name: str) -> float:
+    """The value behind the last " = " of the first equation of that name under that label."""
+    lines = iter(text.splitlines())
+    at = ""
+    for line in lines:
+        at = line[:10].strip() or (at if line.startswith("  ") else "")
+        if at == label and line[12:].startswith(f"{name} = "):
+            if line.count(" = ") == 1 and not re.search(r"[\de]$", line):
+                line = next(lines)
+            if (following := next(lines, "")).strip().startswith("= "):
+                line = following
+            return float(line.rsplit(" = ", 1)[1])
+    raise AssertionError(f"{label} {name} is not in the text")
+
+
+def test_worked_text_shows_rewards_that_give_the_margin_and_the_loss_by_hand(worked):
+    """Equations (1) to (4) from nothing but the printed table."""
+    text = worked_text(worked)
+    minus, plus = sides(text)
+    assert values(text, "(1)", "R(y-)") == pytest.approx(sum(r for _, r in minus), abs=1e-3)
+    assert values(text, "(1)", "R(y+)") == pytest.approx(sum(r for _, r in plus), abs=1e-3)
+    good = [r for name, r in plus if name.startswith("U1+")]
+    bad = [r for name, r in minus if name.startswith("U1-")]
+    assert good and bad
+    s = sum(good) - sum(bad)
+    assert values(text, "(3)", "sum over U1+") == pytest.approx(sum(good), abs=1e-3)
+    assert values(text, "(3)", "sum over U1-") == pytest.approx(sum(bad), abs=1e-3)
+    assert values(text, "(3)", "s") == pytest.approx(s, abs=1e-3)
+    bt = math.log(1 + math.exp(-s))
+    kept = [r for name, r in minus if name == "U0"], [r for name, r in plus if name == "U0"]
+    M, K = len(kept[0]), len(good) + len(bad)
+    assert len(kept[1]) == M > 0
+    anchor = 0.02 / (2 * M) * sum(r * r for side in kept for r in side)
+    token = (sum(math.log(1 + math.exp(-r)) for r in good)
+             + sum(math.log(1 + math.exp(r)) for r in bad)) / K
+    paper = sum((a - b) ** 2 for a, b in zip(kept[1], kept[0])) / M
+    for label, name, expected in (("(4)", "L_bt", bt), ("(4)", "L_u0", anchor),
+                                  ("(4)", "L_token", token), ("(4)", "L", bt + anchor + token),
+                                  ("(4) paper", "L_u0", paper), ("(4) paper", "L", bt + paper)):
+        assert values(text, label, name) == pytest.approx(expected, abs=2e-3), (label, name)
+
+
+def test_worked_loss_is_the_kernels(worked):
+    """The same rewards and sets given to the kernel's plain reference, without a tokenizer."""
+    sets = {"rejected": worked.rejected, "chosen": worked.chosen}
+    tensors = {k: torch.tensor([s.rewards]) for k, s in sets.items()}
+    masks = {k: torch.tensor([[name in ("U1", "gap") for name in s.sets]]) for k, s in sets.items()}
+    unchanged = token_preference.Unchanged(
+        *(torch.tensor(x) for x in ([0] * len(worked.pairs), [j for _, j in worked.pairs],
+                                    [i for i, _ in worked.pairs])))
+    for loss in (worked.loss, worked.paper):
+        expected = token_preference.reference(
+            tensors["chosen"], tensors["rejected"], masks["chosen"], masks["rejected"], unchanged,
+            loss.options)
+        assert loss[1:] == pytest.approx([expected.margin.item(), expected.bt.item(),
+                                          expected.u0.item(), expected.token.item(),
+                                          expected.loss.item()], rel=1e-5, abs=1e-7)
+    assert worked.paper.options == token_preference.Options()
+
+
+def token_rows(text: str) -> list[dict]:
+    """The rows of the table of equations (5) to (7)."""
+    table = text.split("clip     term\n")[1].split("\n\n")[0].splitlines()
+    rows = []
+    for line in table:
+        numbers = [float(line[14 + 9 * k:23 + 9 * k]) for k in range(8)] + [float(line[-8:])]
+        rows.append(dict(zip(COLUMNS, numbers)) | {"clip": line[86:92].strip()})
+    return rows
+
+
+def test_worked_text_shows_kl_advantage_ratio_and_clip_that_follow_by_hand(worked):
+    """Equations (5) to (7) from the printed rows, rounded to three decimals."""
+    text = worked_text(worked)
+    rows, eps = token_rows(text), 0.2
+    assert len(rows) == len(worked.rejected.pieces)
+    for row, raw in zip(rows, worked.rejected.rewards):
+        assert row["r_t"] == pytest.approx((raw - 0.25) / 0.5, abs=1e-3)
+        assert row["kl"] == pytest.approx(row["old"] - row["ref"], abs=2e-3)
+        assert row["penalised"] == pytest.approx(row["r_t"] - 0.5 * row["kl"], abs=2e-3)
+        assert row["rho"] == pytest.approx(math.exp(row["new"] - row["old"]), rel=2e-3, abs=2e-3)
+    rms = math.sqrt(sum(row["penalised"] ** 2 for row in rows) / len(rows))
+    clips = 0
+    for row in rows:
+        assert row["A"] == pytest.approx(row["penalised"] / rms, rel=2e-3, abs=2e-3)
+        bound = min(max(row["rho"], 1 - eps), 1 + eps)
+        free, held = row["rho"] * row["A"], bound * row["A"]
+        assert row["term"] == pytest.approx(min(free, held), rel=5e-3, abs=3e-3)
+        if abs(free - held) > 5e-3:
+            assert row["clip"] == ("" if free < held else ">1.2" if row["A"] > 0 else "<0.8")
+            clips += row["clip"] != ""
+    assert clips > 0
+    mean = lambda name: sum(row[name] for row in rows) / len(rows)
+    assert values(text, "(7)", "L before the update") == pytest.approx(-mean("A"), abs=2e-3)
+    assert values(text, "(7)", "L after it") == pytest.approx(-mean("term"), abs=3e-3)
+    assert worked.update.loss < worked.update.loss_before          # the step goes downhill
+
+
+def test_worked_log_probabilities_are_those_of_a_slow_loop(worked, tokenizer):
+    prompt = tokenizer.encode("red or blue ->", bos=True)
+    response = tokenizer.encode("".join(worked.rejected.texts[:-1]), eos=True)
+    assert worked.update.logp_old == pytest.approx(slow_logp(model(2), prompt, response), abs=1e-4)
+    assert worked.update.logp_ref == pytest.approx(slow_logp(model(3), prompt, response), abs=1e-4)
+
+
+def test_worked_text_marks_what_changed_without_colour(tokenizer, reward):
+    swap, gap = (worked_text(work(r, tokenizer, reward, TRAINED)) for r in (SWAP, GAP))
+    assert re.search(r"^y-  a \[-.*red.*-\] cat</s>$", swap, re.M)
+    assert re.search(r"^y\+  a \{\+.*blue.*\+\} cat</s>$", swap, re.M)
+    assert re.search(r"^y-  a red\(\^</s>\^\)$", gap, re.M)
+    assert re.search(r"^y\+  a red \{\+cat\+\}</s>$", gap, re.M)
+    assert "\x1b" not in swap and "equations (5)" not in swap
+
+
+def test_worked_text_in_colour_says_the_same(worked):
+    coloured = worked_text(worked, colour=True)
+    assert "\x1b[" in coloured
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == worked_text(worked)
+
+
+def test_visible_spells_out_what_a_terminal_would_act_on():
+    assert visible("a\x1b[31mb\nc") == "a\\x1b[31mb\u21b5c"
+
+
+def test_worked_texts_join_to_the_response_when_bytes_share_a_character(tokenizer, reward):
+    record = Edit("bytes", "red or blue", "a \u20ac cat", "a red cat")       # three byte pieces
+    shown = work(record, tokenizer, reward, TRAINED)
+    assert "".join(shown.rejected.texts) == "a \u20ac cat</s>"
+    assert "[-\u20ac-]" in worked_text(shown)
+
+
+def test_report_shows_the_same_numbers_and_escapes_texts(worked, tokenizer, reward):
+    html = page({"examples": {"worked": [worked]}}).replace("\N{MINUS SIGN}", "-")
+    for number in re.findall(r"= (-?\d\.\d{4})$", worked_text(worked), re.M):
+        assert f">{number}</td>" in html
+    assert "<del" in html and "<ins" in html and html.count(">clip</td>") == sum(
+        worked.update.clipped)
+    nasty = Edit("n", "<script>", "a <b> cat", "a red cat")
+    html = page({"examples": {"worked": [work(nasty, tokenizer, reward, TRAINED)]}})
+    assert "<script>" not in html and "<b> cat" not in html
+
+
+def test_minus_log_sigmoid_far_out_does_not_overflow():
+    assert minus_log_sigmoid(-800.0) == 800.0 and minus_log_sigmoid(800.0) == 0.0
+    assert minus_log_sigmoid(0.0) == pytest.approx(math.log(2))
+
+
+# ----- the command --------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tokenizer, reward):
+    """A reward model and a policy as runs leave them, and edits."""
+    root = tmp_path_factory.mktemp("runs")
+    save_model(model(3), root / "sft/policy", tokenizer=tokenizer)
+    save_reward(reward, root / "rm/reward", tokenizer)
+    save_model(model(2), root / "ppo/best", tokenizer=tokenizer)
+    (root / "sft/config.json").write_text(json.dumps({"lr": 9.0, "template": "alpaca"}))
+    (root / "rm/config.json").write_text(json.dumps(
+        {"u0": "anchor", "u0_weight": 0.02, "token_weight": 1.0, "epochs": 3,
+         "model": str(root / "sft/policy")}))
+    (root / "ppo/config.json").write_text(json.dumps(
+        {"beta": 0.5, "lr": 0.03, "policy": str(root / "sft/policy"), "iterations": 2}))
+    write_jsonl(root / "edits.jsonl", [SWAP, Edit("same", "x", "a", "a"), GAP])
+    return root
+
+
+def config(folders, **changed) -> explain.Config:
+    return explain.Config(**{"reward": str(folders / "rm/reward"),
+                             "record": str(folders / "edits.jsonl:gap")} | changed)
+
+
+def test_explain_takes_settings_and_reference_from_the_runs(folders, tokenizer, reward, capsys):
+    explain.main(config(folders, policy=str(folders / "ppo/best"), html=str(folders / "a.html")))
+    printed = capsys.readouterr().out
+    expected = worked_text(work(GAP, tokenizer, reward, TRAINED, model(2), model(3), PPO))
+    assert printed.endswith("\n\n" + expected) and f"reference {folders}/sft/policy\n" in printed
+    assert "One edit through the whole method" in (folders / "a.html").read_text()
+
+
+def test_explain_without_a_policy_takes_the_reward_models_start_and_kl_is_0(folders):
+    worked, used = explain.explain(config(folders, record=str(folders / "edits.jsonl")))
+    assert worked.id == "swap" and used["policy"] == used["reference"] == f"{folders}/sft/policy"
+    assert worked.update.kl == [0.0] * len(worked.rejected.pieces)
+    assert worked.update.settings == UpdateSettings()               # not SFT's learning rate
+
+
+def test_explain_without_any_policy_stops_at_equation_4(folders, tmp_path, tokenizer, reward,
+                                                        capsys):
+    save_reward(reward, tmp_path / "reward", tokenizer)
+    explain.main(config(folders, reward=str(tmp_path / "reward")))
+    printed = capsys.readouterr().out
+    assert "(4) " in printed and "(4) paper" not in printed         # the defaults are the paper's
+    assert printed.endswith("give its folder by --policy.\n")
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"record": "nowhere.jsonl:a"}, "nowhere.jsonl:a: no such file"),
+    ({"record": "edits.jsonl:other"}, "no record 'other'"),
+    ({"record": "edits.jsonl:same"}, "no record 'same' with two different texts"),
+    ({"reward": "sft/policy"}, "expected a reward model folder"),
+    ({"reward": "sequence/reward"}, "expected a token-level reward model"),
+    ({"policy": "missing"}, "missing")])
+def test_explain_refuses_bad_input_in_one_line(folders, change, message, tokenizer):
+    if not (folders / "sequence").exists():
+        save_reward(RewardModel(model(1), "sequence"), folders / "sequence/reward", tokenizer)
+    change = {k: str(folders / v) for k, v in change.items()}
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        explain.explain(config(folders, **change))
+    assert "\n" not in str(error.value)
+
+
+def test_explain_refuses_another_tokenizer(folders, tmp_path):
+    other = train(["a red cat or a blue one"] * 9, VOCABULARY - 1, tmp_path / "t.model")
+    save_model(llama(0, VOCABULARY - 1), tmp_path / "policy", tokenizer=other)
+    with pytest.raises(UserError, match="its tokenizer is not the one"):
+        explain.explain(config(folders, policy=str(tmp_path / "policy")))
+
+
+def test_settings_are_named_and_defaulted_as_the_scripts_flags():
+    defaults = {f.name: f.default for f in train_ppo.Config.__dataclass_fields__.values()}
+    for name, value in UpdateSettings()._asdict().items():
+        assert name in defaults
+        if name not in ("policy", "gamma"):
+            assert defaults[name] == value, name
+    assert train_ppo.Config("fine-grained", "p", "r", "x", "o").gamma == UpdateSettings().gamma
+    assert set(LossSettings._fields) <= set(train_rm.Config.__dataclass_fields__)
+    assert settings_of(LossSettings, "/nowhere/reward").options == token_preference.Options()
