@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fgrlhf import lora
 from fgrlhf.advantage import generalised_advantage, penalise_kl, reward_to_go, standardise
-from fgrlhf.checkpoint import load_model, load_tokenizer, save_model
+from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer, save_model
 from fgrlhf.config import UserError, arg, parse, run
 from fgrlhf.edits import TEMPLATES
 from fgrlhf.encode import encode_prompt
@@ -80,6 +81,8 @@ class Config:
     seed: int = arg(0, help="seed of prompt order, sampling and minibatches")
     save_every: int = arg(10, least=1, help="iterations between training states for --resume")
     resume: bool = arg(False, help="continue the unfinished run in --out")
+    lora_rank: int = arg(0, least=0, help="train adapters of this rank over frozen weights; 0 "
+                         "trains all weights")
     dtype: str = arg("float32", choices=DTYPES,
                      help="of weights and activations; bfloat16 keeps float32 master weights")
     device: str = arg("auto", help="auto, cpu, cuda, ...")
@@ -94,7 +97,7 @@ class Critic(nn.Module):
 
     def __init__(self, reward: RewardModel):
         super().__init__()
-        self.trunk, self.head = copy.deepcopy(reward.trunk), copy.deepcopy(reward.head)
+        self.trunk, self.head = lora.clone(reward.trunk), copy.deepcopy(reward.head)
         self.register_buffer("mean", reward.mean.clone())
         self.register_buffer("scale", reward.scale.clone())
 
@@ -209,8 +212,8 @@ class Setup(NamedTuple):
 
     def parts(self) -> dict:
         """What a training state holds."""
-        critic = {} if self.critic is None else {"critic": self.critic}
-        return {"policy": self.policy} | critic | {
+        critic = {} if self.critic is None else {"critic": lora.Own(self.critic)}
+        return {"policy": lora.Own(self.policy)} | critic | {
             f"optimizer_{name}": optimizer for name, optimizer in self.optimizers.items()}
 
 
@@ -221,13 +224,16 @@ def load(config: Config, device: torch.device) -> Setup:
         raise UserError(f"--reward {config.reward}: its tokenizer is not the one of "
                         f"--policy {config.policy}")
     dtype = getattr(torch, config.dtype)
-    policy = load_model(config.policy, device, dtype)
-    ref = load_model(config.policy, device, dtype).requires_grad_(False)
-    reward_model = load_reward(config.reward, device, dtype).requires_grad_(False)
+    trunks = {} if config.lora_rank else None           # shared by all models of the run
+    read = lambda: (load_adapted(config.policy, device, dtype, config.lora_rank, config.seed,
+                                 trunks) if config.lora_rank else
+                    load_model(config.policy, device, dtype))
+    policy, ref = read(), read().requires_grad_(False)
+    reward_model = load_reward(config.reward, device, dtype, trunks).requires_grad_(False)
     if config.method == "fine-grained" and reward_model.kind != "token":
         raise UserError(f"--reward {config.reward}: expected a token-level reward model for "
                         "--method fine-grained, got a sequence-level one; see train_rm.py --kind")
-    critic = Critic(reward_model).requires_grad_(True) if config.method == "rlhf" else None
+    critic = lora.train(Critic(reward_model)) if config.method == "rlhf" else None
     optimizers = {"policy": Optimizer(policy, config.lr, config.warmup)}
     if critic is not None:
         optimizers["critic"] = Optimizer(critic, config.value_lr, config.warmup)

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from fgrlhf.checkpoint import load_model, load_tokenizer
+from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer
 from fgrlhf.config import UserError, arg, parse, run
 from fgrlhf.edits import TEMPLATES
 from fgrlhf.encode import UNITS, PreferenceIds, encode_preferences, read_preferences
 from fgrlhf.evaluate import reward_table
 from fgrlhf.judge import judge_preferences
+from fgrlhf.lora import Own
 from fgrlhf.model import DTYPES
 from fgrlhf.optimizer import Optimizer
 from fgrlhf.reward import KINDS, RewardModel, save_reward, sequence_loss, token_loss
@@ -66,6 +67,8 @@ class Config:
     seed: int = arg(0, help="seed of head, data order and folds")
     save_every: int = arg(200, least=1, help="steps between training states for --resume")
     resume: bool = arg(False, help="continue the unfinished run in --out")
+    lora_rank: int = arg(0, least=0, help="train adapters of this rank over frozen weights; 0 "
+                         "trains all weights")
     dtype: str = arg("float32", choices=DTYPES,
                      help="of weights and activations; bfloat16 keeps float32 master weights")
     device: str = arg("auto", help="auto, cpu, cuda, ...")
@@ -93,7 +96,7 @@ def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: 
     optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr)
     resumable = config.folds == 0
     if resumable:
-        log.restore(model=model, optimizer=optimizer)
+        log.restore(model=Own(model), optimizer=optimizer)
     for step in tqdm(range(log.step + 1, steps + 1), desc=name, initial=log.step, total=steps):
         epoch, cursor = divmod(step - 1, per_epoch)
         rows = bucketed_batches(lengths, config.batch, config.seed, epoch)[cursor]
@@ -104,13 +107,15 @@ def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: 
         if resumable:
             log.log(step, logged)
             if step % config.save_every == 0 and step < steps:
-                log.save(step, model=model, optimizer=optimizer)
+                log.save(step, model=Own(model), optimizer=optimizer)
 
 
 def new_model(config: Config, device) -> RewardModel:
     torch.manual_seed(config.seed)                                  # the head's initialisation
-    model = RewardModel(load_model(config.model, device, getattr(torch, config.dtype)), config.kind,
-                        config.logp_feature or config.likelihood)
+    dtype = getattr(torch, config.dtype)
+    trunk = (load_adapted(config.model, device, dtype, config.lora_rank, config.seed)
+             if config.lora_rank else load_model(config.model, device, dtype))
+    model = RewardModel(trunk, config.kind, config.logp_feature or config.likelihood)
     if config.likelihood:
         torch.nn.init.zeros_(model.head.weight)
         torch.nn.init.ones_(model.logp_weight)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fgrlhf import lora
 from fgrlhf.config import UserError
 from fgrlhf.files import read_bytes, write_atomic
 from fgrlhf.layouts import huggingface, huggingface_tokenizer, llama2c, meta
@@ -59,10 +60,13 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
                dtype: torch.dtype | None = None) -> LLaMA:
     """The model in a folder (or llama2.c file), its layout recognised from the files.
 
-    device may be "meta"; dtype None keeps that of the stored embedding. Raises UserError naming the
-    file and the tensor for anything missing, unknown, truncated or of the wrong shape, and when the
-    tokenizer beside the weights has another size than the vocabulary.
+    A folder of adapters gives them merged with their trunk. device may be "meta"; dtype None keeps
+    that of the stored embedding. Raises UserError naming the file and the tensor for anything
+    missing, unknown, truncated or of the wrong shape, and when the tokenizer beside the weights has
+    another size than the vocabulary.
     """
+    if lora.is_folder(path):
+        return lora.merge(load_adapted(path, device, dtype))
     config, tensors = read_layout(path)
     with torch.device("meta"):
         model = LLaMA(config)
@@ -78,6 +82,29 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
         setattr(model.get_submodule(parent), leaf,
                 nn.Parameter(tensors[name].read(device).to(dtype)))
     return model
+
+
+def load_adapted(path: str | Path, device: str | torch.device = "cpu",
+                 dtype: torch.dtype | None = None, rank: int | None = None, seed: int = 0,
+                 trunks: dict[Path, LLaMA] | None = None) -> LLaMA:
+    """A LLaMA with adapters: those in the folder, else fresh ones of `rank` over its weights.
+
+    `trunks` holds the trunks read so far, by folder: models loaded with one dict share them. Raises
+    UserError when the folder's adapters have another rank than the one asked for.
+    """
+    fresh, trunks = not lora.is_folder(path), {} if trunks is None else trunks
+    if not fresh:
+        about = lora.describe(path)
+        if rank not in (None, about["rank"]):
+            raise UserError(f"{path}: its adapters have rank {about['rank']}; give --lora-rank "
+                            f"{about['rank']}, or 0 to train all weights with them merged")
+        rank = about["rank"]
+    base = Path(path if fresh else about["base"]).resolve()
+    if base not in trunks:
+        trunks[base] = load_model(base, device, dtype)
+    model = lora.adapt(trunks[base], rank, seed)
+    model.base = str(base)
+    return model if fresh else lora.restore(model, path)
 
 
 def _check(path: str | Path, expected: dict[str, Tensor], tensors: dict[str, Stored]) -> None:
@@ -117,6 +144,7 @@ def save_model(model: LLaMA, path: str | Path, layout: str = "meta",
     the last only with a `tokenizer`. The weights keep their dtype; either way round is bit-exact.
     With a `tokenizer` its file is copied. Raises UserError when the folder holds another
     checkpoint, which a reader would mix up with this one, or the tokenizer is another model's.
+    Of an adapted model the adapters alone are written, beside the path of their trunk.
     """
     if layout not in WEIGHTS:
         raise ValueError(f'layout: expected "meta" or "hf", got {layout!r}')
@@ -124,6 +152,11 @@ def save_model(model: LLaMA, path: str | Path, layout: str = "meta",
         raise UserError(f"{tokenizer.path}: expected {model.config.vocab_size} pieces, the model's "
                         f"vocabulary, got {tokenizer.vocab_size}")
     folder = Path(path)
+    if lora.adapters(model):
+        if tokenizer is not None:
+            write_atomic(folder / "tokenizer.model", read_bytes(tokenizer.path))
+        lora.save(model, folder, model.base)
+        return
     own = folder / ("consolidated.00.pth" if layout == "meta" else "model.safetensors")
     for other in _weight_files(folder, "meta") + _weight_files(folder, "hf"):
         if other != own:

@@ -11,7 +11,8 @@ is without gradients, and the norm is then clipped a parameter at a time, not ov
 needs the whole minibatch in one backward pass.
 
 Muon (Jordan et al. 2024; torch's own) orthogonalises the momentum of each matrix inside the trunk,
-in bfloat16; embedding, norms and reward heads stay with Adam.
+in bfloat16; embedding, norms, adapters and reward heads stay with
+Adam.
 """
 
 import math
@@ -36,7 +37,7 @@ class Optimizer:
                         else nn.Parameter(p.detach().float()) for p in self.parameters]
         self.narrow = any(m is not p for m, p in zip(self.masters, self.parameters))
         matrices = [m for (n, p), m in zip(named, self.masters)
-                    if muon_lr and p.dim() == 2 and "layers." in n]
+                    if muon_lr and p.dim() == 2 and "layers." in n and "lora_" not in n]
         others = [m for m in self.masters if not any(m is x for x in matrices)]
         one_at_a_time = lambda group: [[m] for m in group] if in_backward else [group]
         # foreach makes a temporary as large as the model; beside masters there is no room for that

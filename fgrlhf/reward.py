@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fgrlhf.checkpoint import load_model, save_model
+from fgrlhf.checkpoint import load_adapted, load_model, save_model
+from fgrlhf import lora
 from fgrlhf.config import UserError
 from fgrlhf.encode import PreferenceIds
 from fgrlhf.files import read_bytes, write_atomic
@@ -153,13 +154,21 @@ def save_reward(model: RewardModel, path: str | Path, tokenizer: Tokenizer) -> N
     write_atomic(folder / "reward.json", (json.dumps(description) + "\n").encode())
 
 
-def load_reward(path: str | Path, device="cpu", dtype=None) -> RewardModel:
-    """The reward model in a folder of `save_reward`; refused when damaged, or a plain model."""
+def load_reward(path: str | Path, device="cpu", dtype=None,
+                trunks: dict[Path, LLaMA] | None = None) -> RewardModel:
+    """The reward model in a folder of `save_reward`; refused when damaged, or a plain model.
+
+    With `trunks` adapters stay apart from their trunk, which is shared (`load_adapted`).
+    """
     folder = Path(path)
     if not (folder / "reward.json").is_file():
         raise UserError(f"{folder}: expected a reward model folder (with reward.json), "
                         "as train_rm.py writes")
-    trunk, name = load_model(folder, device, dtype), "reward.json"
+    if trunks is not None and lora.is_folder(folder):
+        trunk = load_adapted(folder, device, dtype, trunks=trunks)
+    else:
+        trunk = load_model(folder, device, dtype)
+    name = "reward.json"
     try:
         model = RewardModel(trunk, **json.loads(read_bytes(folder / name)))
         name = "reward_head.pt"

@@ -18,9 +18,10 @@ import torch
 from tqdm import tqdm
 
 from fgrlhf import edits, readers
-from fgrlhf.checkpoint import load_model, load_tokenizer, save_model
+from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer, save_model
 from fgrlhf.config import UserError, arg, parse, run
 from fgrlhf.encode import encode_prompt, encode_response
+from fgrlhf.lora import Own
 from fgrlhf.model import DTYPES, PRESETS, LLaMA, build
 from fgrlhf.optimizer import Optimizer
 from fgrlhf.rollout import Sequences, locate, pack
@@ -51,6 +52,8 @@ class Config:
     seed: int = arg(0, help="seed of initialisation and data order")
     save_every: int = arg(200, least=1, help="steps between training states for --resume")
     resume: bool = arg(False, help="continue the unfinished run in --out")
+    lora_rank: int = arg(0, least=0, help="train adapters of this rank over frozen weights; 0 "
+                         "trains all weights")
     dtype: str = arg("float32", choices=DTYPES,
                      help="of weights and activations; bfloat16 keeps float32 master weights")
     device: str = arg("auto", help="auto, cpu, cuda, ...")
@@ -62,7 +65,11 @@ def start_model(config: Config, device) -> tuple[LLaMA, Tokenizer]:
     if (config.model is None) == (config.init is None):
         raise UserError("expected exactly one of --model DIR and --init PRESET")
     if config.model is not None:
-        return load_model(config.model, device, dtype), load_tokenizer(config.model)
+        model = (load_adapted(config.model, device, dtype, config.lora_rank, config.seed)
+                 if config.lora_rank else load_model(config.model, device, dtype))
+        return model, load_tokenizer(config.model)
+    if config.lora_rank:
+        raise UserError("--lora-rank: expected --model DIR; adapters need trained weights")
     if config.init not in PRESETS:
         raise UserError(f"--init {config.init}: expected one of {', '.join(PRESETS)}")
     if config.tokenizer is None:
@@ -97,7 +104,7 @@ def train(config: Config) -> None:
     steps = config.epochs * per_epoch
     optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr)
     log = Run(config, tokenizer.sha256)
-    log.restore(model=model, optimizer=optimizer)
+    log.restore(model=Own(model), optimizer=optimizer)
     for step in tqdm(range(log.step + 1, steps + 1), desc="sft", initial=log.step, total=steps):
         epoch, cursor = divmod(step - 1, per_epoch)
         rows = bucketed_batches(lengths, config.batch, config.seed, epoch)[cursor]
@@ -109,7 +116,7 @@ def train(config: Config) -> None:
         log.log(step, {"sft/loss": loss.item(), "sft/gradient_norm": norm,
                        "sft/tokens": int(sequences.response_lengths.sum())})
         if step % config.save_every == 0 and step < steps:
-            log.save(step, model=model, optimizer=optimizer)
+            log.save(step, model=Own(model), optimizer=optimizer)
     save_model(model, log.folder / "policy", tokenizer=tokenizer)
     log.finish({"steps": steps, "records": len(prompts)})
 

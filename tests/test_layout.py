@@ -14,7 +14,7 @@ RIVALS = {"kernels/bench.py": {"liger_kernel", "trl"}}        # measured beside 
 RANKS = (
     ("config align", "fields", "files", "tokenizer edits", "readers",
      "collecting.change collecting.tasks collecting.store", "collecting.human"),
-    ("encode model",),
+    ("encode model", "lora"),
     ("safetensors layouts.stored", "layouts.huggingface_tokenizer layouts.llama2c layouts.meta",
      "layouts.huggingface", "checkpoint world", "simulate"),
     ("rollout run optimizer", "reward"),
