@@ -53,7 +53,7 @@ class Scale:
 
 SCALES = {"quick": Scale(method_iterations=30, baseline_iterations=30, sft_threads=2),
           "sweep": Scale(),
-          "full": Scale(test=600, method_iterations=60, baseline_iterations=80, ablations=True)}
+          "full": Scale(test=600, method_iterations=60, baseline_iterations=100, ablations=True)}
 # Chosen on the dev prompts of other worlds; README.md has the sweep.
 RLHF = ("--method", "rlhf", "--gamma", "1", "--gae-lambda", "0.95", "--beta", "0.2", "--lr", "6e-4")
 METHOD = ("--method", "fine-grained", "--gamma", "0", "--beta", "0.5", "--lr", "1.2e-3")
