@@ -13,7 +13,8 @@ RIVALS = {"kernels/bench.py": {"liger_kernel", "trl"}}        # measured beside 
 # its own group, and from any kernel.
 RANKS = (
     ("config align", "fields", "files", "tokenizer edits", "readers",
-     "collecting.change collecting.tasks collecting.store", "collecting.human"),
+     "collecting.change collecting.tasks collecting.store",
+     "collecting.segments collecting.desk", "collecting.human"),
     ("encode model", "lora"),
     ("safetensors layouts.stored", "layouts.huggingface_tokenizer layouts.llama2c layouts.meta",
      "layouts.huggingface", "checkpoint world", "simulate"),
