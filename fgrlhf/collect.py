@@ -42,6 +42,7 @@ class Config:
     host: str = arg("127.0.0.1", help="human: interface of the page")
     port: int = arg(0, least=0, help="human: port of the page; 0 is any free one")
     allow_remote: bool = arg(False, help="human: let other machines in, with a --host for them")
+    annotator: str | None = arg(None, help="human: who edits (default: the page asks)")
 
 
 class Answer(NamedTuple):
@@ -122,7 +123,7 @@ def main(config: Config) -> None:
     with Store(config.out) as store:
         if config.editor == "human":
             options = human.Options(config.max_change, config.host, config.port,
-                                    config.allow_remote)
+                                    config.allow_remote, config.annotator)
             human.serve(tasks, store, options)
         else:
             collect(tasks, simulated(config), store, config.editor)

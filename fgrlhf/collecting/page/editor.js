@@ -1,0 +1,330 @@
+// The page of fgrlhf.collecting.human. The server measures the edit, keeps drafts and hands out
+// records; this file shows them and never builds markup from text.
+"use strict";
+
+const SAVE_AFTER = 250;                 // ms: while someone types, a draft is sent this often
+const RENEW_AFTER = 20000;              // ms: the record is ours for 90 s after each message
+const SPEAK_AFTER = 1200;               // ms of rest before a screen reader hears the measure
+
+const $ = id => document.getElementById(id);
+const text = $("text");
+const onMac = /Mac|iPhone|iPad/.test(navigator.platform);
+const page = newId();                   // this load of the page; `tab` outlives a reload
+let tab = sessionStorage.tab ||= newId();
+let annotator = "", limit = 1;
+let record = null;                      // what is being edited, as the server sent it
+let saving = null, saveTimer = 0, speakTimer = 0, lookTimer = 0;
+
+function newId() {
+  return Array.from(crypto.getRandomValues(new Uint32Array(4)), n => n.toString(36)).join("");
+}
+
+// ----- talking to the server
+
+class Refusal extends Error {           // an answer, but not the one asked for
+  constructor(status, message) { super(message); this.status = status; }
+}
+
+async function call(action, fields = {}, options = {}) {
+  const body = JSON.stringify({annotator, tab, page, ...fields});
+  let answer;
+  try {
+    answer = await fetch(action, {method: "POST", body, ...options,
+                                  headers: {"Content-Type": "application/json"}});
+  } catch {
+    throw new Refusal(0, "The server does not answer. What you type stays in this page; start " +
+      "fgrlhf.collect again, and reload the page or open the new address that it prints.");
+  }
+  if (answer.headers.get("Content-Type").startsWith("text/plain")) {
+    throw new Refusal(answer.status, "The server runs under a new address: open the one that " +
+      "fgrlhf.collect printed last. Your saved drafts are there.");
+  }
+  const result = await answer.json();
+  if (!answer.ok) throw new Refusal(answer.status, result.error);
+  return result;
+}
+
+function complain(error) {
+  if (!(error instanceof Refusal)) throw error;
+  if (error.status === 409) return lose(error.message);
+  $("alert").textContent = error.message;
+  $("alert").hidden = false;
+}
+
+// A textarea knows no carriage return: the edit gets back those that the original has.
+const plain = words => words.replace(/\r\n?/g, "\n");
+
+function edited() {
+  if (text.value === plain(record.rejected)) return record.rejected;
+  return record.rejected.includes("\r\n") ? text.value.replaceAll("\n", "\r\n") : text.value;
+}
+
+// ----- drafts: sent while typing; until the server has them the browser keeps a copy
+
+const copyName = () => `draft ${annotator} ${record.id}`;
+
+function typed() {
+  localStorage[copyName()] = edited();
+  $("saved").textContent = "Saving…";
+  saveTimer ||= setTimeout(save, SAVE_AFTER);
+}
+
+async function save() {
+  clearTimeout(saveTimer);
+  saveTimer = 0;
+  if (saving) await saving;
+  if (!record) return;
+  saving = send(record, edited());
+  await saving;
+}
+
+async function send(about, value) {
+  try {
+    const change = await call("save", {id: about.id, text: value});
+    if (about !== record) return;
+    if (edited() === value) {
+      localStorage.removeItem(copyName());
+      $("saved").textContent = "Draft saved";
+    }
+    $("alert").hidden = true;
+    show(change);
+  } catch (error) {
+    if (about !== record) return;
+    $("saved").textContent = "Not saved";
+    complain(error);
+    if (error.status === 0) saveTimer ||= setTimeout(save, 2000);
+  } finally {
+    saving = null;
+  }
+}
+
+setInterval(() => record && !saveTimer && save(), RENEW_AFTER);
+addEventListener("pagehide", () => {
+  if (record) call("leave", {id: record.id, text: edited()}, {keepalive: true}).catch(() => {});
+});
+addEventListener("pageshow", event => event.persisted && location.reload());
+
+// ----- showing
+
+function show(change) {
+  const parts = change.segments.flatMap(([kind, words], i, all) => {
+    if (kind === "keep") return [words];
+    const [, before, marked, after] = words.match(/^(\s*)(.*?)(\s*)$/s);   // blanks bear no mark
+    const mark = document.createElement(kind === "delete" ? "del" : "ins");
+    mark.textContent = marked;
+    mark.className = kind === "insert" && all[i - 1]?.[0] === "delete" ? "instead" : "";
+    return [before, mark, after];
+  });
+  $("diff").replaceChildren(...parts);
+  const over = change.share > limit;
+  const percent = share => `${Math.round(share * 100)}%`;
+  const changed = over && percent(change.share) === percent(limit)
+    ? `${(change.share * 100).toFixed(1)}%` : percent(change.share);
+  const strong = document.createElement("strong");
+  strong.textContent = changed;
+  $("share").replaceChildren(strong, over ? ` changed: more than the ${percent(limit)} allowed`
+                                          : ` changed of ${percent(limit)} allowed`);
+  const blanksOnly = change.changed === 0 && edited() !== record.rejected;
+  $("tokens").textContent = blanksOnly ? "only blanks differ"
+    : `${change.changed} ${change.changed === 1 ? "word" : "words"}: ` +
+      `${change.deleted} deleted, ${change.inserted} inserted, ${change.kept} kept`;
+  $("measure").classList.toggle("over", over);
+  const bar = document.querySelector(".bar");
+  bar.firstElementChild.style.width = `${Math.min(change.share, 1) * 100}%`;
+  bar.lastElementChild.style.left = `${limit * 100}%`;
+  $("accept").setAttribute("aria-disabled", over);
+  clearTimeout(speakTimer);
+  speakTimer = setTimeout(() => {
+    $("spoken").textContent = `${$("share").textContent}; ${$("tokens").textContent}`;
+  }, SPEAK_AFTER);
+}
+
+function open(view) {
+  record = view.record;
+  clearTimeout(lookTimer);
+  $("alert").hidden = true;
+  $("saved").textContent = "";
+  $("spoken").textContent = "";
+  $("undo").disabled = !view.undo;
+  $("count").textContent = `${view.done} of ${view.total} done`;
+  $("progress").setAttribute("aria-valuemax", view.total);
+  $("progress").setAttribute("aria-valuenow", view.done);
+  $("progress").firstElementChild.style.width = `${100 * view.done / view.total}%`;
+  if (!record) return rest(view);
+  showOnly("record");
+  $("prompt-text").textContent = record.prompt;
+  $("input").hidden = !record.input;
+  $("input-text").textContent = record.input ?? "";
+  $("context").hidden = !record.context.length;
+  $("context").open = false;
+  $("context").replaceChildren($("context").firstElementChild, ...record.context.map(passage));
+  $("context").firstElementChild.textContent =
+    record.context.length === 1 ? "1 passage" : `${record.context.length} passages`;
+  $("preferred-text").textContent = record.chosen;
+  compare(false);
+  text.value = localStorage[copyName()] ?? record.text;
+  show(record.change);
+  if (edited() !== record.text) typed();
+  scrollTo(0, 0);
+  text.focus();
+  text.setSelectionRange(0, 0);
+}
+
+function passage({title, text: words}) {
+  const part = document.createElement("div"), heading = document.createElement("h3");
+  part.className = "prose";
+  heading.textContent = title;
+  part.append(heading, words);
+  return part;
+}
+
+function showOnly(id) {
+  document.querySelector("header").hidden = false;
+  for (const other of ["record", "finished"]) $(other).hidden = other !== id;
+  document.querySelector("footer").hidden = id !== "record";
+}
+
+function pause(title, words, label, action) {
+  record = null;
+  showOnly("finished");
+  const [heading, paragraph, button] = $("finished").children;
+  heading.textContent = title;
+  paragraph.textContent = words;
+  button.textContent = label;
+  button.onclick = () => action().catch(complain);
+  $("finished").focus();
+}
+
+function rest(view) {                   // no record is free
+  const elsewhere = view.total - view.done;
+  if (elsewhere) {
+    lookTimer = setTimeout(() => next().catch(complain), 5000);
+    pause("Nothing left to take",
+          `${elsewhere} of ${view.total} records are open in other tabs.`, "Look again", next);
+  } else {
+    pause(view.total === 1 ? "The record is done" : `All ${view.total} records are done`,
+          "You can still undo the last one. Otherwise the program can stop now.",
+          "Stop the program", async () => {
+            await call("finish");
+            pause("Thank you", "You can close this page.", "", async () => {});
+            $("again").hidden = true;
+          });
+  }
+}
+
+function lose(reason) {                 // another page holds the record: let go, as another tab
+  tab = sessionStorage.tab = newId();
+  pause("Let go of this record", reason, "Take another record", next);
+}
+
+// ----- what the annotator can do
+
+async function next() { open(await call("next")); }
+
+async function move(action, fields = {}) {        // away from this record
+  clearTimeout(saveTimer);
+  saveTimer = 0;
+  if (saving) await saving;
+  const about = record && copyName();
+  try {
+    open(await call(action, record ? {id: record.id, text: edited(), ...fields} : fields));
+    if (about) localStorage.removeItem(about);
+  } catch (error) {
+    complain(error);
+    if (error.status === 0) saveTimer ||= setTimeout(save, 2000);
+  }
+}
+
+const acts = {
+  async accept() {
+    if (!record || (edited() === record.rejected && !await ask("ask-same"))) return;
+    await move("accept");
+  },
+  async skip() {
+    if (!record || !await ask("ask-reason")) return;
+    const reason = new FormData($("ask-reason").firstElementChild).get("reason");
+    await move("skip", {reason: reason || $("other").value});
+  },
+  async undo() {
+    if (record) await save();
+    if (!$("undo").disabled) await move("undo");
+  },
+  revert() {
+    text.focus();
+    text.select();
+    document.execCommand("insertText", false, record.rejected);      // the browser can undo it
+  },
+  compare() { compare($("preferred").hidden); },
+  help() { ask("shortcuts"); },
+  edit() { text.focus(); },
+  async name() {
+    if (record) await save();
+    if (await askName(annotator)) await move("next");
+  },
+};
+
+function compare(shown) {
+  $("preferred").hidden = !shown;
+  $("compare").setAttribute("aria-expanded", shown);
+  $("compare").firstElementChild.textContent = `${shown ? "Hide" : "Show"} preferred`;
+}
+
+function ask(id) {                      // true when its main button was chosen
+  const dialog = $(id);
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise(resolve => {
+    dialog.onclose = () => resolve(dialog.returnValue === "ok");
+  });
+}
+
+async function askName(name) {
+  $("annotator").value = name;
+  if (!await ask("ask-name")) return false;
+  annotator = localStorage.annotator = $("annotator").value.trim();
+  $("name").textContent = `Annotator: ${annotator}`;
+  return true;
+}
+
+// ----- keys and buttons
+
+const KEYS = {p: "compare", r: "revert", k: "skip", z: "undo", e: "edit", "/": "help", "?": "help"};
+
+addEventListener("keydown", event => {
+  if (document.querySelector("dialog[open]")) return;
+  const withLetter = onMac ? event.ctrlKey && event.shiftKey && !event.altKey && !event.metaKey
+                           : event.altKey && !event.ctrlKey && !event.metaKey;
+  const name = event.key === "Enter" ? (event.ctrlKey || event.metaKey) && "accept"
+                                     : withLetter && KEYS[event.key.toLowerCase()];
+  if (!name) return;
+  event.preventDefault();
+  if (!event.repeat && (record || ["undo", "help"].includes(name))) acts[name]();
+});
+
+for (const kbd of document.querySelectorAll("kbd")) {
+  const key = kbd.dataset.key, accept = key === "Enter";
+  kbd.textContent = accept ? (onMac ? "⌘ Enter" : "Ctrl Enter") : `${onMac ? "⌃⇧" : "Alt "}${key}`;
+  const button = kbd.closest("button");
+  if (!button) continue;
+  kbd.ariaHidden = "true";              // a screen reader has it from the next line
+  button.setAttribute("aria-keyshortcuts", accept ? (onMac ? "Meta+Enter" : "Control+Enter")
+                                                  : `${onMac ? "Control+Shift" : "Alt"}+${key}`);
+}
+for (const name of ["accept", "skip", "undo", "revert", "compare", "help", "name"]) {
+  $(name).onclick = acts[name];
+}
+for (const cancel of document.querySelectorAll(".cancel")) {
+  cancel.onclick = () => cancel.closest("dialog").close();
+}
+$("other").onfocus = () => { $("other").closest("label").querySelector("[type=radio]").checked = true; };
+text.oninput = typed;
+
+(async () => {
+  const options = await call("start");
+  limit = options.limit;
+  annotator = options.annotator ?? localStorage.annotator ?? "";
+  $("name").disabled = options.annotator !== null;
+  $("name").textContent = `Annotator: ${annotator}`;
+  while (!annotator) await askName("");
+  await next();
+})().catch(complain);
