@@ -2,25 +2,29 @@
 
     python -m fgrlhf.collect --pairs pairs.jsonl --out edits.jsonl --editor simulated --world 0
     python -m fgrlhf.collect --pairs pairs.jsonl --out edits.jsonl --editor human
+    ANTHROPIC_API_KEY=... python -m fgrlhf.collect --pairs pairs.jsonl --out edits.jsonl \
+        --editor llm --model NAME [--api openai --base-url http://127.0.0.1:8000/v1] [--dry-run]
 
 Reads preferences in any format of the readers and writes edits for train_rm.py. Stopped in any way
 and started again it goes on where it was; no record is done twice (fgrlhf/collecting/store.py).
+Exit status 0, or 1 where a language model left records unanswered: start again to ask for those.
 """
 
 import random
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
-from fgrlhf.collecting import human
+from fgrlhf.collecting import client, human, llm
+from fgrlhf.collecting.cache import Cache
 from fgrlhf.collecting.change import measure
 from fgrlhf.collecting.store import OUTCOMES, Skip, Store
-from fgrlhf.collecting.tasks import Task, read_tasks
+from fgrlhf.collecting.tasks import Answer, Task, read_tasks
 from fgrlhf.config import UserError, arg, parse, run
 from fgrlhf.edits import Edit, Provenance
 from fgrlhf.simulate import minimal_edit
@@ -28,13 +32,14 @@ from fgrlhf.world import World
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(client.Options):
     pairs: str = arg(help="preferences (or edits) whose less preferred responses are to be edited")
     out: str = arg(help="EDITS.jsonl to write or to continue")
-    editor: str = arg(choices=("simulated", "human"), help="who edits")
+    editor: str = arg(choices=("simulated", "llm", "human"), help="who edits")
     limit: int | None = arg(None, least=1, help="the first N preferences only")
-    max_change: float = arg(0.5, least=0, help="largest share of words an edit may change")
-    dry_run: bool = arg(False, help="show what would be done and write nothing")
+    max_change: float = arg(0.5, least=0,
+                            help="llm, human: largest share of words an edit may change")
+    dry_run: bool = arg(False, help="show what would be asked, estimate it, write nothing")
     world: int | None = arg(None, help="simulated: seed of the built-in world")
     seed: int = arg(0, help="simulated: seed of misses and needless edits")
     miss: float = arg(0.0, least=0, help="simulated: probability that it overlooks an error")
@@ -45,20 +50,7 @@ class Config:
     annotator: str | None = arg(None, help="human: who edits (default: the page asks)")
 
 
-class Answer(NamedTuple):
-    """What an editor made of a task."""
-
-    text: str | None                              # None: no edit held up
-    reason: str = ""                              # why there is none
-    attempts: int = 1
-    model: str | None = None
-    prompt_version: str | None = None
-
-
-Editor = Callable[[Task], Answer]
-
-
-def simulated(config: Config) -> Editor:
+def simulated(config: Config) -> Callable[[Task], Answer]:
     """The built-in world's minimal editor; each record has draws of its own, whatever the order."""
     if config.world is None:
         raise UserError("--editor simulated: expected --world beside it, the seed of the world "
@@ -76,23 +68,50 @@ def simulated(config: Config) -> Editor:
     return edit
 
 
-def record_of(task: Task, answer: Answer, editor: str, seconds: float) -> Edit | Skip:
+def record_of(task: Task, answer: Answer, seconds: float, editor: str, model: str | None = None,
+              prompt_version: str | None = None) -> Edit | Skip:
     """The line to write for an answer."""
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    provenance = Provenance(editor, now, answer.attempts, round(seconds, 3), answer.model,
-                            answer.prompt_version)
-    annotator = answer.model or editor
+    how = Provenance(editor, now, answer.attempts, round(seconds, 3), model, prompt_version)
     if answer.text is None:
-        return Skip(task.id, "refused", answer.reason, annotator, provenance)
-    return task.edit(answer.text, annotator, provenance)
+        return Skip(task.id, "refused", answer.reason, model or editor, how)
+    return task.edit(answer.text, model or editor, how)
 
 
-def collect(tasks: list[Task], editor: Editor, store: Store, name: str) -> None:
-    """Ask the editor for each task that has no record yet."""
-    for task in tqdm(store.remaining(tasks), desc="edit"):
+def timed(edit: Callable[[Task], Answer]) -> Callable[[Task], tuple[Answer, float]]:
+    """The editor's answer and the seconds it took."""
+    def call(task: Task) -> tuple[Answer, float]:
         start = time.perf_counter()
-        answer = editor(task)
-        store.add(record_of(task, answer, name, time.perf_counter() - start))
+        return edit(task), time.perf_counter() - start
+    return call
+
+
+def by_simulation(tasks: list[Task], store: Store, edit: Callable[[Task], Answer]) -> None:
+    """Every task that has no record yet, one after the other."""
+    for task in tqdm(store.remaining(tasks), desc="edit"):
+        store.add(record_of(task, *timed(edit)(task), "simulated"))
+
+
+def by_llm(tasks: list[Task], store: Store, asking: client.Client, max_change: float) -> bool:
+    """Likewise by a language model, several at once; False where one was left unanswered.
+
+    Such a record is not written: the next run asks for it.
+    """
+    asking.cache = Cache(store.path.with_name(store.path.stem + ".cache.jsonl"))
+    todo, problem = store.remaining(tasks), ""
+    try:
+        answers = asking.gather(todo, timed(llm.editor(asking, max_change)))
+        for task, result in tqdm(answers, desc="edit", total=len(todo)):
+            if isinstance(result, client.Unanswered):
+                problem = f"record {task.id!r}: {result}"
+            else:
+                store.add(record_of(task, *result, "llm", asking.model, llm.EDIT_PROMPT))
+    finally:
+        asking.cache.close()
+    print(f"{asking.requests} requests sent, {asking.cached} answers from the cache")
+    if problem:
+        print(f"start again for what was left unanswered; the last: {problem}")
+    return not problem
 
 
 def summary(tasks: list[Task], store: Store) -> str:
@@ -110,25 +129,37 @@ def summary(tasks: list[Task], store: Store) -> str:
     return "\n".join(lines)
 
 
-def main(config: Config) -> None:
+def main(config: Config) -> int:
+    """The exit status: 0, 1 with unanswered records, 130 after Ctrl-C."""
     if not 0 < config.max_change <= 1:
         raise UserError(f"--max-change {config.max_change}: expected a share above 0, up to 1")
     if Path(config.out).resolve() == Path(config.pairs).resolve():
         raise UserError(f"--out {config.out}: expected another file than --pairs")
     tasks = read_tasks(config.pairs, config.limit)
     if config.dry_run:
-        print(f"{len(tasks)} responses to edit; the first, of record {tasks[0].id!r}:\n"
+        print(llm.preview(config, tasks) if config.editor == "llm" else
+              f"{len(tasks)} responses to edit; the first, of record {tasks[0].id!r}:\n"
               f"{tasks[0].rejected}")
-        return
+        return 0
+    asking = client.Client(config) if config.editor == "llm" else None     # refuse before a file
+    edit = simulated(config) if config.editor == "simulated" else None     # is made
+    status = 0
     with Store(config.out) as store:
-        if config.editor == "human":
-            options = human.Options(config.max_change, config.host, config.port,
-                                    config.allow_remote, config.annotator)
-            human.serve(tasks, store, options)
-        else:
-            collect(tasks, simulated(config), store, config.editor)
+        try:
+            if asking:
+                status = 0 if by_llm(tasks, store, asking, config.max_change) else 1
+            elif edit:
+                by_simulation(tasks, store, edit)
+            else:
+                human.serve(tasks, store, human.Options(
+                    config.max_change, config.host, config.port, config.allow_remote,
+                    config.annotator))
+        except KeyboardInterrupt:
+            print("stopped; start again to go on")
+            status = 130
         print(summary(tasks, store))
+    return status
 
 
 if __name__ == "__main__":
-    run(lambda: main(parse(Config, prog="fgrlhf.collect", description=__doc__)))
+    run(lambda: sys.exit(main(parse(Config, prog="fgrlhf.collect", description=__doc__))))

@@ -48,7 +48,7 @@ def parser(config: type, prog: str | None = None, description: str = "") -> argp
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     hints = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
+    for field in sorted(dataclasses.fields(config), key=lambda f: f.kw_only):    # inherited last
         required = field.default is dataclasses.MISSING
         text = field.metadata["help"]
         if not required and field.default is not None:

@@ -141,7 +141,7 @@ def test_store_add_leaves_no_half_line_when_the_disk_is_full(tmp_path, monkeypat
         store.add(TASK.edit("The cat sat.", None, HOW))
         before = path.read_bytes()
         monkeypatch.setattr(os, "write", lambda file, data: write_fully(file, data[:20]))
-        with pytest.raises(UserError, match="no space left"):
+        with pytest.raises(UserError, match="No space left"):
             store.add(Task("r2", "p", "c", "r").edit("x", None, HOW))
         monkeypatch.undo()
         assert path.read_bytes() == before

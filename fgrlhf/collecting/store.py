@@ -10,7 +10,6 @@ program, a line that `add` returned from is there. A torn last line (the program
 call) was never promised to anybody; the next Store cuts it.
 """
 
-import fcntl
 import json
 import os
 import threading
@@ -18,6 +17,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from fgrlhf.collecting.lines import Lines, lock, torn
 from fgrlhf.config import UserError
 from fgrlhf.edits import Edit, Provenance, plain, write_jsonl
 from fgrlhf.fields import Text, check
@@ -44,44 +44,6 @@ def outcome_of(record: Edit | Skip) -> str:
     return "identical" if record.original == record.edited else "edited"
 
 
-class Lines:
-    """A JSONL file that grows by whole, fsynced lines."""
-
-    def __init__(self, path: Path):
-        """Opens or makes the file and cuts a torn last line. Raises UserError where it cannot."""
-        self.path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            data = path.read_bytes()
-            if _torn(data):
-                os.ftruncate(self._file, data.rfind(b"\n") + 1)
-            elif data and not data.endswith(b"\n"):
-                os.write(self._file, b"\n")       # a whole last line, as some editors leave it
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)                      # the new name itself
-            os.close(folder)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); "
-                            "choose another path") from None
-
-    def append(self, value: dict) -> None:
-        """Write one line and fsync. Raises UserError (disk full) and leaves the file as it was."""
-        line = (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8")
-        size = os.fstat(self._file).st_size
-        try:
-            if os.write(self._file, line) < len(line):
-                raise OSError(28, "no space left")
-            os.fsync(self._file)
-        except OSError as error:
-            os.ftruncate(self._file, size)
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); make room and "
-                            "start again: what was collected is kept") from None
-
-    def close(self) -> None:
-        os.close(self._file)
-
-
 class Store:
     """The records of EDITS.jsonl and of its side file; thread-safe, one program at a time.
 
@@ -96,32 +58,18 @@ class Store:
         """
         self.path = Path(path)
         self.skipped_path = self.path.with_name(self.path.stem + ".skipped.jsonl")
-        self._mutex, self._lock_file = threading.RLock(), None
+        self._mutex = threading.RLock()
         if self.path.is_dir():
             raise UserError(f"{path}: expected a file or a free name, got a folder; name a file")
-        self._lock()
+        self._held = lock(self.path)
         try:
             self.records: dict[str, Edit | Skip] = {
                 record.id: record
                 for record in [*_read(self.skipped_path, Skip), *_read(self.path, Edit)]}
             self._files = {Edit: Lines(self.path), Skip: Lines(self.skipped_path)}
         except BaseException:
-            os.close(self._lock_file)
+            os.close(self._held)
             raise
-
-    def _lock(self) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock_file = os.open(self.path.with_name(f".{self.path.name}.lock"),
-                                      os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock_file)
-            raise UserError(f"{self.path}: expected no other writer, got one that is collecting "
-                            "into it now; wait for it or choose another --out") from None
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); "
-                            "choose another path") from None
 
     def add(self, record: Edit | Skip) -> bool:
         """Append a record; on the disk when this returns. False, and nothing written, where a
@@ -140,15 +88,15 @@ class Store:
     def withdraw(self, id: str) -> Edit | Skip | None:
         """Take a record back (undo), by rewriting its file atomically; None where there is none."""
         with self._mutex:
-            record = self.records.pop(id, None)
+            record = self.records.get(id)
             if record is None:
                 return None
-            kind = type(record)
-            self._files[kind].close()
-            write_jsonl(self._files[kind].path,
-                        [r for r in self.records.values() if isinstance(r, kind)])
-            self._files[kind] = Lines(self._files[kind].path)
-            return record
+            file = self._files[type(record)]
+            write_jsonl(file.path, [other for other in self.records.values()
+                                    if type(other) is type(record) and other is not record])
+            file.close()
+            self._files[type(record)] = Lines(file.path)
+            return self.records.pop(id)
 
     def counts(self) -> Counter:
         """How many records of each of OUTCOMES."""
@@ -164,7 +112,7 @@ class Store:
         with self._mutex:
             for file in self._files.values():
                 file.close()
-            os.close(self._lock_file)             # frees the lock
+            os.close(self._held)             # frees the lock
 
     def __enter__(self) -> "Store":
         return self
@@ -183,7 +131,7 @@ def _read(path: Path, kind: type) -> list:
                         f"{data.lstrip()[:20].decode(errors='replace')!r}; choose another --out")
     records, places = [], {}
     values = read_json(path)
-    if values and isinstance(values[-1][1], UserError) and _torn(data):
+    if values and isinstance(values[-1][1], UserError) and torn(data):
         values.pop()
     for place, value in values:
         if isinstance(value, UserError):
@@ -194,12 +142,3 @@ def _read(path: Path, kind: type) -> list:
                             f"{places[record.id]}; delete one of the two")
         records.append(record)
     return records
-
-
-def _torn(data: bytes) -> bool:
-    """Whether the last line was cut short: it has no end, begins like a record, is no JSON."""
-    tail = data[data.rfind(b"\n") + 1:]
-    try:
-        return tail.startswith(b"{") and not json.loads(tail)
-    except ValueError:
-        return True

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fgrlhf.config import UserError
 from fgrlhf.edits import Edit, Pair, Passage, Provenance, Span
@@ -24,6 +25,14 @@ class Task:
         """The record of this task edited to `text`; the spans travel along, for evaluation."""
         return Edit(self.id, self.prompt, self.rejected, text, self.input, self.context, self.spans,
                     annotator, provenance)
+
+
+class Answer(NamedTuple):
+    """What an editor made of a task."""
+
+    text: str | None                              # the whole edited response; None: none held up
+    reason: str = ""                              # why there is none
+    attempts: int = 1                             # answers asked for
 
 
 def read_tasks(path: str | Path, limit: int | None = None) -> list[Task]:

@@ -1,0 +1,262 @@
+"""The HTTP client against a server that misbehaves on purpose; nothing leaves this machine."""
+
+import itertools
+import json
+import threading
+import time
+
+import pytest
+
+from fgrlhf.collecting import client as module
+from fgrlhf.collecting.cache import Cache
+from fgrlhf.collecting.client import Client, Options, Stopped, Unanswered
+from fgrlhf.collecting.protocol import OPENAI, Reply, key_of, retry_after
+from fgrlhf.config import UserError
+from tests.misbehaving import FAULTS, KEY, Server
+
+ASKED = [{"role": "user", "content": "Who? é漢"}]
+
+
+@pytest.fixture(autouse=True)
+def keys(monkeypatch):
+    for name in ("ANTHROPIC_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.setenv(name, KEY)
+    monkeypatch.setenv("no_proxy", "*")
+
+
+def reach(server, cache=None, **options) -> Client:
+    base = {"base_url": server.url, "model": "m", "timeout": 2.0, "backoff": 0.001}
+    return Client(Options(**base | options), cache)
+
+
+def well(text="fine"):
+    return lambda body, count: ("ok", text)
+
+
+# What is sent.
+
+def test_ask_sends_anthropics_request_and_reads_its_text_blocks():
+    body = {"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"},
+                        {"type": "text", "text": "b"}], "stop_reason": "max_tokens"}
+    with Server(lambda *_: (200, {}, json.dumps(body).encode())) as server:
+        assert reach(server, max_tokens=9).ask("sys", ASKED) == Reply("ab", complete=False)
+    [seen] = server.seen
+    assert seen["path"] == "/v1/messages"
+    assert seen["body"] == {"model": "m", "max_tokens": 9, "system": "sys", "messages": ASKED}
+    assert seen["headers"]["x-api-key"] == KEY
+    assert seen["headers"]["anthropic-version"] == "2023-06-01"
+    assert "authorization" not in seen["headers"]
+
+
+def test_ask_sends_openais_request_and_reads_its_first_choice():
+    with Server(well()) as server:
+        client = reach(server, api="openai", base_url=server.url + "/v1/")
+        assert client.ask("sys", ASKED) == Reply("fine", complete=True)
+    [seen] = server.seen
+    assert seen["path"] == "/v1/chat/completions"
+    assert seen["body"] == {"model": "m",
+                            "messages": [{"role": "system", "content": "sys"}, *ASKED]}
+    assert seen["headers"]["authorization"] == f"Bearer {KEY}"
+    assert "x-api-key" not in seen["headers"]
+
+
+def test_ask_sends_no_key_to_a_server_of_ones_own_where_there_is_none(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with Server(well()) as server:
+        reach(server, api="openai").ask("sys", ASKED)
+    assert "authorization" not in server.seen[0]["headers"]
+
+
+# The key.
+
+@pytest.mark.parametrize("url, key, message", [
+    ("https://api.openai.com/v1", None, "expected the key in the environment"),
+    ("https://api.openai.com/v1", "sk-a\nb", "printable ASCII without blanks"),
+    ("https://api.openai.com/v1", "sk-ä", "printable ASCII without blanks"),
+    ("http://example.org/v1", "sk-abc", "would send the key in the clear"),
+    ("https://me:secret@example.org", "sk-abc", "without a user or a password"),
+    ("ftp://example.org", "sk-abc", "expected http"),
+    ("example.org/v1", "sk-abc", "expected http")])
+def test_key_of_refuses_without_a_letter_of_the_key(monkeypatch, url, key, message):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    if key:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UserError, match=message) as caught:
+        key_of(OPENAI, url, own_server=False)
+    assert "sk-" not in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_ask_strikes_out_a_key_that_the_server_echoes(tmp_path):
+    echo = json.dumps({"content": [{"type": "text", "text": f"your key is {KEY}"}],
+                       "stop_reason": "end_turn"}).encode()
+    with Server(lambda *_: (200, {}, echo)) as server:
+        cache = Cache(tmp_path / "c.jsonl")
+        assert reach(server, cache).ask("s", ASKED).text == "your key is [key]"
+    assert KEY not in (tmp_path / "c.jsonl").read_text()
+    for status, error in ((400, Unanswered), (401, UserError), (500, Unanswered)):
+        with Server(lambda *_: (status, {}, f"bad key {KEY}".encode())) as server:
+            with pytest.raises(error, match=r"bad key \[key\]") as caught:
+                reach(server).ask("s", ASKED)
+        assert KEY not in repr(caught.value)
+
+
+def test_ask_does_not_follow_a_redirect_with_the_key():
+    with Server(well()) as other:
+        with Server(lambda *_: (307, {"Location": other.url}, b"")) as server:
+            with pytest.raises(UserError, match="HTTP 307"):
+                reach(server).ask("s", ASKED)
+        assert other.seen == []
+
+
+# Trying again.
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("api", ["anthropic", "openai"])
+def test_ask_gets_over_a_fault(fault, api):
+    with Server(lambda body, count: (fault if count < 3 else "ok", "a fine one"), 0.3) as server:
+        client = reach(server, api=api, timeout=0.15 if fault == "hang" else 2.0)
+        assert client.ask("s", ASKED) == Reply("a fine one", True)
+        assert client.requests == 3
+
+
+def test_ask_is_not_led_astray_by_a_response_delivered_twice_on_the_wire():
+    numbers = itertools.count()
+    with Server(lambda *_: ("echo-twice", str(next(numbers)))) as server:
+        client = reach(server)
+        assert [client.ask("s", ASKED).text for _ in range(4)] == ["0", "1", "2", "3"]
+
+
+def test_ask_gives_up_after_its_tries_and_says_why():
+    with Server(lambda *_: ("500", "")) as server:
+        with pytest.raises(Unanswered, match="6 tries, the last: HTTP 500: oops"):
+            reach(server).ask("s", ASKED)
+        assert len(server.seen) == module.TRIES
+
+
+def test_ask_ends_a_body_that_drips_for_ever():
+    def drip(handler, *_):
+        handler.send_response(200)
+        handler.end_headers()
+        for _ in range(100):
+            handler.wfile.write(b" ")
+            time.sleep(0.05)
+    with Server(well()) as server:
+        server._misbehave = drip
+        start = time.monotonic()
+        with pytest.raises(Unanswered, match="no end after 0.2 s"):
+            reach(server, timeout=0.2).ask("s", ASKED)
+        assert time.monotonic() - start < 4
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_ask_does_not_repeat_a_request_that_is_refused_for_itself(status):
+    with Server(lambda *_: (status, {}, b"too long")) as server:
+        with pytest.raises(Unanswered, match=f"HTTP {status}: too long"):
+            reach(server).ask("s", ASKED)
+        assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_ask_stops_at_a_wrong_key_model_or_url(status):
+    with Server(lambda *_: (status, {}, b"no")) as server:
+        with pytest.raises(UserError, match="check --base-url, --model and ANTHROPIC_API_KEY"):
+            reach(server).ask("s", ASKED)
+        assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("value, seconds", [
+    (None, 0), ("", 0), ("soon", 0), ("-5", 0), ("nan", 0), ("2.5", 2.5), ("120", 120),
+    ("Thu, 01 Jan 1970 00:20:00 GMT", 200), ("Thu, 01 Jan 1970 00:00:00 GMT", 0)])
+def test_retry_after_reads_seconds_and_dates(value, seconds):
+    assert retry_after(value, now=1000.0) == seconds
+
+
+def test_ask_waits_for_retry_after_in_every_thread():
+    def behave(body, count):
+        first = not behave.told
+        behave.told = True
+        return (429, {"Retry-After": "0.6"}, b"") if first else ("ok", "fine")
+    behave.told = False
+    with Server(behave) as server:
+        client = reach(server)
+        first = threading.Thread(target=client.ask, args=("s", ASKED))
+        first.start()
+        while client._not_before == 0:
+            time.sleep(0.005)
+        told = time.monotonic()
+        client.ask("other", ASKED)                         # nobody told this one, yet it waits
+        first.join()
+    assert [s["time"] - told > 0.5 for s in server.seen] == [False, True, True]
+
+
+def test_ask_leaves_a_question_when_the_server_wants_to_be_left_alone_for_hours():
+    with Server(lambda *_: (429, {"Retry-After": "7200"}, b"quota")) as server:
+        with pytest.raises(Unanswered, match="the server asks to wait 7200 s"):
+            reach(server).ask("s", ASKED)
+        assert len(server.seen) == 1
+
+
+# Budget, cache, many at once.
+
+def test_ask_sends_no_more_than_max_requests_tries_included():
+    with Server(lambda body, count: ("ok" if body["system"] == "a" else "500", "x")) as server:
+        client = reach(server, max_requests=3)
+        client.ask("a", ASKED)
+        with pytest.raises(Stopped, match="--max-requests 3"):
+            client.ask("b", ASKED)
+        assert len(server.seen) == client.requests == 3
+
+
+def test_cache_answers_the_same_question_and_no_other(tmp_path):
+    path, numbers = tmp_path / "c.jsonl", itertools.count()
+    with Server(lambda *_: ("ok", str(next(numbers)))) as server:
+        for round in range(2):                             # the second reads it from the disk
+            cache = Cache(path)
+            asked = [reach(server, cache, **o).ask(system, ASKED).text for system, o in (
+                ("a", {}), ("b", {}), ("a", {"model": "other"}), ("a", {"max_tokens": 5}),
+                ("a", {"api": "openai"}), ("a", {}))]
+            cache.close()
+            assert asked == ["0", "1", "2", "3", "4", "0"]
+    assert len(server.seen) == 5
+
+
+def test_cache_survives_a_torn_line_and_refuses_a_file_of_something_else(tmp_path):
+    path = tmp_path / "c.jsonl"
+    cache = Cache(path)
+    cache.put("k", Reply("é", True))
+    cache.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:25])
+    cache = Cache(path)
+    assert cache.get("k") == Reply("é", True) and path.read_bytes() == whole
+    cache.close()
+    path.write_text('{"id": 3}\n')
+    with pytest.raises(UserError, match="c.jsonl:1: expected key, text and complete"):
+        Cache(path)
+
+
+def test_gather_yields_failures_and_gives_up_after_many_in_a_row():
+    with Server(lambda body, count: (400, {}, b"no")) as server:
+        client = reach(server, workers=2)
+        got = list(client.gather(range(100), lambda i: client.ask(str(i), ASKED)))
+    assert module.GIVE_UP <= len(got) < module.GIVE_UP + 10
+    assert all(isinstance(result, Unanswered) for _, result in got)
+
+
+def test_gather_asks_workers_at_once_and_loses_none():
+    gate = threading.Barrier(4)
+
+    def call(i):
+        gate.wait(5)                                       # passes only when four are inside
+        return i * i
+    with Server(well()) as server:
+        assert sorted(reach(server, workers=4).gather(range(20), call)) == [
+            (i, i * i) for i in range(20)]
+
+
+def test_gather_raises_a_user_error_and_stops_the_rest():
+    with Server(lambda *_: (401, {}, b"")) as server:
+        client = reach(server, workers=2)
+        with pytest.raises(UserError, match="HTTP 401"):
+            list(client.gather(range(200), lambda i: client.ask(str(i), ASKED)))
+        assert len(server.seen) < 20

@@ -1,0 +1,269 @@
+"""The command as a user runs it: 500 records, a server at fault, SIGKILL; exit status and files."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fgrlhf import collect
+from fgrlhf.collecting.store import Store
+from fgrlhf.config import UserError
+from fgrlhf.readers import read_edits
+from fgrlhf.simulate import World
+from tests.misbehaving import FAULTS, KEY, Server
+from tests.test_layout import ROOT
+
+WORLD = World(0)
+LAND = WORLD.lands[0]
+RIGHT = f"Its river is {WORLD.facts[LAND, 'river']}. Its crop is {WORLD.facts[LAND, 'crop']}."
+
+
+def write_pairs(path: Path, count: int, **more) -> Path:
+    """Preferences numbered 0..count-1: "dog" is to become "cat"."""
+    path.write_text("".join(json.dumps({
+        "id": f"r{i}", "prompt": f"Number {i}?", "chosen": f"Animal {i} is good.",
+        "rejected": f"The black dog {i} sat on the mat, happily."} | more) + "\n"
+        for i in range(count)))
+    return path
+
+
+def good(body: dict) -> str:
+    """What a faithful model answers."""
+    text = body["messages"][0]["content"]
+    response = re.search(r"<response>\n(.*)\n</response>", text, re.DOTALL)[1]
+    return json.dumps({"needs_change": True, "edited": response.replace("dog", "cat")})
+
+
+def number(body: dict) -> int:
+    return int(re.search(r"Number (\d+)\?", body["messages"][0]["content"])[1])
+
+
+def command(tmp_path, server, *more) -> list[str]:
+    return [sys.executable, "-m", "fgrlhf.collect", "--pairs", str(tmp_path / "pairs.jsonl"),
+            "--out", str(tmp_path / "edits.jsonl"), "--editor", "llm", "--model", "m",
+            "--base-url", server.url, "--workers", "16", "--timeout", "0.5", "--backoff", "0.01",
+            *map(str, more)]
+
+
+def start(words: list[str], tmp_path) -> subprocess.Popen:
+    log = open(tmp_path / f"log-{time.monotonic_ns()}.txt", "wb")
+    return subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {
+        "ANTHROPIC_API_KEY": KEY, "no_proxy": "*", "OMP_NUM_THREADS": "1"})
+
+
+def written(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def holders_of_the_key(folder: Path) -> list[Path]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) >= 4
+    return [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+def test_collect_loses_and_doubles_nothing_of_500_records_with_faults_and_two_kills(tmp_path):
+    """A fault in every fifth request; after the second answer each record's own answer counts.
+
+    Every 50th record gets a blank edit and every 50th a rewrite of everything, each twice: those
+    are refused, and only those. Every 50th needs no change.
+    """
+    def behave(body, count):
+        behave.requests += 1
+        if behave.requests % 5 == 0:
+            return FAULTS[behave.requests // 5 % len(FAULTS)], good(body)
+        if number(body) % 50 == 7:
+            return "ok", json.dumps({"needs_change": True, "edited": ""})
+        if number(body) % 50 == 8:
+            return "ok", json.dumps({"needs_change": True, "edited": "Quite another text."})
+        if number(body) % 50 == 9:
+            return "ok", json.dumps({"needs_change": False, "edited": None})
+        return "ok", good(body)
+
+    behave.requests = 0
+    write_pairs(tmp_path / "pairs.jsonl", 500)
+    out = tmp_path / "edits.jsonl"
+    with Server(behave, hang_seconds=1.0) as server:
+        words = command(tmp_path, server)
+        for kill_at in (120, 300):
+            process = start(words, tmp_path)
+            while written(out) < kill_at:
+                assert process.poll() is None, "ended before it was killed"
+                time.sleep(0.001)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+            assert written(out) < 480
+        assert start(words, tmp_path).wait() == 0
+        sent = len(server.seen)
+        assert start(words, tmp_path).wait() == 0 and len(server.seen) == sent     # nothing to do
+    ids = [json.loads(line)["id"] for path in (out, tmp_path / "edits.skipped.jsonl")
+           for line in path.read_text().splitlines()]
+    assert sorted(ids) == sorted(f"r{i}" for i in range(500))
+    for edit in read_edits(out):
+        i = int(edit.id[1:])
+        same = i % 50 == 9
+        assert edit.edited == f"The black {'dog' if same else 'cat'} {i} sat on the mat, happily."
+        assert (edit.annotator, edit.provenance.editor, edit.provenance.model) == ("m", "llm", "m")
+        assert edit.provenance.prompt_version == "edit-1" and edit.provenance.attempts == 1
+    with Store(out) as store:
+        refused = {r.id for r in store.records.values() if not hasattr(r, "edited")}
+        assert refused == {f"r{i}" for i in range(500) if i % 50 in (7, 8)}
+        assert store.counts() == {"edited": 470, "identical": 10, "refused": 20}
+    assert holders_of_the_key(tmp_path) == []
+    # 470 + 10 records of one answer and 20 of two: 520; a quarter more for the faults. A kill may
+    # cost what was under way, at most the 16 workers each time; nothing else is asked again.
+    assert sent - 520 - sent // 5 <= 2 * 16 + 16
+
+
+@pytest.fixture
+def main(tmp_path, monkeypatch):
+    """main(flags...) runs the command in this process; write pairs.jsonl first."""
+    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+    monkeypatch.setenv("no_proxy", "*")
+
+    def call(*flags, status=0):
+        assert status == collect.main(collect.parse(collect.Config, [
+            "--pairs", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "edits.jsonl"),
+            *map(str, flags)]))
+    return call
+
+
+def test_collect_stops_at_its_budget_and_goes_on_in_the_next_run(tmp_path, main, capsys):
+    write_pairs(tmp_path / "pairs.jsonl", 10)
+    flags = ("--editor", "llm", "--model", "m", "--max-requests", 4, "--workers", 2)
+    with Server(lambda body, count: ("ok", good(body))) as server:
+        for done in (4, 8, 10):
+            main(*flags, "--base-url", server.url)
+            assert f"{done} of 10 records done" in capsys.readouterr().out
+        assert len(server.seen) == 10
+
+
+def test_collect_leaves_unanswered_records_to_the_next_run_and_says_so(tmp_path, main, capsys):
+    write_pairs(tmp_path / "pairs.jsonl", 3)
+    flags = ("--editor", "llm", "--model", "m", "--backoff", 0, "--base-url")
+    with Server(lambda body, count: (400, {}, b"too long") if number(body) == 1 else
+                ("ok", good(body))) as server:
+        main(*flags, server.url, status=1)
+    out = capsys.readouterr().out
+    assert "2 of 3 records done" in out and "record 'r1': HTTP 400: too long" in out
+    with Server(lambda body, count: ("ok", good(body))) as server:
+        main(*flags, server.url)
+        assert [number(s["body"]) for s in server.seen] == [1]
+    assert "3 of 3 records done" in capsys.readouterr().out
+
+
+def test_collect_takes_answers_paid_for_before_a_stricter_check(tmp_path, main, capsys):
+    """The cache knows them: a wider --max-change takes what a narrow one refused, unasked."""
+    write_pairs(tmp_path / "pairs.jsonl", 3)
+    flags = ("--editor", "llm", "--model", "m")
+    with Server(lambda body, count: ("ok", good(body))) as server:
+        main(*flags, "--base-url", server.url, "--max-change", 0.05)
+        assert "3 refused" in capsys.readouterr().out and len(server.seen) == 6
+        (tmp_path / "edits.skipped.jsonl").unlink()
+        main(*flags, "--base-url", server.url)
+        assert "3 edited" in capsys.readouterr().out and len(server.seen) == 6
+
+
+def test_collect_by_the_simulated_editor_mends_what_the_oracle_finds_and_resumes(
+        tmp_path, main, capsys):
+    wrong = RIGHT.replace("Its crop is", "Its crop was")
+    write_pairs(tmp_path / "pairs.jsonl", 4, prompt=f"Name the river and crop of {LAND}.",
+                chosen="?", rejected=wrong)
+    main("--editor", "simulated", "--world", 0, "--limit", 2)
+    first = (tmp_path / "edits.jsonl").read_bytes()
+    main("--editor", "simulated", "--world", 0)
+    assert (tmp_path / "edits.jsonl").read_bytes().startswith(first)
+    edits = read_edits(tmp_path / "edits.jsonl")
+    assert [e.id for e in edits] == ["r0", "r1", "r2", "r3"]
+    assert all(not WORLD.errors(e.prompt, e.edited) and e.original == wrong for e in edits)
+    assert "4 edited, 0 identical, 0 skipped, 0 refused" in capsys.readouterr().out
+
+
+def test_collect_simulated_draws_do_not_depend_on_where_a_run_was_stopped(tmp_path, main):
+    write_pairs(tmp_path / "pairs.jsonl", 20, prompt=f"Name the river and crop of {LAND}.",
+                chosen="?", rejected="Its river is Nowhere. Its crop is mud.")
+    flags = ("--editor", "simulated", "--world", 0, "--miss", 0.5, "--needless", 0.3)
+    texts = []
+    for parts in ((20,), (3, 11, 20)):
+        for limit in parts:
+            main(*flags, "--limit", limit)
+        texts.append([e.edited for e in read_edits(tmp_path / "edits.jsonl")])
+        (tmp_path / "edits.jsonl").unlink()
+    assert texts[0] == texts[1] and len(set(texts[0])) > 2
+
+
+def test_summary_counts_shares_into_tenths(tmp_path, main, capsys):
+    write_pairs(tmp_path / "pairs.jsonl", 3)
+    with Server(lambda body, count: ("ok", good(body))) as server:
+        main("--editor", "llm", "--model", "m", "--base-url", server.url)
+    out = capsys.readouterr().out                          # 1 of 10 words: exactly 10%
+    assert "  to  10%      3  " + "#" * 40 in out and "  to  20%      0" in out
+
+
+def test_collect_dry_run_writes_nothing_and_needs_no_key(tmp_path, main, capsys, monkeypatch):
+    monkeypatch.delenv("ANTHROPIC_API_KEY")
+    write_pairs(tmp_path / "pairs.jsonl", 3)
+    main("--editor", "llm", "--dry-run", "--limit", 2)
+    assert "2 requests, about" in capsys.readouterr().out
+    main("--editor", "simulated", "--dry-run")
+    assert "3 responses to edit" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--editor", "llm"), "expected --model"), (("--editor", "simulated"), "expected --world"),
+    (("--editor", "llm", "--model", "m", "--base-url", "http://example.org"), "in the clear"),
+    (("--editor", "llm", "--model", "m", "--max-change", "1.5"), "--max-change 1.5: expected")])
+def test_collect_refuses_bad_flags_before_it_writes(tmp_path, main, flags, message):
+    write_pairs(tmp_path / "pairs.jsonl", 1)
+    with pytest.raises(UserError, match=message):
+        main(*flags)
+    assert [p.name for p in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_collect_refuses_to_write_into_its_own_pairs(tmp_path):
+    path = write_pairs(tmp_path / "pairs.jsonl", 1)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="expected another file than --pairs"):
+        collect.main(collect.parse(collect.Config, ["--pairs", str(path), "--out", str(path),
+                                                    "--editor", "simulated", "--world", "0"]))
+    assert path.read_bytes() == before
+
+
+def test_collect_refuses_a_second_run_on_the_same_file(tmp_path, main):
+    write_pairs(tmp_path / "pairs.jsonl", 1)
+    with Store(tmp_path / "edits.jsonl"):
+        with pytest.raises(UserError, match="expected no other writer"):
+            main("--editor", "simulated", "--world", 0)
+
+
+def test_collect_interrupted_keeps_the_answers_under_way(tmp_path):
+    """Ctrl-C: what was being asked is still paid for, so it reaches the cache."""
+    gate = threading.Event()
+    write_pairs(tmp_path / "pairs.jsonl", 8)
+
+    def behave(body, count):
+        if number(body) >= 4:
+            gate.wait(5)
+        return "ok", good(body)
+
+    with Server(behave) as server:
+        words = command(tmp_path, server, "--workers", 4, "--timeout", 20)
+        server._mutex = threading.Semaphore(16)            # answers must be able to wait
+        process = start(words, tmp_path)
+        while len(server.seen) < 8 and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        gate.set()
+        assert process.wait(20) == 130
+        asked = len(server.seen)
+        assert written(tmp_path / "edits.cache.jsonl") == 8
+        assert start(words, tmp_path).wait() == 0 and len(server.seen) == asked
+    assert len(read_edits(tmp_path / "edits.jsonl")) == 8

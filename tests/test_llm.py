@@ -1,0 +1,143 @@
+"""The language model as editor: what it is asked, which answers are taken, what becomes of others.
+
+The model is a function of the conversation; test_client.py has the HTTP beneath, test_collect.py
+the command above.
+"""
+
+import json
+
+import pytest
+
+from fgrlhf.collecting import llm
+from fgrlhf.collecting.client import Options
+from fgrlhf.collecting.llm import Flaw, leak, load_prompt, parse_object, question, read_edit
+from fgrlhf.collecting.protocol import Reply
+from fgrlhf.collecting.tasks import Answer, Task
+from fgrlhf.edits import Passage, Span
+
+TASK = Task("r1", "Who sat on the mat?", "The cat did.", "  The black dog sat on the mat.\n")
+INSTRUCTION = load_prompt("edit-1")
+
+
+def says(edited, needs_change=True) -> str:
+    return json.dumps({"needs_change": needs_change, "edited": edited})
+
+
+class Model:
+    """Stands in for Client: gives the answers in turn and keeps what it was asked."""
+
+    def __init__(self, *answers: str | Reply):
+        self.answers, self.asked = list(answers), []
+
+    def ask(self, system: str, messages: list[dict]) -> Reply:
+        self.asked.append((system, [dict(m) for m in messages]))
+        answer = self.answers.pop(0)
+        return answer if isinstance(answer, Reply) else Reply(answer, True)
+
+
+def edit(*answers, max_change=0.5) -> tuple[Answer, Model]:
+    model = Model(*answers)
+    return llm.editor(model, max_change)(TASK), model
+
+
+# The question.
+
+def test_question_shows_everything_but_the_error_spans():
+    task = Task("r", "P?", "good", "bad", "in", (Passage('a "b"', "text"),), (Span(0, 3, "TYPE"),))
+    assert question(task) == (
+        "<instruction>\nP?\n</instruction>\n\n<input>\nin\n</input>\n\n"
+        '<passage title="a \\"b\\"">\ntext\n</passage>\n\n'
+        "<preferred>\ngood\n</preferred>\n\n<response>\nbad\n</response>")
+    assert question(Task("r", "P?", "good", "bad")).count("\n\n") == 2
+
+
+def test_preview_shows_the_requests_and_estimates_four_characters_a_token(monkeypatch):
+    monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)             # needs no key
+    text = llm.preview(Options(model="m"), [TASK] * 3, show=1)
+    assert text.count("POST https://api.anthropic.com/v1/messages") == 1
+    assert json.dumps(question(TASK)) in text and '"model": "m"' in text
+    sent = 3 * (len(INSTRUCTION) + len(question(TASK))) // 4
+    assert text.endswith(f"3 requests, about {sent:,} tokens in and {3 * 72 // 4:,} out "
+                         "(4 characters a token); nothing was sent")    # 72: 32 and 40 of JSON
+
+
+# What is taken.
+
+def test_editor_takes_a_minimal_edit_and_keeps_the_outer_whitespace():
+    answer, model = edit(says("The black cat sat on the mat."))
+    assert answer == Answer("  The black cat sat on the mat.\n", "", 1)
+    assert model.asked == [(INSTRUCTION, [{"role": "user", "content": question(TASK)}])]
+
+
+@pytest.mark.parametrize("edited", [None, "The black dog sat on the mat."])
+def test_editor_takes_that_nothing_needs_changing(edited):
+    assert edit(says(edited, needs_change=False))[0] == Answer(TASK.rejected, "", 1)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', ' {"a": 1}\n', '```json\n{"a": 1}\n```',
+                                  '```\n{"a": 1}\n```\n'])
+def test_parse_object_takes_one_object_bare_or_fenced(text):
+    assert parse_object(text, "a") == {"a": 1}
+
+
+# What is not.
+
+@pytest.mark.parametrize("text", [
+    "", "The black cat sat.", 'Here it is: {"a": 1}', '{"a": 1} I hope this helps', '{"a": 1',
+    '{"a": 1}{"a": 1}', '[{"a": 1}]', '{"a": 1, "b": 2}', "{}", '{"a": 1, "a": 2}', "null",
+    '```json\n{"a": 1}', "[" * 100_000])
+def test_parse_object_refuses_everything_else(text):
+    with pytest.raises(Flaw):
+        parse_object(text, "a")
+
+
+@pytest.mark.parametrize("text, flaw", [
+    (says(""), "edited is empty"), (says(" \n"), "edited is empty"), (says(None), "is empty"),
+    (says("The black dog  sat on the mat."), "same words"),
+    (says("The black cat sat on the mat.", False), "needs_change is false, yet"),
+    (says("A white horse stood there."), "of 8 words changed"),
+    (says(["x"]), "edited a string"), (says("x", "yes"), "true or false"),
+    ('{"needs_change": true, "edited": "The black \\ud800 sat on the mat."}', "surrogate"),
+    (says("Sure, here is the edited response: The black cat sat on the mat."), "9 of 16 words"),
+    (says("Sure: The black cat sat on the mat."), "'Sure:'"),
+    (says("<response>The black cat sat on the mat."), "'<response>'")])
+def test_read_edit_refuses(text, flaw):
+    with pytest.raises(Flaw, match=flaw):
+        read_edit(text, TASK, 0.5, INSTRUCTION)
+
+
+def test_leak_finds_eight_words_of_the_instruction_in_a_row_and_not_seven():
+    seven = "Change only where it is necessary: what"               # the colon is a word here
+    assert leak(f"The dog. {seven} sat", TASK, INSTRUCTION) is not None
+    assert leak("The dog. Change only where it is necessary", TASK, INSTRUCTION) is None
+
+
+def test_leak_lets_pass_what_the_record_itself_says():
+    said = "Here is the edited response: change only where it is necessary: what is false."
+    task = Task("r", "p", "c", said)
+    assert leak(said + " Yes", task, INSTRUCTION) is None
+    assert leak(said + " Yes", TASK, INSTRUCTION) is not None
+
+
+def test_editor_asks_once_more_saying_what_was_wrong():
+    rewrite = says("A white horse stood there.")
+    answer, model = edit(rewrite, says("The black cat sat on the mat."))
+    assert answer.text == "  The black cat sat on the mat.\n" and answer.attempts == 2
+    again = model.asked[1][1]
+    assert [m["role"] for m in again] == ["user", "assistant", "user"]
+    assert again[1]["content"] == rewrite
+    # white, horse, stood, there for black, dog, sat, on; A for The; the, mat deleted
+    assert "7 of 8 words changed, 88%; at most 50% may" in again[2]["content"]
+
+
+@pytest.mark.parametrize("second", ["", "no JSON", says("A white horse stood there."), says("")])
+def test_editor_refuses_a_record_after_two_bad_answers_and_asks_no_third_time(second):
+    answer, model = edit(says(""), second)
+    assert answer.text is None and answer.attempts == 2 and answer.reason
+    assert model.answers == []
+
+
+def test_editor_says_that_an_answer_was_cut_short_and_never_sends_a_blank_turn():
+    answer, model = edit(Reply("", False), Reply('{"needs_change": tr', False))
+    assert answer.text is None and answer.reason.startswith("the answer was cut short or declined")
+    assert model.asked[1][1][1] == {"role": "assistant", "content": "(no answer)"}
