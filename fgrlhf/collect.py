@@ -14,6 +14,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -99,15 +100,13 @@ def by_llm(tasks: list[Task], store: Store, asking: client.Client, max_change: f
     """
     asking.cache = Cache(store.path.with_name(store.path.stem + ".cache.jsonl"))
     todo, problem = store.remaining(tasks), ""
-    try:
-        answers = asking.gather(todo, timed(llm.editor(asking, max_change)))
+    answers = asking.gather(todo, timed(llm.editor(asking, max_change)))
+    with closing(asking.cache), closing(answers):         # answers first: they end in the cache
         for task, result in tqdm(answers, desc="edit", total=len(todo)):
             if isinstance(result, client.Unanswered):
                 problem = f"record {task.id!r}: {result}"
             else:
                 store.add(record_of(task, *result, "llm", asking.model, llm.EDIT_PROMPT))
-    finally:
-        asking.cache.close()
     print(f"{asking.requests} requests sent, {asking.cached} answers from the cache")
     if problem:
         print(f"start again for what was left unanswered; the last: {problem}")
