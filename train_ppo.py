@@ -21,14 +21,14 @@ Leaves config.json, metrics.jsonl, timing.jsonl; --resume continues a stopped ru
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from fgrlhf import lora
+from fgrlhf import checks, lora, monitor
 from fgrlhf.advantage import generalised_advantage, penalise_kl, reward_to_go, standardise
 from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer, save_model
 from fgrlhf.config import UserError, arg, parse, run
@@ -37,11 +37,12 @@ from fgrlhf.encode import encode_prompt
 from fgrlhf.judge import OracleJudge, answers
 from fgrlhf.model import DTYPES, LLaMA
 from fgrlhf.optimizer import Optimizer
-from fgrlhf.ppo import check_first_ratio, kl_estimates, policy_loss, value_loss
+from fgrlhf.ppo import check_first_ratio, policy_loss, value_loss
 from fgrlhf.readers import read_prompts
 from fgrlhf.reward import RewardModel, load_reward
 from fgrlhf.rollout import (Rollout, Sequences, by_length, in_groups, locate, sample, score,
                             unflatten)
+from fgrlhf.rules import Subject
 from fgrlhf.run import Run, batches, generator, pick_device
 from fgrlhf.tokenizer import Tokenizer
 
@@ -78,13 +79,17 @@ class Config:
     world: int | None = arg(None, help="seed of the built-in world whose oracle judges dev answers")
     eval_every: int = arg(5, least=1, help="iterations between dev evaluations")
     max_kl: float = arg(0.0, least=0, help="end the updates above this KL(old || new); 0 never")
+    exact_kl: int = arg(8, least=0, help="log the KL over the whole vocabulary of this many "
+                        "responses an iteration; 0 leaves it out")
     seed: int = arg(0, help="seed of prompt order, sampling and minibatches")
     save_every: int = arg(10, least=1, help="iterations between training states for --resume")
+    keep: int = arg(2, least=1, help="training states kept: the newest, and those before it")
     resume: bool = arg(False, help="continue the unfinished run in --out")
     lora_rank: int = arg(0, least=0, help="train adapters of this rank over frozen weights; 0 "
                          "trains all weights")
     dtype: str = arg("float32", choices=DTYPES,
                      help="of weights and activations; bfloat16 keeps float32 master weights")
+    skip_checks: bool = arg(False, help="start without the startup checks (fgrlhf/checks.py)")
     device: str = arg("auto", help="auto, cpu, cuda, ...")
 
     def __post_init__(self):
@@ -166,6 +171,8 @@ def update(config: Config, policy, critic, optimizers, rollout: Rollout, advanta
                     statistics["ppo/value_loss"] = loss
                 for name, value in statistics.items():
                     totals[name] = totals.get(name, 0.0) + value.item()
+                    if not math.isfinite(totals[name]):             # before any optimizer steps
+                        raise FloatingPointError(f"{name} is {value.item()}")
                 kl += out.kl_k3.item()
             norms = {f"ppo/gradient_norm_{n}": optimizer.step()
                      for n, optimizer in optimizers.items()}
@@ -210,11 +217,19 @@ class Setup(NamedTuple):
     prompts: list[list[int]]            # ids, BOS first
     judge: OracleJudge | None           # of dev answers
 
+    def trained(self) -> dict[str, nn.Module]:
+        return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
+
     def parts(self) -> dict:
         """What a training state holds."""
-        critic = {} if self.critic is None else {"critic": lora.Own(self.critic)}
-        return {"policy": lora.Own(self.policy)} | critic | {
+        return {name: lora.Own(model) for name, model in self.trained().items()} | {
             f"optimizer_{name}": optimizer for name, optimizer in self.optimizers.items()}
+
+    def check(self, config: Config) -> None:
+        """The startup checks, while the policy is still the reference; UserError if one fails."""
+        checks.require(Subject(self.policy, self.ref, self.reward_model, self.tokenizer,
+                               self.prompts, config.max_new_tokens, config.temperature, config.beta,
+                               config.rollouts, config.microbatch, self.critic), config.seed)
 
 
 def load(config: Config, device: torch.device) -> Setup:
@@ -262,15 +277,10 @@ class Batch(NamedTuple):
     values: Tensor | None               # the critic's, before the update
     returns: Tensor | None
 
-    def metrics(self) -> dict[str, float]:
-        """The namespace rollout/."""
-        sequences, mask = self.rollout.sequences, self.rollout.sequences.response_mask
-        kl = kl_estimates(self.rollout.logp_old, self.logp_ref, mask)
-        return {f"rollout/{name}": value for name, value in kl.items()} | {
-            "rollout/reward": self.rewards.sum().item() / len(self.rewards),
-            "rollout/reward_per_token": self.rewards[mask].mean().item(),
-            "rollout/length": sequences.response_lengths.float().mean().item(),
-            "rollout/truncated": self.rollout.truncated.float().mean().item()}
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name: what must be finite, and what a stopped run leaves to look at."""
+        own = {name: part for name, part in self._asdict().items() if isinstance(part, Tensor)}
+        return own | self.rollout.sequences._asdict() | {"logp_old": self.rollout.logp_old}
 
 
 def collect(config: Config, setup: Setup, iteration: int) -> Batch:
@@ -301,25 +311,30 @@ def train(config: Config) -> None:
     check_shapes(config)
     setup = load(config, pick_device(config.device))
     policy, tokenizer, judge = setup.policy, setup.tokenizer, setup.judge
-    log = Run(config, tokenizer.sha256)
+    if not config.skip_checks:
+        setup.check(config)
+    log = Run(config, tokenizer.sha256,
+              ("policy", "reward", "prompts", "dev_prompts", "dev_reference"))
     best = log.restore(**setup.parts()) or {"win_rate": -1.0, "iteration": 0}
 
-    for iteration in tqdm(range(log.step + 1, config.iterations + 1), desc=config.method,
-                          initial=log.step, total=config.iterations):
+    for iteration in log.steps(config.iterations, config.method):
         # 1. to 4. rollouts, reference and reward, KL, advantages
         batch = collect(config, setup, iteration)
-        rollout, logp_ref, rewards, advantages, values, returns = batch
-        # 5. clipped updates
-        with log.guard(iteration, logp_old=rollout.logp_old, logp_ref=logp_ref, rewards=rewards,
-                       advantages=advantages, tokens=rollout.sequences.tokens):
+        with log.guard(iteration, setup.trained(), **batch.tensors()):
+            seen = monitor.rollout_metrics(batch.rollout, batch.logp_ref, batch.rewards)
+            if config.exact_kl:
+                seen["rollout/kl_exact"] = monitor.whole_kl(
+                    policy, setup.ref, batch.rollout.sequences, config.temperature, config.exact_kl,
+                    config.microbatch)
             if iteration == 1:
-                check_first_ratio(logp_ref, rollout.logp_old)       # the KL to itself is 0
-            logged = update(config, policy, setup.critic, setup.optimizers, rollout, advantages,
-                            values, returns, iteration)
+                check_first_ratio(batch.logp_ref, batch.rollout.logp_old)    # the KL to itself is 0
+            # 5. clipped updates
+            logged = update(config, policy, setup.critic, setup.optimizers, batch.rollout,
+                            batch.advantages, batch.values, batch.returns, iteration)
         # 6. log, evaluate, save
-        last = iteration == config.iterations
-        logged |= batch.metrics() | {"rollout/episodes": iteration * config.rollouts}
-        if judge is not None and (iteration % config.eval_every == 0 or last):
+        logged |= seen | {"rollout/episodes": iteration * config.rollouts}
+        if judge is not None and (iteration % config.eval_every == 0
+                                  or iteration == config.iterations):
             with log.untimed():
                 outputs = answers(policy, tokenizer, judge.prompts, config.template,
                                   config.max_new_tokens, 1.0, config.seed,
@@ -328,13 +343,12 @@ def train(config: Config) -> None:
                 if logged["eval/win_rate"] > best["win_rate"]:
                     best = {"win_rate": logged["eval/win_rate"], "iteration": iteration}
                     save_model(policy, log.folder / "best", tokenizer=tokenizer)
-        log.log(iteration, logged)
-        if iteration % config.save_every == 0 and not last:
-            log.save(iteration, best, **setup.parts())
+        log.end_step(iteration, logged, best, **setup.parts())
 
     save_model(policy, log.folder / "policy", tokenizer=tokenizer)
     chosen = {"best_iteration": best["iteration"], "best_dev_win_rate": best["win_rate"]}
     log.finish({"iterations": config.iterations, "episodes": config.iterations * config.rollouts,
+                "startup_checks": "skipped" if config.skip_checks else "passed",
                 **(chosen if judge else {})})
 
 

@@ -66,6 +66,7 @@ class Config:
     warmup: int = arg(10, least=0, help="warm-up steps")
     seed: int = arg(0, help="seed of head, data order and folds")
     save_every: int = arg(200, least=1, help="steps between training states for --resume")
+    keep: int = arg(2, least=1, help="training states kept: the newest, and those before it")
     resume: bool = arg(False, help="continue the unfinished run in --out")
     lora_rank: int = arg(0, least=0, help="train adapters of this rank over frozen weights; 0 "
                          "trains all weights")
@@ -97,17 +98,18 @@ def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: 
     resumable = config.folds == 0
     if resumable:
         log.restore(model=Own(model), optimizer=optimizer)
-    for step in tqdm(range(log.step + 1, steps + 1), desc=name, initial=log.step, total=steps):
+    for step in log.steps(steps, name) if resumable else tqdm(range(1, steps + 1), desc=name):
         epoch, cursor = divmod(step - 1, per_epoch)
         rows = bucketed_batches(lengths, config.batch, config.seed, epoch)[cursor]
-        loss, logged = loss_of(model, [examples[i] for i in rows], config)
-        with log.guard(step, loss=loss, records=torch.tensor(rows)):
+        batch = [examples[i] for i in rows]
+        loss, logged = loss_of(model, batch, config)
+        both_sides = lambda: pack([p.prompt for p in batch] * 2, [p.chosen for p in batch]
+                                  + [p.rejected for p in batch])._asdict()
+        with log.guard(step, {"model": model}, both_sides, loss=loss, records=torch.tensor(rows)):
             loss.backward()
             logged |= {"rm/loss": loss.item(), "rm/gradient_norm": optimizer.step()}
         if resumable:
-            log.log(step, logged)
-            if step % config.save_every == 0 and step < steps:
-                log.save(step, model=Own(model), optimizer=optimizer)
+            log.end_step(step, logged, model=Own(model), optimizer=optimizer)
 
 
 def new_model(config: Config, device) -> RewardModel:
@@ -160,7 +162,7 @@ def train(config: Config) -> None:
         if path:
             kept = read(path)
             held_out[name] = kept, encode(kept)
-    log = Run(config, tokenizer.sha256)
+    log = Run(config, tokenizer.sha256, ("data", "model", "eval_edits", "eval_pairs"))
     if config.folds:
         log.finish(cross_validate(config, records, examples, tokenizer, log, device))
         return

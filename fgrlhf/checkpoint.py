@@ -12,6 +12,7 @@ shape of a checkpoint of any size and reads no weights.
 import hashlib
 import json
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -187,55 +188,62 @@ def _settings(model: LLaMA, layout: str, tokenizer: Tokenizer | None) -> dict[st
             tokenizer, config.max_seq_len)} | last
 
 
+class _Hashing:
+    """A binary file that is hashed as it is written."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha = file, hashlib.sha256()
+
+    def write(self, data) -> int:
+        self.sha.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def save_state(path: str | Path, state: dict) -> None:
-    """Write a training state atomically, with a checksum of every number in it.
+    """Write a training state atomically; the file's last 32 bytes are the sha256 of all before.
 
     `state`: dicts, lists and tuples of tensors, numbers, strings, bytes, booleans and None.
     Raises TypeError naming the entry for anything else: it could not be read without running code.
     """
-    saved = {"state": state, "sha256": _digest(state)}
-    write_atomic(path, lambda file: torch.save(saved, file))
+    _check_plain(state, "state")
+
+    def write(file: BinaryIO) -> None:
+        hashing = _Hashing(file)
+        torch.save(state, hashing)
+        file.write(hashing.sha.digest())
+
+    write_atomic(path, write)
 
 
 def load_state(path: str | Path) -> dict:
     """A training state of `save_state`, on the CPU. Raises UserError when a bit has changed."""
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise UserError(f"{path}: no such training state")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        intact = saved["sha256"] == _digest(saved["state"])
-    except Exception as error:                      # a flipped bit in a pickle can raise anything
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{path}: damaged, or no training state ({type(error).__name__}: "
-                        f"{reason}); use an older one") from None
+    sha, left = hashlib.sha256(), path.stat().st_size - 32
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            sha.update(block)
+            left -= len(block)
+        intact = file.read() == sha.digest()
     if not intact:
-        raise UserError(f"{path}: damaged: its contents do not match their checksum; "
-                        "use an older one")
-    return saved["state"]
+        raise UserError(f"{path}: damaged, or no training state: its contents do not match their "
+                        "checksum; use an older one")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _digest(state: object) -> str:
-    """sha256 over the types, keys and bits of a nested state."""
-    sha = hashlib.sha256()
-
-    def add(value: object, name: str) -> None:
-        if isinstance(value, Tensor):
-            sha.update(f"{value.dtype} {tuple(value.shape)}\n".encode())
-            sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        elif isinstance(value, dict):
-            sha.update(f"dict {len(value)}\n".encode())
-            for key, item in value.items():
-                add(key, name)
-                add(item, f"{name}[{key!r}]")
-        elif isinstance(value, (list, tuple)):
-            sha.update(f"{type(value).__name__} {len(value)}\n".encode())
-            for number, item in enumerate(value):
-                add(item, f"{name}[{number}]")
-        elif value is None or type(value) in (bool, int, float, str, bytes):
-            sha.update(f"{type(value).__name__} {value!r}\n".encode())
-        else:
-            raise TypeError(f"{name}: expected a tensor, number, string, bytes, None, or a dict, "
-                            f"list or tuple of these, got {type(value).__name__}")
-
-    add(state, "state")
-    return sha.hexdigest()
+def _check_plain(value: object, name: str) -> None:
+    """Raise TypeError for what could not be loaded without running code."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(key, name)
+            _check_plain(item, f"{name}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for number, item in enumerate(value):
+            _check_plain(item, f"{name}[{number}]")
+    elif not isinstance(value, Tensor | bool | int | float | str | bytes | None):
+        raise TypeError(f"{name}: expected a tensor, number, string, bytes, None, or a dict, "
+                        f"list or tuple of these, got {type(value).__name__}")

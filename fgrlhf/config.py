@@ -12,6 +12,7 @@ Flags are the field names with dashes; an unknown flag is an error; a bool is `-
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 import types
 import typing
@@ -81,6 +82,14 @@ def to_json(config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
+def resume_command() -> str:
+    """The command that was typed, with --resume."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    script = ["-m", spec.name] if spec is not None else sys.argv[:1]
+    return shlex.join(["python", *script, *sys.argv[1:],
+                       *([] if "--resume" in sys.argv else ["--resume"])])
+
+
 def run(main: typing.Callable[[], None]) -> None:
     """Call `main`; a UserError becomes one line on stderr and status 2, a non-finite number 1."""
     try:
@@ -93,3 +102,6 @@ def run(main: typing.Callable[[], None]) -> None:
         raise SystemExit(1) from None
     except BrokenPipeError:
         raise SystemExit(141) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

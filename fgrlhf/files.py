@@ -54,6 +54,12 @@ def write_atomic(path: str | Path, data: bytes | Callable[[BinaryIO], object]) -
                         "choose another path or make room") from error
 
 
+def sync(path: Path) -> None:
+    """Make sure that what was appended to a file is on the disk."""
+    with open(path, "ab") as file:
+        os.fsync(file.fileno())
+
+
 def read_bytes(path: str | Path) -> bytes:
     """The file's bytes; UserError when it is missing, a folder or unreadable."""
     try:
@@ -64,6 +70,18 @@ def read_bytes(path: str | Path) -> bytes:
         raise UserError(f"{path}: expected a file, got a folder; name a file in it") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+
+def read_object(path: str | Path) -> dict:
+    """One JSON object that the project itself wrote; UserError where it is damaged or missing."""
+    try:
+        value = json.loads(read_bytes(path))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: damaged: expected one JSON object; remove its folder, or choose "
+                        "another")
+    return value
 
 
 def read_json(path: str | Path) -> list[tuple[str, object]]:

@@ -3,25 +3,36 @@
     OUT/config.json      the resolved configuration
     OUT/metrics.jsonl    one JSON object a step; a pure function of config and seed
     OUT/timing.jsonl     seconds a step, kept apart because they never repeat
-    OUT/state.pt         the newest training state, for --resume; removed once the run is complete
+    OUT/state-*.pt       the newest --keep training states, for --resume; removed once it is done
     OUT/done.json        written last: a run without it is not finished
+    OUT/failed-batch.pt  what a number that is not finite came from; see replay.py
 
 Every random draw is made by `generator(seed, purpose, step)`, a function of its arguments. No RNG
 state is carried along: resuming needs model, optimizer and step, and is bit-exact on one device.
+Ctrl-C and SIGTERM let the step end, save, and say how to continue; SIGKILL loses the steps since
+the last state, which are made again.
 """
 
 import contextlib
 import hashlib
 import json
+import signal
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
+from tqdm import tqdm
 
 from fgrlhf import config as configuration
-from fgrlhf.checkpoint import load_state, save_state
+from fgrlhf import states
+from fgrlhf.checkpoint import save_state
 from fgrlhf.config import UserError
-from fgrlhf.files import write_atomic
+from fgrlhf.files import read_object, sync, write_atomic
+
+HARMLESS = ("resume", "out", "device", "keep", "save_every")      # may differ when a run is resumed
 
 
 def generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
@@ -63,19 +74,20 @@ def pick_device(name: str) -> torch.device:
 
 
 class Run:
-    """The output folder of one training run, new or resumed."""
+    """The output folder of one training run, new or resumed.
 
-    def __init__(self, config, tokenizer_hash: str = ""):
-        self.folder, self.config, self.hash = Path(config.out), config, tokenizer_hash
-        self.state, self.seconds = None, 0.0
+    `inputs` names the fields of `config` whose files and folders the run depends on: their sha256
+    is part of every state, and a resumed run must find the same.
+    """
+
+    def __init__(self, config, tokenizer_hash: str = "", inputs: tuple[str, ...] = ()):
+        self.folder, self.config = Path(config.out), config
+        self.state, self.seconds, self.total, self.stopped_by = None, 0.0, 0, 0
+        self.inputs = {name: states.fingerprint(getattr(config, name)) for name in inputs
+                       if getattr(config, name) is not None} | {"tokenizer": tokenizer_hash}
         written = configuration.to_json(config)
         if (self.folder / "done.json").exists():
-            before = json.loads((self.folder / "config.json").read_text())
-            if config.resume and before | {"resume": True} == json.loads(written):
-                print(f"{self.folder}: already complete")
-                raise SystemExit(0)
-            raise UserError(f"{self.folder}: holds a finished run; "
-                            "choose another --out or remove it")
+            self._already_complete(json.loads(written))
         if config.resume:
             self._restore(json.loads(written))
         elif (self.folder / "metrics.jsonl").exists():
@@ -88,21 +100,38 @@ class Run:
             raise UserError(f"--out {self.folder}: not writable ({error.strerror})") from None
         self.clock = time.perf_counter()
 
+    def _already_complete(self, config: dict) -> None:
+        """End the program where --resume finds its own finished run; refuse any other."""
+        before = read_object(self.folder / "config.json")
+        if config["resume"] and all(before.get(field) == value for field, value in config.items()
+                                    if field not in HARMLESS):
+            done = read_object(self.folder / "done.json")
+            self._same_inputs(done.get("inputs", self.inputs), self.folder / "done.json")
+            print(f"{self.folder}: already complete")
+            raise SystemExit(0)
+        raise UserError(f"{self.folder}: holds a finished run; choose another --out or remove it")
+
     def _restore(self, config: dict) -> None:
-        path = self.folder / "state.pt"
-        if path.exists():
-            self.state = load_state(path)
+        found = states.newest(self.folder)
+        if found is not None:
+            path, self.state = found
             for field, value in json.loads(self.state["config"]).items():
-                if field not in ("resume", "out", "device") and config.get(field) != value:
+                if field not in HARMLESS and config.get(field) != value:
                     raise UserError(f"{path}: --resume needs the same --{field.replace('_', '-')}: "
                                     f"the run was started with {value!r}, "
                                     f"got {config.get(field)!r}")
-            if self.state["tokenizer"] != self.hash:
-                raise UserError(f"{path}: --resume needs the same tokenizer; "
-                                "the run was started with another")
+            self._same_inputs(self.state["inputs"], path)
             self.seconds = self.state["seconds"]
         for name in ("metrics.jsonl", "timing.jsonl"):
             self._cut(self.folder / name, self.step)
+
+    def _same_inputs(self, before: dict[str, str], path: Path) -> None:
+        for name, sha in self.inputs.items():
+            if before.get(name, "") != sha:
+                flag = "tokenizer" if name == "tokenizer" else "--" + name.replace("_", "-")
+                raise UserError(f"{path}: --resume needs the same {flag}: its contents have "
+                                "changed since the run was started; restore it or choose another "
+                                "--out")
 
     @staticmethod
     def _cut(path: Path, step: int) -> None:
@@ -110,7 +139,14 @@ class Run:
         if not path.exists():
             return
         lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        lines = [line for line in lines if line.endswith("\n")]
+        try:
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+        except (ValueError, KeyError, TypeError):
+            kept = []
+        if len(kept) < step:
+            raise UserError(f"{path}: expected a line for each of the {step} steps of the training "
+                            f"state, got {len(kept)}; restore the file or start anew elsewhere")
         write_atomic(path, "".join(kept).encode())
 
     @property
@@ -126,6 +162,38 @@ class Run:
             part.load_state_dict(self.state["parts"][name])
         return self.state["extra"]
 
+    def steps(self, total: int, name: str) -> Iterator[int]:
+        """The steps still to do, up to `total`, with a progress bar; each ends in `end_step`.
+
+        Meanwhile Ctrl-C and SIGTERM only ask the step to be the last; a second one stops at once.
+        """
+        def ask(number, frame):
+            self.stopped_by = number
+            signal.signal(number, signal.SIG_DFL)
+            print("finishing the step, then saving; the same signal again stops at once",
+                  file=sys.stderr)
+
+        self.total = total
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield from tqdm(range(self.step + 1, total + 1), desc=name, initial=self.step,
+                            total=total)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def end_step(self, step: int, metrics: dict[str, float], extra: dict | None = None,
+                 **parts) -> None:
+        """Log a step; save where it is due or a signal asked, which then ends the program."""
+        config = self.config
+        self.log(step, metrics)
+        if self.stopped_by or (step % config.save_every == 0 and step < self.total):
+            self.save(step, extra, **parts)
+        if self.stopped_by:
+            print(f"stopped after step {step} of {self.total}; continue with:\n"
+                  f"{configuration.resume_command()}", file=sys.stderr)
+            raise SystemExit(128 + self.stopped_by)
+
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append a line of metrics and one of timing. `seconds` counts training, not evaluation."""
         now = time.perf_counter()
@@ -135,8 +203,12 @@ class Run:
         self._append("timing.jsonl", {"step": step, "seconds": round(self.seconds, 4)})
 
     def _append(self, name: str, record: dict) -> None:
-        with open(self.folder / name, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.folder / name, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.folder / name}: cannot be written ({error.strerror}); make "
+                            "room and continue with --resume") from None
 
     @contextlib.contextmanager
     def untimed(self):
@@ -147,18 +219,23 @@ class Run:
 
     def save(self, step: int, extra: dict | None = None, **parts) -> None:
         """Write the training state at the end of `step`, atomically and off the clock."""
+        config = self.config
         with self.untimed():
-            save_state(self.folder / "state.pt", {
-                "step": step, "seconds": self.seconds, "config": configuration.to_json(self.config),
-                "tokenizer": self.hash, "extra": extra or {},
-                "parts": {name: part.state_dict() for name, part in parts.items()}})
+            for name in ("metrics.jsonl", "timing.jsonl"):          # no state without its lines
+                sync(self.folder / name)
+            states.save(self.folder, step, {
+                "step": step, "seconds": self.seconds, "config": configuration.to_json(config),
+                "inputs": self.inputs, "extra": extra or {},
+                "parts": {name: part.state_dict() for name, part in parts.items()}}, config.keep)
 
     @contextlib.contextmanager
-    def guard(self, step: int, **tensors: torch.Tensor):
+    def guard(self, step: int, models: dict[str, nn.Module] | None = None,
+              more: Callable[[], dict] = dict, **tensors: torch.Tensor):
         """Stop the run before a number that is not finite reaches the weights (rule 9).
 
         Refuses non-finite `tensors` by name; a FloatingPointError raised inside stops it too.
-        Either way the tensors are left in OUT/failed-batch.pt.
+        Either way OUT/failed-batch.pt holds what `python -m fgrlhf.checks --replay` needs: the
+        tensors, those of `more()`, and the weights of `models` as they are.
         """
         try:
             for name, tensor in tensors.items():
@@ -168,11 +245,15 @@ class Run:
             yield
         except FloatingPointError as error:
             path = self.folder / "failed-batch.pt"
-            save_state(path, {"step": step} | {n: t.detach().cpu() for n, t in tensors.items()})
-            raise FloatingPointError(f"step {step}: {error}; the batch is in {path}") from None
+            save_state(path, {
+                "step": step, "config": configuration.to_json(self.config),
+                "models": {name: states.describe(model) for name, model in (models or {}).items()}}
+                | {n: t.detach().cpu() for n, t in (tensors | more()).items()})
+            raise FloatingPointError(f"step {step}: {error}; the batch is in {path}: see "
+                                     f"python -m fgrlhf.checks --replay {path}") from None
 
     def finish(self, summary: dict) -> None:
-        """Mark the run complete. Written last; the training state is not needed any more."""
-        summary |= {"seconds": round(self.seconds, 2)}
+        """Mark the run complete. Written last; the training states are not needed any more."""
+        summary |= {"seconds": round(self.seconds, 2), "inputs": self.inputs}
         write_atomic(self.folder / "done.json", (json.dumps(summary, indent=2) + "\n").encode())
-        (self.folder / "state.pt").unlink(missing_ok=True)
+        states.remove(self.folder)

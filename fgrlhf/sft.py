@@ -15,7 +15,6 @@ Leaves OUT/policy (a model folder), config.json, metrics.jsonl, timing.jsonl.
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from fgrlhf import edits, readers
 from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer, save_model
@@ -51,6 +50,7 @@ class Config:
     warmup: int = arg(20, least=0, help="warm-up steps")
     seed: int = arg(0, help="seed of initialisation and data order")
     save_every: int = arg(200, least=1, help="steps between training states for --resume")
+    keep: int = arg(2, least=1, help="training states kept: the newest, and those before it")
     resume: bool = arg(False, help="continue the unfinished run in --out")
     lora_rank: int = arg(0, least=0, help="train adapters of this rank over frozen weights; 0 "
                          "trains all weights")
@@ -103,20 +103,19 @@ def train(config: Config) -> None:
     per_epoch = -(-len(prompts) // config.batch)
     steps = config.epochs * per_epoch
     optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr)
-    log = Run(config, tokenizer.sha256)
+    log = Run(config, tokenizer.sha256, ("data", "model"))
     log.restore(model=Own(model), optimizer=optimizer)
-    for step in tqdm(range(log.step + 1, steps + 1), desc="sft", initial=log.step, total=steps):
+    for step in log.steps(steps, "sft"):
         epoch, cursor = divmod(step - 1, per_epoch)
         rows = bucketed_batches(lengths, config.batch, config.seed, epoch)[cursor]
         sequences = pack([prompts[i] for i in rows], [responses[i] for i in rows], device=device)
         loss = loss_of(model, sequences)
-        with log.guard(step, loss=loss, tokens=sequences.tokens):
+        with log.guard(step, {"model": model}, loss=loss, **sequences._asdict()):
             loss.backward()
             norm = optimizer.step()
-        log.log(step, {"sft/loss": loss.item(), "sft/gradient_norm": norm,
-                       "sft/tokens": int(sequences.response_lengths.sum())})
-        if step % config.save_every == 0 and step < steps:
-            log.save(step, model=Own(model), optimizer=optimizer)
+        log.end_step(step, {"sft/loss": loss.item(), "sft/gradient_norm": norm,
+                            "sft/tokens": int(sequences.response_lengths.sum())},
+                     model=Own(model), optimizer=optimizer)
     save_model(model, log.folder / "policy", tokenizer=tokenizer)
     log.finish({"steps": steps, "records": len(prompts)})
 

@@ -691,20 +691,15 @@ def test_save_state_resumes_a_generator_and_an_optimizer(tmp_path):
 
 
 def test_load_state_notices_any_flipped_byte(tmp_path):
-    """Most bytes of the file matter; a flip that changes what is loaded is always refused."""
     path = tmp_path / "state.pt"
-    state = {"x": torch.arange(64.0), "n": 12345678}
-    save_state(path, state)
-    content, noticed = path.read_bytes(), 0
-    for where in range(0, len(content), 7):
+    save_state(path, {"x": torch.arange(64.0), "n": 12345678})
+    content = path.read_bytes()
+    for where in range(len(content)):
         path.write_bytes(content[:where] + bytes([content[where] ^ 0x10]) + content[where + 1:])
-        try:
-            loaded = load_state(path)
-            assert torch.equal(loaded["x"], state["x"]) and loaded["n"] == state["n"]
-        except UserError as error:
-            assert "state.pt: damaged" in str(error)
-            noticed += 1
-    assert noticed > len(content) / 7 / 4
+        with pytest.raises(UserError, match="state.pt: damaged"):
+            load_state(path)
+    path.write_bytes(content)
+    assert load_state(path)["n"] == 12345678
 
 
 @pytest.mark.parametrize("keep", [0, 10, 500])

@@ -19,12 +19,13 @@ RANKS = (
     ("encode model", "lora"),
     ("safetensors layouts.stored", "layouts.huggingface_tokenizer layouts.llama2c layouts.meta",
      "layouts.huggingface", "checkpoint world", "simulate"),
-    ("rollout run optimizer", "reward"),
-    ("advantage ppo", "worked"),
+    ("states", "rollout run optimizer", "reward"),
+    ("advantage ppo", "worked monitor replay rules"),
     ("evaluate reporting.markup reporting.table reporting.equations",
      "judge results reporting.chart reporting.excerpts reporting.worked_text",
      "reporting.worked_page", "report"),
-    ("sft generate memory pipeline train_rm train_ppo explain", "eval reproduce collect"),
+    ("sft generate memory pipeline train_rm explain", "checks", "train_ppo",
+     "eval reproduce collect"),
 )
 KERNELS = ("three_matmuls clipped_surrogate token_preference", "linear_logp exact_kl",
            "linear_ppo linear_cross_entropy", "bench")

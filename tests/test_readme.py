@@ -53,7 +53,8 @@ def test_readme_covers_every_kernel():
 def test_readme_glossary_has_every_metric_that_is_logged():
     glossary = TEXT.split("## Metrics")[1].split("\n## ")[0]
     logged = set()
-    for name in ("train_rm.py", "train_ppo.py", "fgrlhf/sft.py", "fgrlhf/judge.py"):
+    for name in ("train_rm.py", "train_ppo.py", "fgrlhf/sft.py", "fgrlhf/judge.py",
+                 "fgrlhf/monitor.py"):
         for node in ast.walk(ast.parse((ROOT / name).read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 if re.fullmatch(r"(sft|rm|rollout|ppo|eval)/\w+", node.value):

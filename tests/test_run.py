@@ -2,9 +2,11 @@
 
 import json
 import math
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,9 @@ from fgrlhf.run import Run, batches, bucketed_batches, generator, pick_device
 class Config:
     out: str
     lr: float = 0.1
+    data: str | None = None
+    save_every: int = 2
+    keep: int = 2
     resume: bool = False
     device: str = "cpu"
 
@@ -198,7 +203,9 @@ def test_run_resumes_from_the_start_when_killed_before_the_first_state(tmp_path)
 
 
 def test_run_refuses_to_resume_with_other_settings_or_another_tokenizer(tmp_path):
-    Run(Config(str(tmp_path)), "hash").save(1)
+    run = Run(Config(str(tmp_path)), "hash")
+    run.log(1, {})
+    run.save(1)
     with pytest.raises(UserError,
                        match="--resume needs the same --lr: the run was started with 0.1, got 0.2"):
         Run(Config(str(tmp_path), lr=0.2, resume=True), "hash")
@@ -209,8 +216,109 @@ def test_run_refuses_to_resume_with_other_settings_or_another_tokenizer(tmp_path
 def test_run_finish_removes_the_training_state(tmp_path):
     run = Run(Config(str(tmp_path)))
     run.save(1)
+    assert names(tmp_path) == ["state-000001.pt"]
     run.finish({})
-    assert not (tmp_path / "state.pt").exists()
+    assert names(tmp_path) == []
+
+
+def names(folder: Path) -> list[str]:
+    """The training states in a folder."""
+    return sorted(path.name for path in folder.glob("state*"))
+
+
+def trained(folder: Path, steps: int, **changes) -> Run:
+    """A run of `steps` steps on one weight that holds the number of its step."""
+    run, model = Run(Config(str(folder), **changes), "hash", ("data",)), nn.Linear(1, 1)
+    run.restore(model=model)
+    for step in run.steps(steps + 1, "test"):
+        nn.init.constant_(model.weight, step)
+        run.end_step(step, {"loss": step}, {"best": step}, model=model)
+        if step == steps:
+            return run
+
+
+def test_run_keeps_the_newest_states(tmp_path):
+    trained(tmp_path / "a", 9)
+    assert names(tmp_path / "a") == ["state-000006.pt", "state-000008.pt"]
+    trained(tmp_path / "b", 9, keep=3, save_every=1)
+    assert names(tmp_path / "b") == [f"state-00000{n}.pt" for n in (7, 8, 9)]
+
+
+def flip(path: Path) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole)
+
+
+def test_run_passes_over_a_damaged_state_and_says_so(tmp_path, capsys):
+    trained(tmp_path, 9)
+    flip(tmp_path / "state-000008.pt")
+    run, model = Run(Config(str(tmp_path), resume=True), "hash", ("data",)), nn.Linear(1, 1)
+    assert run.restore(model=model) == {"best": 6} and run.step == 6 and model.weight == 6
+    err = capsys.readouterr().err
+    assert "state-000008.pt: damaged" in err and "continuing from" in err
+    assert "state-000006.pt" in err
+    assert len(lines(tmp_path / "metrics.jsonl")) == 6
+    trained(tmp_path, 7, resume=True, save_every=1)                 # what was passed over goes
+    assert names(tmp_path) == ["state-000006.pt", "state-000007.pt"]
+
+
+def test_run_refuses_to_resume_when_every_state_is_damaged(tmp_path):
+    trained(tmp_path, 9)
+    for path in tmp_path.glob("state-*"):
+        flip(path)
+    with pytest.raises(UserError, match="state-000008.pt: damaged.*there is none; remove"):
+        Run(Config(str(tmp_path), resume=True), "hash", ("data",))
+
+
+def test_run_refuses_to_resume_with_another_data_file(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("1")
+    trained(tmp_path / "a", 3, data=str(data))
+    data.write_text("2")
+    with pytest.raises(UserError, match="state-000002.pt: --resume needs the same --data: its con"):
+        trained(tmp_path / "a", 5, data=str(data), resume=True)
+    data.write_text("1")
+    trained(tmp_path / "a", 5, data=str(data), resume=True)
+
+
+def test_run_refuses_a_finished_run_on_another_data_file(tmp_path):
+    """The pipeline makes a stage again when one it needs is new: it must not find the old one."""
+    data, out = tmp_path / "data.jsonl", str(tmp_path / "a")
+    data.write_text("1")
+    Run(Config(out, data=str(data), resume=True), "", ("data",)).finish({})
+    data.write_text("2")
+    with pytest.raises(UserError, match="done.json: --resume needs the same --data"):
+        Run(Config(out, data=str(data), resume=True), "", ("data",))
+
+
+def test_run_refuses_to_resume_when_a_line_of_its_metrics_is_missing(tmp_path):
+    trained(tmp_path, 4)
+    whole = lines(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in whole[1:]))
+    with pytest.raises(UserError, match="metrics.jsonl: expected a line for each of the 4 steps"):
+        trained(tmp_path, 6, resume=True)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_run_ends_the_step_saves_and_says_how_to_resume(number, status, tmp_path, capsys,
+                                                        monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", "a b"])
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=None))
+    before, ended = signal.getsignal(number), []
+    run, model = Run(Config(str(tmp_path), save_every=50), "hash", ("data",)), nn.Linear(1, 1)
+    with pytest.raises(SystemExit) as stopped:
+        for step in run.steps(9, "test"):
+            if step == 3:
+                signal.raise_signal(number)
+            ended.append(step)
+            run.end_step(step, {}, model=model)
+    assert stopped.value.code == status and ended == [1, 2, 3]
+    assert names(tmp_path) == ["state-000003.pt"] and len(lines(tmp_path / "metrics.jsonl")) == 3
+    err = capsys.readouterr().err
+    assert "continue with:\npython train.py --out 'a b' --resume\n" in err
+    del stopped                                                     # it holds the loop's frame
+    assert signal.getsignal(number) == before
 
 
 def test_run_refuses_a_folder_it_cannot_write(tmp_path):
@@ -241,7 +349,7 @@ def test_run_guard_names_the_tensor_and_leaves_the_batch(tmp_path, bad):
         with run.guard(3, tokens=torch.tensor([[5, 6]]), rewards=torch.tensor([[1.0, bad]])):
             pytest.fail("the update must not run")
     dumped = load_state(tmp_path / "failed-batch.pt")
-    assert dumped["step"] == 3
+    assert dumped["step"] == 3 and json.loads(dumped["config"])["out"] == str(tmp_path)
     assert dumped["tokens"].tolist() == [[5, 6]]
     assert dumped["rewards"].isfinite().tolist() == [[True, False]]
 

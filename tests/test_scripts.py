@@ -124,7 +124,7 @@ def test_sft_initialises_a_preset_and_learns(folder, world, run):
     assert abs(logged[0]["sft/loss"] - math.log(VOCABULARY)) < 0.1                # uniform at first
     assert logged[-1]["sft/loss"] < 0.75 * logged[0]["sft/loss"]
     assert json.loads((folder / "sft/config.json").read_text())["epochs"] == 3
-    assert (folder / "sft/done.json").exists() and not (folder / "sft/state.pt").exists()
+    assert (folder / "sft/done.json").exists() and not list((folder / "sft").glob("state-*.pt"))
     assert load_model(folder / "sft/policy").config.vocab_size == VOCABULARY
 
 
@@ -347,7 +347,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(script, kill, worl
     run(*command, "--out", tmp_path / "killed", die_after=kill, status=-signal.SIGKILL)
     assert len(lines(tmp_path / "killed/metrics.jsonl")) == kill
     assert not (tmp_path / "killed/done.json").exists()
-    assert (tmp_path / "killed/state.pt").exists() == (kill > 3)
+    assert bool(list((tmp_path / "killed").glob("state-*.pt"))) == (kill > 3)
     run(*command, "--out", tmp_path / "killed", "--resume")
     assert weights(tmp_path / "whole" / model) == weights(tmp_path / "killed" / model)
     whole, resumed = ((tmp_path / n / "metrics.jsonl").read_bytes() for n in ("whole", "killed"))
@@ -356,15 +356,28 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(script, kill, worl
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_resume_refuses_a_state_with_a_flipped_byte(world, policy, run, tmp_path):
+def flip(path: Path) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 3] ^= 4
+    path.write_bytes(whole)
+
+
+def test_resume_passes_over_a_state_with_a_flipped_byte_and_refuses_when_all_have_one(
+        world, policy, run, tmp_path):
+    """Refused by name; the one before it gives the same run, and without one nothing is touched."""
     command = ("fgrlhf.sft", "--data", world / "demonstrations.jsonl", "--model", policy,
                "--batch", 4, "--epochs", 3, "--save-every", 2)
-    run(*command, "--out", tmp_path / "out", die_after=6, status=-signal.SIGKILL)
-    state = tmp_path / "out/state.pt"
-    whole = bytearray(state.read_bytes())
-    whole[len(whole) // 3] ^= 4
-    state.write_bytes(whole)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    done = run(*command, "--out", tmp_path / "out", "--resume", status=2)
-    assert re.search(r"error: .*state\.pt: damaged[^\n]*\n", done.err)
-    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    run(*command, "--out", tmp_path / "whole")
+    for name in ("one", "all"):
+        run(*command, "--out", tmp_path / name, die_after=6, status=-signal.SIGKILL)
+    flip(tmp_path / "one/state-000004.pt")
+    done = run(*command, "--out", tmp_path / "one", "--resume")
+    assert re.search(r"state-000004\.pt: damaged[^\n]* continuing from [^\n]*state-000002.pt\n",
+                     done.err)
+    assert weights(tmp_path / "one/policy") == weights(tmp_path / "whole/policy")
+    for path in (tmp_path / "all").glob("state-*.pt"):
+        flip(path)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "all").iterdir()}
+    done = run(*command, "--out", tmp_path / "all", "--resume", status=2)
+    assert re.fullmatch(r"error: [^\n]*state-000004\.pt: damaged[^\n]*\n", done.err)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "all").iterdir()}

@@ -1,0 +1,283 @@
+"""The startup checks and the replay of a failed batch, on models of a few hundred weights.
+
+That each check notices the fault it is there for is in test_mutations.py.
+"""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+
+import train_ppo
+from fgrlhf import checks, edits, replay
+from fgrlhf.checkpoint import load_state, load_tokenizer, save_model, save_state
+from fgrlhf.config import UserError
+from fgrlhf.monitor import rollout_metrics, whole_kl
+from fgrlhf.reward import RewardModel, save_reward
+from fgrlhf.rollout import sample
+from fgrlhf.rules import Subject
+from fgrlhf.states import describe
+from fgrlhf.tokenizer import train
+from tests.small import ids, llama, ragged
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A policy, a reward model of either kind and five prompts."""
+    path = tmp_path_factory.mktemp("checks")
+    tokenizer = train(["name the river", "it is red"] * 5, 275, path / "t.model")
+    save_model(llama(vocab_size=275, max_seq_len=48), path / "policy", tokenizer=tokenizer)
+    for kind in ("token", "sequence"):
+        torch.manual_seed(0)
+        save_reward(RewardModel(llama(seed=1, vocab_size=275, max_seq_len=48), kind), path / kind,
+                    tokenizer)
+    edits.write_jsonl(path / "prompts.jsonl",
+                      [edits.Prompt(str(i), "name the river"[:3 + 2 * i]) for i in range(5)])
+    return path
+
+
+def ppo(folder, **changes) -> train_ppo.Config:
+    fields = dict(method="fine-grained", policy=str(folder / "policy"),
+                  reward=str(folder / "token"), prompts=str(folder / "prompts.jsonl"), out="",
+                  iterations=2, rollouts=6, max_new_tokens=6, microbatch=2, warmup=0)
+    return train_ppo.Config(**fields | changes)
+
+
+def subject(folder, method: str = "fine-grained", **changes) -> Subject:
+    kind = "token" if method == "fine-grained" else "sequence"
+    config = ppo(folder, method=method, reward=str(folder / kind))
+    s = train_ppo.load(config, torch.device("cpu"))
+    return Subject(s.policy, s.ref, s.reward_model, s.tokenizer, s.prompts, 12, 0.9, 0.5, 6, 2,
+                   s.critic)._replace(**changes)
+
+
+# ----- the checks ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method", ["fine-grained", "rlhf"])
+def test_every_check_passes_on_a_sound_run(method, folder):
+    found = dict(checks.run_all(subject(folder, method)))
+    assert list(found) == [*checks.THERE, *checks.RULES] and len(found) == 11
+    assert all(check.passed for check in found.values()), found
+    assert all(re.search(r"\d", check.number) and check.advice for check in found.values())
+
+
+def test_the_checks_leave_no_gradient_and_no_draw_behind(folder):
+    s = subject(folder, "rlhf")
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    before = [p.clone() for p in s.policy.parameters()]
+    assert all(check.passed for _, check in checks.run_all(s))
+    assert torch.equal(torch.rand(2), expected)
+    for model in (s.policy, s.ref, s.reward_model, s.critic):
+        assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(before, s.policy.parameters()))
+
+
+def spoil(s: Subject, how: str) -> Subject:
+    """The subject with one thing of the user's wrong."""
+    with torch.no_grad():
+        if how == "reference":
+            s.ref.norm.weight.mul_(1.2)
+        elif how == "constant reward":
+            s.reward_model.head.weight.zero_()
+        elif how == "reward not finite":
+            s.reward_model.head.bias.fill_(math.nan)
+        elif how == "vocabulary":
+            s = s._replace(prompts=[[1, 275]])
+        elif how == "context":
+            s = s._replace(max_new_tokens=40)
+        elif how == "prompt as long as the context":
+            s = s._replace(prompts=[[1] * 48])
+        elif how == "memory":
+            s = s._replace(rollouts=10**12)
+    return s
+
+
+@pytest.mark.parametrize("how, name", [
+    ("reference", "ratio 1, KL 0"), ("constant reward", "rewards and values"),
+    ("reward not finite", "rewards and values"), ("vocabulary", "tokenizer and vocabulary"),
+    ("context", "lengths"), ("prompt as long as the context", "lengths"), ("memory", "memory")])
+def test_require_stops_at_what_is_wrong_with_the_users_own_things(how, name, folder, capsys):
+    with pytest.raises(UserError, match=f"startup check failed: {name}: .*; .*--skip-checks"):
+        checks.require(spoil(subject(folder), how))
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith(f"FAIL  {name}") and all(x.startswith("pass") for x in err[:-1])
+
+
+def test_a_dropout_is_noticed(folder):
+    """Sampling and scoring both run, each with a mask of its own."""
+    s = subject(folder)
+    for block in s.policy.layers:
+        block.feed_forward.register_forward_hook(
+            lambda m, i, out: torch.nn.functional.dropout(out, 0.1))
+    failed = [name for name, check in checks.run_all(s) if not check.passed]
+    assert "sampling = scoring" in failed and "ratio 1, KL 0" in failed
+
+
+def test_scales_give_the_beta_that_balances(folder):
+    """The rewards' standard deviation over 8 responses, by hand from one more pass."""
+    s = subject(folder)
+    number = dict(checks.run_all(s))["reward and KL scale"].number
+    beta = float(re.search(r"beta ([\d.]+) makes", number)[1])
+    spread = float(re.search(r"\+- ([\d.]+)", number)[1])
+    assert beta == pytest.approx(spread, rel=0.05) and "beta = 0.5" in number
+
+
+def test_free_bytes_are_those_of_the_machine():
+    there = checks.free_bytes(torch.device("cpu"))
+    assert there is None or 2**20 < there < 2**50
+
+
+def test_the_command_prints_every_check(folder, capsys):
+    checks.main(checks.Config(policy=str(folder / "policy"), reward=str(folder / "token"),
+                              prompts=str(folder / "prompts.jsonl"), max_new_tokens=8))
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 11 and all(line.startswith("pass  ") for line in out)
+
+
+@pytest.mark.parametrize("flags", [{}, {"policy": "p"}, {"policy": "p", "replay": "f"}])
+def test_the_command_refuses_flags_that_do_not_go_together(flags):
+    with pytest.raises(UserError, match="expected --policy DIR --reward DIR --prompts FILE, or"):
+        checks.main(checks.Config(**flags))
+
+
+def test_train_ppo_checks_first_and_records_it(folder, tmp_path, capsys):
+    train_ppo.train(ppo(folder, out=str(tmp_path / "a"), iterations=1))
+    assert capsys.readouterr().err.count("pass  ") == 11
+    done = json.loads((tmp_path / "a/done.json").read_text())
+    assert done["startup_checks"] == "passed"
+    train_ppo.train(ppo(folder, out=str(tmp_path / "b"), iterations=1, skip_checks=True))
+    assert "pass  " not in capsys.readouterr().err
+    done, config = (json.loads((tmp_path / "b" / f"{n}.json").read_text())
+                    for n in ("done", "config"))
+    assert done["startup_checks"] == "skipped" and config["skip_checks"] is True
+    a, b = ((tmp_path / n / "metrics.jsonl").read_bytes() for n in "ab")
+    assert a == b                                              # the checks change nothing
+
+
+def test_train_ppo_writes_nothing_when_a_check_fails(folder, tmp_path):
+    model = RewardModel(llama(seed=1, vocab_size=275, max_seq_len=48), "token")
+    torch.nn.init.zeros_(model.head.weight)
+    save_reward(model, tmp_path / "constant", load_tokenizer(folder / "policy"))
+    with pytest.raises(UserError, match="startup check failed: rewards and values"):
+        train_ppo.train(ppo(folder, out=str(tmp_path / "a"), reward=str(tmp_path / "constant")))
+    assert not (tmp_path / "a").exists()
+
+
+# ----- what is logged -----------------------------------------------------------------------------
+
+def rollout_of(policy, count: int = 6):
+    prompts = [ids(1 + 2 * i % 5, i) for i in range(count)]
+    return sample(policy, prompts, 2, 12, 1.0, torch.Generator().manual_seed(1))
+
+
+def test_whole_kl_is_the_sum_over_the_vocabulary():
+    """By its definition, in float64, token by token of the first three responses."""
+    policy, ref = llama(), llama()
+    ref.norm.weight.data.mul_(0.9)
+    sequences = rollout_of(policy).sequences
+    total, count = 0.0, 0
+    for row in range(3):
+        p, n = int(sequences.prompt_lengths[row]), int(sequences.response_lengths[row])
+        tokens = sequences.tokens[row:row + 1, :p + n]
+        logp, logp_ref = (m.double()(tokens)[0, p - 1:p + n - 1].log_softmax(-1)
+                          for m in (policy, ref))
+        total, count = total + (logp.exp() * (logp - logp_ref)).sum().item(), count + n
+    found = whole_kl(policy.float(), ref.float(), sequences, 1.0, 3, 2)
+    assert found == pytest.approx(total / count, rel=1e-4) and found > 0.001
+    assert whole_kl(policy, policy, sequences, 1.0, 99, 4) == 0
+
+
+def test_rollout_metrics_count_by_hand():
+    rollout = rollout_of(llama())
+    mask = rollout.sequences.response_mask
+    rewards = torch.where(mask, 2.0, 0.0)
+    found = rollout_metrics(rollout, rollout.logp_old - 0.5 * mask, rewards)
+    lengths = rollout.sequences.response_lengths.tolist()
+    assert found["rollout/reward_per_token"] == 2
+    assert found["rollout/length"] == pytest.approx(sum(lengths) / 6)
+    assert found["rollout/reward"] == pytest.approx(2 * sum(lengths) / 6)
+    assert found["rollout/truncated"] == pytest.approx(sum(rollout.truncated.tolist()) / 6)
+    assert found["rollout/eos"] == pytest.approx(1 - found["rollout/truncated"])
+    assert found["rollout/kl_k1"] == pytest.approx(0.5)
+    assert found["rollout/kl_k3"] == pytest.approx(math.exp(-0.5) - 1 + 0.5)
+
+
+# ----- numbers that are not finite ----------------------------------------------------------------
+
+def fail(folder, out, monkeypatch, what: str) -> tuple[str, dict, list[str]]:
+    """(message, dump, report) of a run in which `what` goes bad in its second iteration."""
+    collect, update = train_ppo.collect, train_ppo.update
+
+    def collect_badly(config, setup, iteration):
+        batch = collect(config, setup, iteration)
+        if iteration == 2 and what in ("logp_ref", "rewards"):
+            getattr(batch, what)[1, 0] = math.nan
+        if iteration == 2 and what == "logp":
+            batch.rollout.logp_old[1, 0] = -math.inf
+        return batch
+
+    def update_badly(config, policy, *rest):
+        if rest[-1] == 2 and what == "weight":
+            policy.layers[1].attention.wo.weight.data[3, 5] = math.inf
+        if rest[-1] == 2 and what == "gradient":
+            policy.layers[0].ffn_norm.weight.register_hook(lambda g: g * math.nan)
+        return update(config, policy, *rest)
+
+    monkeypatch.setattr(train_ppo, "collect", collect_badly)
+    monkeypatch.setattr(train_ppo, "update", update_badly)
+    with pytest.raises(FloatingPointError) as stopped:
+        train_ppo.train(ppo(folder, out=str(out)))
+    path = out / "failed-batch.pt"
+    return str(stopped.value), load_state(path), list(replay.report(path))
+
+
+@pytest.mark.parametrize("what, name, place", [
+    ("rewards", "rewards", "at row 1, token 0"), ("logp_ref", "logp_ref", "at row 1, token 0"),
+    ("logp", "logp_old", "the first -inf at row 1, token 0")])
+def test_a_bad_tensor_stops_the_step_and_replay_says_where(what, name, place, folder, tmp_path,
+                                                          monkeypatch):
+    message, dump, report = fail(folder, tmp_path / "a", monkeypatch, what)
+    assert message.startswith(f"step 2: {name}: expected finite numbers, got 1 others")
+    assert "--replay" in message and dump["step"] == 2
+    line, = [line for line in report if line.startswith(name + " ")]
+    assert "NOT FINITE: 1 of" in line and place in line
+    assert json.loads(dump["config"])["method"] == "fine-grained"
+    assert len((tmp_path / "a/metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_bad_weight_stops_before_the_optimizer_and_replay_names_it(folder, tmp_path, monkeypatch):
+    message, _, report = fail(folder, tmp_path / "a", monkeypatch, "weight")
+    assert re.match("step 2: (ratio on the first minibatch|ppo/loss is nan)", message)
+    assert any(re.match(r"policy: weight layers.1.attention.wo.weight: NOT FINITE: 1 of .* "
+                        r"the first inf at \[3, 5\]", line) for line in report)
+    assert any("policy: row 0: logp NOT FINITE" in line for line in report)
+
+
+def test_a_bad_gradient_stops_before_the_optimizer(folder, tmp_path, monkeypatch):
+    message, dump, report = fail(folder, tmp_path / "a", monkeypatch, "gradient")
+    assert message.startswith("step 2: gradient norm is nan at optimizer step")
+    assert report[-1] == "policy: 6 rows made again, 0 faults"             # the hook is not dumped
+    assert all(w.isfinite().all() for w in dump["models"]["policy"]["weights"].values())
+
+
+def test_replay_makes_a_bad_gradient_again(tmp_path):
+    """A weight so large that the forward pass is finite and the gradient is not."""
+    model = llama()
+    model.norm.weight.data.fill_(1e38)
+    dump = {"step": 4, "config": json.dumps({"out": "x", "temperature": 1.0}),
+            "models": {"model": describe(model)}} | ragged()._asdict()
+    save_state(tmp_path / "f.pt", dump)
+    report = "\n".join(replay.report(tmp_path / "f.pt"))
+    assert re.search(r"model: row 0: (gradient of|logp|loss)", report)
+
+
+def test_replay_refuses_what_is_no_failed_batch(tmp_path):
+    save_state(tmp_path / "state.pt", {"step": 1, "parts": {}})
+    with pytest.raises(UserError, match="expected the failed-batch.pt of a stopped run"):
+        list(replay.report(tmp_path / "state.pt"))
+    with pytest.raises(UserError, match="no such training state"):
+        checks.main(checks.Config(replay=str(tmp_path / "absent.pt")))
