@@ -1,9 +1,15 @@
 """The smallest model and batches the tests share, and a slow loop for what scoring means."""
 
+from pathlib import Path
+
 import torch
 
+from fgrlhf import edits
+from fgrlhf.checkpoint import save_model
 from fgrlhf.model import LLaMA, LLaMAConfig, build
+from fgrlhf.reward import RewardModel, save_reward
 from fgrlhf.rollout import Sequences, pack
+from fgrlhf.tokenizer import train
 
 
 def llama(seed: int = 0, vocab_size: int = 24, dtype=torch.float32, **sizes) -> LLaMA:
@@ -51,3 +57,17 @@ def gradients(model) -> dict[str, torch.Tensor]:
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
+
+
+def ppo_folder(path: Path) -> Path:
+    """Folders "policy", and "token" and "sequence" (reward models); prompts.jsonl, five of them."""
+    tokenizer = train(["name the river", "it is red"] * 5, 275, path / "t.model")
+    save_model(llama(vocab_size=275, max_seq_len=48), path / "policy", tokenizer=tokenizer)
+    for kind in ("token", "sequence"):
+        torch.manual_seed(0)
+        model = RewardModel(llama(seed=1, vocab_size=275, max_seq_len=48), kind)
+        model.mean.fill_(0.2), model.scale.fill_(1.5)
+        save_reward(model, path / kind, tokenizer)
+    edits.write_jsonl(path / "prompts.jsonl",
+                      [edits.Prompt(str(i), "name the river"[:3 + 2 * i]) for i in range(5)])
+    return path

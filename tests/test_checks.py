@@ -11,31 +11,20 @@ import pytest
 import torch
 
 import train_ppo
-from fgrlhf import checks, edits, replay
-from fgrlhf.checkpoint import load_state, load_tokenizer, save_model, save_state
+from fgrlhf import checks, replay
+from fgrlhf.checkpoint import load_state, load_tokenizer, save_state
 from fgrlhf.config import UserError
 from fgrlhf.monitor import rollout_metrics, whole_kl
 from fgrlhf.reward import RewardModel, save_reward
 from fgrlhf.rollout import sample
 from fgrlhf.rules import Subject
 from fgrlhf.states import describe
-from fgrlhf.tokenizer import train
-from tests.small import ids, llama, ragged
+from tests.small import ids, llama, ppo_folder, ragged
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A policy, a reward model of either kind and five prompts."""
-    path = tmp_path_factory.mktemp("checks")
-    tokenizer = train(["name the river", "it is red"] * 5, 275, path / "t.model")
-    save_model(llama(vocab_size=275, max_seq_len=48), path / "policy", tokenizer=tokenizer)
-    for kind in ("token", "sequence"):
-        torch.manual_seed(0)
-        save_reward(RewardModel(llama(seed=1, vocab_size=275, max_seq_len=48), kind), path / kind,
-                    tokenizer)
-    edits.write_jsonl(path / "prompts.jsonl",
-                      [edits.Prompt(str(i), "name the river"[:3 + 2 * i]) for i in range(5)])
-    return path
+    return ppo_folder(tmp_path_factory.mktemp("ppo"))
 
 
 def ppo(folder, **changes) -> train_ppo.Config:

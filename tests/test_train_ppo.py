@@ -1,32 +1,18 @@
 """The training loop: what reaches the update is what the equations say, and prompts go round."""
 
 import pytest
-import torch
 
 import train_ppo
-from fgrlhf import edits
-from fgrlhf.checkpoint import load_model, load_tokenizer, save_model
+from fgrlhf.checkpoint import load_model, load_tokenizer
 from fgrlhf.config import UserError
-from fgrlhf.reward import RewardModel, load_reward, save_reward
+from fgrlhf.reward import load_reward
 from fgrlhf.rollout import score
-from fgrlhf.tokenizer import train
-from tests.small import llama, slow_logp
+from tests.small import ppo_folder, slow_logp
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A policy, a reward model of either kind and five prompts."""
-    path = tmp_path_factory.mktemp("ppo")
-    tokenizer = train(["name the river", "it is red"] * 5, 275, path / "t.model")
-    save_model(llama(vocab_size=275, max_seq_len=48), path / "policy", tokenizer=tokenizer)
-    for kind in ("token", "sequence"):
-        torch.manual_seed(0)
-        model = RewardModel(llama(seed=1, vocab_size=275, max_seq_len=48), kind)
-        model.mean.fill_(0.2), model.scale.fill_(1.5)
-        save_reward(model, path / kind, tokenizer)
-    edits.write_jsonl(path / "prompts.jsonl",
-                      [edits.Prompt(str(i), "name the river"[:3 + 2 * i]) for i in range(5)])
-    return path
+    return ppo_folder(tmp_path_factory.mktemp("ppo"))
 
 
 def config(folder, **changes) -> train_ppo.Config:
