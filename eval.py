@@ -3,6 +3,8 @@
     python eval.py outputs      --policy DIR --prompts FILE --out A.json    AlpacaEval's format
     python eval.py win-rate     --outputs A.json --reference B.json --judge oracle --world 0
     python eval.py win-rate     --outputs A.json --reference B.json --judge reward --reward DIR
+    python eval.py win-rate     --outputs A.json --reference B.json --judge llm --model NAME \
+                                --judgements FILE                           a language model's
     python eval.py win-rate     --judge annotations --annotations FILE      recorded judgements
     python eval.py reward-model --reward DIR --data FILE                    pair accuracy, token AUC
 
@@ -12,16 +14,21 @@ Figures go to stdout as one JSON object, progress to stderr. A win rate is the m
 
 import json
 import sys
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from fgrlhf.checkpoint import load_model, load_tokenizer
+from fgrlhf.collecting.cache import Cache
+from fgrlhf.collecting.client import Client, Options
 from fgrlhf.config import UserError, arg, parse, run
-from fgrlhf.edits import TEMPLATES, write_outputs
+from fgrlhf.edits import TEMPLATES, Output, write_jsonl, write_outputs
 from fgrlhf.encode import encode_preferences, read_preferences
 from fgrlhf.evaluate import bootstrap, reward_table
-from fgrlhf.judge import answers, by_annotations, by_oracle, by_reward, judge_preferences
+from fgrlhf.judge import (
+    answers, by_annotations, by_llm, by_oracle, by_reward, judge_preferences, preferences_of)
 from fgrlhf.model import DTYPES
 from fgrlhf.readers import read_outputs, read_prompts
 from fgrlhf.reward import load_reward
@@ -46,14 +53,16 @@ class OutputsConfig:
 
 
 @dataclass(frozen=True)
-class WinRateConfig:
-    judge: str = arg(choices=("oracle", "reward", "annotations"), help="who decides")
+class WinRateConfig(Options):
+    judge: str = arg(choices=("oracle", "reward", "llm", "annotations"), help="who decides")
     outputs: str | None = arg(None, help="the system's answers")
     reference: str | None = arg(None, help="the reference's answers to the same prompts")
     world: int | None = arg(None, help="oracle: seed of the built-in world")
     reward: str | None = arg(None, help="reward: folder of the reward model")
     annotations: str | None = arg(None, help="annotations: recorded judgements of output_1 against "
                                              "output_2; the win rate is output_2's")
+    judgements: str | None = arg(None, help="llm: file for its judgements, as --annotations reads "
+                                            "them; answers are cached beside it")
     template: str = arg("plain", choices=tuple(TEMPLATES),
                         help="reward: how a record becomes a prompt")
     seed: int = arg(0, help="seed of the bootstrap")
@@ -88,9 +97,28 @@ def outputs(config: OutputsConfig) -> dict:
     return {"outputs": len(prompts), "out": [path for path, _ in wanted]}
 
 
+def asked_llm(config: WinRateConfig, system: list[Output], reference: list[Output]) -> list[float]:
+    """A language model's preferences; its judgements go to --judgements, unusable ones left out."""
+    path = Path(config.judgements)
+    asking = Client(config)
+    asking.cache = Cache(path.with_name(path.stem + ".cache.jsonl"))
+    with closing(asking.cache):
+        found = by_llm(asking, system, reference)
+    judged = [annotation for annotation in found if annotation]
+    if len(judged) < len(found):
+        print(f"{len(found) - len(judged)} of {len(found)} pairs left out: no usable verdict after "
+              "asking twice", file=sys.stderr)
+    if not judged:
+        raise UserError("--judge llm: expected verdicts, got not one that is usable; look at "
+                        f"{asking.cache.path}")
+    write_jsonl(path, judged)
+    return preferences_of(judged)
+
+
 def win_rate(config: WinRateConfig) -> dict:
     needed = {"oracle": ("outputs", "reference", "world"),
               "reward": ("outputs", "reference", "reward"),
+              "llm": ("outputs", "reference", "model", "judgements"),
               "annotations": ("annotations",)}[config.judge]
     for name in needed:
         if getattr(config, name) is None:
@@ -101,6 +129,8 @@ def win_rate(config: WinRateConfig) -> dict:
         system, reference = read_outputs(config.outputs), read_outputs(config.reference)
         if config.judge == "oracle":
             preferences = by_oracle(World(config.world), system, reference)
+        elif config.judge == "llm":
+            preferences = asked_llm(config, system, reference)
         else:
             model = load_reward(config.reward, pick_device(config.device),
                                 getattr(torch, config.dtype))

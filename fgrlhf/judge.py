@@ -5,13 +5,16 @@ preference a prompt: 1 (the system wins), 0.5 (tie), 0. Their mean is the win ra
 """
 
 import json
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
+from fgrlhf.collecting import llm
+from fgrlhf.collecting.client import Client, Unanswered
 from fgrlhf.config import UserError
-from fgrlhf.edits import Edit, Output, Prompt
+from fgrlhf.edits import Annotation, Edit, Output, Prompt
 from fgrlhf.encode import PreferenceIds, encode_prompt, encode_response, span_types
 from fgrlhf.evaluate import Judged, compare
 from fgrlhf.model import LLaMA
@@ -20,6 +23,8 @@ from fgrlhf.reward import RewardModel
 from fgrlhf.rollout import pack, sample
 from fgrlhf.run import generator
 from fgrlhf.world import World
+
+JUDGE_PROMPT = "judge-1"                          # in fgrlhf/prompts
 
 
 def answers(policy: LLaMA, tokenizer, prompts: list[Prompt], template: str, max_new_tokens: int,
@@ -125,8 +130,7 @@ def by_reward(model: RewardModel, tokenizer, template: str, system: list[Output]
     context, rewards = model.trunk.config.max_seq_len, []
     for outputs in (system, reference):
         for output in tqdm(outputs, desc="judge", leave=False):
-            asked = json.loads(dict(output.other).get("input", "null"))
-            record = Prompt("output", output.instruction, asked or None)
+            record = Prompt("output", output.instruction, input_of(output))
             prompt = encode_prompt(tokenizer, record, template, context - 1)
             ids = encode_response(tokenizer, output.output, prompt, context)
             batch = pack([prompt], [ids], device=model.head.weight.device)
@@ -136,4 +140,62 @@ def by_reward(model: RewardModel, tokenizer, template: str, system: list[Output]
 
 def by_annotations(path: str) -> list[float]:
     """Recorded judgements of output_1 against output_2, as preferences for output_2's system."""
-    return [{1: 0.0, None: 0.5, 2: 1.0}[a.winner] for a in read_annotations(path)]
+    return preferences_of(read_annotations(path))
+
+
+def verdict(text: str) -> float:
+    """1, 2 or 1.5 (tie) in a language model's answer; raises Flaw for any other."""
+    better = llm.parse_object(text, "better")["better"]
+    if better not in ("first", "second", "tie"):
+        raise llm.Flaw('better must be "first", "second" or "tie"')
+    return {"first": 1.0, "second": 2.0, "tie": 1.5}[better]
+
+
+def by_llm(client: Client, system: list[Output],
+           reference: list[Output]) -> list[Annotation | None]:
+    """Judgements of a language model: output_1 is the reference's, output_2 the system's.
+
+    Each pair is shown in both orders, since models favour a place; `preference` is the mean of the
+    two, 1 .. 2, so that contradictory verdicts are a tie and one tie leaves the other to decide.
+    Equal answers tie unasked. None: no usable verdict after asking twice. Raises UserError where
+    questions are left unanswered; the client's cache keeps the others for the next run.
+    """
+    same_prompts(system, reference)
+    prompt = llm.load_prompt(JUDGE_PROMPT)
+
+    def judge(i: int) -> Annotation | None:
+        ours, theirs = system[i], reference[i]
+        shown = {"instruction": ours.instruction, "input": input_of(ours)}
+        verdicts = [1.5]
+        if ours.output != theirs.output:
+            verdicts = [llm.ask(client, prompt, llm.tagged(**shown, first=first.output,
+                                                           second=second.output), verdict).value
+                        for first, second in ((theirs, ours), (ours, theirs))]
+            if None in verdicts:
+                return None
+            verdicts[1] = 3 - verdicts[1]
+        return Annotation(ours.instruction, theirs.output, ours.output,
+                          sum(verdicts) / len(verdicts), theirs.generator, ours.generator,
+                          client.model, input_of(ours))
+
+    judged, problem = {}, ""
+    with closing(client.gather(range(len(system)), judge)) as found:
+        for i, result in tqdm(found, desc="judge", total=len(system), leave=False):
+            if isinstance(result, Unanswered):
+                problem = str(result)
+            else:
+                judged[i] = result
+    if left := len(system) - len(judged):
+        raise UserError(f"--judge llm: {left} of {len(system)} pairs are left unanswered "
+                        f"({client.stopped_by or problem}); start again for those")
+    return [judged[i] for i in range(len(system))]
+
+
+def input_of(output: Output) -> str | None:
+    """The `input` that an AlpacaEval output carries beside its instruction."""
+    return json.loads(dict(output.other).get("input", "null")) or None
+
+
+def preferences_of(annotations: list[Annotation]) -> list[float]:
+    """For output_2's system: 1 where it wins, 0.5 tie, 0."""
+    return [{1: 0.0, None: 0.5, 2: 1.0}[a.winner] for a in annotations]

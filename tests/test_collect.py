@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import eval as evaluation
 from fgrlhf import collect
 from fgrlhf.collecting.store import Store
 from fgrlhf.config import UserError
@@ -267,3 +268,46 @@ def test_collect_interrupted_keeps_the_answers_under_way(tmp_path):
         assert written(tmp_path / "edits.cache.jsonl") == 8
         assert start(words, tmp_path).wait() == 0 and len(server.seen) == asked
     assert len(read_edits(tmp_path / "edits.jsonl")) == 8
+
+
+# The same client as judge.
+
+def test_eval_win_rate_by_a_language_model_agrees_with_its_recorded_judgements(
+        tmp_path, monkeypatch, capsys):
+    """40 wins, 20 ties, 40 losses, a fault in every fifth request; the second time asks nobody."""
+    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+    monkeypatch.setenv("no_proxy", "*")
+    for name in ("system", "reference"):
+        (tmp_path / f"{name}.json").write_text(json.dumps([
+            {"instruction": f"Number {i}?", "output": f"{name} {i}", "generator": name}
+            for i in range(100)]))
+
+    def behave(body, count):
+        behave.requests += 1
+        text, i = body["messages"][0]["content"], number(body)
+        ours = "first" if "<first>\nsystem" in text else "second"
+        theirs = {"first": "second", "second": "first"}[ours]
+        said = json.dumps({"better": ours if i < 40 else "first" if i < 60 else theirs})
+        fault = FAULTS[behave.requests // 5 % len(FAULTS)]
+        return fault if behave.requests % 5 == 0 else "ok", said
+
+    behave.requests = 0
+
+    def win_rate(*flags) -> dict:
+        monkeypatch.setattr(sys, "argv", ["eval.py", "win-rate", *map(str, flags)])
+        evaluation.main()
+        return json.loads(capsys.readouterr().out)
+
+    with Server(behave, hang_seconds=0.4) as server:
+        flags = ("--judge", "llm", "--outputs", tmp_path / "system.json", "--reference",
+                 tmp_path / "reference.json", "--model", "m", "--base-url", server.url,
+                 "--judgements", tmp_path / "judged.jsonl", "--timeout", 0.3, "--backoff", 0.01,
+                 "--workers", 8)
+        found = win_rate(*flags)
+        sent = len(server.seen)
+        assert win_rate(*flags) == found and len(server.seen) == sent
+    assert (found["wins"], found["ties"], found["losses"]) == (40, 20, 40)
+    assert found["win_rate"] == 0.5 and sent >= 200
+    again = win_rate("--judge", "annotations", "--annotations", tmp_path / "judged.jsonl")
+    assert again == found | {"judge": "annotations"}
+    assert holders_of_the_key(tmp_path) == []

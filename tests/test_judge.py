@@ -1,13 +1,20 @@
 """Judges: who wins by hand-made answers; answers come back in the order of their prompts."""
 
+import json
+import re
+
 import pytest
 import torch
 
 from fgrlhf import edits
+from fgrlhf.collecting.client import Unanswered
+from fgrlhf.collecting.protocol import Reply
 from fgrlhf.config import UserError
 from fgrlhf.edits import Output, Prompt
 from fgrlhf.encode import encode_prompt
-from fgrlhf.judge import OracleJudge, answers, by_annotations, by_oracle, by_reward, same_prompts
+from fgrlhf.judge import (
+    OracleJudge, answers, by_annotations, by_llm, by_oracle, by_reward, preferences_of,
+    same_prompts)
 from fgrlhf.reward import RewardModel
 from fgrlhf.rollout import pack
 from fgrlhf.simulate import World
@@ -101,3 +108,82 @@ def test_answers_are_a_function_of_seed_and_purpose(tokenizer):
         for seed, purpose in ((0, "answers"), (0, "answers"), (1, "answers"), (0, "dev")))
     assert first == again != other
     assert first != dev
+
+
+# A language model.
+
+class Judge:
+    """Stands in for Client: answers by a function of the two texts shown, one after the other."""
+    model, stopped_by = "m", ""
+
+    def __init__(self, decide):
+        self.decide, self.asked = decide, []
+
+    def ask(self, system, messages):
+        text = messages[0]["content"]
+        shown = [re.search(rf"<{name}>\n(.*)\n</{name}>", text, re.DOTALL)[1]
+                 for name in ("first", "second")]
+        self.asked.append(text)
+        return Reply(self.decide(*shown), True)
+
+    def gather(self, items, call):
+        for item in items:
+            try:
+                yield item, call(item)
+            except Unanswered as error:
+                yield item, error
+
+
+def better(text: str) -> str:
+    return json.dumps({"better": text})
+
+
+def judged(decide, ours="ours", theirs="theirs"):
+    judge = Judge(decide)
+    [annotation] = by_llm(judge, outputs(ours), outputs(theirs))
+    return annotation, judge
+
+
+@pytest.mark.parametrize("decide, preference, winner", [
+    (lambda a, b: better("second" if b == "ours" else "first"), 2, 2),
+    (lambda a, b: better("first" if b == "ours" else "second"), 1, 1),
+    (lambda a, b: better("first"), 1.5, None),             # favours a place: contradicts itself
+    (lambda a, b: better("tie"), 1.5, None),
+    (lambda a, b: better("second" if b == "ours" else "tie"), 1.75, 2),
+    (lambda a, b: better("first" if b == "ours" else "tie"), 1.25, 1)])
+def test_by_llm_asks_in_both_orders_and_takes_the_mean(decide, preference, winner):
+    annotation, judge = judged(decide)
+    assert len(judge.asked) == 2
+    assert (annotation.preference, annotation.winner) == (preference, winner)
+    assert (annotation.output_1, annotation.output_2) == ("theirs", "ours")
+    assert preferences_of([annotation]) == [{1: 0, None: 0.5, 2: 1}[winner]]
+
+
+def test_by_llm_ties_equal_answers_unasked():
+    annotation, judge = judged(None, "same", "same")
+    assert annotation.preference == 1.5 and judge.asked == []
+
+
+@pytest.mark.parametrize("said", ["ours is better", better("third"), better(["first"]), "{}"])
+def test_by_llm_leaves_a_pair_undecided_after_two_unusable_answers_in_an_order(said):
+    annotation, judge = judged(lambda a, b: said)
+    assert annotation is None and len(judge.asked) == 4
+
+
+def test_by_llm_shows_instruction_input_and_answers_and_keeps_their_order():
+    system = [Output("Say", f"s{i}", "me", other=(("input", '"with this"'),)) for i in range(3)]
+    reference = [Output("Say", f"r{i}", "ref") for i in range(3)]
+    judge = Judge(lambda a, b: better("first"))
+    found = by_llm(judge, system, reference)
+    assert judge.asked[0] == ("<instruction>\nSay\n</instruction>\n\n<input>\nwith this\n</input>"
+                              "\n\n<first>\nr0\n</first>\n\n<second>\ns0\n</second>")
+    assert [a.output_2 for a in found] == ["s0", "s1", "s2"]
+    assert (found[0].generator_1, found[0].generator_2, found[0].annotator) == ("ref", "me", "m")
+    assert found[0].input == "with this"
+
+
+def test_by_llm_gives_no_win_rate_over_a_part():
+    def decide(a, b):
+        raise Unanswered("HTTP 500")
+    with pytest.raises(UserError, match=r"1 of 1 pairs are left unanswered \(HTTP 500\)"):
+        by_llm(Judge(decide), outputs("a"), outputs("b"))

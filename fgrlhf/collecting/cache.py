@@ -20,7 +20,7 @@ class Cache:
     """
 
     def __init__(self, path: Path):
-        self._held, self._mutex = lock(path), threading.Lock()
+        self.path, self._held, self._mutex = path, lock(path), threading.Lock()
         self._file = Lines(path)                  # cuts a torn last line before it is read
         self._replies = {}
         for place, value in read_json(path):

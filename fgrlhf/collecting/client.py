@@ -81,6 +81,7 @@ class Client:
         self._mutex, self._stopping = threading.Lock(), threading.Event()
         self._not_before = 0.0                    # time.monotonic() of a Retry-After
         self.requests = self.cached = 0
+        self.stopped_by = ""                      # why no more questions are sent, where that is so
 
     def body(self, system: str, messages: list[dict]) -> dict:
         """What `ask` sends, headers aside."""
@@ -154,7 +155,8 @@ class Client:
         self._pause(0)
         with self._mutex:
             if self.requests == self.max_requests:
-                raise Stopped(f"--max-requests {self.max_requests} are sent")
+                self.stopped_by = f"--max-requests {self.max_requests} are sent"
+                raise Stopped(self.stopped_by)
             self.requests += 1
         request = urllib.request.Request(self.url, data, method="POST", headers={
             "Content-Type": "application/json"} | self.protocol.headers(self._key))
