@@ -70,7 +70,8 @@ def test_over_seeds_by_hand():
     found = over_seeds([1, 2, 3, 4])
     assert found == pytest.approx((2.5, 2.5 - 2.0540, 2.5 + 2.0540), abs=1e-4)
     half = 3.1824 * (5 / 3) ** 0.5 * (1 / 4 + 1) ** 0.5                    # one more seed: 4.5935
-    assert over_seeds([1, 2, 3, 4], more=1) == pytest.approx((2.5, 2.5 - half, 2.5 + half), abs=1e-3)
+    assert over_seeds([1, 2, 3, 4], more=1) == pytest.approx((2.5, 2.5 - half, 2.5 + half),
+                                                             abs=1e-3)
     assert over_seeds([0.7]).mean == 0.7 and math.isnan(over_seeds([0.7]).low)
 
 

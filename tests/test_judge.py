@@ -101,7 +101,7 @@ def test_answers_come_in_the_order_of_the_prompts_whatever_the_batch(tokenizer):
 
 
 def test_answers_are_a_function_of_seed_and_purpose(tokenizer):
-    """Dev answers of a run with seed 3 must not share draws with the reference sampled by seed 3."""
+    """Dev answers of a run with seed 3 must share no draws with the reference sampled by seed 3."""
     policy, prompts = llama(vocab_size=300, max_seq_len=160), [Prompt("a", ASKED)] * 3
     first, again, other, dev = (
         answers(policy, tokenizer, prompts, "plain", 12, 1.0, seed, purpose=purpose)
