@@ -23,7 +23,7 @@ from fgrlhf.checkpoint import load_model, load_tokenizer
 from fgrlhf.config import UserError, arg, parse, run
 from fgrlhf.files import read_bytes
 from fgrlhf.model import KVCache, LLaMA
-from fgrlhf.rollout import inverse_cdf
+from fgrlhf.rollout import inverse_cdf, real_slots
 from fgrlhf.run import pick_device
 from fgrlhf.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ def next_token(logits: Tensor, temperature: float, top_p: float, uniform: Tensor
         ordered, index = logp.sort(dim=-1, descending=True)
         beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p       # the mass before suffices
         logp = logp.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), -torch.inf)
-    return inverse_cdf(logp, uniform)
+    return inverse_cdf(logp, uniform)[0]
 
 
 @torch.no_grad()
@@ -63,29 +63,27 @@ def continue_batch(model: LLaMA, prompts: list[list[int]], stop_ids: tuple[int, 
                    generator: torch.Generator | None = None) -> Iterator[list[int | None]]:
     """One step after the other, the next id of each prompt; None for those that have ended.
 
-    A prompt ends before any of `stop_ids` and where the context does. Prompts of unequal length
-    need no mask: see KVCache.
+    A prompt ends before any of `stop_ids` and where the context does.
     """
     device, context, B = model.head.device, model.config.max_seq_len, len(prompts)
-    positions = torch.tensor([len(prompt) for prompt in prompts], device=device)   # of the next id
-    slots = min(int(positions.max()) + max_new_tokens, context)
-    tokens = torch.zeros(B, int(positions.max()), dtype=torch.long, device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    longest, steps = int(lengths.max()), min(max_new_tokens, context - int(lengths.min()))
+    tokens = torch.zeros(B, longest, dtype=torch.long, device=device)
     for row, prompt in enumerate(prompts):
         tokens[row, :len(prompt)] = torch.tensor(prompt)
-    cache = KVCache(model.config, B, slots, device, model.head.dtype)
-    hidden = model.hidden(tokens, cache=cache)[torch.arange(B), positions - 1]       # [B, D]
+    cache = KVCache(model.config, B, longest + steps, device, model.head.dtype)
+    hidden = model.hidden(tokens, cache=cache)[torch.arange(B), lengths - 1]         # [B, D]
     going = torch.ones(B, dtype=torch.bool, device=device)
     stops = torch.tensor(stop_ids, device=device)
-    for _ in range(max_new_tokens):
+    for t in range(steps):
         uniform = torch.rand(B, dtype=torch.float64, generator=generator).to(device)
         token = next_token(hidden @ model.head.T, temperature, top_p, uniform)       # [B]
-        going &= (positions < context) & ~torch.isin(token, stops)
+        going &= (lengths + t < context) & ~torch.isin(token, stops)
         if not going.any():
             return
         yield [id if on else None for id, on in zip(token.tolist(), going.tolist())]
-        at = positions.clamp(max=slots - 1)[:, None]        # where a row has ended, inert
-        hidden = model.hidden(token[:, None], at, cache=cache)[:, 0]
-        positions += 1
+        real = real_slots(lengths, longest, longest + t + 1)
+        hidden = model.hidden(token[:, None], (lengths + t)[:, None], real, cache)[:, 0]
 
 
 def read_prompts(config: Config, tokenizer: Tokenizer, context: int) -> list[list[int]]:

@@ -12,11 +12,11 @@ Shape letters: B batch, T time, S cache slots, D width, H query heads, G key/val
 width, F inner width, V vocabulary.
 
 Padding needs no mask when it is on the right: attention is causal, so no real token sees it. With
-left padding pass `positions` and `key_mask`. Slot s of the KV cache holds the token at position s,
-whatever the row's prompt length, and a query at position p sees slots 0..p: batches of unequal
-prompts decode without padding tokens inside the sequence.
+padding on the left, or between prompt and response in the KV cache (prompts of unequal length end
+at different slots, the tokens after them share one), pass `positions` and `key_mask`.
 """
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -83,22 +83,41 @@ DTYPES = ("float32", "bfloat16")           # of weights and activations, as the 
 
 
 class KVCache:
-    """Keys and values, `[layers, B, S, G, K]`, allocated once; slot s is position s."""
+    """Keys and values of the tokens so far, `[layers, B, G, S, K]`, allocated once.
+
+    Tokens take the next free slots, the same in every row; `length` slots are filled.
+    """
 
     def __init__(self, config: LLaMAConfig, batch: int, slots: int, device=None, dtype=None):
-        shape = (config.n_layers, batch, slots, config.n_kv_heads, config.head_dim)
+        shape = (config.n_layers, batch, config.n_kv_heads, slots, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
 
-    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store k and v `[B, T, G, K]` of one layer at slots `positions [B or 1, T]`."""
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]
-        self.keys[layer, rows, positions] = k
-        self.values[layer, rows, positions] = v
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v `[B, G, T, K]` of one layer behind the filled slots; all of them so far.
+
+        `LLaMA.hidden` moves `length` on when every layer has stored its own.
+        """
+        start, stop = self.length, self.length + k.shape[2]
+        self.keys[layer, :, :, start:stop] = k
+        self.values[layer, :, :, start:stop] = v
+        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+
+    def part(self, rows: slice) -> "KVCache":
+        """A cache of some batch rows that shares this one's memory, empty: for their prefill."""
+        part = copy.copy(self)
+        part.keys, part.values, part.length = self.keys[:, rows], self.values[:, rows], 0
+        return part
 
     def keep(self, rows: Tensor) -> None:
-        """Drop the batch rows that are not in `rows` (batch compaction as responses end)."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        """Row i becomes what row rows[i] was; the others are dropped. Copies what moves alone."""
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+        for name in ("keys", "values"):
+            before = getattr(self, name)
+            kept = before[:, :len(rows)]
+            kept[:, moved, :, :self.length] = before[:, rows[moved], :, :self.length]
+            setattr(self, name, kept)
 
 
 class RMSNorm(nn.Module):
@@ -115,9 +134,8 @@ class RMSNorm(nn.Module):
         return (wide * scale).to(x.dtype) * self.weight
 
 
-def rotary_table(positions: Tensor, config: LLaMAConfig,
-                 dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2i/K), each [B or 1, T, 1, K/2]; at least float32.
+def rotary_table(positions: Tensor, config: LLaMAConfig, dtype: torch.dtype) -> Tensor:
+    """exp(i position theta^(-2j/K)) for each pair j: [B or 1, T, 1, K/2] complex64 at least.
 
     `positions` [B or 1, T] int64. Nothing is stored: a model on the meta device needs no table.
     """
@@ -125,14 +143,47 @@ def rotary_table(positions: Tensor, config: LLaMAConfig,
     K = config.head_dim
     exponents = torch.arange(0, K, 2, device=positions.device, dtype=wide) / K
     angles = positions[:, :, None, None].to(wide) * config.rope_theta ** -exponents
-    return angles.cos(), angles.sin()
+    return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_2i, x_2i+1) of x [B, T, heads, K] by its angle (Su et al. 2021)."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn each pair (x_2j, x_2j+1) of x [B, T, heads, K] by its angle (Su et al. 2021).
+
+    A pair is one complex number, and turning it one multiplication.
+    """
+    wide = x.to(table.real.dtype).unflatten(-1, (-1, 2))                         # [.., K/2, 2]
+    return torch.view_as_real(torch.view_as_complex(wide) * table).flatten(-2).to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(K) + mask) v for a few queries against a long cache.
+
+    q [B, H, T, K], k and v [B, G, S, K], mask [B or 1, 1, T, S] or None -> [B, H, T, K]. The H/G
+    queries of a group are rows of one matmul: keys and values are read where they lie, once.
+    """
+    B, H, T, K = q.shape
+    k, v = k.flatten(0, 1), v.flatten(0, 1)                                      # [B G, S, K]
+    scores = torch.bmm((q * K ** -0.5).reshape(len(k), -1, K), k.transpose(1, 2))
+    scores = scores.view(B, H, T, -1)
+    weights = (scores if mask is None else scores + mask).softmax(-1)            # [B, H, T, S]
+    return torch.bmm(weights.view(len(k), -1, k.shape[1]), v).view(B, H, T, K)
+
+
+def attention_mask(start: int, T: int, key_mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """0 where query t may see slot s, else -inf: [B or 1, 1, T, S = start + T], of like's dtype.
+
+    It may where s <= start + t and key_mask [B, S] is True; itself always, so that no row is empty.
+    None where a kernel's own causal rule, or none at all for a single query, says the same.
+    """
+    if key_mask is None and (start == 0 or T == 1):
+        return None
+    hidden = torch.ones(T, start + T, dtype=torch.bool, device=like.device)
+    if key_mask is None:
+        hidden = hidden.triu(start + 1)[None]                                    # [1, T, S]
+    else:
+        itself = hidden.tril(start).triu(start)
+        hidden = hidden.triu(start + 1) | ~(key_mask[:, None] | itself)          # [B, T, S]
+    return like.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None]
 
 
 class Attention(nn.Module):
@@ -145,20 +196,19 @@ class Attention(nn.Module):
         self.wv = nn.Linear(D, kv_width, bias=False)
         self.wo = nn.Linear(D, D, bias=False)
 
-    def forward(self, x, rotary, mask, cache, layer, positions) -> Tensor:
+    def forward(self, x, rotary, mask, cache, layer) -> Tensor:
         B, T, D = x.shape
         H, G, K = self.config.n_heads, self.config.n_kv_heads, self.config.head_dim
-        q = rotate(self.wq(x).view(B, T, H, K), *rotary)
-        k = rotate(self.wk(x).view(B, T, G, K), *rotary)
-        v = self.wv(x).view(B, T, G, K)
+        q = rotate(self.wq(x).view(B, T, H, K), rotary).transpose(1, 2)          # [B, H, T, K]
+        k = rotate(self.wk(x).view(B, T, G, K), rotary).transpose(1, 2)          # [B, G, T, K]
+        v = self.wv(x).view(B, T, G, K).transpose(1, 2)
         if cache is not None:
-            cache.write(layer, positions, k, v)
-            if mask is not None:                        # decoding: attend to the filled slots
-                S = mask.shape[-1]
-                k, v = cache.keys[layer, :, :S], cache.values[layer, :, :S]      # [B, S, G, K]
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-            attn_mask=mask, is_causal=mask is None, enable_gqa=G != H)           # [B, H, T, K]
+            k, v = cache.append(layer, k, v)                                     # [B, G, S, K]
+        if k.shape[2] > T:                                                       # decoding
+            y = attend(q, k, v, mask)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                               enable_gqa=G != H)
         return self.wo(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -181,8 +231,8 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, h, rotary, mask, cache, layer, positions) -> Tensor:
-        h = h + self.attention(self.attention_norm(h), rotary, mask, cache, layer, positions)
+    def forward(self, h, rotary, mask, cache, layer) -> Tensor:
+        h = h + self.attention(self.attention_norm(h), rotary, mask, cache, layer)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
@@ -217,31 +267,23 @@ class LLaMA(nn.Module):
                key_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Final hidden states [B, T, D], after the last norm; `hidden @ head.T` are the logits.
 
-        tokens [B, T] int64. positions [B, T] int64, default 0..T-1 in each row. key_mask [B, T]
-        bool, True where a token is real, needed for left padding alone. With a `cache`, keys and
-        values are stored at `positions`; without `positions` that is the prefill, with them each
-        query at position p attends to slots 0..p.
+        tokens [B, T] int64. With a `cache` they go on from its `length` slots and are stored behind
+        them; S = length + T, or T without. positions [B or 1, T] int64, default length..S-1 in each
+        row. key_mask [B, S] bool, True where a slot holds a real token, default everywhere.
         """
-        B, T = tokens.shape
-        prefill = positions is None
-        if prefill:
-            positions = torch.arange(T, device=tokens.device)[None]              # [1, T]
-        if cache is not None and not prefill:
-            slots = torch.arange(int(positions.max()) + 1, device=tokens.device)
-            mask = (slots <= positions[:, :, None])[:, None]                     # [B, 1, T, S]
-        elif key_mask is not None:
-            causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
-            itself = torch.eye(T, dtype=torch.bool, device=tokens.device)        # no empty row
-            mask = (causal & (key_mask[:, None, None, :] | itself))              # [B, 1, T, T]
-        else:
-            mask = None                                                          # plain causal
+        start, T = cache.length if cache is not None else 0, tokens.shape[1]
+        if positions is None:
+            positions = torch.arange(start, start + T, device=tokens.device)[None]      # [1, T]
         h = self.tok_embeddings(tokens)                                          # [B, T, D]
         rotary = rotary_table(positions, self.config, h.dtype)
+        mask = attention_mask(start, T, key_mask, h)
         for layer, block in enumerate(self.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, rotary, mask, cache, layer, positions, use_reentrant=False)
+                h = checkpoint(block, h, rotary, mask, cache, layer, use_reentrant=False)
             else:
-                h = block(h, rotary, mask, cache, layer, positions)
+                h = block(h, rotary, mask, cache, layer)
+        if cache is not None:
+            cache.length += T
         return self.norm(h)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None,

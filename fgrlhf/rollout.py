@@ -15,6 +15,8 @@ from torch import Tensor
 from fgrlhf.model import KVCache, LLaMA
 from kernels import linear_logp
 
+PREFILL = 16                    # prompts a forward pass: enough for the matmuls, little padding
+
 
 class Sequences(NamedTuple):
     """Prompts with their responses, right-padded. S is the longest row, T the longest response."""
@@ -142,38 +144,82 @@ def sample(policy: LLaMA, prompts: list[list[int]], eos_id: int, max_new_tokens:
     """
     device, B = policy.head.device, len(prompts)
     tokens, lengths = lay_out(prompts, max_new_tokens, policy.config.max_seq_len, device)
-    T = tokens.shape[1] - int(lengths.max())
+    longest = int(lengths.max())
+    T = tokens.shape[1] - longest
     uniform = torch.rand(B, max_new_tokens, generator=generator, dtype=torch.float64).to(device)
     wide = torch.promote_types(policy.head.dtype, torch.float32)
     logp_old = torch.zeros(B, T, device=device, dtype=wide)
     response_lengths = torch.full((B,), T, device=device)
     truncated = torch.ones(B, dtype=torch.bool, device=device)
 
+    alive = lengths.argsort(stable=True)                         # batch row of each cache row
     cache = KVCache(policy.config, B, tokens.shape[1], device, policy.head.dtype)
-    alive = torch.arange(B, device=device)                       # rows of the cache, by batch row
-    hidden = policy.hidden(tokens[:, :lengths.max()], cache=cache)[alive, lengths - 1]      # [B, D]
+    hidden = prefill(policy, tokens, lengths, alive, cache)                                 # [B, D]
+    ragged = longest != int(lengths.min())
     for t in range(T):
         logits = (hidden @ policy.head.T).to(wide)                                          # [b, V]
-        logp = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
-        token = inverse_cdf(logp, uniform[alive, t]) if temperature else logp.argmax(-1)    # [b]
-        tokens[alive, lengths[alive] + t] = token
-        logp_old[alive, t] = logp.gather(1, token[:, None])[:, 0]
+        if temperature:
+            token, logp = inverse_cdf(logits / temperature, uniform[alive, t])              # [b]
+        else:
+            token = logits.argmax(-1)
+            logp = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+        at = lengths[alive] + t
+        tokens[alive, at] = token
+        logp_old[alive, t] = logp
         ended = token == eos_id
-        response_lengths[alive[ended]] = t + 1
-        truncated[alive[ended]] = False
-        if ended.any():                                          # compact: drop the rows that ended
-            going = (~ended).nonzero()[:, 0]
-            alive, token = alive[going], token[going]
-            cache.keep(going)
+        if ended.any():
+            response_lengths[alive[ended]] = t + 1
+            truncated[alive[ended]] = False
+            left = compact(~ended)
+            alive, token, at = alive[left], token[left], at[left]
+            cache.keep(left)
         if len(alive) == 0 or t == T - 1:
             break
-        hidden = policy.hidden(token[:, None], (lengths[alive] + t)[:, None], cache=cache)[:, 0]
+        real = real_slots(lengths[alive], longest, longest + t + 1) if ragged else None
+        hidden = policy.hidden(token[:, None], at[:, None], real, cache)[:, 0]
     sequences = Sequences(tokens, lengths, response_lengths).rows(slice(None))
     return Rollout(sequences, logp_old[:, :int(response_lengths.max())], truncated)
 
 
-def inverse_cdf(logp: Tensor, uniform: Tensor) -> Tensor:
-    """The first token of cumulative probability above u. logp [b, V], u [b] in [0, 1) -> [b]."""
-    cdf = logp.double().exp().cumsum(-1)                                         # [b, V]
-    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
-    return token.clamp(max=logp.shape[1] - 1)
+def prefill(policy: LLaMA, tokens: Tensor, lengths: Tensor, order: Tensor,
+            cache: KVCache) -> Tensor:
+    """Fill the cache with the prompts in `order` [B]; the hidden state of each one's last token.
+
+    A few rows of similar length at a time, so that little of it is padding. -> [B, D].
+    """
+    last = []
+    for start in range(0, len(order), PREFILL):
+        rows = order[start:start + PREFILL]
+        longest = int(lengths[rows].max())
+        part = cache.part(slice(start, start + len(rows)))
+        hidden = policy.hidden(tokens[rows, :longest], cache=part)               # [b, P, D]
+        last.append(hidden[torch.arange(len(rows)), lengths[rows] - 1])
+    cache.length = int(lengths.max())
+    return torch.cat(last)
+
+
+def real_slots(lengths: Tensor, longest: int, slots: int) -> Tensor:
+    """[b, slots] bool: not the padding between a prompt of `lengths` and slot `longest`."""
+    slot = torch.arange(slots, device=lengths.device)
+    return (slot < lengths[:, None]) | (slot >= longest)
+
+
+def compact(going: Tensor) -> Tensor:
+    """The rows where going [b] is True, reordered so that few move: the last fill the gaps."""
+    n = int(going.sum())
+    rows = torch.arange(n, device=going.device)
+    rows[~going[:n]] = n + going[n:].nonzero()[:, 0]
+    return rows
+
+
+def inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """The first token of cumulative probability above u, and its log-probability, [b] each.
+
+    logits [b, V], u [b] float64 in [0, 1). One exponential a logit serves both.
+    """
+    logits = logits - logits.amax(-1, keepdim=True)
+    cdf = logits.exp().cumsum(-1, dtype=torch.float64)                           # [b, V]
+    total = cdf[:, -1:]
+    token = torch.searchsorted(cdf, uniform[:, None] * total, right=True)
+    token = token.clamp(max=logits.shape[1] - 1)
+    return token[:, 0], (logits.gather(1, token) - total.log().to(logits.dtype))[:, 0]

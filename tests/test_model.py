@@ -99,7 +99,7 @@ def test_forward_is_the_same_with_a_cache(kv_heads, tokens):
 @GROUPS
 @torch.no_grad()
 def test_forward_with_a_cache_decodes_prompts_of_unequal_length(kv_heads, tokens):
-    """Slot is position: what padding left in the cache is overwritten before it is seen."""
+    """Padding between a prompt and slot 7, where every row goes on, is left out by key_mask."""
     model = model_of(kv_heads)
     lengths = torch.tensor([7, 3, 5])
     cache = KVCache(model.config, 3, 12, dtype=torch.float64)
@@ -107,23 +107,52 @@ def test_forward_with_a_cache_decodes_prompts_of_unequal_length(kv_heads, tokens
     for row, length in enumerate(lengths):
         alone = model(tokens[row:row + 1, :length])
         assert (first[row, :length] - alone[0]).abs().max() < TIGHT
-    positions = lengths.clone()
-    for _ in range(5):
-        logits = model(tokens[torch.arange(3), positions][:, None], positions[:, None], cache=cache)
+    slots, positions = torch.arange(12), lengths.clone()
+    real = (slots < lengths[:, None]) | (slots >= 7)
+    for step in range(5):
+        logits = model(tokens[torch.arange(3), positions][:, None], positions[:, None],
+                       real[:, :8 + step], cache)
         for row in range(3):
             alone = model(tokens[row:row + 1, :positions[row] + 1])[0, -1]
             assert (logits[row, 0] - alone).abs().max() < TIGHT
         positions += 1
 
 
+@GROUPS
 @torch.no_grad()
-def test_keep_drops_rows_of_the_cache(tokens):
+def test_forward_with_a_cache_takes_left_padding(kv_heads, tokens):
+    """A mask over all slots in the prefill and in every later step of one or two tokens."""
+    model = model_of(kv_heads)
+    real = torch.arange(12) >= torch.tensor([4, 0, 7])[:, None]
+    positions = (real.long().cumsum(1) - 1).clamp(min=0)
+    expected = model(tokens, positions, real)
+    cache = KVCache(model.config, 3, 12, dtype=torch.float64)
+    for start, stop in ((0, 5), (5, 6), (6, 8), (8, 12)):
+        logits = model(tokens[:, start:stop], positions[:, start:stop], real[:, :stop], cache)
+        assert (logits - expected[:, start:stop])[real[:, start:stop]].abs().max() < TIGHT
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [[2, 0], [0, 2], [0, 1], [1], [2, 1, 0]])
+def test_keep_reorders_and_drops_rows_of_the_cache(rows, tokens):
     model = model_of()
     cache = KVCache(model.config, 3, 12, dtype=torch.float64)
     model(tokens[:, :6], cache=cache)
-    cache.keep(torch.tensor([2, 0]))
-    logits = model(tokens[[2, 0], 6:7], torch.tensor([[6]]), cache=cache)[:, 0]
-    assert (logits - model(tokens[[2, 0], :7])[:, -1]).abs().max() < TIGHT
+    cache.keep(torch.tensor(rows))
+    logits = model(tokens[rows, 6:7], cache=cache)[:, 0]
+    assert (logits - model(tokens[rows, :7])[:, -1]).abs().max() < TIGHT
+
+
+@torch.no_grad()
+def test_part_fills_some_rows_of_the_cache(tokens):
+    model = model_of()
+    cache = KVCache(model.config, 3, 12, dtype=torch.float64)
+    for rows in (slice(0, 1), slice(1, 3)):
+        model(tokens[rows, :6], cache=cache.part(rows))
+    assert cache.length == 0
+    cache.length = 6
+    logits = model(tokens[:, 6:7], cache=cache)[:, 0]
+    assert (logits - model(tokens[:, :7])[:, -1]).abs().max() < TIGHT
 
 
 @GROUPS
@@ -202,7 +231,7 @@ def test_rotate_by_hand():
     x = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64).view(1, 1, 1, 4)
     expected = torch.tensor([3.0, 0.03], dtype=torch.float64)
     expected = [expected[0].cos(), expected[0].sin(), -expected[1].sin(), expected[1].cos()]
-    assert (rotate(x, *table).flatten() - torch.stack(expected)).abs().max() < 1e-15
+    assert (rotate(x, table).flatten() - torch.stack(expected)).abs().max() < 1e-15
 
 
 def test_rotate_makes_scores_depend_on_the_distance_alone():
@@ -210,7 +239,7 @@ def test_rotate_makes_scores_depend_on_the_distance_alone():
 
     def score(i, j):
         a, b = (rotary_table(torch.tensor([[p]]), SMALL, torch.float64) for p in (i, j))
-        return (rotate(q, *a) * rotate(k, *b)).sum()
+        return (rotate(q, a) * rotate(k, b)).sum()
 
     assert (score(5, 2) - score(43, 40)).abs() < 1e-12
     assert (score(5, 2) - score(5, 3)).abs() > 1e-3

@@ -1,9 +1,12 @@
 """Sampling against a slow loop without cache, scoring against one forward pass a token."""
 
+import math
+
 import pytest
 import torch
 
-from fgrlhf.rollout import by_length, in_groups, inverse_cdf, locate, pack, sample, score, unflatten
+from fgrlhf.rollout import (by_length, compact, in_groups, inverse_cdf, locate, pack, sample, score,
+                            unflatten)
 from tests.small import ids, llama, ragged, slow_logp
 
 EOS = 2
@@ -176,8 +179,8 @@ def test_sample_ends_at_once_when_the_first_token_is_eos():
 def test_inverse_cdf_draws_each_token_as_often_as_its_probability():
     p = torch.tensor([0.05, 0.0, 0.5, 0.2, 0.25])
     n = 40_000
-    drawn = inverse_cdf(p.log().expand(n, -1),
-                        torch.rand(n, dtype=torch.float64, generator=generator()))
+    drawn, _ = inverse_cdf(p.log().expand(n, -1),
+                           torch.rand(n, dtype=torch.float64, generator=generator()))
     counts = torch.bincount(drawn, minlength=5)
     assert counts[1] == 0
     sigma = (n * p * (1 - p)).sqrt()
@@ -188,7 +191,7 @@ def test_inverse_cdf_draws_each_token_as_often_as_its_probability():
 def test_inverse_cdf_never_takes_a_token_of_probability_zero(p):
     """Also at u = 0, at the largest u below 1, and at u exactly on a step of the CDF."""
     edges = torch.tensor([0.0, 5e-324, 0.25, 0.5, 0.75, 1 - 2**-53], dtype=torch.float64)
-    drawn = inverse_cdf(torch.tensor(p).log().expand(len(edges), -1), edges)
+    drawn, _ = inverse_cdf(torch.tensor(p).log().expand(len(edges), -1), edges)
     assert all(p[token] > 0 for token in drawn.tolist())
     assert drawn[0] == next(i for i, x in enumerate(p) if x)
     assert drawn[-1] == max(i for i, x in enumerate(p) if x)
@@ -197,4 +200,19 @@ def test_inverse_cdf_never_takes_a_token_of_probability_zero(p):
 def test_inverse_cdf_survives_probabilities_that_do_not_sum_to_one():
     """float32 log-softmax over many tokens sums to 1 +- 1e-5: the last token takes the last u."""
     logp = torch.log_softmax(torch.randn(1, 32000, generator=generator()), -1) - 1e-4
-    assert inverse_cdf(logp, torch.tensor([1 - 2**-53], dtype=torch.float64)) == 31999
+    assert inverse_cdf(logp, torch.tensor([1 - 2**-53], dtype=torch.float64))[0] == 31999
+
+
+def test_inverse_cdf_returns_the_log_probability_of_its_token():
+    logits = 30 * torch.randn(50, 11, dtype=torch.float64, generator=generator())
+    token, logp = inverse_cdf(logits, torch.rand(50, dtype=torch.float64, generator=generator(1)))
+    for row, t, got in zip(logits.tolist(), token.tolist(), logp.tolist()):
+        total = sum(math.exp(x - max(row)) for x in row)
+        assert got == pytest.approx(row[t] - max(row) - math.log(total), abs=1e-12)
+
+
+@pytest.mark.parametrize("going, rows", [
+    ([1, 1, 1, 1], [0, 1, 2, 3]), ([0, 1, 1, 1], [3, 1, 2]), ([1, 0, 1, 0], [0, 2]),
+    ([0, 0, 1, 1], [2, 3]), ([1, 1, 0, 0], [0, 1]), ([0, 0, 0, 0], [])])
+def test_compact_moves_the_last_rows_into_the_gaps(going, rows):
+    assert compact(torch.tensor(going, dtype=torch.bool)).tolist() == rows
