@@ -29,6 +29,7 @@ from fgrlhf.edits import Edit, Provenance, write_jsonl
 from fgrlhf.fields import Text, check
 from fgrlhf.files import read_json
 
+PROMPT = "human-1"      # the instruction that the annotator reads, in fgrlhf/prompts
 LEASE = 90.0            # seconds: above the minute to which browsers slow the timers of hidden tabs
 
 
@@ -215,7 +216,8 @@ class Desk:
 
     def _provenance(self, who: Who, id: str) -> Provenance:
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        return Provenance("human", now, attempts=1, seconds=self._draft(who, id).seconds)
+        return Provenance("human", now, attempts=1, seconds=self._draft(who, id).seconds,
+                          prompt_version=PROMPT)
 
     def _finish(self, who: Who, id: str) -> None:
         self._leases.pop(id, None)

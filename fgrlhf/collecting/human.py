@@ -27,7 +27,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 from fgrlhf.collecting.change import Change, measure
-from fgrlhf.collecting.desk import Conflict, Desk, Who
+from fgrlhf.collecting.desk import PROMPT, Conflict, Desk, Who
 from fgrlhf.collecting.segments import segments
 from fgrlhf.collecting.store import Store
 from fgrlhf.collecting.tasks import Task
@@ -36,6 +36,7 @@ from fgrlhf.fields import check
 
 LARGEST = 1 << 20                                 # bytes of a request's body
 PAGE = Path(__file__).parent / "page"
+INSTRUCTION = Path(__file__).parents[1] / "prompts" / f"{PROMPT}.txt"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 HEADERS = {
     "Content-Security-Policy":
@@ -94,7 +95,8 @@ class Actions:
 
     def start(self, request: Request) -> dict:
         """Before the annotator is known."""
-        return {"annotator": self.options.annotator, "limit": self.options.max_change}
+        return {"annotator": self.options.annotator, "limit": self.options.max_change,
+                "instruction": INSTRUCTION.read_text(encoding="utf-8")}
 
     def next(self, request: Request) -> dict:
         return self._view(request, self.desk.take(request.who))
@@ -116,7 +118,10 @@ class Actions:
         return self.next(request)
 
     def undo(self, request: Request) -> dict:
-        return self._view(request, self.desk.undo(request.who))
+        held = self.desk.undo(request.who)
+        if held is None:
+            raise UserError("There is nothing to undo.")
+        return self._view(request, held)
 
     def finish(self, request: Request) -> dict:
         """End the program, once every record is done."""
@@ -221,8 +226,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(403, "unknown host")
         if origins != [f"http://{hosts[0]}"] and (origins or self.command != "GET"):
             raise Refusal(403, "another site's request")
-        token, _, name = self.path.removeprefix("/").partition("/")
-        if not hmac.compare_digest(token.encode(), self.server.token.encode()):
+        token, slash, name = self.path.removeprefix("/").partition("/")
+        if not (slash and hmac.compare_digest(token.encode(), self.server.token.encode())):
             raise Refusal(404, "open the address that fgrlhf.collect printed")
         return name
 

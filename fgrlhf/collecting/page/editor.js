@@ -124,8 +124,8 @@ function show(change) {
   strong.textContent = changed;
   $("share").replaceChildren(strong, over ? ` changed: more than the ${percent(limit)} allowed`
                                           : ` changed of ${percent(limit)} allowed`);
-  const blanksOnly = change.changed === 0 && edited() !== record.rejected;
-  $("tokens").textContent = blanksOnly ? "only blanks differ"
+  const same = edited() === record.rejected ? "nothing changed yet" : "only blanks differ";
+  $("tokens").textContent = change.changed === 0 ? same
     : `${change.changed} ${change.changed === 1 ? "word" : "words"}: ` +
       `${change.deleted} deleted, ${change.inserted} inserted, ${change.kept} kept`;
   $("measure").classList.toggle("over", over);
@@ -150,6 +150,7 @@ function open(view) {
   $("progress").setAttribute("aria-valuemax", view.total);
   $("progress").setAttribute("aria-valuenow", view.done);
   $("progress").firstElementChild.style.width = `${100 * view.done / view.total}%`;
+  $("guide").open &&= !view.undo;        // for beginners
   if (!record) return rest(view);
   showOnly("record");
   $("prompt-text").textContent = record.prompt;
@@ -176,6 +177,16 @@ function passage({title, text: words}) {
   heading.textContent = title;
   part.append(heading, words);
   return part;
+}
+
+function guide(instruction) {           // a paragraph, then numbered lines
+  const [head, ...rules] = instruction.trim().split(/\n+/);
+  $("guide").children[1].textContent = head;
+  $("guide").children[2].append(...rules.map(rule => {
+    const item = document.createElement("li");
+    item.textContent = rule.replace(/^\d+\. /, "");
+    return item;
+  }));
 }
 
 function showOnly(id) {
@@ -246,8 +257,9 @@ const acts = {
     await move("skip", {reason: reason || $("other").value});
   },
   async undo() {
+    if ($("undo").disabled) return;
     if (record) await save();
-    if (!$("undo").disabled) await move("undo");
+    await move("undo");
   },
   revert() {
     text.focus();
@@ -323,6 +335,7 @@ text.oninput = typed;
   const options = await call("start");
   limit = options.limit;
   annotator = options.annotator ?? localStorage.annotator ?? "";
+  guide(options.instruction);
   $("name").disabled = options.annotator !== null;
   $("name").textContent = `Annotator: ${annotator}`;
   while (!annotator) await askName("");
