@@ -4,6 +4,8 @@
     L_bt = 1/P sum_b -log sigmoid(s_b)                      P pairs with at least one changed token
     L_u0 = lambda/M sum_U0 (r_i+ - r_j-)^2                  "difference", the paper's; M pairings
            lambda/2M sum_U0 (r_i+)^2 + (r_j-)^2             "anchor": unchanged tokens are worth 0
+           lambda/2M sum_U0 -log sigmoid(r_i+) - log sigmoid(r_j-)    "kept": the editor let them
+                                                            stand; they earn as edited-in ones do
     L_tok = w/K ( sum_U1+ -log sigmoid(r_t) + sum_U1- -log sigmoid(-r_t) )   K tokens of U1; the
                                                             per-token variant, off at w = 0
     loss = L_bt + L_u0 + L_tok
@@ -14,6 +16,7 @@ Gradients, each on the tokens of its own set and 0 elsewhere:
     dL_bt/dr+ = -sigmoid(-s_b) / P        dL_bt/dr- = sigmoid(-s_b) / P      (/ |U1| for "mean")
     dL_u0/dr+ = 2 lambda d / M            dL_u0/dr- = -2 lambda d / M        d = r_i+ - r_j-
                 lambda r_i+ / M                       lambda r_j- / M        for "anchor"
+                -lambda sigmoid(-r_i+) / 2M           -lambda sigmoid(-r_j-) / 2M    for "kept"
     dL_tok/dr+ = -w sigmoid(-r) / K       dL_tok/dr- = w sigmoid(r) / K
 
 An empty side (a pure insertion or deletion) counts 0 in s_b; a pair with no changed token has no
@@ -39,9 +42,12 @@ class Unchanged(NamedTuple):
     rejected: Tensor
 
 
+U0_TERMS = ("difference", "anchor", "kept")
+
+
 class Options(NamedTuple):
     reduce: str = "sum"           # "sum" (the paper) or "mean" over the U1 tokens of a side
-    u0: str = "difference"        # "difference" (the paper) or "anchor"
+    u0: str = "difference"        # "difference" (the paper), "anchor" or "kept"
     u0_weight: float = 1.0        # lambda >= 0
     token_weight: float = 0.0     # w >= 0; 0 is equation (4)
 
@@ -83,7 +89,8 @@ def reference(rewards_chosen: Tensor, rewards_rejected: Tensor, plus_mask: Tenso
     bt = softplus(minus - plus)[changed].sum() / by.pairs
     kept = chosen[unchanged.pair, unchanged.chosen]                                     # [M]
     other = rejected[unchanged.pair, unchanged.rejected]
-    u0 = (kept - other) ** 2 if options.u0 == "difference" else (kept ** 2 + other ** 2) / 2
+    u0 = {"difference": (kept - other) ** 2, "anchor": (kept ** 2 + other ** 2) / 2,
+          "kept": (softplus(-kept) + softplus(-other)) / 2}[options.u0]
     u0 = options.u0_weight * u0.sum() / by.unchanged
     token = softplus(-chosen[plus_mask]).sum() + softplus(rejected[minus_mask]).sum()
     token = options.token_weight * token / by.changed
@@ -133,6 +140,9 @@ class _TokenPreference(torch.autograd.Function):
         if options.u0 == "difference":
             d = kept - other
             u0, slopes = d.square().sum() * scale, (2 * scale * d, -2 * scale * d)
+        elif options.u0 == "kept":
+            u0 = (softplus(-kept) + softplus(-other)).sum() * (scale / 2)
+            slopes = (torch.sigmoid(-kept) * (-scale / 2), torch.sigmoid(-other) * (-scale / 2))
         else:
             u0 = (kept.square() + other.square()).sum() * (scale / 2)
             slopes = (scale * kept, scale * other)
@@ -173,6 +183,6 @@ def check(rewards_chosen: Tensor, rewards_rejected: Tensor, plus_mask: Tensor, m
     if len({x.shape for x in unchanged}) != 1 or unchanged.pair.ndim != 1:
         raise ValueError(f"unchanged: expected three index lists of one length [M], "
                          f"got {[tuple(x.shape) for x in unchanged]}")
-    if options.reduce not in ("sum", "mean") or options.u0 not in ("difference", "anchor"):
-        raise ValueError("options: expected reduce sum|mean and u0 difference|anchor, "
+    if options.reduce not in ("sum", "mean") or options.u0 not in U0_TERMS:
+        raise ValueError(f"options: expected reduce sum|mean and u0 {'|'.join(U0_TERMS)}, "
                          f"got {options}")

@@ -11,7 +11,7 @@ from kernels import token_preference
 from kernels.token_preference import Options, Totals, Unchanged
 
 OPTIONS = [Options(reduce, u0, 0.3, w) for reduce, u0, w in
-           itertools.product(("sum", "mean"), ("difference", "anchor"), (0.0, 0.7))]
+           itertools.product(("sum", "mean"), ("difference", "anchor", "kept"), (0.0, 0.7))]
 
 
 def problem(b=5, t1=7, t2=6, dtype=torch.float64):
@@ -50,7 +50,8 @@ def by_loop(chosen, rejected, plus, minus, u0_pairs, options):
     u0 = 0.0
     for p, i, j in zip(*(x.tolist() for x in u0_pairs)):
         a, b = chosen[p, i].item(), rejected[p, j].item()
-        u0 += (a - b) ** 2 if options.u0 == "difference" else (a ** 2 + b ** 2) / 2
+        u0 += {"difference": (a - b) ** 2, "anchor": (a ** 2 + b ** 2) / 2,
+               "kept": -(log_sigmoid(a) + log_sigmoid(b)) / 2}[options.u0]
     return (bt / max(pairs, 1), options.u0_weight * u0 / max(len(u0_pairs.pair), 1),
             options.token_weight * token / max(changed, 1))
 
