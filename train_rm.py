@@ -22,7 +22,7 @@ from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer
 from fgrlhf.config import UserError, arg, parse, run
 from fgrlhf.edits import TEMPLATES
 from fgrlhf.encode import UNITS, PreferenceIds, encode_preferences, read_preferences
-from fgrlhf.evaluate import reward_table
+from fgrlhf.evaluate import Judged, reward_table
 from fgrlhf.judge import judge_preferences
 from fgrlhf.lora import Own
 from fgrlhf.model import DTYPES
@@ -51,8 +51,9 @@ class Config:
     credit_gap: bool = arg(True,
                            help="a pure insertion or deletion credits the token behind the gap")
     reduce: str = arg("sum", choices=("sum", "mean"), help="rewards over U1 in equation (4)")
-    u0: str = arg("anchor", choices=("difference", "anchor"),
-                  help="unchanged tokens: squared difference of the paper, or drawn to 0")
+    u0: str = arg("anchor", choices=token_preference.U0_TERMS,
+                  help="unchanged tokens: squared difference of the paper, drawn to 0, or kept, "
+                       "which earns")
     u0_weight: float = arg(0.02, least=0, help="lambda of equation (4)")
     token_weight: float = arg(1.0, least=0,
                               help="weight of the per-token logistic term; 0 is the paper's loss")
@@ -124,21 +125,35 @@ def new_model(config: Config, device) -> RewardModel:
     return model
 
 
+def training_part(judged: list[Judged]) -> dict[str, float]:
+    """The table's main entries, on records trained on."""
+    table = reward_table(judged)
+    names = ("pair_accuracy", "pair_accuracy_per_token", "token_auc", "token_auc_within")
+    return {"train_" + name: table[name] for name in names if name in table}
+
+
 def cross_validate(config: Config, records: list, examples: list[PreferenceIds], tokenizer,
                    log: Run, device) -> dict:
-    """K models, each judged on its own fold: the table over all records, the spread over folds."""
+    """K models, each judged on its own fold: the table over all records, the spread over folds.
+
+    Each is also judged on as many of the records it was trained on ("train_..."): whether it fits
+    them at all is the first question about a poor figure.
+    """
     order = torch.randperm(len(records), generator=generator(config.seed, "folds")).tolist()
-    folds, judged = [order[k::config.folds] for k in range(config.folds)], []
+    folds, judged, fitted = [order[k::config.folds] for k in range(config.folds)], [], []
+    judge = lambda model, rows: judge_preferences(model, [records[i] for i in rows],
+                                                  [examples[i] for i in rows], tokenizer)
     for k, held_out in enumerate(folds):
         inside = [i for i in range(len(records)) if i not in set(held_out)]
         model = new_model(config, device)
         if not config.likelihood:
             fit(model, [examples[i] for i in inside], config, log, f"fold {k + 1}/{config.folds}")
-        judged.append(judge_preferences(model, [records[i] for i in held_out],
-                                        [examples[i] for i in held_out], tokenizer))
-        log.log(k + 1, {f"rm/{name}": value for name, value in reward_table(judged[-1]).items()})
-    tables = [reward_table(fold) for fold in judged]
-    whole = reward_table([j for fold in judged for j in fold])
+        judged.append(judge(model, held_out))
+        fitted.append(judge(model, inside[:len(held_out)]))
+        log.log(k + 1, {f"rm/{name}": value for name, value in
+                        (reward_table(judged[-1]) | training_part(fitted[-1])).items()})
+    tables = [reward_table(fold) | training_part(own) for fold, own in zip(judged, fitted)]
+    whole = reward_table(sum(judged, [])) | training_part(sum(fitted, []))
     values = {name: torch.tensor([float(t[name]) for t in tables if name in t])
               for name in whole if not name.endswith("pairs")}
     spread = {name + "_sd": fold.std().item() for name, fold in values.items() if len(fold) > 1}

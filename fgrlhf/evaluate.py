@@ -109,17 +109,26 @@ class Judged(NamedTuple):
     change: float                       # token edit distance / length of the longer side
     rewards: list[float]                # r_t of the rejected response, EOS left out
     types: list[str]                    # the human error span each of these tokens lies in, or ""
+    lengths: tuple[int, int] | None = None      # tokens of y+ and y-, EOS included
 
 
 def reward_table(judged: Sequence[Judged], minimal: float = 0.4) -> dict[str, float]:
     """Pair accuracy, and the AUC of -r_t against human error spans with its position-only baseline.
 
+    Where lengths are known, "per_token" compares R / |y| instead of R (a sum over tokens is
+    confounded with length), and "shorter" is the length-only baseline: the shorter side wins.
     The `minimal` stratum holds the preferences whose change share is below it. AUC entries are
     absent without spans. "within" averages the AUC inside each response, "type" takes one error
     type against all tokens outside any span.
     """
     accuracy = lambda group: pair_accuracy([j.chosen for j in group], [j.rejected for j in group])
     table = {"pairs": len(judged), "pair_accuracy": accuracy(judged)}
+    sized = [j for j in judged if j.lengths]
+    if sized:
+        sides = list(zip(*(j.lengths for j in sized)))
+        table["pair_accuracy_per_token"] = pair_accuracy(
+            [j.chosen / j.lengths[0] for j in sized], [j.rejected / j.lengths[1] for j in sized])
+        table["pair_accuracy_shorter"] = pair_accuracy(*(np.negative(side) for side in sides))
     few = [j for j in judged if j.change < minimal]
     table["minimal/pairs"] = len(few)
     if few:

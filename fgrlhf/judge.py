@@ -118,7 +118,8 @@ def judge_preferences(model: RewardModel, records: list, examples: list[Preferen
                 types = span_types(tokenizer, pair.rejected[:length], record.spans)
         else:
             chosen, rejected = model.sequence_rewards(both).tolist()
-        judged.append(Judged(record.id, chosen, rejected, pair.change, rewards, types))
+        judged.append(Judged(record.id, chosen, rejected, pair.change, rewards, types,
+                             (len(pair.chosen), len(pair.rejected))))
     return judged
 
 

@@ -140,3 +140,17 @@ def test_reward_table_by_hand():
 
 def test_reward_table_has_no_auc_without_spans():
     assert reward_table(JUDGED[3:]) == {"pairs": 1, "pair_accuracy": 1.0, "minimal/pairs": 0}
+
+
+def test_reward_table_compares_means_and_lengths_where_lengths_are_known():
+    """a: 4/4 against 3/2, b: -1/1 against -8/4; only b's chosen side is shorter; c has no lengths.
+
+    By the sum R both are right.
+    """
+    judged = [Judged("a", 4.0, 3.0, 0.1, [], [], (4, 2)),
+              Judged("b", -1.0, -8.0, 0.1, [], [], (1, 4)),
+              Judged("c", 0.0, 1.0, 0.1, [], [])]
+    table = reward_table(judged)
+    assert table["pair_accuracy"] == pytest.approx(2 / 3)
+    assert table["pair_accuracy_per_token"] == 0.5 and table["pair_accuracy_shorter"] == 0.5
+    assert "pair_accuracy_per_token" not in reward_table(judged[2:])

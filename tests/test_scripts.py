@@ -160,6 +160,7 @@ def test_train_rm_cross_validates_without_keeping_a_model(folder, policy, annota
     assert done["folds"] == 3
     assert done["pairs"] == len(readers.read_edits(annotated / "edits.jsonl"))
     assert "pair_accuracy_sd" in done and "minimal/pairs_sd" not in done
+    assert {"train_pair_accuracy", "train_token_auc_within", "pair_accuracy_per_token"} <= set(done)
     assert not (folder / "folds/reward").exists()
     assert len(lines(folder / "folds/metrics.jsonl")) == 3
 
