@@ -53,7 +53,7 @@ class Credit(NamedTuple):
     pairs: list[Pair]                   # U0 without any token credited above
 
 
-class _Moves(NamedTuple):
+class Moves(NamedTuple):
     """The moves a path may use: bit j of entry i is the move from row i that ENTERS column j."""
     match: list[int]                    # [n] to row i + 1, as are the next two
     substitute: list[int]
@@ -77,7 +77,7 @@ def align(original_ids: Sequence[Hashable], edited_ids: Sequence[Hashable]) -> A
         if not isinstance(ids, Sequence):
             raise ValueError(f"{name}: expected a list of ids, got {type(ids).__name__}; "
                              "pass ids.tolist()")
-    moves = _cheapest_moves(original_ids, edited_ids)       # step 1: only runs are left to count
+    moves = cheapest_moves(original_ids, edited_ids)       # step 1: only runs are left to count
     pairs, edits = _best_path(moves, len(edited_ids), edit_cost=0, run_cost=1)
     return Alignment(_all_but((i for i, _ in pairs), len(original_ids)),
                      _all_but((j for _, j in pairs), len(edited_ids)), pairs, edits)
@@ -141,7 +141,7 @@ def gap_credit(alignment: Alignment, at_gaps: bool = True) -> Credit:
     return Credit(sorted(original), sorted(edited), pairs)
 
 
-def _cheapest_moves(a: Sequence[Hashable], b: Sequence[Hashable]) -> _Moves:
+def cheapest_moves(a: Sequence[Hashable], b: Sequence[Hashable]) -> Moves:
     """The moves that end a cheapest path from (0, 0) to the cell they enter.
 
     With D[i, j] the distance of a[:i] and b[:j], neighbours differ by at most 1, so a row of D is a
@@ -155,7 +155,7 @@ def _cheapest_moves(a: Sequence[Hashable], b: Sequence[Hashable]) -> _Moves:
     for j, token in enumerate(b):
         places[token] = places.get(token, 0) | 1 << j
     up, down = every, 0                                     # D[0, j] = j
-    moves = _Moves([], [], [], [up << 1])
+    moves = Moves([], [], [], [up << 1])
     for token in a:
         equal = places.get(token, 0)
         # Level spreads rightwards along `up`, as the carry of a sum does along ones.
@@ -171,14 +171,14 @@ def _cheapest_moves(a: Sequence[Hashable], b: Sequence[Hashable]) -> _Moves:
     return moves
 
 
-def _word_moves(a: Sequence[Hashable], b: Sequence[Hashable]) -> _Moves:
+def _word_moves(a: Sequence[Hashable], b: Sequence[Hashable]) -> Moves:
     """Every match, deletion and insertion; no substitution."""
     columns = (2 << len(b)) - 1
     match = [sum(2 << j for j, word in enumerate(b) if word == token) for token in a]
-    return _Moves(match, [0] * len(a), [columns] * len(a), [columns - 1] * (len(a) + 1))
+    return Moves(match, [0] * len(a), [columns] * len(a), [columns - 1] * (len(a) + 1))
 
 
-def _best_path(moves: _Moves, m: int, edit_cost: int, run_cost: int) -> tuple[list[Pair], int]:
+def _best_path(moves: Moves, m: int, edit_cost: int, run_cost: int) -> tuple[list[Pair], int]:
     """The path of least edit_cost * edits + run_cost * runs, right-most: its matches, its edits.
 
     From the end back to (0, 0), for each cell that can reach the end: the best continuation outside

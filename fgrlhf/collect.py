@@ -4,6 +4,7 @@
     python -m fgrlhf.collect --pairs pairs.jsonl --out edits.jsonl --editor human
     ANTHROPIC_API_KEY=... python -m fgrlhf.collect --pairs pairs.jsonl --out edits.jsonl \
         --editor llm --model NAME [--api openai --base-url http://127.0.0.1:8000/v1] [--dry-run]
+    python -m fgrlhf.collect --report A.jsonl [B.jsonl]       how edits look, how two people agree
 
 Reads preferences in any format of the readers and writes edits for train_rm.py. Stopped in any way
 and started again it goes on where it was; no record is done twice (fgrlhf/collecting/store.py).
@@ -22,6 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fgrlhf.collecting import client, human, llm
+from fgrlhf.collecting.agreement import report
 from fgrlhf.collecting.cache import Cache
 from fgrlhf.collecting.change import measure
 from fgrlhf.collecting.store import OUTCOMES, Skip, Store
@@ -161,4 +163,7 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    run(lambda: sys.exit(main(parse(Config, prog="fgrlhf.collect", description=__doc__))))
+    if sys.argv[1:2] == ["--report"]:
+        run(lambda: print(report(sys.argv[2:])))
+    else:
+        run(lambda: sys.exit(main(parse(Config, prog="fgrlhf.collect", description=__doc__))))

@@ -13,9 +13,9 @@ RIVALS = {"kernels/bench.py": {"liger_kernel", "trl"}}        # measured beside 
 # its own group, and from any kernel.
 RANKS = (
     ("config align", "fields", "files", "tokenizer edits", "readers",
-     "collecting.change collecting.tasks collecting.lines collecting.protocol",
+     "collecting.change collecting.tasks collecting.lines collecting.protocol collecting.ambiguity",
      "collecting.store collecting.cache", "collecting.segments collecting.desk collecting.client",
-     "collecting.human collecting.llm"),
+     "collecting.human collecting.llm collecting.agreement"),
     ("encode model", "lora"),
     ("safetensors layouts.stored", "layouts.huggingface_tokenizer layouts.llama2c layouts.meta",
      "layouts.huggingface", "checkpoint world", "simulate"),
