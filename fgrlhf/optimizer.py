@@ -40,9 +40,8 @@ class Optimizer:
                     if muon_lr and p.dim() == 2 and "layers." in n and "lora_" not in n]
         others = [m for m in self.masters if not any(m is x for x in matrices)]
         one_at_a_time = lambda group: [[m] for m in group] if in_backward else [group]
-        # foreach makes a temporary as large as the model; beside masters there is no room for that
         self.parts = [torch.optim.AdamW(group, lr=lr, betas=(0.9, 0.999), eps=1e-5,
-                                        weight_decay=weight_decay, foreach=not self.narrow)
+                                        weight_decay=weight_decay, fused=True)
                       for group in one_at_a_time(others)]
         if matrices:
             self.parts += [torch.optim.Muon(group, lr=muon_lr, weight_decay=weight_decay,
