@@ -151,8 +151,9 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
     A pair is one complex number, and turning it one multiplication.
     """
-    wide = x.to(table.real.dtype).unflatten(-1, (-1, 2))                         # [.., K/2, 2]
-    return torch.view_as_real(torch.view_as_complex(wide) * table).flatten(-2).to(x.dtype)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    pairs = torch.view_as_complex(wide.reshape(*x.shape[:-1], -1, 2))            # [.., K/2]
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
