@@ -110,8 +110,10 @@ def by_llm(tasks: list[Task], store: Store, asking: client.Client, max_change: f
             else:
                 store.add(record_of(task, *result, "llm", asking.model, llm.EDIT_PROMPT))
     print(f"{asking.requests} requests sent, {asking.cached} answers from the cache")
+    if asking.stopped_by:
+        print(f"stopped: {asking.stopped_by}; start again to go on")
     if problem:
-        print(f"start again for what was left unanswered; the last: {problem}")
+        print(f"left unanswered, for the next run; the last: {problem}")
     return not problem
 
 

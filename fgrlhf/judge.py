@@ -188,7 +188,7 @@ def by_llm(client: Client, system: list[Output],
                 judged[i] = result
     if left := len(system) - len(judged):
         raise UserError(f"--judge llm: {left} of {len(system)} pairs are left unanswered "
-                        f"({client.stopped_by or problem}); start again for those")
+                        f"({problem or client.stopped_by}); start again for those")
     return [judged[i] for i in range(len(system))]
 
 

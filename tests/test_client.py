@@ -21,7 +21,8 @@ ASKED = [{"role": "user", "content": "Who? é漢"}]
 def keys(monkeypatch):
     for name in ("ANTHROPIC_API_KEY", "OPENAI_API_KEY"):
         monkeypatch.setenv(name, KEY)
-    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")             # refuses; must not be used
+    monkeypatch.delenv("no_proxy", raising=False)
 
 
 def reach(server, cache=None, **options) -> Client:

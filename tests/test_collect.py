@@ -14,11 +14,15 @@ import pytest
 
 import eval as evaluation
 from fgrlhf import collect
+from fgrlhf.checkpoint import save_model
 from fgrlhf.collecting.store import Store
 from fgrlhf.config import UserError
 from fgrlhf.readers import read_edits
 from fgrlhf.simulate import World
+from fgrlhf.tokenizer import train
+from tests import processes
 from tests.misbehaving import FAULTS, KEY, Server
+from tests.small import llama
 from tests.test_layout import ROOT
 
 WORLD = World(0)
@@ -56,7 +60,7 @@ def command(tmp_path, server, *more) -> list[str]:
 def start(words: list[str], tmp_path) -> subprocess.Popen:
     log = open(tmp_path / f"log-{time.monotonic_ns()}.txt", "wb")
     return subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {
-        "ANTHROPIC_API_KEY": KEY, "no_proxy": "*", "OMP_NUM_THREADS": "1"})
+        "ANTHROPIC_API_KEY": KEY, "OMP_NUM_THREADS": "1"})
 
 
 def written(path: Path) -> int:
@@ -126,7 +130,6 @@ def test_collect_loses_and_doubles_nothing_of_500_records_with_faults_and_two_ki
 def main(tmp_path, monkeypatch):
     """main(flags...) runs the command in this process; write pairs.jsonl first."""
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
-    monkeypatch.setenv("no_proxy", "*")
 
     def call(*flags, status=0):
         assert status == collect.main(collect.parse(collect.Config, [
@@ -141,7 +144,9 @@ def test_collect_stops_at_its_budget_and_goes_on_in_the_next_run(tmp_path, main,
     with Server(lambda body, count: ("ok", good(body))) as server:
         for done in (4, 8, 10):
             main(*flags, "--base-url", server.url)
-            assert f"{done} of 10 records done" in capsys.readouterr().out
+            out = capsys.readouterr().out
+            assert f"{done} of 10 records done" in out
+            assert ("stopped: --max-requests 4 are sent" in out) == (done < 10)
         assert len(server.seen) == 10
 
 
@@ -270,13 +275,28 @@ def test_collect_interrupted_keeps_the_answers_under_way(tmp_path):
     assert len(read_edits(tmp_path / "edits.jsonl")) == 8
 
 
+def test_collected_edits_train_a_reward_model(tmp_path, main):
+    """The file as it stands: 11 edits, and one record that the editor found nothing wrong with."""
+    write_pairs(tmp_path / "pairs.jsonl", 12)
+    save_model(llama(vocab_size=290, max_seq_len=160), tmp_path / "small",
+               tokenizer=train(["The black dog sat on the mat, happily."], 290,
+                               tmp_path / "t.model"))
+    keep = json.dumps({"needs_change": False, "edited": None})
+    with Server(lambda body, count: ("ok", keep if number(body) == 5 else good(body))) as server:
+        main("--editor", "llm", "--model", "m", "--base-url", server.url)
+    done = processes.run(tmp_path, "train_rm.py", "--data", tmp_path / "edits.jsonl", "--model",
+                         tmp_path / "small", "--epochs", 2, "--batch", 4, "--out", tmp_path / "rm")
+    assert done.status == 0, done
+    assert json.loads((tmp_path / "rm" / "done.json").read_text())["records"] == 11
+    assert len((tmp_path / "rm" / "metrics.jsonl").read_text().splitlines()) == 6
+
+
 # The same client as judge.
 
 def test_eval_win_rate_by_a_language_model_agrees_with_its_recorded_judgements(
         tmp_path, monkeypatch, capsys):
     """40 wins, 20 ties, 40 losses, a fault in every fifth request; the second time asks nobody."""
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
-    monkeypatch.setenv("no_proxy", "*")
     for name in ("system", "reference"):
         (tmp_path / f"{name}.json").write_text(json.dumps([
             {"instruction": f"Number {i}?", "output": f"{name} {i}", "generator": name}

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 from fgrlhf.collecting.cache import Cache
-from fgrlhf.collecting.protocol import PROTOCOLS, Reply, key_of, retry_after
+from fgrlhf.collecting.protocol import PROTOCOLS, Reply, is_local, key_of, retry_after
 from fgrlhf.config import UserError, arg
 
 TRIES, LONGEST_PAUSE = 6, 600.0                   # tries a question; seconds a server may ask for
@@ -78,6 +78,8 @@ class Client:
         self.url = (options.base_url or self.protocol.base_url).rstrip("/") + self.protocol.path
         self._key = key_of(self.protocol, self.url, options.base_url is not None)
         self._opener = urllib.request.build_opener(_NoRedirect)
+        if is_local(self.url):                    # a proxy would see the key in the clear
+            self._opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
         self._mutex, self._stopping = threading.Lock(), threading.Event()
         self._not_before = 0.0                    # time.monotonic() of a Retry-After
         self.requests = self.cached = 0
@@ -134,6 +136,7 @@ class Client:
                     except Unanswered as error:
                         result, in_a_row = error, in_a_row + 1
                     if in_a_row == GIVE_UP:
+                        self.stopped_by = f"{GIVE_UP} questions in a row went unanswered"
                         self.stop()
                     yield futures[future], result
             except BaseException:

@@ -52,6 +52,11 @@ OPENAI = Protocol("https://api.openai.com/v1", "/chat/completions", "OPENAI_API_
 PROTOCOLS = {"anthropic": ANTHROPIC, "openai": OPENAI}
 
 
+def is_local(url: str) -> bool:
+    """Whether a URL names this very machine."""
+    return urllib.parse.urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+
+
 def key_of(protocol: Protocol, url: str, own_server: bool) -> str:
     """The key in the environment, "" where the user's own server needs none.
 
@@ -68,7 +73,7 @@ def key_of(protocol: Protocol, url: str, own_server: bool) -> str:
     if not all("!" <= c <= "~" for c in key):
         raise UserError(f"{protocol.variable}: expected a key of printable ASCII without blanks; "
                         "copy it again")
-    if key and parts.scheme == "http" and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
+    if key and parts.scheme == "http" and not is_local(url):
         raise UserError(f"--base-url {url}: would send the key in the clear; use https, or unset "
                         f"{protocol.variable} if the server needs none")
     return key
