@@ -124,6 +124,21 @@ def test_worked_loss_is_the_kernels(worked):
     assert worked.paper.options == token_preference.Options()
 
 
+@pytest.mark.parametrize("u0", token_preference.U0_TERMS)
+@pytest.mark.parametrize("how", ["sum", "mean"])
+def test_worked_text_fills_every_option_of_the_loss_with_numbers_that_give_it(u0, how, tokenizer,
+                                                                              reward):
+    """The right-hand side of L_u0, computed as it is printed, is the kernel's value."""
+    shown = work(SWAP, tokenizer, reward, LossSettings(u0=u0, u0_weight=0.3, reduce=how))
+    text = worked_text(shown)
+    numbers = re.search(r"L_u0 (?:= .*\n? *)*?= ([\d.]+) / (\d+) \* ([\d.e-]+) = (\S+)$", text, re.M)
+    lam, count, total, value = map(float, numbers.groups())
+    assert lam == 0.3 and value == pytest.approx(lam / count * total, abs=1e-4)
+    assert value == pytest.approx(shown.loss.u0, abs=1e-4)
+    assert values(text, "(3)", "s") == pytest.approx(
+        values(text, "(3)", f"{how} over U1+") - values(text, "(3)", f"{how} over U1-"), abs=1e-3)
+
+
 def token_rows(text: str) -> list[dict]:
     """The rows of the table of equations (5) to (7)."""
     table = text.split("clip     term\n")[1].split("\n\n")[0].splitlines()

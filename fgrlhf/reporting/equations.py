@@ -10,6 +10,13 @@ from fgrlhf.worked import Loss, Side, Worked, minus_log_sigmoid, sigmoid
 
 TERMS = 6                                           # a longer sum is not written out
 
+# The term of a pair of U0 by kernels/token_preference.py's names: what divides it beside M, its
+# formula, its value for (r_i+, r_j-).
+U0 = {"difference": (1, "(r_i+ - r_j-)^2", lambda plus, minus: (plus - minus) ** 2),
+      "anchor": (2, "(r_i+)^2 + (r_j-)^2", lambda plus, minus: plus ** 2 + minus ** 2),
+      "kept": (2, "-log sigmoid(r_i+) - log sigmoid(r_j-)",
+               lambda plus, minus: minus_log_sigmoid(plus) + minus_log_sigmoid(minus))}
+
 
 class Line(NamedTuple):
     """`name` = `formula` = `numbers` = `value`; formula and numbers may be empty."""
@@ -80,14 +87,10 @@ def loss_lines(worked: Worked) -> list[Line]:
 def _loss_lines(worked: Worked, loss: Loss, equation: str) -> list[Line]:
     options, plus, minus = loss.options, worked.chosen, worked.rejected
     M, changed = max(len(worked.pairs), 1), plus.changed() + minus.changed()
-    lam = f"{options.u0_weight:g}"
-    if options.u0 == "difference":
-        squares = sum((plus.rewards[j] - minus.rewards[i]) ** 2 for i, j in worked.pairs)
-        u0 = "lambda / M * sum over U0 of (r_i+ - r_j-)^2", f"{lam} / {M} * {show(squares)}"
-    else:
-        squares = sum(plus.rewards[j] ** 2 + minus.rewards[i] ** 2 for i, j in worked.pairs)
-        u0 = ("lambda / 2M * sum over U0 of (r_i+)^2 + (r_j-)^2",
-              f"{lam} / {2 * M} * {show(squares)}")
+    divisor, formula, term = U0[options.u0]
+    unchanged = sum(term(plus.rewards[j], minus.rewards[i]) for i, j in worked.pairs)
+    u0 = (f"lambda / {divisor if divisor > 1 else ''}M * sum over U0 of {formula}",
+          f"{options.u0_weight:g} / {divisor * M} * {show(unchanged)}")
     bt = f"-log sigmoid({show(loss.margin)})" if changed else "no changed token"
     lines = [Line(equation, "L_bt", "-log sigmoid(s)", bt, show(loss.bt)),
              Line(equation, "L_u0", *u0, show(loss.u0))]
