@@ -68,10 +68,11 @@ def flags_of(command: str) -> set[str]:
     import eval as evaluation
     import train_ppo
     import train_rm
-    from fgrlhf import reproduce, sft
+    from fgrlhf import collect, reproduce, sft
     configs = {"train_rm.py": train_rm.Config, "train_ppo.py": train_ppo.Config,
-               "fgrlhf.sft": sft.Config, "fgrlhf.reproduce": reproduce.Config,
-               "outputs": evaluation.OutputsConfig, "win-rate": evaluation.WinRateConfig,
+               "fgrlhf.sft": sft.Config, "fgrlhf.collect --pairs": collect.Config,
+               "fgrlhf.reproduce": reproduce.Config,
+               "eval.py outputs": evaluation.OutputsConfig, "win-rate": evaluation.WinRateConfig,
                "reward-model": evaluation.RewardModelConfig}
     config = next((config for name, config in configs.items() if name in command), None)
     return None if config is None else set(parser(config)._option_string_actions)
