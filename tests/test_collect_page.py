@@ -275,6 +275,26 @@ def test_kill_9_of_the_server_loses_neither_edits_nor_what_is_typed_meanwhile(pr
     assert program.edits() == {}
 
 
+def test_a_server_that_hangs_is_named_and_nothing_is_taken_for_accepted(program, tab):
+    tab.run("AbortSignal.timeout = ms => AbortSignal.abort()")     # as if 15 seconds had gone by
+    tab.type("Yes: ")
+    tab.press("Enter", CTRL)
+    assert "does not answer" in alert(tab) and content(tab, "count") == "0 of 3 done"
+    tab.run("AbortSignal.timeout = ms => new AbortController().signal")
+    tab.wait(f"{SAVED} && document.getElementById('alert').hidden")
+    tab.press("Enter", CTRL)
+    showing(tab, 1)
+    assert program.edits()["moon"]["edited"] == "Yes: " + RECORDS[0]["rejected"]
+
+
+def test_an_old_copy_in_the_browser_yields_to_a_newer_draft(program, tab):
+    write(tab, "Neil Aldrin did, in July 1969.")
+    tab.run("localStorage['draft Ada moon'] = JSON.stringify({known: ['older'], text: 'old'})")
+    tab.reload()
+    showing(tab, 0)
+    assert content(tab) == "Neil Aldrin did, in July 1969."
+
+
 def test_kill_9_of_the_browser_loses_no_draft(program, tmp_path, browser):
     with Browser(tmp_path / "profile") as doomed:
         tab = enter(doomed.open(program.url))

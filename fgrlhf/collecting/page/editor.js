@@ -3,6 +3,7 @@
 "use strict";
 
 const SAVE_AFTER = 250;                 // ms: while someone types, a draft is sent this often
+const PATIENCE = 15000;                 // ms: after that the server is taken for dead
 const RENEW_AFTER = 20000;              // ms: the record is ours for 90 s after each message
 const SPEAK_AFTER = 1200;               // ms of rest before a screen reader hears the measure
 
@@ -13,7 +14,9 @@ const page = newId();                   // this load of the page; `tab` outlives
 let tab = sessionStorage.tab ||= newId();
 let annotator = "", limit = 1;
 let record = null;                      // what is being edited, as the server sent it
-let saving = null, saveTimer = 0, speakTimer = 0, lookTimer = 0;
+let known = [];                         // its texts that the server may have: acknowledged or sent
+let queue = Promise.resolve();          // messages about it go one after the other
+let moving = false, saveTimer = 0, speakTimer = 0, lookTimer = 0;
 
 function newId() {
   return Array.from(crypto.getRandomValues(new Uint32Array(4)), n => n.toString(36)).join("");
@@ -29,8 +32,8 @@ async function call(action, fields = {}, options = {}) {
   const body = JSON.stringify({annotator, tab, page, ...fields});
   let answer;
   try {
-    answer = await fetch(action, {method: "POST", body, ...options,
-                                  headers: {"Content-Type": "application/json"}});
+    answer = await fetch(action, {method: "POST", body, signal: AbortSignal.timeout(PATIENCE),
+                                  headers: {"Content-Type": "application/json"}, ...options});
   } catch {
     throw new Refusal(0, "The server does not answer. What you type stays in this page; start " +
       "fgrlhf.collect again, and reload the page or open the new address that it prints.");
@@ -45,10 +48,11 @@ async function call(action, fields = {}, options = {}) {
 }
 
 function complain(error) {
-  if (!(error instanceof Refusal)) throw error;
   if (error.status === 409) return lose(error.message);
+  if (!(error instanceof Refusal)) console.error(error);
   $("alert").textContent = error.message;
   $("alert").hidden = false;
+  if (error.status === 0 && record) saveTimer ||= setTimeout(save, 2000);
 }
 
 // A textarea knows no carriage return: the edit gets back those that the original has.
@@ -59,29 +63,34 @@ function edited() {
   return record.rejected.includes("\r\n") ? text.value.replaceAll("\n", "\r\n") : text.value;
 }
 
-// ----- drafts: sent while typing; until the server has them the browser keeps a copy
+// ----- drafts: sent while typing; until the server has one the browser keeps a copy
 
 const copyName = () => `draft ${annotator} ${record.id}`;
 
 function typed() {
-  localStorage[copyName()] = edited();
   $("saved").textContent = "Saving…";
   saveTimer ||= setTimeout(save, SAVE_AFTER);
+  localStorage[copyName()] = JSON.stringify({known, text: edited()});      // may be full
 }
 
-async function save() {
+function begin() {                      // with the copy, where it is newer than what the server has
+  const copy = JSON.parse(localStorage[copyName()] ?? "null");
+  known = [record.text];
+  text.value = copy?.known.includes(record.text) ? copy.text : record.text;
+  if (edited() !== record.text) typed();
+}
+
+function save() {
   clearTimeout(saveTimer);
   saveTimer = 0;
-  if (saving) await saving;
-  if (!record) return;
-  saving = send(record, edited());
-  await saving;
+  return queue = queue.then(() => record && send(record, edited()));
 }
 
 async function send(about, value) {
+  if (!known.includes(value)) known = [...known.slice(0, 7), value];
   try {
     const change = await call("save", {id: about.id, text: value});
-    if (about !== record) return;
+    known = [value];
     if (edited() === value) {
       localStorage.removeItem(copyName());
       $("saved").textContent = "Draft saved";
@@ -89,16 +98,12 @@ async function send(about, value) {
     $("alert").hidden = true;
     show(change);
   } catch (error) {
-    if (about !== record) return;
     $("saved").textContent = "Not saved";
     complain(error);
-    if (error.status === 0) saveTimer ||= setTimeout(save, 2000);
-  } finally {
-    saving = null;
   }
 }
 
-setInterval(() => record && !saveTimer && save(), RENEW_AFTER);
+setInterval(() => record && !moving && !saveTimer && save(), RENEW_AFTER);
 addEventListener("pagehide", () => {
   if (record) call("leave", {id: record.id, text: edited()}, {keepalive: true}).catch(() => {});
 });
@@ -163,9 +168,9 @@ function open(view) {
     record.context.length === 1 ? "1 passage" : `${record.context.length} passages`;
   $("preferred-text").textContent = record.chosen;
   compare(false);
-  text.value = localStorage[copyName()] ?? record.text;
+  text.rows = 8 + record.rejected.length / 80;      // where field-sizing is unknown
+  begin();
   show(record.change);
-  if (edited() !== record.text) typed();
   scrollTo(0, 0);
   text.focus();
   text.setSelectionRange(0, 0);
@@ -211,7 +216,8 @@ function rest(view) {                   // no record is free
   if (elsewhere) {
     lookTimer = setTimeout(() => next().catch(complain), 5000);
     pause("Nothing left to take",
-          `${elsewhere} of ${view.total} records are open in other tabs.`, "Look again", next);
+          `${elsewhere} of ${view.total} records ${elsewhere === 1 ? "is" : "are"} open in other tabs.`,
+          "Look again", next);
   } else {
     pause(view.total === 1 ? "The record is done" : `All ${view.total} records are done`,
           "You can still undo the last one. Otherwise the program can stop now.",
@@ -233,17 +239,20 @@ function lose(reason) {                 // another page holds the record: let go
 async function next() { open(await call("next")); }
 
 async function move(action, fields = {}) {        // away from this record
+  if (moving) return;
+  moving = text.readOnly = true;
   clearTimeout(saveTimer);
   saveTimer = 0;
-  if (saving) await saving;
-  const about = record && copyName();
+  await queue;
+  const copy = record && copyName();
   try {
-    open(await call(action, record ? {id: record.id, text: edited(), ...fields} : fields));
-    if (about) localStorage.removeItem(about);
+    const view = await call(action, record ? {id: record.id, text: edited(), ...fields} : fields);
+    if (copy) localStorage.removeItem(copy);
+    open(view);
   } catch (error) {
     complain(error);
-    if (error.status === 0) saveTimer ||= setTimeout(save, 2000);
   }
+  moving = text.readOnly = false;
 }
 
 const acts = {
@@ -258,7 +267,7 @@ const acts = {
   },
   async undo() {
     if ($("undo").disabled) return;
-    if (record) await save();
+    await save();
     await move("undo");
   },
   revert() {
@@ -270,7 +279,7 @@ const acts = {
   help() { ask("shortcuts"); },
   edit() { text.focus(); },
   async name() {
-    if (record) await save();
+    await save();
     if (await askName(annotator)) await move("next");
   },
 };
