@@ -142,16 +142,33 @@ class Tokenizer:
         A character spelled by several byte pieces belongs to each of them; BOS and EOS have empty
         spans. (The library's own offsets count bytes, and only for text it has encoded itself.)
         """
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        spans, finished = [], 0                             # characters complete so far
-        for surface in self._surfaces(ids):
-            touched = []                                    # the character each byte lies in
-            for k in range(len(surface)):
-                finished += len(decoder.decode(surface[k:k + 1]))
-                between_characters = decoder.getstate()[0] == b""
-                touched.append(finished - between_characters)
-            spans.append((touched[0], touched[-1] + 1) if touched else (finished, finished))
+        surfaces = list(self._surfaces(ids))
+        home = character_of_byte(b"".join(surfaces))
+        spans, end = [], 0                                  # end: bytes so far
+        for surface in surfaces:
+            start, end = end, end + len(surface)
+            before = home[start - 1] + 1 if start else 0    # characters so far
+            spans.append((home[start], home[end - 1] + 1) if surface else (before, before))
         return spans
+
+
+def character_of_byte(data: bytes) -> list[int]:
+    """[bytes] which character of data.decode(errors="replace") each byte lies in.
+
+    (An incremental decoder, fed byte by byte, says so too late where bytes spell a surrogate.)
+    """
+    home, count = [], 0
+    while len(home) < len(data):
+        rest, broken = data[len(home):], 0
+        try:
+            whole = rest.decode()
+        except UnicodeDecodeError as error:                 # the first bytes that are no UTF-8
+            whole, broken = rest[:error.start].decode(), error.end - error.start
+        sizes = [len(character.encode()) for character in whole] + [broken] * (broken > 0)
+        for size in sizes:
+            home += [count] * size
+            count += 1
+    return home
 
 
 def train(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:

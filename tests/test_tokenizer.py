@@ -150,6 +150,13 @@ def test_spans_of_broken_utf8_stay_inside_the_text(small):
         assert all(0 <= start <= end <= len(text) for start, end in small.spans(ids))
 
 
+def test_spans_of_bytes_that_spell_a_surrogate_give_each_its_own_character(small):
+    """ED A0 80 would be U+D800: three characters U+FFFD, and one of them for each byte."""
+    ids = [byte + 3 for byte in (0xED, 0xA0, 0x80)] + small.encode("a")[-1:]
+    assert small.decode(ids) == 3 * "\ufffd" + "a"
+    assert small.spans(ids) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+
+
 def test_special_ids(llama):
     assert (llama.vocab_size, llama.bos_id, llama.eos_id, llama.pad_id) == (32000, 1, 2, 0)
     assert llama.sha256 == "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
