@@ -26,6 +26,9 @@ RANKS = (
      "reporting.worked_page", "report"),
     ("sft generate memory pipeline train_rm explain", "checks", "train_ppo",
      "eval reproduce collect"),
+    ("fixtures.case fixtures.compare",
+     "fixtures.text fixtures.transformer fixtures.preference fixtures.advantage",
+     "fixtures.alignment fixtures.likelihood", "fixtures.policy", "golden"),
 )
 KERNELS = ("three_matmuls clipped_surrogate token_preference", "linear_logp exact_kl",
            "linear_ppo linear_cross_entropy", "bench")
