@@ -41,7 +41,7 @@ from fgrlhf.ppo import check_first_ratio, policy_loss, value_loss
 from fgrlhf.readers import read_prompts
 from fgrlhf.reward import RewardModel, load_reward
 from fgrlhf.rollout import (Rollout, Sequences, by_length, in_groups, locate, sample, score,
-                            unflatten)
+                            states_before, unflatten)
 from fgrlhf.rules import Subject
 from fgrlhf.run import Run, batches, generator, pick_device
 from fgrlhf.tokenizer import Tokenizer
@@ -109,7 +109,7 @@ class Critic(nn.Module):
     def forward(self, sequences) -> Tensor:
         """Values [B, T] in calibrated reward; values[:, t] is known before token t is chosen."""
         at = locate(sequences)
-        hidden = self.trunk.hidden(sequences.tokens)[at.row, at.position - 1]    # [N, D]
+        hidden = states_before(self.trunk, sequences, at)                            # [N, D]
         values = (self.head(hidden.to(self.head.weight.dtype))[:, 0] - self.mean) / self.scale
         return unflatten(values, at, sequences)
 

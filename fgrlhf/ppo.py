@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fgrlhf.model import LLaMA
-from fgrlhf.rollout import Sequences, locate
+from fgrlhf.rollout import Sequences, locate, states_before
 from kernels import linear_ppo
 
 
@@ -23,7 +23,7 @@ def policy_loss(policy: LLaMA, sequences: Sequences, logp_old: Tensor, advantage
     logp_old, advantages [B, T] -> the kernel's loss and statistics.
     """
     at = locate(sequences)
-    hidden = policy.hidden(sequences.tokens)[at.row, at.position - 1]            # [N, D]
+    hidden = states_before(policy, sequences, at)                                # [N, D]
     return linear_ppo.fused(hidden, policy.head, at.target, logp_old[at.row, at.step],
                             advantages[at.row, at.step], clip_eps, temperature, denominator)
 

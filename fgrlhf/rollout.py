@@ -71,6 +71,14 @@ def locate(sequences: Sequences) -> Located:
     return Located(row, step, position, sequences.tokens[row, position])
 
 
+def states_before(model: LLaMA, sequences: Sequences, at: Located) -> Tensor:
+    """[N, D] the hidden state that each response token is chosen from, one position before it.
+
+    The last token's own state is not needed: no pass is made over the last column.
+    """
+    return model.hidden(sequences.tokens[:, :-1])[at.row, at.position - 1]
+
+
 def unflatten(values: Tensor, at: Located, sequences: Sequences) -> Tensor:
     """[N] per-token values -> [B, T], 0 in the padding."""
     shape = (len(sequences.tokens), int(sequences.response_lengths.max()))
@@ -96,7 +104,7 @@ def score(model: LLaMA, sequences: Sequences, temperature: float = 1.0) -> Tenso
     of sampling; logits exist for response positions only, a chunk at a time.
     """
     at = locate(sequences)
-    hidden = model.hidden(sequences.tokens)[at.row, at.position - 1]             # [N, D]
+    hidden = states_before(model, sequences, at)                                 # [N, D]
     logp = linear_logp.fused(hidden, model.head, at.target, temperature).logp    # [N]
     return unflatten(logp, at, sequences)
 

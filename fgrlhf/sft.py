@@ -23,7 +23,7 @@ from fgrlhf.encode import encode_prompt, encode_response
 from fgrlhf.lora import Own
 from fgrlhf.model import DTYPES, PRESETS, LLaMA, build
 from fgrlhf.optimizer import Optimizer
-from fgrlhf.rollout import Sequences, locate, pack
+from fgrlhf.rollout import Sequences, locate, pack, states_before
 from fgrlhf.run import Run, bucketed_batches, pick_device
 from fgrlhf.tokenizer import Tokenizer
 from kernels import linear_cross_entropy
@@ -84,7 +84,7 @@ def start_model(config: Config, device) -> tuple[LLaMA, Tokenizer]:
 def loss_of(model: LLaMA, sequences: Sequences) -> torch.Tensor:
     """Mean negative log-likelihood of the response tokens, in nats."""
     at = locate(sequences)
-    hidden = model.hidden(sequences.tokens)[at.row, at.position - 1]             # [N, D]
+    hidden = states_before(model, sequences, at)                                 # [N, D]
     return linear_cross_entropy.fused(hidden, model.head, at.target).loss
 
 
