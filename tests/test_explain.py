@@ -131,7 +131,8 @@ def test_worked_text_fills_every_option_of_the_loss_with_numbers_that_give_it(u0
     """The right-hand side of L_u0, computed as it is printed, is the kernel's value."""
     shown = work(SWAP, tokenizer, reward, LossSettings(u0=u0, u0_weight=0.3, reduce=how))
     text = worked_text(shown)
-    numbers = re.search(r"L_u0 (?:= .*\n? *)*?= ([\d.]+) / (\d+) \* ([\d.e-]+) = (\S+)$", text, re.M)
+    numbers = re.search(r"L_u0 (?:= .*\n? *)*?= ([\d.]+) / (\d+) \* ([\d.e-]+) = (\S+)$", text,
+                        re.M)
     lam, count, total, value = map(float, numbers.groups())
     assert lam == 0.3 and value == pytest.approx(lam / count * total, abs=1e-4)
     assert value == pytest.approx(shown.loss.u0, abs=1e-4)

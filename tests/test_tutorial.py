@@ -1,4 +1,4 @@
-"""TUTORIAL.md: every command in it is run, in order, and what is certain in its outputs compared."""
+"""TUTORIAL.md: every command in it is run, in order; what is certain in its outputs is compared."""
 
 import contextlib
 import io
@@ -44,7 +44,7 @@ def run(command: str, folder) -> str:
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory) -> list[str]:
-    """What the commands of each block print, block after block: the tutorial as a reader does it."""
+    """What the commands of each block print, block after block, as a reader runs them."""
     folder = tmp_path_factory.mktemp("runs")
     return ["".join(run(command, folder) for command in commands_of(block)).replace(
         str(folder / "tutorial"), "runs/tutorial") for block, _ in BLOCKS]
