@@ -149,7 +149,6 @@ function open(view) {
   clearTimeout(lookTimer);
   $("alert").hidden = true;
   $("saved").textContent = "";
-  $("spoken").textContent = "";
   $("undo").disabled = !view.undo;
   $("count").textContent = `${view.done} of ${view.total} done`;
   $("progress").setAttribute("aria-valuemax", view.total);
@@ -171,6 +170,8 @@ function open(view) {
   text.rows = 8 + record.rejected.length / 80;      // where field-sizing is unknown
   begin();
   show(record.change);
+  clearTimeout(speakTimer);
+  $("spoken").textContent = `${$("count").textContent}. Now: ${record.prompt}`;
   scrollTo(0, 0);
   text.focus();
   text.setSelectionRange(0, 0);
