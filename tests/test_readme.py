@@ -2,11 +2,14 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from fgrlhf.config import parser
+from fgrlhf.golden import cases
 from tests.test_layout import ROOT
 
 TEXT = (ROOT / "README.md").read_text()
@@ -48,6 +51,25 @@ def test_readme_covers_every_kernel():
     for path in (ROOT / "kernels").glob("*.py"):
         if path.name != "__init__.py":
             assert path.name in TEXT, path.name
+
+
+def test_readme_map_names_every_fixture_and_no_other():
+    table = TEXT.split("| test | fixture |\n")[1].split("\n\n")[0]
+    cells = [line.split("|")[5] for line in table.splitlines()]
+    named = {name for cell in cells for name in re.findall(r"`([\w-]+)`", cell)}
+    assert named == {case.name.removesuffix("-one-token") for case in cases()}
+
+
+def test_readme_porting_commands_end_as_it_says(tmp_path):
+    text = TEXT.split("## Porting")[1].split("\n## ")[0]
+    last = None
+    for line in text.split("```")[1].strip().splitlines():
+        words = line.split("#")[0].replace("runs/golden", str(tmp_path / "golden")).split()
+        last = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert last.returncode == 0, last.stderr
+    assert f"`{last.stdout.splitlines()[-1]}`" in text
+    files = [path for path in (tmp_path / "golden").rglob("*.*") if "outputs" not in path.parts]
+    assert f"{len(files)} files, {sum(p.stat().st_size for p in files) / 1000:.0f} KB" in text
 
 
 def test_readme_glossary_has_every_metric_that_is_logged():
