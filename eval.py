@@ -25,8 +25,9 @@ from fgrlhf.collecting.cache import Cache
 from fgrlhf.collecting.client import Client, Options
 from fgrlhf.config import UserError, arg, parse, run
 from fgrlhf.edits import TEMPLATES, Output, write_jsonl, write_outputs
-from fgrlhf.encode import encode_preferences, read_preferences
+from fgrlhf.encode import encode_preferences, encode_prompt, read_encoded
 from fgrlhf.evaluate import bootstrap, reward_table
+from fgrlhf.files import each
 from fgrlhf.judge import (
     answers, by_annotations, by_llm, by_oracle, by_reward, judge_preferences, preferences_of)
 from fgrlhf.model import DTYPES
@@ -47,6 +48,8 @@ class OutputsConfig:
     temperature: float = arg(1.0, least=0, help="0 is greedy")
     seed: int = arg(0, help="seed of the sampling")
     limit: int | None = arg(None, least=1, help="answer the first N prompts only")
+    on_bad_record: str = arg("stop", choices=("stop", "skip"), help="a record that cannot be used: "
+                             "stop, or leave it out, count and list it")
     batch: int = arg(256, least=1, help="prompts decoded together")
     dtype: str = arg("float32", choices=DTYPES, help="of weights and activations")
     device: str = arg("auto", help="auto, cpu, cuda, ...")
@@ -74,6 +77,8 @@ class WinRateConfig(Options):
 class RewardModelConfig:
     reward: str = arg(help="folder of the reward model")
     data: str = arg(help="held-out edits or pairs; token AUC where edits have spans")
+    on_bad_record: str = arg("stop", choices=("stop", "skip"), help="a record that cannot be used: "
+                             "stop, or leave it out, count and list it")
     template: str = arg("plain", choices=tuple(TEMPLATES), help="how a record becomes a prompt")
     prompt_tokens: int | None = arg(None, least=2,
                                     help="keep a longer prompt's last N tokens (default: refuse)")
@@ -86,7 +91,10 @@ def outputs(config: OutputsConfig) -> dict:
     device = pick_device(config.device)
     policy = load_model(config.policy, device, getattr(torch, config.dtype))
     tokenizer = load_tokenizer(config.policy)
-    prompts = read_prompts(config.prompts)[:config.limit]
+    prompts = read_prompts(config.prompts, config.on_bad_record)[:config.limit]
+    room = policy.config.max_seq_len - config.max_new_tokens
+    fitting = lambda prompt: encode_prompt(tokenizer, prompt, config.template, room) and prompt
+    prompts = each(prompts, fitting, config.on_bad_record, config.prompts)
     wanted = [(config.out, config.temperature)]
     if config.greedy_out:
         wanted.append((config.greedy_out, 0.0))
@@ -146,9 +154,10 @@ def reward_model(config: RewardModelConfig) -> dict:
     model = load_reward(config.reward, pick_device(config.device),
                         getattr(torch, config.dtype))
     tokenizer = load_tokenizer(config.reward)
-    records = read_preferences(config.data, config.normalise)
-    examples = encode_preferences(records, tokenizer, model.trunk.config.max_seq_len,
-                                  config.template, config.prompt_tokens)
+    encode = lambda records: encode_preferences(records, tokenizer, model.trunk.config.max_seq_len,
+                                                config.template, config.prompt_tokens)
+    records, examples = read_encoded(config.data, encode, config.normalise, None,
+                                     config.on_bad_record)
     return reward_table(judge_preferences(model, records, examples, tokenizer))
 
 

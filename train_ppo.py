@@ -34,6 +34,7 @@ from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer, save_mod
 from fgrlhf.config import UserError, arg, parse, run
 from fgrlhf.edits import TEMPLATES
 from fgrlhf.encode import encode_prompt
+from fgrlhf.files import each
 from fgrlhf.judge import OracleJudge, answers
 from fgrlhf.model import DTYPES, LLaMA
 from fgrlhf.optimizer import Optimizer
@@ -55,6 +56,8 @@ class Config:
     prompts: str = arg(help="prompts to sample responses to")
     out: str = arg(help="folder for the policies and the logs")
     template: str = arg("plain", choices=tuple(TEMPLATES), help="how a record becomes a prompt")
+    on_bad_record: str = arg("stop", choices=("stop", "skip"), help="a record that cannot be used: "
+                             "stop, or leave it out, count and list it")
     iterations: int = arg(30, least=1, help="rollout and update, this many times")
     rollouts: int = arg(64, least=1, help="episodes an iteration")
     max_new_tokens: int = arg(64, least=1, help="longest response; a longer one is truncated")
@@ -198,7 +201,7 @@ def check_shapes(config: Config) -> None:
     if config.rollouts < config.minibatches or min(config.rollouts, config.minibatches) < 1:
         raise UserError(f"--minibatches {config.minibatches}: "
                         f"expected 1..{config.rollouts} (--rollouts)")
-    if config.temperature <= 0:
+    if not config.temperature > 0:
         raise UserError(f"--temperature {config.temperature}: expected a number above 0")
     wanted = [config.dev_prompts is None, config.dev_reference is None, config.world is None]
     if any(wanted) and not all(wanted):
@@ -258,7 +261,8 @@ def load(config: Config, device: torch.device) -> Setup:
         raise UserError(f"--max-new-tokens {config.max_new_tokens}: expected fewer than the "
                         f"policy's context of {policy.config.max_seq_len} tokens")
     encode = lambda record: encode_prompt(tokenizer, record, config.template, room)
-    prompts = [encode(record) for record in read_prompts(config.prompts)]
+    prompts = each(read_prompts(config.prompts, config.on_bad_record), encode, config.on_bad_record,
+                   config.prompts)
     judge = None
     if config.dev_prompts:
         judge = OracleJudge.load(config.world, config.dev_prompts, config.dev_reference)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer
 from fgrlhf.config import UserError, arg, parse, run
 from fgrlhf.edits import TEMPLATES
-from fgrlhf.encode import UNITS, PreferenceIds, encode_preferences, read_preferences
+from fgrlhf.encode import UNITS, PreferenceIds, encode_preferences, read_encoded
 from fgrlhf.evaluate import Judged, reward_table
 from fgrlhf.judge import judge_preferences
 from fgrlhf.lora import Own
@@ -47,6 +47,8 @@ class Config:
                                     help="keep a longer prompt's last N tokens (default: refuse)")
     normalise: bool = arg(False, help="collapse runs of whitespace in edits first")
     limit: int | None = arg(None, least=1, help="use the first N records only")
+    on_bad_record: str = arg("stop", choices=("stop", "skip"), help="a record that cannot be used: "
+                             "stop, or leave it out, count and list it")
     unit: str = arg("token", choices=UNITS, help="unit of the alignment")
     credit_gap: bool = arg(True,
                            help="a pure insertion or deletion credits the token behind the gap")
@@ -164,19 +166,18 @@ def train(config: Config) -> None:
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.model)
     context = load_model(config.model, "meta").config.max_seq_len
-    read = lambda path: read_preferences(path, config.normalise, config.limit)
     encode = lambda records: encode_preferences(
         records, tokenizer, context, config.template, config.prompt_tokens, config.unit,
         config.credit_gap)
-    records = read(config.data)
-    examples = encode(records)
+    read = lambda path: read_encoded(path, encode, config.normalise, config.limit,
+                                     config.on_bad_record)
+    records, examples = read(config.data)
     if config.folds == 1 or config.folds > len(records):
         raise UserError(f"--folds {config.folds}: expected 0, or 2 to {len(records)} (the records)")
     held_out = {}
     for name, path in (("edits", config.eval_edits), ("pairs", config.eval_pairs)):
         if path:
-            kept = read(path)
-            held_out[name] = kept, encode(kept)
+            held_out[name] = read(path)
     log = Run(config, tokenizer.sha256, ("data", "model", "eval_edits", "eval_pairs"))
     if config.folds:
         log.finish(cross_validate(config, records, examples, tokenizer, log, device))

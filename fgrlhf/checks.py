@@ -142,7 +142,7 @@ def main(config: Config) -> None:
     wanted = (config.policy, config.reward, config.prompts)
     if any(wanted) == bool(config.replay) or any(wanted) and not all(wanted):
         raise UserError("expected --policy DIR --reward DIR --prompts FILE, or --replay FILE alone")
-    if config.temperature <= 0:
+    if not config.temperature > 0:
         raise UserError(f"--temperature {config.temperature}: expected a number above 0")
     if config.replay:
         for line in replay.report(config.replay):

@@ -32,20 +32,30 @@ def arg(default=dataclasses.MISSING, *, help: str, choices: tuple | None = None,
                              metadata={"help": help, "choices": choices, "least": least})
 
 
-def at_least(kind: type, least: float):
-    """An argparse type: a number of `kind` not below `least`."""
+def at_least(kind: type, least: float | None):
+    """An argparse type: a number of `kind` not below `least`, nor beyond what the machine holds."""
     def number(text: str):
         value = kind(text)
-        if not value >= least:                                      # refuses NaN as well
+        if not (least is None or value >= least):                   # refuses NaN as well
             raise argparse.ArgumentTypeError(f"expected a number of at least {least}, got {text}")
+        if not abs(value) < 2 ** 63:
+            raise argparse.ArgumentTypeError(f"expected a number below 2^63, got {text}")
         return value
     number.__name__ = kind.__name__                                # argparse names it in its errors
     return number
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Refuses in one line, as everything else here does; the flags are in --help."""
+
+    def error(self, message: str):
+        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
 def parser(config: type, prog: str | None = None, description: str = "") -> argparse.ArgumentParser:
     """An argument parser with one flag for each field of the dataclass `config`."""
-    result = argparse.ArgumentParser(
+    result = OneLineParser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     hints = typing.get_type_hints(config)
@@ -64,7 +74,7 @@ def parser(config: type, prog: str | None = None, description: str = "") -> argp
             options["action"] = argparse.BooleanOptionalAction
         else:
             least = field.metadata["least"]
-            options |= {"type": kind if least is None else at_least(kind, least),
+            options |= {"type": at_least(kind, least) if kind in (int, float) else kind,
                         "choices": field.metadata["choices"],
                         "metavar": None if field.metadata["choices"] else kind.__name__.upper()}
         result.add_argument("--" + field.name.replace("_", "-"), **options)
@@ -102,6 +112,10 @@ def run(main: typing.Callable[[], None]) -> None:
         raise SystemExit(1) from None
     except BrokenPipeError:
         raise SystemExit(141) from None
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; check path, "
+              "permissions and free space", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -5,11 +5,13 @@ prompt begins with BOS; the response ends with EOS, an action like any other. A 
 not fit the context is cut and then ends without EOS, as a truncated one does.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from fgrlhf.align import Alignment, align, align_words, gap_credit
 from fgrlhf.config import UserError
 from fgrlhf.edits import Edit, Pair, normalise_edit, render_prompt
+from fgrlhf.files import each
 from fgrlhf.readers import read_edits, read_pairs
 
 UNITS = ("token", "word")
@@ -96,20 +98,30 @@ def encode_preferences(records: list[Edit | Pair], tokenizer, context: int, temp
             for record, prompt in zip(records, prompts)]
 
 
-def read_preferences(path: str, normalise: bool = False,
-                     limit: int | None = None) -> list[Edit | Pair]:
+def read_preferences(path: str, normalise: bool = False, limit: int | None = None,
+                     on_bad_record: str = "stop") -> list[Edit | Pair]:
     """Edits where the file holds edits, pairs otherwise; an edit that changes nothing is left out.
 
-    normalise: collapse runs of whitespace in edits. limit: the first so many records only.
+    normalise: collapse runs of whitespace in edits. limit: the first so many records only. For
+    `on_bad_record` see files.each.
     """
     try:
-        records = [normalise_edit(r) if normalise else r for r in read_edits(path)]
+        edits = read_edits(path, on_bad_record)
+        records = [normalise_edit(r) if normalise else r for r in edits]
     except UserError:
-        records = read_pairs(path)                # knows edits too, and names the fault of either
+        records = read_pairs(path, on_bad_record)     # knows edits too, names the fault of either
     records = [r for r in records if not isinstance(r, Edit) or r.original != r.edited][:limit]
     if not records:
         raise UserError(f"{path}: expected at least one record with two different texts, got none")
     return records
+
+
+def read_encoded(path: str, encode: Callable[[list], list[PreferenceIds]], normalise: bool,
+                 limit: int | None, on_bad_record: str) -> tuple[list, list[PreferenceIds]]:
+    """The records of `read_preferences` and what `encode` makes of each, in one order."""
+    records = read_preferences(path, normalise, limit, on_bad_record)
+    both = each(records, lambda record: (record, *encode([record])), on_bad_record, path)
+    return [record for record, _ in both], [ids for _, ids in both]
 
 
 def span_types(tokenizer, ids: list[int], spans) -> list[str]:

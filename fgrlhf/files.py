@@ -17,6 +17,26 @@ from fgrlhf.config import UserError
 from fgrlhf.fields import show
 
 
+class _Watched:
+    """A binary file that remembers what the system refused.
+
+    torch.save turns a full disk into a RuntimeError about positions.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.refusal = file, None
+
+    def write(self, data) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.refusal = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def write_atomic(path: str | Path, data: bytes | Callable[[BinaryIO], object]) -> None:
     """Put `data` (bytes, or a function that writes into an open binary file) at `path`.
 
@@ -33,10 +53,11 @@ def write_atomic(path: str | Path, data: bytes | Callable[[BinaryIO], object]) -
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
-                if callable(data):
-                    data(file)
-                else:
-                    file.write(data)
+                watched = _Watched(file)
+                try:
+                    data(watched) if callable(data) else watched.write(data)
+                except RuntimeError:
+                    raise watched.refusal or sys.exception() from None
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -128,34 +149,51 @@ def read_records(path: str | Path, build: Callable[[object, str], object],
                  on_bad_record: str = "stop") -> list:
     """`build(value, place)` for every record of `path`; what it makes None of is left out.
 
-    `build` raises UserError to refuse a record. on_bad_record = "stop" raises the first refusal;
-    "skip" leaves refused records out and sums them up on stderr. A second record with the same `id`
-    is refused; so is a file that gives no record at all.
+    `build` raises UserError to refuse a record. A second record with the same `id` is refused; so
+    is a file that gives no record at all. For `on_bad_record` see `each`.
+    """
+    place_of: dict[str, str] = {}
+
+    def build_one(item: tuple[str, object]):
+        place, value = item
+        if isinstance(value, UserError):
+            raise value
+        record = build(value, place)
+        name = getattr(record, "id", None)
+        if name is not None and place_of.setdefault(name, place) != place:
+            raise UserError(f"{place}: id: expected a new id, got {show(name)} as in "
+                            f"{place_of[name]}; rename or delete one of the two")
+        return record
+
+    return each(read_json(path), build_one, on_bad_record, path)
+
+
+def each(items: list, build: Callable[[object], object], on_bad_record: str,
+         path: str | Path) -> list:
+    """`build(item)` for every item; what it makes None of is left out. UserError if none is left.
+
+    on_bad_record = "stop" raises the first refusal (a UserError of `build`), with the file's name
+    in front; "skip" leaves refused items out, counts them and lists them all on stderr.
     """
     if on_bad_record not in ("stop", "skip"):
         raise ValueError(f'on_bad_record: expected "stop" or "skip", got {on_bad_record!r}')
-    values = read_json(path)
-    records, refusals, place_of = [], [], {}
-    for place, value in values:
+    made, refusals = [], []
+    for item in items:
         try:
-            if isinstance(value, UserError):
-                raise value
-            record = build(value, place)
-            if record is None:
-                continue
-            name = getattr(record, "id", None)
-            if name is not None and place_of.setdefault(name, place) != place:
-                raise UserError(f"{place}: id: expected a new id, got {show(name)} as in "
-                                f"{place_of[name]}; rename or delete one of the two")
-            records.append(record)
+            result = build(item)
         except UserError as error:
+            named = str(error).startswith(str(path))
+            refusal = error if named else UserError(f"{path}: {error}")
             if on_bad_record == "stop":
-                raise
-            refusals.append(error)
-    if refusals:
-        print(f"{path}: left out {len(refusals)} bad records of {len(values)}; the first:",
-              *refusals[:3], sep="\n  ", file=sys.stderr)
-    if not records:
-        raise UserError(f"{path}: expected at least one usable record, got none in {len(values)}; "
+                raise refusal from None
+            refusals.append(refusal)
+            continue
+        if result is not None:
+            made.append(result)
+    if not made:
+        raise UserError(f"{path}: expected at least one usable record, got none in {len(items)}; "
                         "check that this is the right file")
-    return records
+    if refusals:
+        print(f"{path}: left out {len(refusals)} bad records of {len(items)}:", *refusals,
+              sep="\n  ", file=sys.stderr)
+    return made

@@ -104,14 +104,19 @@ def ratio_is_one(s: Subject, rollout: Rollout) -> Check:
 
 def padding_is_inert(s: Subject, rollout: Rollout) -> Check:
     """Rule 5: other ids in the padding, and NaN behind every input, change no number."""
-    sequences, mask = rollout.sequences, rollout.sequences.response_mask
+    lengths = rollout.sequences.response_lengths
+    half = torch.where(torch.arange(len(lengths), device=lengths.device) % 2 == 1,
+                       (lengths + 1) // 2, lengths)                 # so that there is padding
+    sequences = rollout.sequences._replace(response_lengths=half)
+    mask = sequences.response_mask
+    logp_old = rollout.logp_old[:, :mask.shape[1]]
     real = (torch.arange(sequences.tokens.shape[1], device=mask.device)
             < (sequences.prompt_lengths + sequences.response_lengths)[:, None])
     other = sequences.tokens.roll(1, 0).flip(1) % s.policy.config.vocab_size
     spoiled = sequences._replace(tokens=torch.where(real, sequences.tokens, other))
 
     def numbers(batch: Sequences, padding: float) -> list[Tensor]:
-        given = torch.where(mask, rollout.logp_old, padding)
+        given = torch.where(mask, logp_old, padding)
         advantages = torch.where(mask, torch.ones_like(given), padding)
         out = policy_loss(s.policy, batch, given, advantages, 0.2, s.temperature, int(mask.sum()))
         rewards = torch.where(mask, s.reward_model.ppo_rewards(batch), padding)

@@ -20,6 +20,7 @@ from fgrlhf import edits, readers
 from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer, save_model
 from fgrlhf.config import UserError, arg, parse, run
 from fgrlhf.encode import encode_prompt, encode_response
+from fgrlhf.files import each
 from fgrlhf.lora import Own
 from fgrlhf.model import DTYPES, PRESETS, LLaMA, build
 from fgrlhf.optimizer import Optimizer
@@ -42,6 +43,8 @@ class Config:
     prompt_tokens: int | None = arg(None, least=2,
                                     help="keep a longer prompt's last N tokens (default: refuse)")
     limit: int | None = arg(None, least=1, help="use the first N records only")
+    on_bad_record: str = arg("stop", choices=("stop", "skip"), help="a record that cannot be used: "
+                             "stop, or leave it out, count and list it")
     epochs: int = arg(1, least=0, help="passes over the data; 0 saves the model as it starts")
     batch: int = arg(32, least=1, help="sequences a step")
     lr: float = arg(5e-3, least=0, help="Adam's peak learning rate: warm-up, then linear to 0")
@@ -93,12 +96,14 @@ def train(config: Config) -> None:
     model, tokenizer = start_model(config, device)
     context = model.config.max_seq_len
     limit = min(config.prompt_tokens or context, context - 1)
-    prompts, responses = [], []
-    for record in readers.read_demonstrations(config.data)[:config.limit]:
-        prompts.append(encode_prompt(tokenizer, record, config.template, limit,
-                                     keep_end=config.prompt_tokens is not None))
-        responses.append(encode_response(tokenizer, record.output, prompts[-1], context))
 
+    def encode(record: edits.Demonstration) -> tuple[list[int], list[int]]:
+        prompt = encode_prompt(tokenizer, record, config.template, limit,
+                               keep_end=config.prompt_tokens is not None)
+        return prompt, encode_response(tokenizer, record.output, prompt, context)
+
+    records = readers.read_demonstrations(config.data, config.on_bad_record)[:config.limit]
+    prompts, responses = zip(*each(records, encode, config.on_bad_record, config.data))
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
     per_epoch = -(-len(prompts) // config.batch)
     steps = config.epochs * per_epoch

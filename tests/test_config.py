@@ -41,7 +41,9 @@ def test_parse_returns_a_frozen_instance():
 def test_parse_refuses_with_exit_status_2(argv, text, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(Config, argv)
-    assert stop.value.code == 2 and text in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and text in err
+    assert err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_parser_help_names_every_flag_its_text_and_its_default():
@@ -98,6 +100,30 @@ def test_parse_refuses_a_number_below_the_least(argv, capsys):
         parse(Bounded, argv)
     assert stop.value.code == 2
     assert f"argument {argv[0]}: expected a number of at least" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--batch", "1" + "0" * 30], ["--share", "inf"]])
+def test_parse_refuses_a_number_beyond_the_machine(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Bounded, argv)
+    assert stop.value.code == 2
+    assert f"argument {argv[0]}: expected a number below 2^63" in capsys.readouterr().err
+
+
+def test_run_turns_a_refusal_of_the_system_into_one_line(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: open(tmp_path / "absent" / "file"))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (f"error: {tmp_path}/absent/file: No such file or directory; "
+                                       "check path, permissions and free space\n")
+
+
+def test_run_says_interrupted_with_status_130(capsys):
+    def main():
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
 def test_parse_takes_the_least_number_itself():

@@ -303,47 +303,12 @@ def test_readers_leave_bad_records_out_when_told_to_skip_and_say_so(lines, capsy
     path = lines(EDIT, "{", *bad, EDIT, EDIT | {"id": "e2"})
     assert [edit.id for edit in read_edits(path, "skip")] == ["e1", "e2"]
     out, err = capsys.readouterr()
-    assert out == "" and err.splitlines()[0] == f"{path}: left out 6 bad records of 8; the first:"
+    assert out == "" and err.splitlines()[0] == f"{path}: left out 6 bad records of 8:"
     assert [line.split(": ")[0] for line in err.splitlines()[1:]] == [
-        f"  {path}:2", f"  {path}:3", f"  {path}:4"]
+        f"  {path}:{n}" for n in range(2, 8)]
     assert "got none in 4" in refusal(read_edits, lines(*bad), "skip")
     with pytest.raises(ValueError, match='on_bad_record: expected "stop" or "skip"'):
         read_edits(path, "ignore")
-
-
-def test_readers_raise_nothing_but_user_error_when_records_are_mutated(tmp_path):
-    random.seed(0)
-    seeds = [EDIT, PAIR, OUTPUT, JUDGED, {"id": "d", "prompt": "p", "output": "o"},
-             {"prompt": [{"role": "user", "content": "p"}], "chosen": "c", "rejected": "r"},
-             EDIT | {"preferences": [1, 2, 0, 1, 2, 0]}, {"id": "e1", "candidates": {"2": "a"}}]
-    junk = [None, True, 0, -1, 10**400, 1e308, "", " ", "\ud800", "x" * 200, [], {}, [None], [[]],
-            {"": 0}, {"start": 0}, [{"content": 1}], [{"start": 0, "end": 10**30, "type": ""}]]
-    path, survived = tmp_path / "fuzz", 0
-
-    def mutate(value):
-        if isinstance(value, dict) and value and random.random() < 0.8:
-            key = random.choice(list(value))
-            rest = {k: v for k, v in value.items() if k != key}
-            return random.choice([rest, rest | {key: mutate(value[key])}, value | {"?\n": 1},
-                                  value | {random.choice(list(random.choice(seeds))): mutate("z")}])
-        if isinstance(value, list) and value and random.random() < 0.5:
-            return [mutate(value[0])] + value[1:]
-        return random.choice(junk)
-
-    for _ in range(2000):
-        record = mutate(random.choice(seeds))
-        raw = bytearray(json.dumps(random.choice([record, [record]])).encode())
-        if random.random() < 0.4:
-            for _ in range(random.randint(1, 3)):
-                raw[random.randrange(len(raw))] = random.randrange(256)
-        path.write_bytes(raw)
-        for reader in READERS + [lambda p: read_qa_feedback_pairs(p, p)]:
-            try:
-                assert reader(path)
-                survived += 1
-            except UserError as error:
-                assert str(error).startswith(str(path)) and "\n" not in str(error)
-    assert survived > 500                                              # not everything was refused
 
 
 @pytest.mark.parametrize("depth", range(880, 1000, 7))
