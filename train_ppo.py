@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fgrlhf import checks, lora, monitor
+from fgrlhf import checks, distributed, lora, monitor
 from fgrlhf.advantage import generalised_advantage, penalise_kl, reward_to_go, standardise
 from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer, save_model
 from fgrlhf.config import UserError, arg, parse, run
@@ -41,8 +41,8 @@ from fgrlhf.optimizer import Optimizer
 from fgrlhf.ppo import check_first_ratio, policy_loss, value_loss
 from fgrlhf.readers import read_prompts
 from fgrlhf.reward import RewardModel, load_reward
-from fgrlhf.rollout import (Rollout, Sequences, by_length, in_groups, locate, sample, score,
-                            states_before, unflatten)
+from fgrlhf.rollout import (Rollout, Sequences, by_length, in_groups, locate, sample_shared,
+                            score, states_before, unflatten)
 from fgrlhf.rules import Subject
 from fgrlhf.run import Run, batches, generator, pick_device
 from fgrlhf.tokenizer import Tokenizer
@@ -60,6 +60,8 @@ class Config:
                              "stop, or leave it out, count and list it")
     iterations: int = arg(30, least=1, help="rollout and update, this many times")
     rollouts: int = arg(64, least=1, help="episodes an iteration")
+    decode_batch: int = arg(0, least=0, help="episodes decoded at once; changes memory and speed "
+                            "alone; 0 takes all")
     max_new_tokens: int = arg(64, least=1, help="longest response; a longer one is truncated")
     temperature: float = arg(1.0, help="of sampling, scoring and updating alike")
     epochs: int = arg(2, least=1, help="passes over each batch of rollouts")
@@ -141,7 +143,8 @@ def scoring_groups(config: Config, sequences: Sequences, iteration: int) -> list
     """
     B = len(sequences.tokens)
     together = [list(range(B))] if config.dtype == "float32" else minibatches(config, B, iteration)
-    return [part for rows in together for part in by_length(sequences, rows, config.microbatch)]
+    return [part for rows in together
+            for part in by_length(sequences, distributed.mine(rows), config.microbatch)]
 
 
 def update(config: Config, policy, critic, optimizers, rollout: Rollout, advantages: Tensor,
@@ -155,28 +158,32 @@ def update(config: Config, policy, critic, optimizers, rollout: Rollout, advanta
     for epoch in range(config.epochs):
         totals: dict[str, float] = {}
         for number, rows in enumerate(minibatches(config, B, iteration, epoch)):
-            tokens, kl = int(mask[rows].sum()), 0.0
-            for part in by_length(rollout.sequences, rows, config.microbatch):
-                sequences = rollout.sequences.rows(part)
+            tokens, logged = int(mask[rows].sum()), {}
+            group = lambda rows, size: by_length(rollout.sequences, rows, size)
+            for part, counts in distributed.shares(rows, config.microbatch, group):
+                sequences, over = rollout.sequences.rows(part), tokens if counts else math.inf
                 T = int(sequences.response_lengths.max())
                 cut = lambda x: x[part, :T]
                 out = policy_loss(policy, sequences, cut(rollout.logp_old), cut(advantages),
-                                  config.clip_eps, config.temperature, tokens)
-                if epoch == 0 and number == 0:
+                                  config.clip_eps, config.temperature, over)
+                if epoch == 0 and number == 0 and counts:
                     check_first_ratio(out.logp, cut(rollout.logp_old)[cut(mask)])
                 out.loss.backward()
                 statistics = {"ppo/loss": out.loss, "ppo/clip_fraction": out.clip_fraction,
                               "ppo/kl_k3": out.kl_k3, "ppo/entropy": out.entropy}
                 if critic is not None:
                     loss = value_loss(critic(sequences), cut(values), cut(returns), cut(mask),
-                                      config.clip_eps, tokens)
+                                      config.clip_eps, over)
                     loss.backward()
                     statistics["ppo/value_loss"] = loss
                 for name, value in statistics.items():
-                    totals[name] = totals.get(name, 0.0) + value.item()
-                    if not math.isfinite(totals[name]):             # before any optimizer steps
+                    logged[name] = logged.get(name, 0.0) + value.item()
+                    if not math.isfinite(logged[name]):             # before any optimizer steps
                         raise FloatingPointError(f"{name} is {value.item()}")
-                kl += out.kl_k3.item()
+            logged = distributed.totals(logged)
+            kl = logged["ppo/kl_k3"]
+            for name, value in logged.items():
+                totals[name] = totals.get(name, 0.0) + value
             norms = {f"ppo/gradient_norm_{n}": optimizer.step()
                      for n, optimizer in optimizers.items()}
             logged = {name: total / (number + 1) for name, total in totals.items()} | norms
@@ -252,9 +259,6 @@ def load(config: Config, device: torch.device) -> Setup:
         raise UserError(f"--reward {config.reward}: expected a token-level reward model for "
                         "--method fine-grained, got a sequence-level one; see train_rm.py --kind")
     critic = lora.train(Critic(reward_model)) if config.method == "rlhf" else None
-    optimizers = {"policy": Optimizer(policy, config.lr, config.warmup)}
-    if critic is not None:
-        optimizers["critic"] = Optimizer(critic, config.value_lr, config.warmup)
 
     room = policy.config.max_seq_len - config.max_new_tokens
     if room < 1:
@@ -268,7 +272,17 @@ def load(config: Config, device: torch.device) -> Setup:
         judge = OracleJudge.load(config.world, config.dev_prompts, config.dev_reference)
         for record in judge.prompts:                        # refuse a long one now, not later
             encode(record)
-    return Setup(tokenizer, policy, ref, reward_model, critic, optimizers, prompts, judge)
+    return Setup(tokenizer, policy, ref, reward_model, critic, {}, prompts, judge)
+
+
+def optimise(config: Config, setup: Setup) -> Setup:
+    """Share the models out over the ranks, then give those that learn their optimizers."""
+    for model in (setup.policy, setup.ref, setup.reward_model, setup.critic):
+        if model is not None:
+            distributed.shard(model)
+    rates = {"policy": config.lr, "critic": config.value_lr}
+    return setup._replace(optimizers={name: Optimizer(model, rates[name], config.warmup)
+                                      for name, model in setup.trained().items()})
 
 
 class Batch(NamedTuple):
@@ -291,18 +305,21 @@ def collect(config: Config, setup: Setup, iteration: int) -> Batch:
     """Steps 1 to 4 of one iteration."""
     # 1. rollouts
     rows = episode_prompts(len(setup.prompts), config, iteration)
-    rollout = sample(setup.policy, [setup.prompts[i] for i in rows], setup.tokenizer.eos_id,
-                     config.max_new_tokens, config.temperature,
-                     generator(config.seed, "rollout", iteration))
+    rollout = sample_shared(setup.policy, [setup.prompts[i] for i in rows], setup.tokenizer.eos_id,
+                            config.max_new_tokens, config.temperature,
+                            generator(config.seed, "rollout", iteration), config.decode_batch)
     # 2. reference, reward and critic, one pass each
     groups = scoring_groups(config, rollout.sequences, iteration)
-    once = lambda function: in_groups(function, rollout.sequences, groups)
+
+    def once(model, function):
+        with distributed.gathered(model):
+            return distributed.total(in_groups(function, rollout.sequences, groups))
     if config.dtype != "float32":       # decoding a token at a time rounds otherwise: score again
-        logp_old = once(lambda part: score(setup.policy, part, config.temperature))
+        logp_old = once(setup.policy, lambda part: score(setup.policy, part, config.temperature))
         rollout = rollout._replace(logp_old=logp_old)
-    logp_ref = once(lambda part: score(setup.ref, part, config.temperature))
-    rewards = once(setup.reward_model.ppo_rewards)
-    values = once(setup.critic) if setup.critic is not None else None
+    logp_ref = once(setup.ref, lambda part: score(setup.ref, part, config.temperature))
+    rewards = once(setup.reward_model, setup.reward_model.ppo_rewards)
+    values = once(setup.critic, setup.critic) if setup.critic is not None else None
     # 3. the reward less its KL
     mask = rollout.sequences.response_mask
     penalised = penalise_kl(rewards, rollout.logp_old, logp_ref, mask, config.beta)
@@ -313,10 +330,11 @@ def collect(config: Config, setup: Setup, iteration: int) -> Batch:
 
 def train(config: Config) -> None:
     check_shapes(config)
-    setup = load(config, pick_device(config.device))
+    setup = load(config, distributed.start(pick_device(config.device)))
     policy, tokenizer, judge = setup.policy, setup.tokenizer, setup.judge
     if not config.skip_checks:
         setup.check(config)
+    setup = optimise(config, setup)
     log = Run(config, tokenizer.sha256,
               ("policy", "reward", "prompts", "dev_prompts", "dev_reference"))
     best = log.restore(**setup.parts()) or {"win_rate": -1.0, "iteration": 0}
@@ -327,9 +345,10 @@ def train(config: Config) -> None:
         with log.guard(iteration, setup.trained(), **batch.tensors()):
             seen = monitor.rollout_metrics(batch.rollout, batch.logp_ref, batch.rewards)
             if config.exact_kl:
-                seen["rollout/kl_exact"] = monitor.whole_kl(
-                    policy, setup.ref, batch.rollout.sequences, config.temperature, config.exact_kl,
-                    config.microbatch)
+                with distributed.gathered(policy, setup.ref):
+                    seen["rollout/kl_exact"] = monitor.whole_kl(
+                        policy, setup.ref, batch.rollout.sequences, config.temperature,
+                        config.exact_kl, config.microbatch)
             if iteration == 1:
                 check_first_ratio(batch.logp_ref, batch.rollout.logp_old)    # the KL to itself is 0
             # 5. clipped updates
@@ -339,17 +358,20 @@ def train(config: Config) -> None:
         logged |= seen | {"rollout/episodes": iteration * config.rollouts}
         if judge is not None and (iteration % config.eval_every == 0
                                   or iteration == config.iterations):
-            with log.untimed():
+            with log.untimed(), distributed.gathered(policy):
                 outputs = answers(policy, tokenizer, judge.prompts, config.template,
                                   config.max_new_tokens, 1.0, config.seed,
                                   purpose="dev")
                 logged |= judge.compare(outputs)
                 if logged["eval/win_rate"] > best["win_rate"]:
                     best = {"win_rate": logged["eval/win_rate"], "iteration": iteration}
-                    save_model(policy, log.folder / "best", tokenizer=tokenizer)
+                    if log.first:
+                        save_model(policy, log.folder / "best", tokenizer=tokenizer)
         log.end_step(iteration, logged, best, **setup.parts())
 
-    save_model(policy, log.folder / "policy", tokenizer=tokenizer)
+    with distributed.gathered(policy):
+        if log.first:
+            save_model(policy, log.folder / "policy", tokenizer=tokenizer)
     chosen = {"best_iteration": best["iteration"], "best_dev_win_rate": best["win_rate"]}
     log.finish({"iterations": config.iterations, "episodes": config.iterations * config.rollouts,
                 "startup_checks": "skipped" if config.skip_checks else "passed",

@@ -13,11 +13,13 @@ the records held out; no model is kept. Leaves OUT/reward (without --folds), con
 metrics.jsonl, timing.jsonl, and the evaluation in done.json.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
+from fgrlhf import distributed
 from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer
 from fgrlhf.config import UserError, arg, parse, run
 from fgrlhf.edits import TEMPLATES
@@ -63,6 +65,8 @@ class Config:
     likelihood: bool = arg(False, help="control: the model's own log-likelihood, no training")
     epochs: int = arg(6, least=0, help="passes over the data")
     batch: int = arg(16, least=1, help="pairs a step")
+    microbatch: int = arg(0, least=0, help="pairs a forward pass, gradients added up; changes "
+                          "memory alone; 0 takes the whole batch")
     lr: float = arg(3e-3, least=0, help="Adam's peak learning rate: warm-up, then linear to 0")
     muon_lr: float = arg(5e-3, least=0,
                          help="Muon's learning rate for the trunk's matrices; 0 gives them to Adam")
@@ -78,17 +82,28 @@ class Config:
     device: str = arg("auto", help="auto, cpu, cuda, ...")
 
 
-def loss_of(model: RewardModel, batch: list[PreferenceIds],
-            config: Config) -> tuple[torch.Tensor, dict]:
-    """The training loss and what to log of it."""
+def loss_of(model: RewardModel, batch: list[PreferenceIds], config: Config,
+            whole: list[PreferenceIds]) -> tuple[torch.Tensor, dict]:
+    """The loss of a microbatch of the batch `whole`, and what to log of it: over microbatches both
+    add. An empty `whole` gives 0: a rank without work takes part with that (distributed.py)."""
+    pairs = len(whole) or math.inf
     if config.kind == "sequence":
-        loss, margins = sequence_loss(model, batch)
-        return loss, {"rm/accuracy": (margins > 0).float().mean()}
+        loss, margins = sequence_loss(model, batch, pairs)
+        return loss, {"rm/accuracy": (margins > 0).sum() / pairs}
     options = token_preference.Options(config.reduce, config.u0, config.u0_weight,
                                        config.token_weight)
-    out = token_loss(model, batch, options)
+    out = token_loss(model, batch, options, divisors(whole))
     return out.loss, {"rm/bt": out.bt, "rm/u0": out.u0, "rm/token": out.token,
-                      "rm/accuracy": (out.margin > 0).float().mean()}
+                      "rm/accuracy": (out.margin > 0).sum() / pairs}
+
+
+def divisors(batch: list[PreferenceIds]) -> token_preference.Totals:
+    """What equation (4) divides by: pairs with a change, changed tokens, unchanged pairings."""
+    if not batch:
+        return token_preference.Totals(math.inf, math.inf, math.inf)
+    return token_preference.Totals(max(1, sum(bool(p.plus or p.minus) for p in batch)),
+                                   max(1, sum(len(p.plus) + len(p.minus) for p in batch)),
+                                   max(1, sum(len(p.unchanged) for p in batch)))
 
 
 def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: Run,
@@ -97,20 +112,29 @@ def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: 
     lengths = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in examples]
     per_epoch = -(-len(examples) // config.batch)
     steps = config.epochs * per_epoch
+    distributed.shard(model)
     optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr)
     resumable = config.folds == 0
     if resumable:
         log.restore(model=Own(model), optimizer=optimizer)
-    for step in log.steps(steps, name) if resumable else tqdm(range(1, steps + 1), desc=name):
+    for step in log.steps(steps, name) if resumable else tqdm(range(1, steps + 1), desc=name,
+                                                                  disable=not log.first):
         epoch, cursor = divmod(step - 1, per_epoch)
         rows = bucketed_batches(lengths, config.batch, config.seed, epoch)[cursor]
-        batch = [examples[i] for i in rows]
-        loss, logged = loss_of(model, batch, config)
-        both_sides = lambda: pack([p.prompt for p in batch] * 2, [p.chosen for p in batch]
-                                  + [p.rejected for p in batch])._asdict()
-        with log.guard(step, {"model": model}, both_sides, loss=loss, records=torch.tensor(rows)):
-            loss.backward()
-            logged |= {"rm/loss": loss.item(), "rm/gradient_norm": optimizer.step()}
+        whole, logged = [examples[i] for i in rows], {}
+        for part, counts in distributed.shares(rows, config.microbatch, distributed.in_order):
+            batch = [examples[i] for i in part]
+            loss, terms = loss_of(model, batch, config, whole if counts else [])
+            both_sides = lambda: pack([p.prompt for p in batch] * 2, [p.chosen for p in batch]
+                                      + [p.rejected for p in batch])._asdict()
+            with log.guard(step, {"model": model}, both_sides, loss=loss,
+                           records=torch.tensor(part)):
+                loss.backward()
+            for term, value in (terms | {"rm/loss": loss}).items():
+                logged[term] = logged.get(term, 0.0) + value.item()
+        logged = distributed.totals(logged)
+        with log.guard(step, {"model": model}, both_sides, records=torch.tensor(rows)):
+            logged["rm/gradient_norm"] = optimizer.step()
         if resumable:
             log.end_step(step, logged, model=Own(model), optimizer=optimizer)
 
@@ -150,8 +174,9 @@ def cross_validate(config: Config, records: list, examples: list[PreferenceIds],
         model = new_model(config, device)
         if not config.likelihood:
             fit(model, [examples[i] for i in inside], config, log, f"fold {k + 1}/{config.folds}")
-        judged.append(judge(model, held_out))
-        fitted.append(judge(model, inside[:len(held_out)]))
+        with distributed.gathered(model):
+            judged.append(judge(model, held_out))
+            fitted.append(judge(model, inside[:len(held_out)]))
         log.log(k + 1, {f"rm/{name}": value for name, value in
                         (reward_table(judged[-1]) | training_part(fitted[-1])).items()})
     tables = [reward_table(fold) | training_part(own) for fold, own in zip(judged, fitted)]
@@ -163,7 +188,7 @@ def cross_validate(config: Config, records: list, examples: list[PreferenceIds],
 
 
 def train(config: Config) -> None:
-    device = pick_device(config.device)
+    device = distributed.start(pick_device(config.device))
     tokenizer = load_tokenizer(config.model)
     context = load_model(config.model, "meta").config.max_seq_len
     encode = lambda records: encode_preferences(
@@ -185,13 +210,15 @@ def train(config: Config) -> None:
     model = new_model(config, device)
     if not config.likelihood:
         fit(model, examples, config, log, f"reward model, {config.kind}")
-    sides = [pack([p.prompt], [p.rejected], device=device) for p in examples[:512]]
-    model.calibrate(sides)
-    save_reward(model, log.folder / "reward", tokenizer)
-    summary = {"records": len(records), "mean": model.mean.item(), "scale": model.scale.item()}
-    for name, (kept, encoded) in held_out.items():
-        table = reward_table(judge_preferences(model, kept, encoded, tokenizer))
-        summary |= {f"{name}/{key}": value for key, value in table.items()}
+    with distributed.gathered(model):
+        sides = [pack([p.prompt], [p.rejected], device=device) for p in examples[:512]]
+        model.calibrate(sides)
+        if log.first:
+            save_reward(model, log.folder / "reward", tokenizer)
+        summary = {"records": len(records), "mean": model.mean.item(), "scale": model.scale.item()}
+        for name, (kept, encoded) in held_out.items():
+            table = reward_table(judge_preferences(model, kept, encoded, tokenizer))
+            summary |= {f"{name}/{key}": value for key, value in table.items()}
     log.finish(summary)
 
 

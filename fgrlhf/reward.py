@@ -118,8 +118,12 @@ class RewardModel(nn.Module):
 
 
 def token_loss(model: RewardModel, batch: list[PreferenceIds],
-               options: token_preference.Options) -> token_preference.Preference:
-    """Equation (4) on a batch of edits, by the kernel; see kernels/token_preference.py."""
+               options: token_preference.Options,
+               divisors: token_preference.Totals | None = None) -> token_preference.Preference:
+    """Equation (4) on a batch of edits, by the kernel; see kernels/token_preference.py.
+
+    divisors: those of the whole minibatch where `batch` is a part of it.
+    """
     B, device = len(batch), model.head.weight.device
     both = pack([p.prompt for p in batch] * 2,
                 [p.chosen for p in batch] + [p.rejected for p in batch], device=device)
@@ -131,16 +135,21 @@ def token_loss(model: RewardModel, batch: list[PreferenceIds],
     triples = [(b, i, j) for b, pair in enumerate(batch) for i, j in pair.unchanged]
     unchanged = torch.tensor(triples, dtype=torch.long, device=device).reshape(-1, 3)
     return token_preference.fused(rewards[:B], rewards[B:], masks[:B], masks[B:],
-                                  token_preference.Unchanged(*unchanged.T), options)
+                                  token_preference.Unchanged(*unchanged.T), options, divisors)
 
 
-def sequence_loss(model: RewardModel, batch: list[PreferenceIds]) -> tuple[Tensor, Tensor]:
-    """Bradley-Terry, equation (2): (-mean log sigmoid(R(y+) - R(y-)), the margins [B])."""
+def sequence_loss(model: RewardModel, batch: list[PreferenceIds],
+                  pairs: float | None = None) -> tuple[Tensor, Tensor]:
+    """Bradley-Terry, equation (2): (-mean log sigmoid(R(y+) - R(y-)), the margins [B]).
+
+    pairs: those of the whole minibatch, which the mean is over, where `batch` is a part of it.
+    """
     both = pack([p.prompt for p in batch] * 2,
                 [p.chosen for p in batch] + [p.rejected for p in batch],
                 device=model.head.weight.device)
     chosen, rejected = model.sequence_rewards(both).chunk(2)
-    return -F.logsigmoid(chosen - rejected).mean(), (chosen - rejected).detach()
+    margins = chosen - rejected
+    return -F.logsigmoid(margins).sum() / (pairs or len(batch)), margins.detach()
 
 
 def save_reward(model: RewardModel, path: str | Path, tokenizer: Tokenizer) -> None:

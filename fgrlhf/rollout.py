@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fgrlhf import distributed
 from fgrlhf.model import KVCache, LLaMA
 from kernels import linear_logp
 from kernels.three_matmuls import LN2
@@ -60,7 +61,7 @@ def by_length(sequences: Sequences, rows: list[int], size: int) -> list[Tensor]:
     """`rows` in groups of at most `size` (0: all), of similar length so that little is padding."""
     total = (sequences.prompt_lengths + sequences.response_lengths).tolist()
     rows = sorted(rows, key=lambda row: total[row])
-    size = size or len(rows)
+    size = size or max(1, len(rows))
     return [torch.tensor(rows[i:i + size]) for i in range(0, len(rows), size)]
 
 
@@ -188,6 +189,35 @@ def sample(policy: LLaMA, prompts: list[list[int]], eos_id: int, max_new_tokens:
         hidden = policy.hidden(token[:, None], at[:, None], real, cache)[:, 0]
     sequences = Sequences(tokens, lengths, response_lengths).rows(slice(None))
     return Rollout(sequences, logp_old[:, :int(response_lengths.max())], truncated)
+
+
+@torch.no_grad()
+def sample_shared(policy: LLaMA, prompts: list[list[int]], eos_id: int, max_new_tokens: int,
+                  temperature: float, generator: torch.Generator, at_once: int = 0) -> Rollout:
+    """`sample`, each rank for its share of the prompts, `at_once` of them (0: all); the same
+    responses for any number of ranks, and every rank has them all."""
+    start, stop = distributed.span(len(prompts))
+    at_once = at_once or max(1, stop - start)
+    torch.rand(start, max_new_tokens, generator=generator, dtype=torch.float64)     # others' draws
+    with distributed.gathered(policy):
+        drawn = {i: sample(policy, prompts[i:min(i + at_once, stop)], eos_id, max_new_tokens,
+                           temperature, generator) for i in range(start, stop, at_once)}
+    if len(drawn.get(0, ((), (), ()))[2]) == len(prompts):
+        return drawn[0]
+    B = len(prompts)
+    longest = lambda of: distributed.largest(max(map(of, drawn.values()), default=0))
+    S, T = longest(lambda r: r.sequences.tokens.shape[1]), longest(lambda r: r.logp_old.shape[1])
+    whole = {"tokens": torch.zeros(B, S, dtype=torch.long), "logp_old": torch.zeros(B, T),
+             **{name: torch.zeros(B, dtype=torch.long)
+                for name in ("prompt_lengths", "response_lengths", "truncated")}}
+    for first, rollout in drawn.items():
+        parts = rollout.sequences._asdict() | rollout._asdict()
+        for name, all_rows in whole.items():
+            rows, part = slice(first, first + len(rollout.truncated)), parts[name]
+            all_rows[rows][tuple(slice(n) for n in part.shape)] = part.to(all_rows)
+    whole = {name: distributed.total(x.to(policy.head.device)) for name, x in whole.items()}
+    sequences = Sequences(*(whole[name] for name in Sequences._fields))
+    return Rollout(sequences, whole["logp_old"], whole["truncated"].bool())
 
 
 def prefill(policy: LLaMA, tokens: Tensor, lengths: Tensor, order: Tensor,

@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fgrlhf import config as configuration
-from fgrlhf import states
+from fgrlhf import distributed, shards, states
 from fgrlhf.checkpoint import save_state
 from fgrlhf.config import UserError
 from fgrlhf.files import read_object, sync, write_atomic
@@ -82,6 +82,7 @@ class Run:
 
     def __init__(self, config, tokenizer_hash: str = "", inputs: tuple[str, ...] = ()):
         self.folder, self.config = Path(config.out), config
+        self.first = distributed.rank() == 0                # of several ranks the one that writes
         self.state, self.seconds, self.total, self.stopped_by = None, 0.0, 0, 0
         self.inputs = {name: states.fingerprint(getattr(config, name)) for name in inputs
                        if getattr(config, name) is not None} | {"tokenizer": tokenizer_hash}
@@ -95,7 +96,8 @@ class Run:
                             "choose another --out or remove it")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.folder / "config.json", written.encode())
+            if self.first:
+                write_atomic(self.folder / "config.json", written.encode())
         except OSError as error:
             raise UserError(f"--out {self.folder}: not writable ({error.strerror})") from None
         self.clock = time.perf_counter()
@@ -122,7 +124,7 @@ class Run:
                                     f"got {config.get(field)!r}")
             self._same_inputs(self.state["inputs"], path)
             self.seconds = self.state["seconds"]
-        for name in ("metrics.jsonl", "timing.jsonl"):
+        for name in ("metrics.jsonl", "timing.jsonl") if self.first else ():
             self._cut(self.folder / name, self.step)
 
     def _same_inputs(self, before: dict[str, str], path: Path) -> None:
@@ -158,8 +160,7 @@ class Run:
         """Load each part's saved state_dict; returns the run's extra values ({} for a new run)."""
         if self.state is None:
             return {}
-        for name, part in parts.items():
-            part.load_state_dict(self.state["parts"][name])
+        shards.load(self.folder, parts, self.state["parts"], self.state["shards"])
         return self.state["extra"]
 
     def steps(self, total: int, name: str) -> Iterator[int]:
@@ -177,7 +178,7 @@ class Run:
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield from tqdm(range(self.step + 1, total + 1), desc=name, initial=self.step,
-                            total=total)
+                            total=total, disable=not self.first)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -187,6 +188,7 @@ class Run:
         """Log a step; save where it is due or a signal asked, which then ends the program."""
         config = self.config
         self.log(step, metrics)
+        self.stopped_by = distributed.largest(self.stopped_by)      # a signal to one stops all
         if self.stopped_by or (step % config.save_every == 0 and step < self.total):
             self.save(step, extra, **parts)
         if self.stopped_by:
@@ -203,6 +205,8 @@ class Run:
         self._append("timing.jsonl", {"step": step, "seconds": round(self.seconds, 4)})
 
     def _append(self, name: str, record: dict) -> None:
+        if not self.first:
+            return
         try:
             with open(self.folder / name, "a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -221,12 +225,17 @@ class Run:
         """Write the training state at the end of `step`, atomically and off the clock."""
         config = self.config
         with self.untimed():
+            whole = {name: part.state_dict() for name, part in parts.items()}
+            held, beside = shards.save(self.folder, step, whole)
+            if not self.first:
+                return
             for name in ("metrics.jsonl", "timing.jsonl"):          # no state without its lines
                 sync(self.folder / name)
             states.save(self.folder, step, {
                 "step": step, "seconds": self.seconds, "config": configuration.to_json(config),
-                "inputs": self.inputs, "extra": extra or {},
-                "parts": {name: part.state_dict() for name, part in parts.items()}}, config.keep)
+                "inputs": self.inputs, "extra": extra or {}, "parts": held, "shards": beside},
+                config.keep)
+            shards.drop(self.folder)
 
     @contextlib.contextmanager
     def guard(self, step: int, models: dict[str, nn.Module] | None = None,
@@ -245,6 +254,8 @@ class Run:
             yield
         except FloatingPointError as error:
             path = self.folder / "failed-batch.pt"
+            if distributed.size() > 1:
+                models = {}                                 # their shards lie with other ranks
             save_state(path, {
                 "step": step, "config": configuration.to_json(self.config),
                 "models": {name: states.describe(model) for name, model in (models or {}).items()}}
@@ -254,6 +265,9 @@ class Run:
 
     def finish(self, summary: dict) -> None:
         """Mark the run complete. Written last; the training states are not needed any more."""
+        if not self.first:
+            return
         summary |= {"seconds": round(self.seconds, 2), "inputs": self.inputs}
         write_atomic(self.folder / "done.json", (json.dumps(summary, indent=2) + "\n").encode())
         states.remove(self.folder)
+        shards.drop(self.folder)

@@ -12,11 +12,12 @@ The records may be demonstrations, minimal edits (the edited side is imitated), 
 Leaves OUT/policy (a model folder), config.json, metrics.jsonl, timing.jsonl.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from fgrlhf import edits, readers
+from fgrlhf import distributed, edits, readers
 from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer, save_model
 from fgrlhf.config import UserError, arg, parse, run
 from fgrlhf.encode import encode_prompt, encode_response
@@ -47,6 +48,8 @@ class Config:
                              "stop, or leave it out, count and list it")
     epochs: int = arg(1, least=0, help="passes over the data; 0 saves the model as it starts")
     batch: int = arg(32, least=1, help="sequences a step")
+    microbatch: int = arg(0, least=0, help="sequences a forward pass, gradients added up; "
+                          "changes memory alone; 0 takes the whole batch")
     lr: float = arg(5e-3, least=0, help="Adam's peak learning rate: warm-up, then linear to 0")
     muon_lr: float = arg(1e-2, least=0,
                          help="Muon's learning rate for the trunk's matrices; 0 gives them to Adam")
@@ -84,15 +87,15 @@ def start_model(config: Config, device) -> tuple[LLaMA, Tokenizer]:
     return model.to(device, dtype), tokenizer
 
 
-def loss_of(model: LLaMA, sequences: Sequences) -> torch.Tensor:
-    """Mean negative log-likelihood of the response tokens, in nats."""
+def loss_of(model: LLaMA, sequences: Sequences, tokens: float | None = None) -> torch.Tensor:
+    """Negative log-likelihood of the response tokens in nats, over `tokens` or their number."""
     at = locate(sequences)
     hidden = states_before(model, sequences, at)                                 # [N, D]
-    return linear_cross_entropy.fused(hidden, model.head, at.target).loss
+    return linear_cross_entropy.fused(hidden, model.head, at.target, denominator=tokens).loss
 
 
 def train(config: Config) -> None:
-    device = pick_device(config.device)
+    device = distributed.start(pick_device(config.device))
     model, tokenizer = start_model(config, device)
     context = model.config.max_seq_len
     limit = min(config.prompt_tokens or context, context - 1)
@@ -107,21 +110,28 @@ def train(config: Config) -> None:
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
     per_epoch = -(-len(prompts) // config.batch)
     steps = config.epochs * per_epoch
+    distributed.shard(model)
     optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr)
     log = Run(config, tokenizer.sha256, ("data", "model"))
     log.restore(model=Own(model), optimizer=optimizer)
     for step in log.steps(steps, "sft"):
         epoch, cursor = divmod(step - 1, per_epoch)
         rows = bucketed_batches(lengths, config.batch, config.seed, epoch)[cursor]
-        sequences = pack([prompts[i] for i in rows], [responses[i] for i in rows], device=device)
-        loss = loss_of(model, sequences)
-        with log.guard(step, {"model": model}, loss=loss, **sequences._asdict()):
-            loss.backward()
+        tokens, total = sum(len(responses[i]) for i in rows), 0.0
+        for part, counts in distributed.shares(rows, config.microbatch, distributed.in_order):
+            sequences = pack([prompts[i] for i in part], [responses[i] for i in part],
+                             device=device)
+            loss = loss_of(model, sequences, tokens if counts else math.inf)
+            with log.guard(step, {"model": model}, loss=loss, **sequences._asdict()):
+                loss.backward()
+            total += loss.item()
+        with log.guard(step, {"model": model}, **sequences._asdict()):
             norm = optimizer.step()
-        log.end_step(step, {"sft/loss": loss.item(), "sft/gradient_norm": norm,
-                            "sft/tokens": int(sequences.response_lengths.sum())},
-                     model=Own(model), optimizer=optimizer)
-    save_model(model, log.folder / "policy", tokenizer=tokenizer)
+        log.end_step(step, distributed.totals({"sft/loss": total}) | {
+            "sft/gradient_norm": norm, "sft/tokens": tokens}, model=Own(model), optimizer=optimizer)
+    with distributed.gathered(model):
+        if log.first:
+            save_model(model, log.folder / "policy", tokenizer=tokenizer)
     log.finish({"steps": steps, "records": len(prompts)})
 
 
