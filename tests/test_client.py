@@ -101,10 +101,12 @@ def test_ask_strikes_out_a_key_that_the_server_echoes(tmp_path):
         assert KEY not in repr(caught.value)
 
 
-def test_ask_does_not_follow_a_redirect_with_the_key():
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_ask_does_not_follow_a_redirect_with_the_key(status):
+    """Python's own handler would: 301 to 303 as a GET with every header of the request."""
     with Server(well()) as other:
-        with Server(lambda *_: (307, {"Location": other.url}, b"")) as server:
-            with pytest.raises(UserError, match="HTTP 307"):
+        with Server(lambda *_: (status, {"Location": other.url}, b"")) as server:
+            with pytest.raises(UserError, match=f"HTTP {status}"):
                 reach(server).ask("s", ASKED)
         assert other.seen == []
 
@@ -261,3 +263,21 @@ def test_gather_raises_a_user_error_and_stops_the_rest():
         with pytest.raises(UserError, match="HTTP 401"):
             list(client.gather(range(200), lambda i: client.ask(str(i), ASKED)))
         assert len(server.seen) < 20
+
+
+def test_gather_that_ends_wakes_whoever_waits_to_try_again():
+    """One question is told to wait 5 minutes; another shows that the key is wrong."""
+    def behave(body, count):
+        return (429, {"Retry-After": "300"}, b"") if body["system"] == "0" else (401, {}, b"")
+
+    def call(i, client):
+        while i == 1 and not client._not_before:           # the wrong key shows after the 429
+            time.sleep(0.005)
+        client._not_before = client._not_before if i == 0 else 0.0
+        return client.ask(str(i), ASKED)
+
+    with Server(behave) as server:
+        client, start = reach(server, workers=2), time.monotonic()
+        with pytest.raises(UserError, match="HTTP 401"):
+            list(client.gather(range(2), lambda i: call(i, client)))
+        assert time.monotonic() - start < 5

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ import eval as evaluation
 from fgrlhf import collect
 from fgrlhf.checkpoint import save_model
 from fgrlhf.collecting.store import Store
+from fgrlhf.collecting.tasks import Task
 from fgrlhf.config import UserError
+from fgrlhf.edits import Provenance
 from fgrlhf.readers import read_edits
 from fgrlhf.simulate import World
 from fgrlhf.tokenizer import train
@@ -204,12 +207,17 @@ def test_collect_simulated_draws_do_not_depend_on_where_a_run_was_stopped(tmp_pa
     assert texts[0] == texts[1] and len(set(texts[0])) > 2
 
 
-def test_summary_counts_shares_into_tenths(tmp_path, main, capsys):
-    write_pairs(tmp_path / "pairs.jsonl", 3)
-    with Server(lambda body, count: ("ok", good(body))) as server:
-        main("--editor", "llm", "--model", "m", "--base-url", server.url)
-    out = capsys.readouterr().out                          # 1 of 10 words: exactly 10%
-    assert "  to  10%      3  " + "#" * 40 in out and "  to  20%      0" in out
+def test_summary_counts_a_share_on_a_border_into_the_tenth_below(tmp_path):
+    """Of ten words one, one, two, three and all changed; an unchanged one is in no tenth."""
+    task, letters = Task("", "p", "c", "a b c d e f g h i j"), "abcdefghij"
+    how = Provenance("human", "2026-11-21T12:00:00Z", 1, 1.0)
+    with Store(tmp_path / "e.jsonl") as store:
+        for i, changed in enumerate((1, 1, 2, 3, 10, 0)):
+            text = " ".join(letters.upper()[:changed] + letters[changed:])
+            store.add(replace(task, id=str(i)).edit(text, None, how))
+        lines = collect.summary([task], store).splitlines()[2:]
+    assert [int(line.split()[2]) for line in lines] == [2, 1, 1, 0, 0, 0, 0, 0, 0, 1]
+    assert lines[0] == "  to  10%      2  " + "#" * 40 and lines[1].endswith("  " + "#" * 20)
 
 
 def test_collect_dry_run_writes_nothing_and_needs_no_key(tmp_path, main, capsys, monkeypatch):

@@ -140,8 +140,7 @@ class Client:
                         self.stop()
                     yield futures[future], result
             except BaseException:
-                self.stop()
-                pool.shutdown(cancel_futures=True)
+                self.stop()                       # the rest end as Stopped, at once
                 raise
 
     def _pause(self, seconds: float) -> None:
