@@ -1,7 +1,9 @@
 """The README against the code: every `file:name`, flag, metric and path it names."""
 
 import ast
+import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,8 @@ import pytest
 
 from fgrlhf.config import parser
 from fgrlhf.golden import cases
-from tests.test_layout import ROOT
+from fgrlhf.reporting import table
+from tests.test_layout import ROOT, configs
 
 TEXT = (ROOT / "README.md").read_text()
 
@@ -54,8 +57,8 @@ def test_readme_covers_every_kernel():
 
 
 def test_readme_map_names_every_fixture_and_no_other():
-    table = TEXT.split("| test | fixture |\n")[1].split("\n\n")[0]
-    cells = [line.split("|")[5] for line in table.splitlines()]
+    rows = TEXT.split("| test | fixture |\n")[1].split("\n\n")[0]
+    cells = [line.split("|")[5] for line in rows.splitlines()]
     named = {name for cell in cells for name in re.findall(r"`([\w-]+)`", cell)}
     assert named == {case.name.removesuffix("-one-token") for case in cases()}
 
@@ -65,7 +68,8 @@ def test_readme_porting_commands_end_as_it_says(tmp_path):
     last = None
     for line in text.split("```")[1].strip().splitlines():
         words = line.split("#")[0].replace("runs/golden", str(tmp_path / "golden")).split()
-        last = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        last = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True,
+                              text=True)
         assert last.returncode == 0, last.stderr
     assert f"`{last.stdout.splitlines()[-1]}`" in text
     files = [path for path in (tmp_path / "golden").rglob("*.*") if "outputs" not in path.parts]
@@ -85,26 +89,111 @@ def test_readme_glossary_has_every_metric_that_is_logged():
     assert not {name for name in logged if f"`{name}" not in glossary}
 
 
-def flags_of(command: str) -> set[str]:
-    """Every flag of one of the project's commands."""
-    import eval as evaluation
-    import train_ppo
-    import train_rm
-    from fgrlhf import collect, reproduce, sft
-    configs = {"train_rm.py": train_rm.Config, "train_ppo.py": train_ppo.Config,
-               "fgrlhf.sft": sft.Config, "fgrlhf.collect --pairs": collect.Config,
-               "fgrlhf.reproduce": reproduce.Config,
-               "eval.py outputs": evaluation.OutputsConfig, "win-rate": evaluation.WinRateConfig,
-               "reward-model": evaluation.RewardModelConfig}
-    config = next((config for name, config in configs.items() if name in command), None)
-    return None if config is None else set(parser(config)._option_string_actions)
+# ----- the map ------------------------------------------------------------------------------------
+
+def map_rows() -> list[list[str]]:
+    """The cells of each row of the map."""
+    text = TEXT.split("## The map")[1].split("| symbol |")[0]
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")]
+            for line in text.splitlines() if line.startswith("| ")]
+    return rows[2:]
 
 
-def test_readme_commands_use_flags_that_exist():
-    checked = 0
-    for command in re.findall(r"python (?:-m )?[^\n`]*(?:\\\n[^\n`]*)*", TEXT):
-        flags = flags_of(command)
-        if flags is not None:
-            checked += 1
-            assert set(re.findall(r"(--[\w-]+)", command)) <= flags, command
-    assert checked >= 6
+def code_of(row: list[str]) -> list[tuple[str, str]]:
+    return re.findall(r"`([\w/]+\.py):(\w+)`", " ".join(row))
+
+
+@pytest.mark.parametrize("number", range(1, 8))
+def test_readme_map_has_a_row_for_each_equation(number):
+    rows = [row for row in map_rows() if row[1].startswith(f"({number})")]
+    assert rows and code_of(rows[0])
+
+
+def test_readme_map_has_a_function_of_every_kernel():
+    named = {path for row in map_rows() for path, _ in code_of(row)}
+    kernels = {f"kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    assert kernels - {"kernels/__init__.py", "kernels/bench.py"} <= named
+
+
+@pytest.mark.parametrize("row", map_rows(), ids=lambda row: row[0])
+def test_readme_map_names_tests_that_touch_the_code_of_their_row(row):
+    """Every test file uses something of the row; every function's module is tested by one."""
+    tests = {path: (ROOT / path).read_text() for path in re.findall(r"`(tests/\w+\.py)`", row[3])}
+    assert tests and code_of(row)
+    stem = lambda path: Path(path).stem
+    for path, text in tests.items():
+        assert any(stem(code) in text for code, _ in code_of(row)), path
+    for code, _ in code_of(row):
+        assert any(stem(code) in text for text in tests.values()), code
+
+
+# ----- links and flags ----------------------------------------------------------------------------
+
+def anchors(text: str) -> set[str]:
+    """The anchors that a Markdown page's headings get."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", "TUTORIAL.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)]+)\)", re.sub(r"```.*?```", "", text, flags=re.S)):
+        path, _, anchor = target.partition("#")
+        if "://" not in target:
+            assert not path or (ROOT / path).exists(), target
+            assert not anchor or anchor in anchors((ROOT / (path or page)).read_text()), target
+
+
+def config_of(words: list[str]) -> type | None:
+    """The dataclass behind `python -m fgrlhf.sft ...`, `python eval.py outputs ...`."""
+    name = words[2] if words[1] == "-m" else words[1].removesuffix(".py").replace("/", ".")
+    rest = words[2 + (words[1] == "-m"):]
+    module = importlib.import_module(name)
+    if hasattr(module, "Config"):
+        return module.Config
+    wanted = rest[0].replace("-", "").lower() + "config"
+    return next((value for key, value in vars(module).items() if key.lower() == wanted), None)
+
+
+def commands() -> list[list[str]]:
+    """Every Python command of the README, in blocks and in the text, as words."""
+    blocks = re.findall(r"python (?:-m )?[\w./]+(?:[^\n`]|\\\n)*", TEXT.replace("\\\n", " "))
+    return [shlex.split(block, comments=True) for block in blocks]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_readme_commands_use_flags_that_exist(words):
+    config = config_of(words)
+    if config is not None and "--report" not in words:          # collect.py's other form, no field
+        flags = {word for word in words if word.startswith("--")}
+        assert flags <= set(parser(config)._option_string_actions)
+
+
+def test_readme_shows_the_commands_it_should():
+    shown = {" ".join(words[1:3]) for words in commands()}
+    assert {"-m fgrlhf.sft", "-m fgrlhf.explain", "-m fgrlhf.reproduce", "-m fgrlhf.generate",
+            "eval.py outputs", "eval.py win-rate"} <= shown
+    assert {"train_rm.py", "train_ppo.py"} <= {words[1] for words in commands()}
+
+
+def test_readme_names_no_flag_that_no_command_has():
+    """In the text and the tables, outside of commands."""
+    flags = set()
+    for parameter in configs():
+        path, node = parameter.values
+        module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        flags |= set(parser(getattr(module, node.name))._option_string_actions)
+    named = set(re.findall(r"`[^`\n]*?(--[a-z][\w-]*)", re.sub(r"```.*?```", "", TEXT, flags=re.S)))
+    assert len(named) > 10 and named - flags <= {"--report"}    # collect.py's other form
+
+
+# ----- the glossary -------------------------------------------------------------------------------
+
+def test_readme_glossary_has_every_column_of_the_tables():
+    glossary = TEXT.split("## Metrics")[1].split("\n## ")[0]
+    columns = [value for value in vars(table).values() if isinstance(value, table.Column)]
+    columns += [c for value in vars(table).values() if isinstance(value, tuple)
+                for c in value if isinstance(c, table.Column)]
+    assert len(columns) > 8
+    assert not {c.header for c in columns if f"`{c.header}`" not in glossary}

@@ -1,0 +1,149 @@
+"""The README's commands, run as they stand but for names of files and, at the end, smaller sizes.
+
+"Your own data" and "From the laptop to a real checkpoint" run here, and so does the one command of
+`explain`. `make test` is what runs this; the stages of `make reproduce` and of both other profiles
+are parsed by their own scripts, and tests/test_pipeline.py and tests/test_scripts.py run each kind.
+"""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fgrlhf import reproduce
+from fgrlhf.checkpoint import load_tokenizer, save_model
+from fgrlhf.config import parser
+from fgrlhf.edits import Demonstration, Edit, write_jsonl
+from fgrlhf.tokenizer import train
+from tests import processes
+from tests.small import llama
+from tests.test_readme import TEXT, config_of
+
+VOCABULARY = 300
+SMALLER = {"train_ppo.py": ["--iterations", "2", "--rollouts", "4", "--minibatches", "1",
+                            "--max-new-tokens", "8"],
+           "eval.py outputs": ["--max-new-tokens", "8"],
+           "train_rm.py": ["--epochs", "1"]}
+FRUIT = ("apple", "pear", "plum", "grape", "lemon")
+
+
+def block_of(section: str, first: str) -> list[list[str]]:
+    """The commands, as words, of the block in `section` that begins with `first`."""
+    text = TEXT.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```\n(.*?)```", text, re.S)
+    block = next(block for block in blocks if block.startswith(first))
+    lines = block.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("python")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What a user has: a checkpoint, twenty edits, demonstrations and prompts."""
+    root = tmp_path_factory.mktemp("user")
+    edits = [Edit(f"{k}-{fruit}", f"Name a fruit, number {k}.", f"It is the {fruit} stone.",
+                  f"It is the {fruit}.") for k in range(4) for fruit in FRUIT]
+    assert len(edits) == 20
+    write_jsonl(root / "mine.jsonl", edits)
+    write_jsonl(root / "edits.jsonl", edits[:6])
+    write_jsonl(root / "demonstrations.jsonl",
+                [Demonstration(e.id, e.prompt, e.edited) for e in edits[:6]])
+    (root / "prompts.jsonl").write_text('{"id": "1", "prompt": "Name a fruit."}\n')
+    tokenizer = train([e.prompt + e.original for e in edits], VOCABULARY, root / "t.model")
+    save_model(llama(vocab_size=VOCABULARY, max_seq_len=512), root / "LLAMA_DIR",
+               tokenizer=tokenizer)
+    return root
+
+
+def run(folder: Path, words: list[str]) -> processes.Done:
+    """A command with every path moved into `folder`; the last value of a flag counts."""
+    here = lambda word: str(folder / word) if re.match(r"(runs/|LLAMA_DIR|\w+\.jsonl?\b)", word) \
+        else word
+    words = [here(word.replace("$MODEL", "LLAMA_DIR")) for word in words]
+    script = words[2:] if words[1] == "-m" else words[1:]
+    smaller = next((flags for name, flags in SMALLER.items()
+                    if " ".join(script).startswith(name)), [])
+    done = processes.run(folder, *script, *smaller)
+    assert done.status == 0, (words, done.err[-800:])
+    return done
+
+
+def metrics_in(folder: Path) -> set[str]:
+    return {name for path in folder.rglob("metrics.jsonl")
+            for line in path.read_text().splitlines() for name in json.loads(line)} - {"step"}
+
+
+def keys_in(folder: Path) -> set[str]:
+    return {name for path in folder.rglob("done.json") for name in json.loads(path.read_text())}
+
+
+def test_own_data_goes_from_twenty_edits_to_a_win_rate(folder):
+    outputs = [run(folder, words) for words in block_of("Your own data", "MODEL=")]
+    assert len(outputs) == 7
+    assert 0 <= json.loads((folder / "runs/mine/folds/done.json").read_text())["pair_accuracy"] <= 1
+    assert "equations (5) to (7)" in outputs[2].out                     # explain found the policy
+    assert len(json.loads((folder / "runs/mine/after.json").read_text())) == 20
+    verdict = json.loads(outputs[-1].out)
+    assert verdict["wins"] + verdict["ties"] + verdict["losses"] == 20
+
+
+def test_a_checkpoint_is_read_tuned_and_answers(folder):
+    told, needs = [run(folder, words) for words in block_of(
+        "From the laptop to a real checkpoint", "python -m fgrlhf.generate")]
+    assert told.out.startswith("Once upon a time") and "weights" in needs.out
+    for words in block_of("From the laptop to a real checkpoint", "python -m fgrlhf.sft"):
+        run(folder, words)
+    assert json.loads((folder / "outputs.json").read_text())[0]["instruction"] == "Name a fruit."
+
+
+def test_glossary_has_every_metric_that_these_runs_left(folder):
+    """What is really written, however its name is put together in the code."""
+    glossary = TEXT.split("\n## Metrics\n")[1].split("\n## ")[0]
+    metrics = metrics_in(folder / "runs")
+    assert len(metrics) > 20
+    assert not {name for name in metrics if f"`{name}`" not in glossary
+                and not re.match("rm/(train_|minimal/)", name)}
+    assert not {key for key in keys_in(folder / "runs")
+                if f"`{key}`" not in glossary and f"`rm/{key}`" not in glossary
+                and not re.search("^train_|^minimal/|_sd$", key)}
+
+
+def test_explain_command_of_the_readme_names_what_the_quick_profile_leaves():
+    [words] = block_of("One record through every equation", "python -m fgrlhf.explain")
+    config = config_of(words)(**vars(parser(config_of(words)).parse_args(words[3:])))
+    seed = reproduce.Seed(0, Path("runs/quick/seed0"), reproduce.SCALES["quick"], "cpu")
+    reproduce.start(seed), reproduce.compare_systems(seed)
+    left = {stage.command[stage.command.index("--out") + 1] for stage in seed.stages}
+    used = (config.reward, config.record, config.policy)
+    assert {str(Path(path).parent) for path in used} <= left
+
+
+@pytest.mark.parametrize("profile", reproduce.SCALES)
+def test_every_stage_of_reproduce_is_a_command_its_script_understands(profile):
+    seed = reproduce.Seed(0, Path("runs/x/seed0"), reproduce.SCALES[profile], "cpu")
+    reproduce.start(seed)
+    (reproduce.sweep if profile == "sweep" else reproduce.compare_systems)(seed)
+    for stage in seed.stages:
+        words = shlex.split(stage.text[stage.text.index("python "):])
+        subcommand = words[1] == "eval.py" or words[2] == "fgrlhf.simulate"
+        parser(config_of(words)).parse_args(words[2 + (words[1] == "-m") + subcommand:])
+
+
+def test_make_reproduce_is_the_quick_profile():
+    makefile = (processes.ROOT / "Makefile").read_text()
+    command = re.search(r"python (-m fgrlhf\.reproduce .*)", makefile)[1].replace("$(OUT)", "x")
+    words = ["python", *shlex.split(command)]
+    arguments = parser(config_of(words)).parse_args(words[3:])
+    assert (arguments.profile, arguments.seeds) == ("quick", 1)
+
+
+def test_generate_reads_a_real_checkpoint_as_the_readme_says(data_dir, tmp_path):
+    """stories260K in place of LLAMA_DIR, and its tokenizer survives twenty edits' training."""
+    words = block_of("From the laptop to a real checkpoint", "python -m fgrlhf.generate")[0]
+    words = [str(data_dir / "stories260K") if word == "LLAMA_DIR" else word for word in words]
+    done = processes.run(tmp_path, *words[2:])
+    golden = (data_dir / "stories260K" / "greedy_200.txt").read_text()
+    assert done.status == 0 and done.out.startswith("Once upon a time")
+    assert golden.startswith(done.out.rstrip()[:60])
+    assert load_tokenizer(data_dir / "stories260K").vocab_size == 512
