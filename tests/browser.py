@@ -39,9 +39,8 @@ class Browser:
         command = [find(), "--headless=new", "--remote-debugging-pipe", "--no-first-run",
                    "--disable-gpu", "--disable-dev-shm-usage", "--disable-extensions",
                    "--disable-background-networking", "--disable-component-update",
-                   "--disable-sync", "--lang=en", f"--user-data-dir={folder}"]
-        if os.geteuid() == 0:
-            command.append("--no-sandbox")        # the sandbox does not run as root
+                   "--disable-sync", "--lang=en", f"--user-data-dir={folder}",
+                   "--no-sandbox"]                # which root and many a container lack
         self.process = subprocess.Popen(
             ["bash", "-c", f'exec "$@" 3<&{passed[0]} 4>&{passed[1]}', "bash", *command],
             pass_fds=passed, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,

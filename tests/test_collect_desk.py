@@ -175,6 +175,32 @@ def test_accept_refuses_a_record_held_by_another_tab(desk):
     assert desk.store.path.read_text() == ""
 
 
+def full_disk(*_):
+    raise UserError("edits.jsonl: cannot be written (No space left on device)")
+
+
+def test_accept_on_a_full_disk_keeps_the_draft_and_can_be_repeated(desk, monkeypatch):
+    taken(desk, ADA)
+    with monkeypatch.context() as patch:
+        patch.setattr(desk.store, "add", full_disk)
+        with pytest.raises(UserError, match="No space"):
+            desk.accept(ADA, "r0", "the better answer 0")
+    assert desk.take(ADA_AGAIN) == (TASKS[0], "the better answer 0")
+    desk.accept(ADA_AGAIN, "r0", "the better answer 0")
+    assert len(lines(desk.store.path)) == 1
+
+
+def test_undo_on_a_full_disk_leaves_the_record_accepted(desk, monkeypatch):
+    taken(desk, ADA)
+    desk.accept(ADA, "r0", "the better answer 0")
+    with monkeypatch.context() as patch:
+        patch.setattr(desk.store, "withdraw", full_disk)
+        with pytest.raises(UserError, match="No space"):
+            desk.undo(ADA)
+    assert desk.progress("Ada")["done"] == 1
+    assert desk.undo(ADA) == (TASKS[0], "the better answer 0")
+
+
 def test_skip_needs_a_reason_and_keeps_it(desk):
     taken(desk, ADA)
     with pytest.raises(UserError, match="reason"):

@@ -609,6 +609,9 @@ def test_another_interface_needs_allow_remote_and_warns(tmp_path):
         connection.request("GET", "/", headers={"Host": host})
         assert connection.getresponse().status == status
         connection.close()
+    taken = subprocess.run([*command, "--allow-remote", "--port", str(port), "--out",
+                            str(tmp_path / "more.jsonl")], cwd=ROOT, capture_output=True, text=True)
+    assert taken.returncode == 2 and "choose another port" in taken.stderr
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=10)
     assert process.returncode == 0 and out.startswith("0 of 1 records done")
