@@ -4,11 +4,17 @@ Every stage is a command a reader can run by hand; its log lies in OUT/logs, and
 OUT/stages/NAME.json records that it succeeded and how long it took. A stage runs on one thread
 unless it asks for more, as many stages at a time as there are workers: at these sizes two
 single-threaded processes do more than one with two threads.
+
+Ctrl-C and SIGTERM are passed on to the stages under way, which save and end. When this process is
+killed outright they go on alone; the next call waits for them before it begins.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -49,7 +55,48 @@ def finished(stage: Stage, out: Path) -> bool:
     return record.exists() and json.loads(record.read_text())["command"] == stage.text
 
 
-def execute(stage: Stage, out: Path) -> None:
+@contextlib.contextmanager
+def alone(out: Path):
+    """Hold OUT/.lock, which every stage holds too; wait for the stages of a call that was killed.
+
+    Yields the lock's file descriptor, for the stages to inherit.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{out}: waiting for the stages of another call to end", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+@contextlib.contextmanager
+def passed_on(processes: list[subprocess.Popen]):
+    """Ctrl-C and SIGTERM end the stages under way, and then this program."""
+    caught = []
+
+    def pass_on(number, frame):
+        caught.append(number)
+        for process in processes:
+            process.terminate()
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except UserError:
+        if not caught:
+            raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if caught:
+        print("stopped: the stages under way have saved; the same command continues",
+              file=sys.stderr)
+        raise SystemExit(128 + caught[0])
+
+
+def execute(stage: Stage, out: Path, lock: int, processes: list[subprocess.Popen]) -> None:
     """Run one stage; on failure raise UserError with the end of its log."""
     log, started = out / "logs" / f"{stage.name}.log", time.perf_counter()
     record_file(stage, out).unlink(missing_ok=True)
@@ -57,9 +104,11 @@ def execute(stage: Stage, out: Path) -> None:
     with open(log, "w") as file:
         file.write(f"$ {stage.text}\n")
         file.flush()
-        code = subprocess.run([sys.executable, *stage.command], stdin=subprocess.DEVNULL,
-                              stdout=file, stderr=file,
-                              env=os.environ | {"OMP_NUM_THREADS": str(stage.threads)}).returncode
+        process = subprocess.Popen(
+            [sys.executable, *stage.command], stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            env=os.environ | {"OMP_NUM_THREADS": str(stage.threads)}, pass_fds=(lock,))
+        processes.append(process)
+        code = process.wait()
     if code:
         last = log.read_text(errors="replace").strip().splitlines()[-1]
         raise UserError(f"stage {stage.name} failed with exit status {code}: {last} (see {log})")
@@ -72,6 +121,14 @@ def run_stages(stages: list[Stage], out: Path, workers: int) -> None:
 
     `stages` are listed after their needs.
     """
+    processes: list[subprocess.Popen] = []
+    with alone(out) as lock, passed_on(processes):
+        walk(stages, out, workers, lock, processes)
+
+
+def walk(stages: list[Stage], out: Path, workers: int, lock: int,
+         processes: list[subprocess.Popen]) -> None:
+    """Start each stage once its needs are done and a worker is free."""
     done: set[str] = set()
     for stage in stages:                                    # a stage is stale when one it needs is
         if set(stage.needs) <= done and finished(stage, out):
@@ -86,7 +143,7 @@ def run_stages(stages: list[Stage], out: Path, workers: int) -> None:
             ready = [stage for stage in waiting if set(stage.needs) <= done]
             for stage in ready[:workers - len(running)]:
                 waiting.remove(stage)
-                running[pool.submit(execute, stage, out)] = stage
+                running[pool.submit(execute, stage, out, lock, processes)] = stage
             bar.set_postfix_str(", ".join(stage.name for stage in running.values()))
             completed, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in completed:

@@ -56,6 +56,13 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 # ----- rollouts and scoring -----------------------------------------------------------------------
 
+def ragged(sequences: Sequences) -> Sequences:
+    """Every other response cut to its first half, so that there is padding whatever was sampled."""
+    lengths = sequences.response_lengths
+    odd = torch.arange(len(lengths), device=lengths.device) % 2 == 1
+    return sequences._replace(response_lengths=torch.where(odd, (lengths + 1) // 2, lengths))
+
+
 def masks_count(s: Subject, rollout: Rollout) -> Check:
     """Rule 4: the mask counts each response to its first EOS, or all of a truncated one."""
     sequences, eos = rollout.sequences, s.tokenizer.eos_id
@@ -71,6 +78,9 @@ def masks_count(s: Subject, rollout: Rollout) -> Check:
                 or ends != (False, not rollout.truncated[row])
                 or (logp[:length] > 0).any() or logp[length:].any()):
             wrong.append(row)
+    short = ragged(sequences)
+    if (short.response_mask.sum(1) != short.response_lengths).any():
+        wrong.append("cut ones")
     return Check(not wrong, f"{counted} tokens in {len(mask)} responses, "
                  f"{int(rollout.truncated.sum())} truncated; miscounted rows: {wrong or 'none'}",
                  "masks come from lengths, EOS is the last token of a finished response: see "
@@ -104,10 +114,7 @@ def ratio_is_one(s: Subject, rollout: Rollout) -> Check:
 
 def padding_is_inert(s: Subject, rollout: Rollout) -> Check:
     """Rule 5: other ids in the padding, and NaN behind every input, change no number."""
-    lengths = rollout.sequences.response_lengths
-    half = torch.where(torch.arange(len(lengths), device=lengths.device) % 2 == 1,
-                       (lengths + 1) // 2, lengths)                 # so that there is padding
-    sequences = rollout.sequences._replace(response_lengths=half)
+    sequences = ragged(rollout.sequences)
     mask = sequences.response_mask
     logp_old = rollout.logp_old[:, :mask.shape[1]]
     real = (torch.arange(sequences.tokens.shape[1], device=mask.device)
@@ -121,8 +128,9 @@ def padding_is_inert(s: Subject, rollout: Rollout) -> Check:
         out = policy_loss(s.policy, batch, given, advantages, 0.2, s.temperature, int(mask.sum()))
         rewards = torch.where(mask, s.reward_model.ppo_rewards(batch), padding)
         penalised = penalise_kl(rewards, given, score(s.ref, batch, s.temperature), mask, s.beta)
-        return [out.loss, score(s.policy, batch, s.temperature),
-                standardise(penalised, mask, "rms")]
+        spoilt = torch.where(mask, penalised, padding)
+        return [out.loss, score(s.policy, batch, s.temperature), penalised,
+                standardise(spoilt, mask, "rms"), standardise(spoilt, mask, "mean-std")]
 
     with torch.no_grad():
         pairs = list(zip(numbers(sequences, 0.0), numbers(spoiled, float("nan"))))
@@ -160,14 +168,14 @@ def planted_reward_stays(s: Subject, rollout: Rollout) -> Check:
         moved[k] = [(b, p - start) for b, p in gradient.abs().sum(-1).nonzero().tolist()]
     passed = all(found == [(row, k - 1)] for k, found in moved.items())
     return Check(passed, f"rewards on tokens {list(moved)} move the states before tokens "
-                 f"{[[k + 1 for _, k in found] for found in moved.values()]}",
+                 f"{[[k + 1 for _, k in found][:3] for found in moved.values()]}",
                  "logp, reward and advantage of token t must share index t: look for a shift")
 
 
 def rewards_belong(s: Subject, rollout: Rollout) -> Check:
     """Rule 1: changing token k changes its own reward and none before it; no reward on PAD."""
-    sequences, mask = rollout.sequences, rollout.sequences.response_mask
-    row = int(sequences.response_lengths.argmax())
+    sequences = ragged(rollout.sequences)
+    mask, row = sequences.response_mask, int(sequences.response_lengths.argmax())
     k = int(sequences.response_lengths[row]) // 2
     tokens = sequences.tokens.clone()
     at = int(sequences.prompt_lengths[row]) + k
