@@ -26,7 +26,7 @@ from fgrlhf.collecting import client, human, llm
 from fgrlhf.collecting.agreement import report
 from fgrlhf.collecting.cache import Cache
 from fgrlhf.collecting.change import measure
-from fgrlhf.collecting.store import OUTCOMES, Skip, Store
+from fgrlhf.collecting.store import OUTCOMES, Skip, Store, recorded
 from fgrlhf.collecting.tasks import Answer, Task, read_tasks
 from fgrlhf.config import UserError, arg, parse, run
 from fgrlhf.edits import Edit, Provenance
@@ -140,9 +140,10 @@ def main(config: Config) -> int:
         raise UserError(f"--out {config.out}: expected another file than --pairs")
     tasks = read_tasks(config.pairs, config.limit)
     if config.dry_run:
-        print(llm.preview(config, tasks) if config.editor == "llm" else
-              f"{len(tasks)} responses to edit; the first, of record {tasks[0].id!r}:\n"
-              f"{tasks[0].rejected}")
+        done = recorded(Path(config.out))
+        todo = [task for task in tasks if task.id not in done]
+        print(llm.preview(config, todo) if config.editor == "llm" else
+              "\n".join([f"{len(todo)} responses to edit", *(task.rejected for task in todo[:2])]))
         return 0
     asking = client.Client(config) if config.editor == "llm" else None     # refuse before a file
     edit = simulated(config) if config.editor == "simulated" else None     # is made

@@ -230,6 +230,18 @@ def test_collect_dry_run_writes_nothing_and_needs_no_key(tmp_path, main, capsys,
     assert [p.name for p in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
+def test_collect_dry_run_leaves_out_what_is_done(tmp_path, main, capsys):
+    write_pairs(tmp_path / "pairs.jsonl", 3)
+    with Server(lambda body, count: ("ok", good(body))) as server:
+        main("--editor", "llm", "--model", "m", "--base-url", server.url, "--limit", 1)
+        before = (tmp_path / "edits.jsonl").read_bytes()
+        main("--editor", "llm", "--model", "m", "--base-url", server.url, "--dry-run")
+        assert len(server.seen) == 1
+    out = capsys.readouterr().out
+    assert "2 requests, about" in out and "record 'r1'" in out and "record 'r0'" not in out
+    assert (tmp_path / "edits.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize("flags, message", [
     (("--editor", "llm"), "expected --model"), (("--editor", "simulated"), "expected --world"),
     (("--editor", "llm", "--model", "m", "--base-url", "http://example.org"), "in the clear"),

@@ -55,6 +55,20 @@ def test_parser_help_names_every_flag_its_text_and_its_default():
     assert "default: None" not in text
 
 
+def test_parser_lists_what_a_config_inherits_behind_its_own():
+    @dataclass(frozen=True, kw_only=True)
+    class Base:
+        depth: int = arg(1, help="of the base")
+
+    @dataclass(frozen=True)
+    class Derived(Base):
+        out: str = arg(help="its own")
+
+    text = parser(Derived).format_help()
+    assert text.index("--out STR  ") < text.index("--depth INT  ")
+    assert parse(Derived, ["--out", "x", "--depth", "2"]) == Derived(out="x", depth=2)
+
+
 def test_to_json_holds_every_resolved_value():
     config = parse(Config, ["--out", "a", "--limit", "3"])
     assert json.loads(to_json(config)) == {"out": "a", "learning_rate": 6e-4, "kind": "token",

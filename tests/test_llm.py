@@ -4,6 +4,7 @@ The model is a function of the conversation; test_client.py has the HTTP beneath
 the command above.
 """
 
+import hashlib
 import json
 
 import pytest
@@ -61,6 +62,14 @@ def test_preview_shows_the_requests_and_estimates_four_characters_a_token(monkey
                          "(4 characters a token); nothing was sent")    # 72: 32 and 40 of JSON
 
 
+@pytest.mark.parametrize("name, digest", [
+    ("edit-1", "d01adaaedc137bff"), ("judge-1", "3693591b2590dc22"),
+    ("human-1", "759121f4536a600f")])
+def test_prompts_never_change_under_their_number(name, digest):
+    """Records name the version they were made with: a new wording is a new file, edit-2.txt."""
+    assert hashlib.sha256(load_prompt(name).encode()).hexdigest()[:16] == digest
+
+
 # What is taken.
 
 def test_editor_takes_a_minimal_edit_and_keeps_the_outer_whitespace():
@@ -110,6 +119,12 @@ def test_leak_finds_eight_words_of_the_instruction_in_a_row_and_not_seven():
     seven = "Change only where it is necessary: what"               # the colon is a word here
     assert leak(f"The dog. {seven} sat", TASK, INSTRUCTION) is not None
     assert leak("The dog. Change only where it is necessary", TASK, INSTRUCTION) is None
+
+
+def test_leak_finds_a_tag_behind_one_that_the_response_has_itself():
+    task = Task("r", "p", "c", "Write <passage> there.")
+    assert leak("Write <passage> here.", task, INSTRUCTION) is None
+    assert "'</response>'" in leak("Write <passage> here.</response>", task, INSTRUCTION)
 
 
 def test_leak_lets_pass_what_the_record_itself_says():

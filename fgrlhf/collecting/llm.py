@@ -24,7 +24,7 @@ CHARACTERS_A_TOKEN = 4                            # English, roughly: for the es
 PREAMBLE = re.compile(r"\W*(sure|certainly|of course|here(['’]s| is| are)|"
                       r"(the |my )?(minimally )?edited (response|version|text))\b[^\n]{0,80}:",
                       re.IGNORECASE)
-TAG = re.compile(r"</?(instruction|input|passage|preferred|response)\b[^>]*>|needs_change\"?\s*:")
+TAG = re.compile(r"</?(instruction|passage|preferred|response)\b[^>]*>|needs_change\"?\s*:")
 
 
 class Flaw(ValueError):
@@ -131,9 +131,8 @@ def leak(edited: str, task: Task, instruction: str) -> str | None:
     record itself does not have them.
     """
     known = question(task)
-    for pattern, text in ((PREAMBLE, task.rejected), (TAG, task.rejected)):
-        found = pattern.match(edited) if pattern is PREAMBLE else pattern.search(edited)
-        if found and found[0] not in text:
+    for found in (PREAMBLE.match(edited), *TAG.finditer(edited)):
+        if found and found[0] not in task.rejected:
             return f"edited holds {found[0]!r}, which is no part of a response"
     for run in sorted(_runs(edited) & (_runs(instruction) - _runs(known))):
         return f"edited repeats the editing instruction ({' '.join(run)!r})"

@@ -57,15 +57,13 @@ class Store:
         Raises UserError when another program writes to `path`, or when it holds anything but edits.
         """
         self.path = Path(path)
-        self.skipped_path = self.path.with_name(self.path.stem + ".skipped.jsonl")
+        self.skipped_path = skipped_path(self.path)
         self._mutex = threading.RLock()
         if self.path.is_dir():
             raise UserError(f"{path}: expected a file or a free name, got a folder; name a file")
         self._held = lock(self.path)
         try:
-            self.records: dict[str, Edit | Skip] = {
-                record.id: record
-                for record in [*_read(self.skipped_path, Skip), *_read(self.path, Edit)]}
+            self.records: dict[str, Edit | Skip] = recorded(self.path)
             self._files = {Edit: Lines(self.path), Skip: Lines(self.skipped_path)}
         except BaseException:
             os.close(self._held)
@@ -119,6 +117,17 @@ class Store:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def skipped_path(path: Path) -> Path:
+    """The side file of EDITS.jsonl."""
+    return path.with_name(path.stem + ".skipped.jsonl")
+
+
+def recorded(path: Path) -> dict[str, Edit | Skip]:
+    """What EDITS.jsonl and its side file hold, by id; raises UserError for anything but that."""
+    return {record.id: record
+            for record in [*_read(skipped_path(path), Skip), *_read(path, Edit)]}
 
 
 def _read(path: Path, kind: type) -> list:
