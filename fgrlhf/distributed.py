@@ -19,7 +19,6 @@ added up (`sum_gradients`), as are those of reward heads.
 
 import atexit
 import contextlib
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -148,8 +147,7 @@ def shares(rows: list[int], microbatch: int,
     groups of at most `microbatch`, 0 meaning one group.
     """
     own = group(mine(rows), microbatch) if mine(rows) else []
-    most = math.ceil(len(rows) / size())
-    for number in range(math.ceil(most / microbatch) if microbatch else 1):
+    for number in range(largest(len(own))):
         if number < len(own):
             yield own[number], True
         else:

@@ -58,11 +58,20 @@ class Located(NamedTuple):
 
 
 def by_length(sequences: Sequences, rows: list[int], size: int) -> list[Tensor]:
-    """`rows` in groups of at most `size` (0: all), of similar length so that little is padding."""
+    """`rows` in groups of at most `size` (0: any number) and of similar length.
+
+    At most a tenth of a group's columns are padding: what a pass costs follows the real tokens.
+    """
     total = (sequences.prompt_lengths + sequences.response_lengths).tolist()
-    rows = sorted(rows, key=lambda row: total[row])
-    size = size or max(1, len(rows))
-    return [torch.tensor(rows[i:i + size]) for i in range(0, len(rows), size)]
+    groups, real = [], 0
+    for row in sorted(rows, key=lambda row: total[row]):
+        real += total[row]
+        full = not groups or len(groups[-1]) == (size or len(rows))
+        if full or 0.9 * (len(groups[-1]) + 1) * total[row] > real:
+            groups.append([])
+            real = total[row]
+        groups[-1].append(row)
+    return [torch.tensor(group) for group in groups]
 
 
 def locate(sequences: Sequences) -> Located:
