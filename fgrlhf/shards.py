@@ -42,6 +42,15 @@ def fill(value: object, tensors: dict[str, Tensor]) -> object:
     return value
 
 
+def names(value: object) -> set[str]:
+    """The names of the tensors that `fill` would put in."""
+    if isinstance(value, dict):
+        if value.keys() == {"tensor"}:
+            return {value["tensor"]}
+        value = list(value.values())
+    return set().union(*map(names, value)) if isinstance(value, (list, tuple)) else set()
+
+
 def save(folder: Path, step: int, parts: dict) -> tuple[dict, dict | None]:
     """(what the state itself holds of `parts`, what it says of shards). Every rank calls it.
 
@@ -86,6 +95,7 @@ def load(folder: Path, parts: dict, saved: dict, shards: dict | None) -> None:
         saved = {name: strip(part, name, found) for name, part in saved.items()}
         here = {name: distributed.like(x, here[name]) for name, x in found.items()}
     else:
+        here = {name: here[name] for name in names(saved)}  # no moments where never a gradient was
         path = folder / shards["folder"]
         if not (path / ".metadata").is_file() or _sha256(path) != shards["sha256"]:
             raise UserError(f"{path}: damaged or missing; it is not what the training state "
