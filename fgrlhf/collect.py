@@ -48,7 +48,7 @@ class Config(client.Options):
     miss: float = arg(0.0, least=0, help="simulated: probability that it overlooks an error")
     needless: float = arg(0.0, least=0, help="simulated: probability of one swapped synonym")
     host: str = arg("127.0.0.1", help="human: interface of the page")
-    port: int = arg(0, least=0, help="human: port of the page; 0 is any free one")
+    port: int = arg(0, least=0, help="human: port of the page; 0 chooses one")
     allow_remote: bool = arg(False, help="human: let other machines in, with a --host for them")
     annotator: str | None = arg(None, help="human: who edits (default: the page asks)")
 

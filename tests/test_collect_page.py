@@ -19,7 +19,9 @@ from pathlib import Path
 import pytest
 
 from fgrlhf.checkpoint import save_model
-from fgrlhf.collecting.human import LARGEST
+from fgrlhf.collecting.human import PAGE, usual_port
+from fgrlhf.collecting.web import LARGEST, Server
+from fgrlhf.config import UserError
 from fgrlhf.readers import read_edits
 from fgrlhf.tokenizer import Tokenizer
 from tests import browser as chromium
@@ -42,15 +44,14 @@ class Program:
     def __init__(self, folder: Path, records: list[dict] = RECORDS, *flags: str):
         self.out, self.pairs, self.flags = folder / "edits.jsonl", folder / "pairs.jsonl", flags
         self.pairs.write_text("".join(json.dumps(record) + "\n" for record in records))
-        self.port = 0
         self.start()
 
     def start(self) -> None:
-        """Start, or start again on the same port; the address is new in any case."""
+        """Start, or start again: on the same port, with a new token."""
         self.process = subprocess.Popen(
             [sys.executable, "-m", "fgrlhf.collect", "--pairs", str(self.pairs), "--out",
-             str(self.out), "--editor", "human", "--port", str(self.port), *self.flags], cwd=ROOT,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+             str(self.out), "--editor", "human", *self.flags], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env=os.environ | {"OMP_NUM_THREADS": "1"})
         self.url = re.search(r"http://\S+/", self.process.stderr.readline())[0]
         self.port = int(self.url.split(":")[2].split("/")[0])
@@ -545,9 +546,9 @@ def test_a_body_of_100_megabytes_is_refused_unread(target, unharmed):
     ("POST", {"Content-Length": str(LARGEST + 1)}, None, 413),
     ("POST", {"Content-Length": "-1"}, None, 411), ("POST", {"Content-Length": "٣"}, None, 411),
     ("POST", {"Transfer-Encoding": "chunked"}, None, 411),
-    ("POST", {}, "[]", 400), ("POST", {}, "{", 400), ("POST", {}, "\xff", 400),
-    ("POST", {}, "[" * 100000, 400), ("POST", {}, '{"annotator": 1}', 400),
-    ("POST", {}, '{"unknown": "field"}', 400), ("POST", {}, "{}", 422),
+    ("POST", {}, "[]", 422), ("POST", {}, "{", 400), ("POST", {}, "\xff", 400),
+    ("POST", {}, "[" * 100000, 400), ("POST", {}, '{"annotator": 1}', 422),
+    ("POST", {}, '{"unknown": "field"}', 422), ("POST", {}, "{}", 422),
     ("PUT", {}, "{}", 501), ("DELETE", {}, None, 501), ("OPTIONS", {}, None, 501)])
 def test_odd_requests_are_refused(target, unharmed, method, headers, body, status):
     own = {"Origin": f"http://127.0.0.1:{target.port}", "Content-Type": "application/json"}
@@ -579,7 +580,7 @@ def test_every_answer_forbids_scripts_frames_and_caches(target):
 
 
 def test_the_page_names_no_other_place():
-    for path in (ROOT / "fgrlhf/collecting/page").iterdir():
+    for path in PAGE.iterdir():
         assert not re.search(r"https?:|//\w+\.|@import|url\(", path.read_text()), path
 
 
@@ -592,6 +593,26 @@ def test_the_token_is_new_in_every_run_and_in_no_file(program, tmp_path):
         assert not path.is_file() or first not in path.read_text()
     program.start()
     assert program.path.strip("/") != first
+
+
+def test_a_usual_port_that_is_taken_gives_way_to_another(tmp_path):
+    usual = usual_port(tmp_path / "edits.jsonl")
+    with socket.create_server(("127.0.0.1", usual)):
+        program = Program(tmp_path)
+        assert program.port != usual and program.request("GET", program.path)[0] == 200
+        program.kill()
+    program.start()
+    assert program.port == usual
+    program.kill()
+
+
+@pytest.mark.parametrize("host, port", [("127.0.0.1", "taken"), ("127.0.0.1", "99999"),
+                                        ("no.such.host.invalid", "0")])
+def test_an_address_that_cannot_be_had_is_refused_in_a_line(host, port):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1] if port == "taken" else int(port)
+        with pytest.raises(UserError, match=f"--host {host} --port {port}: cannot be served"):
+            Server(PAGE, {}, host, [port], allow_remote=True)
 
 
 def test_another_interface_needs_allow_remote_and_warns(tmp_path):
@@ -609,9 +630,6 @@ def test_another_interface_needs_allow_remote_and_warns(tmp_path):
         connection.request("GET", "/", headers={"Host": host})
         assert connection.getresponse().status == status
         connection.close()
-    taken = subprocess.run([*command, "--allow-remote", "--port", str(port), "--out",
-                            str(tmp_path / "more.jsonl")], cwd=ROOT, capture_output=True, text=True)
-    assert taken.returncode == 2 and "choose another port" in taken.stderr
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=10)
     assert process.returncode == 0 and out.startswith("0 of 1 records done")

@@ -14,7 +14,8 @@ RIVALS = {"kernels/bench.py": {"liger_kernel", "trl"}}        # measured beside 
 RANKS = (
     ("config align", "fields", "files", "tokenizer edits", "readers",
      "collecting.change collecting.tasks collecting.lines collecting.protocol collecting.ambiguity",
-     "collecting.store collecting.cache", "collecting.segments collecting.desk collecting.client",
+     "collecting.store collecting.cache",
+     "collecting.segments collecting.desk collecting.web collecting.client",
      "collecting.human collecting.llm collecting.agreement"),
     ("encode model", "lora", "distributed"),
     ("safetensors layouts.stored", "layouts.huggingface_tokenizer layouts.llama2c layouts.meta",

@@ -35,12 +35,12 @@ async function call(action, fields = {}, options = {}) {
     answer = await fetch(action, {method: "POST", body, signal: AbortSignal.timeout(PATIENCE),
                                   headers: {"Content-Type": "application/json"}, ...options});
   } catch {
-    throw new Refusal(0, "The server does not answer. What you type stays in this page; start " +
-      "fgrlhf.collect again, and reload the page or open the new address that it prints.");
+    throw new Refusal(0, "The server does not answer. What you type is kept in this browser: " +
+      "start fgrlhf.collect again and open the address that it prints.");
   }
   if (answer.headers.get("Content-Type").startsWith("text/plain")) {
     throw new Refusal(answer.status, "The server runs under a new address: open the one that " +
-      "fgrlhf.collect printed last. Your saved drafts are there.");
+      "fgrlhf.collect printed last. Your drafts are there.");
   }
   const result = await answer.json();
   if (!answer.ok) throw new Refusal(answer.status, result.error);
