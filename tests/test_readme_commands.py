@@ -25,7 +25,7 @@ VOCABULARY = 300
 SMALLER = {"train_ppo.py": ["--iterations", "2", "--rollouts", "4", "--minibatches", "1",
                             "--max-new-tokens", "8"],
            "eval.py outputs": ["--max-new-tokens", "8"],
-           "train_rm.py": ["--epochs", "1"]}
+           "train_rm.py": ["--epochs", "1"], "fgrlhf.sft": ["--epochs", "1"]}
 FRUIT = ("apple", "pear", "plum", "grape", "lemon")
 
 
@@ -60,7 +60,9 @@ def run(folder: Path, words: list[str]) -> processes.Done:
     """A command with every path moved into `folder`; the last value of a flag counts."""
     here = lambda word: str(folder / word) if re.match(r"(runs/|LLAMA_DIR|\w+\.jsonl?\b)", word) \
         else word
-    words = [here(word.replace("$MODEL", "LLAMA_DIR")) for word in words]
+    first = "-m" in words and "fgrlhf.sft" in words                 # MODEL changes after SFT
+    words = [here(word.replace("$MODEL", "LLAMA_DIR" if first else "runs/mine/sft/policy"))
+             for word in words]
     script = words[2:] if words[1] == "-m" else words[1:]
     smaller = next((flags for name, flags in SMALLER.items()
                     if " ".join(script).startswith(name)), [])
@@ -80,9 +82,9 @@ def keys_in(folder: Path) -> set[str]:
 
 def test_own_data_goes_from_twenty_edits_to_a_win_rate(folder):
     outputs = [run(folder, words) for words in block_of("Your own data", "MODEL=")]
-    assert len(outputs) == 7
+    assert len(outputs) == 8
     assert 0 <= json.loads((folder / "runs/mine/folds/done.json").read_text())["pair_accuracy"] <= 1
-    assert "equations (5) to (7)" in outputs[2].out                     # explain found the policy
+    assert "equations (5) to (7)" in outputs[3].out                     # explain found the policy
     assert len(json.loads((folder / "runs/mine/after.json").read_text())) == 20
     verdict = json.loads(outputs[-1].out)
     assert verdict["wins"] + verdict["ties"] + verdict["losses"] == 20
