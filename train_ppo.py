@@ -20,6 +20,7 @@ reference's, and OUT/best is the policy of the best dev win rate. OUT/policy is 
 Leaves config.json, metrics.jsonl, timing.jsonl; --resume continues a stopped run.
 """
 
+import contextlib
 import copy
 import math
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from fgrlhf.encode import encode_prompt
 from fgrlhf.files import each
 from fgrlhf.judge import OracleJudge, answers
 from fgrlhf.model import DTYPES, LLaMA
-from fgrlhf.optimizer import Optimizer
+from fgrlhf.optimizer import Optimizer, check_in_backward
 from fgrlhf.ppo import check_first_ratio, policy_loss, value_loss
 from fgrlhf.readers import read_prompts
 from fgrlhf.reward import RewardModel, load_reward
@@ -90,6 +91,11 @@ class Config:
     save_every: int = arg(10, least=1, help="iterations between training states for --resume")
     keep: int = arg(2, least=1, help="training states kept: the newest, and those before it")
     resume: bool = arg(False, help="continue the unfinished run in --out")
+    checkpoint_activations: bool = arg(False, help="keep one activation a block, make the rest "
+                                       "again in backward")
+    step_in_backward: bool = arg(False, help="step each weight as its gradient appears and hold no "
+                                 "gradients; each is clipped alone; needs --microbatch 0")
+    offload: bool = arg(False, help="keep reference and reward model in host memory between uses")
     lora_rank: int = arg(0, least=0, help="train adapters of this rank over frozen weights; 0 "
                          "trains all weights")
     dtype: str = arg("float32", choices=DTYPES,
@@ -159,7 +165,8 @@ def update(config: Config, policy, critic, optimizers, rollout: Rollout, advanta
         totals: dict[str, float] = {}
         for number, rows in enumerate(minibatches(config, B, iteration, epoch)):
             tokens, logged = int(mask[rows].sum()), {}
-            group = lambda rows, size: by_length(rollout.sequences, rows, size)
+            group = lambda rows, size: ([torch.tensor(rows)] if config.step_in_backward else
+                                        by_length(rollout.sequences, rows, size))
             for part, counts in distributed.shares(rows, config.microbatch, group):
                 sequences, over = rollout.sequences.rows(part), tokens if counts else math.inf
                 T = int(sequences.response_lengths.max())
@@ -277,12 +284,33 @@ def load(config: Config, device: torch.device) -> Setup:
 
 def optimise(config: Config, setup: Setup) -> Setup:
     """Share the models out over the ranks, then give those that learn their optimizers."""
+    check_in_backward(config.step_in_backward, config.microbatch)
+    if config.offload and (config.lora_rank or distributed.size() > 1):
+        raise UserError("--offload: expected one process and --lora-rank 0; a shared trunk and "
+                        "sharded models stay where they are")
     for model in (setup.policy, setup.ref, setup.reward_model, setup.critic):
         if model is not None:
             distributed.shard(model)
+    for model in setup.trained().values():
+        getattr(model, "trunk", model).activation_checkpointing = config.checkpoint_activations
+    for model in (setup.ref, setup.reward_model) if config.offload else ():
+        model.to("cpu")
     rates = {"policy": config.lr, "critic": config.value_lr}
-    return setup._replace(optimizers={name: Optimizer(model, rates[name], config.warmup)
-                                      for name, model in setup.trained().items()})
+    return setup._replace(optimizers={name: Optimizer(
+        model, rates[name], config.warmup, in_backward=config.step_in_backward)
+        for name, model in setup.trained().items()})
+
+
+@contextlib.contextmanager
+def at_hand(config: Config, setup: Setup, *models: nn.Module):
+    """Inside, the models are whole and on the policy's device, for passes without gradient."""
+    away = [m for m in models if config.offload and m in (setup.ref, setup.reward_model)]
+    for model in away:
+        model.to(setup.policy.head.device)
+    with distributed.gathered(*models):
+        yield
+    for model in away:
+        model.to("cpu")
 
 
 class Batch(NamedTuple):
@@ -312,7 +340,7 @@ def collect(config: Config, setup: Setup, iteration: int) -> Batch:
     groups = scoring_groups(config, rollout.sequences, iteration)
 
     def once(model, function):
-        with distributed.gathered(model):
+        with at_hand(config, setup, model):
             return distributed.total(in_groups(function, rollout.sequences, groups))
     if config.dtype != "float32":       # decoding a token at a time rounds otherwise: score again
         logp_old = once(setup.policy, lambda part: score(setup.policy, part, config.temperature))
@@ -345,7 +373,7 @@ def train(config: Config) -> None:
         with log.guard(iteration, setup.trained(), **batch.tensors()):
             seen = monitor.rollout_metrics(batch.rollout, batch.logp_ref, batch.rewards)
             if config.exact_kl:
-                with distributed.gathered(policy, setup.ref):
+                with at_hand(config, setup, policy, setup.ref):
                     seen["rollout/kl_exact"] = monitor.whole_kl(
                         policy, setup.ref, batch.rollout.sequences, config.temperature,
                         config.exact_kl, config.microbatch)

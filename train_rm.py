@@ -28,7 +28,7 @@ from fgrlhf.evaluate import Judged, reward_table
 from fgrlhf.judge import judge_preferences
 from fgrlhf.lora import Own
 from fgrlhf.model import DTYPES
-from fgrlhf.optimizer import Optimizer
+from fgrlhf.optimizer import Optimizer, check_in_backward
 from fgrlhf.reward import KINDS, RewardModel, save_reward, sequence_loss, token_loss
 from fgrlhf.rollout import pack
 from fgrlhf.run import Run, bucketed_batches, generator, pick_device
@@ -75,6 +75,10 @@ class Config:
     save_every: int = arg(200, least=1, help="steps between training states for --resume")
     keep: int = arg(2, least=1, help="training states kept: the newest, and those before it")
     resume: bool = arg(False, help="continue the unfinished run in --out")
+    checkpoint_activations: bool = arg(False, help="keep one activation a block, make the rest "
+                                       "again in backward")
+    step_in_backward: bool = arg(False, help="step each weight as its gradient appears and hold no "
+                                 "gradients; each is clipped alone; needs --microbatch 0")
     lora_rank: int = arg(0, least=0, help="train adapters of this rank over frozen weights; 0 "
                          "trains all weights")
     dtype: str = arg("float32", choices=DTYPES,
@@ -112,8 +116,11 @@ def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: 
     lengths = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in examples]
     per_epoch = -(-len(examples) // config.batch)
     steps = config.epochs * per_epoch
+    check_in_backward(config.step_in_backward, config.microbatch)
+    model.trunk.activation_checkpointing = config.checkpoint_activations
     distributed.shard(model)
-    optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr)
+    optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr,
+                          in_backward=config.step_in_backward)
     resumable = config.folds == 0
     if resumable:
         log.restore(model=Own(model), optimizer=optimizer)

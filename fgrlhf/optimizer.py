@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fgrlhf import distributed
+from fgrlhf.config import UserError
 
 WIDE = (torch.float32, torch.float64)
 
@@ -135,6 +136,13 @@ class Optimizer:
         with torch.no_grad():
             for master, copy in zip(self.masters, copies):
                 master.copy_(copy)
+
+
+def check_in_backward(wanted: bool, microbatch: int) -> None:
+    """Refuse what a step inside backward cannot do: add up gradients, or wait for other ranks."""
+    if wanted and (microbatch or distributed.size() > 1):
+        raise UserError("--step-in-backward: expected --microbatch 0 and one process; a gradient "
+                        "that is added up must be held")
 
 
 def _master(parameter: Tensor, whole: bool) -> Tensor:

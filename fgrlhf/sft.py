@@ -24,7 +24,7 @@ from fgrlhf.encode import encode_prompt, encode_response
 from fgrlhf.files import each
 from fgrlhf.lora import Own
 from fgrlhf.model import DTYPES, PRESETS, LLaMA, build
-from fgrlhf.optimizer import Optimizer
+from fgrlhf.optimizer import Optimizer, check_in_backward
 from fgrlhf.rollout import Sequences, locate, pack, states_before
 from fgrlhf.run import Run, bucketed_batches, pick_device
 from fgrlhf.tokenizer import Tokenizer
@@ -58,6 +58,10 @@ class Config:
     save_every: int = arg(200, least=1, help="steps between training states for --resume")
     keep: int = arg(2, least=1, help="training states kept: the newest, and those before it")
     resume: bool = arg(False, help="continue the unfinished run in --out")
+    checkpoint_activations: bool = arg(False, help="keep one activation a block, make the rest "
+                                       "again in backward")
+    step_in_backward: bool = arg(False, help="step each weight as its gradient appears and hold no "
+                                 "gradients; each is clipped alone; needs --microbatch 0")
     lora_rank: int = arg(0, least=0, help="train adapters of this rank over frozen weights; 0 "
                          "trains all weights")
     dtype: str = arg("float32", choices=DTYPES,
@@ -110,8 +114,11 @@ def train(config: Config) -> None:
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
     per_epoch = -(-len(prompts) // config.batch)
     steps = config.epochs * per_epoch
+    check_in_backward(config.step_in_backward, config.microbatch)
+    model.activation_checkpointing = config.checkpoint_activations
     distributed.shard(model)
-    optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr)
+    optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr,
+                          in_backward=config.step_in_backward)
     log = Run(config, tokenizer.sha256, ("data", "model"))
     log.restore(model=Own(model), optimizer=optimizer)
     for step in log.steps(steps, "sft"):

@@ -9,12 +9,13 @@ from torch import nn
 
 import train_ppo
 from fgrlhf.checkpoint import load_model, save_model
-from fgrlhf.optimizer import Optimizer
+from fgrlhf.config import UserError
+from fgrlhf.optimizer import Optimizer, check_in_backward
 from fgrlhf.ppo import policy_loss
 from fgrlhf.reward import RewardModel, load_reward, save_reward
 from fgrlhf.rollout import in_groups, sample, score
 from fgrlhf.tokenizer import train as train_tokenizer
-from tests.small import ids, llama, ragged
+from tests.small import ids, llama, ppo_folder, ragged
 
 BF16 = torch.bfloat16
 
@@ -187,3 +188,31 @@ def test_train_ppo_runs_in_bf16_with_every_check(method, kind, tmp_path):
     saved, start = load_model(tmp_path / "out/policy"), load_model(tmp_path / "policy")
     assert saved.head.dtype == BF16 and (saved.head != start.head.to(BF16)).any()
     assert load_reward(tmp_path / "reward").head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("options, exact", [
+    ({"checkpoint_activations": True}, True), ({"offload": True}, True),
+    ({"step_in_backward": True, "microbatch": 0}, False)])
+def test_memory_options_change_no_result(options, exact, tmp_path):
+    """Stepping in backward clips otherwise: there the first iteration's loss alone is the same."""
+    folder = ppo_folder(tmp_path)
+    whole = dict(method="rlhf", policy=str(folder / "policy"), reward=str(folder / "sequence"),
+                 prompts=str(folder / "prompts.jsonl"), iterations=2, rollouts=6, max_new_tokens=6,
+                 microbatch=2, skip_checks=True)
+    lines = []
+    for name, changes in (("plain", {}), ("option", options)):
+        train_ppo.train(train_ppo.Config(**whole | changes, out=str(tmp_path / name)))
+        lines.append((tmp_path / name / "metrics.jsonl").read_text().splitlines())
+    if exact:
+        assert lines[0] == lines[1]
+    else:
+        first, other = (json.loads(x[0]) for x in lines)
+        same = {k: v for k, v in first.items() if k.startswith("rollout/")}
+        assert same == pytest.approx({k: other[k] for k in same}, rel=1e-4, abs=1e-6)
+        assert len(lines[1]) == 2 and lines[0][1] != lines[1][1]
+
+
+def test_step_in_backward_refuses_what_it_cannot_do():
+    with pytest.raises(UserError, match="--step-in-backward: expected --microbatch 0"):
+        check_in_backward(True, 4)
+    check_in_backward(True, 0), check_in_backward(False, 4)
