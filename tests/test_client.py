@@ -26,7 +26,7 @@ def keys(monkeypatch):
 
 
 def reach(server, cache=None, **options) -> Client:
-    base = {"base_url": server.url, "model": "m", "timeout": 2.0, "backoff": 0.001}
+    base = {"base_url": server.url, "model": "m", "timeout": 5.0, "backoff": 0.001}
     return Client(Options(**base | options), cache)
 
 
@@ -116,8 +116,8 @@ def test_ask_does_not_follow_a_redirect_with_the_key(status):
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("api", ["anthropic", "openai"])
 def test_ask_gets_over_a_fault(fault, api):
-    with Server(lambda body, count: (fault if count < 3 else "ok", "a fine one"), 0.3) as server:
-        client = reach(server, api=api, timeout=0.15 if fault == "hang" else 2.0)
+    with Server(lambda body, count: (fault if count < 3 else "ok", "a fine one"), 1.0) as server:
+        client = reach(server, api=api, timeout=0.5 if fault == "hang" else 5.0)
         assert client.ask("s", ASKED) == Reply("a fine one", True)
         assert client.requests == 3
 

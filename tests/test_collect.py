@@ -339,10 +339,10 @@ def test_eval_win_rate_by_a_language_model_agrees_with_its_recorded_judgements(
         evaluation.main()
         return json.loads(capsys.readouterr().out)
 
-    with Server(behave, hang_seconds=0.4) as server:
+    with Server(behave, hang_seconds=1.5) as server:
         flags = ("--judge", "llm", "--outputs", tmp_path / "system.json", "--reference",
                  tmp_path / "reference.json", "--model", "m", "--base-url", server.url,
-                 "--judgements", tmp_path / "judged.jsonl", "--timeout", 0.3, "--backoff", 0.01,
+                 "--judgements", tmp_path / "judged.jsonl", "--timeout", 1.0, "--backoff", 0.01,
                  "--workers", 8)
         found = win_rate(*flags)
         sent = len(server.seen)

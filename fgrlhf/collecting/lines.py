@@ -1,7 +1,6 @@
 """A file that grows by whole lines, one program at a time, and survives whatever kills that one."""
 
 import errno
-import fcntl
 import json
 import os
 from pathlib import Path
@@ -14,6 +13,10 @@ def lock(path: Path) -> int:
 
     The system releases it when the process dies. Raises UserError where another one holds it.
     """
+    try:
+        import fcntl                              # here, so that Windows can train and evaluate
+    except ImportError:
+        raise UserError("collecting: needs a system with flock; use Linux or macOS") from None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         held = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
