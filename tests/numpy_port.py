@@ -578,6 +578,15 @@ def value_loss(values, values_old, returns, mask, clip_eps):
     return {"loss": np.maximum(free, bound).mean() / 2, "grad_values": spread(mask, slope)}
 
 
+def clip_factor(norm, max_norm):
+    return np.minimum(1, max_norm / (norm + 1e-6))
+
+
+def clip_gradients(g, max_norm):
+    norm = np.sqrt((g * g).sum(-1))
+    return {"norm": norm, "clipped": g * clip_factor(norm, max_norm)[:, None]}
+
+
 def adamw(x, g, m, v, lr, beta1, beta2, eps, weight_decay, step):
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
@@ -599,7 +608,7 @@ def ppo_step(model, tokens, prompt_lengths, response_lengths, logp_old, logp_ref
     np.add.at(dhidden, (row, at - 1), found["grad_hidden"])
     grads = model.backward(dhidden, tape) | {"output.weight": found["grad_head"]}
     norm = np.sqrt(sum((g * g).sum() for g in grads.values()))
-    factor = min(1.0, max_norm / (norm + 1e-6))
+    factor = clip_factor(norm, max_norm)
     new = {name: adamw(weight, grads[name] * factor, 0, 0, lr, step=1, **adam)["x"]
            for name, weight in model.weights.items()}
     return out | {"logp": spread(mask, logp), "advantages": advantage, "gradient_norm": norm} \

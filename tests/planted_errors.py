@@ -447,6 +447,20 @@ PLANTS = {
             "np.maximum(free, bound).mean() / 2",
             "np.maximum(free, bound).mean()"),
     },
+    "clip-gradients": {
+        "shift: a row early": (
+            "clip_factor(norm, max_norm)[:, None]",
+            "clip_factor(norm[::-1], max_norm)[:, None]"),
+        "mask: small gradients grow to the limit": (
+            "np.minimum(1, max_norm / (norm + 1e-6))",
+            "max_norm / (norm + 1e-6)"),
+        "sign: of the gradients": (
+            '"clipped": g * clip_factor',
+            '"clipped": -g * clip_factor'),
+        "scale: the square of the norm": (
+            "norm = np.sqrt((g * g).sum(-1))",
+            "norm = (g * g).sum(-1)"),
+    },
     "adamw": {
         "shift: eps inside the root": (
             "(np.sqrt(v / (1 - beta2 ** step)) + eps)",
@@ -487,7 +501,7 @@ PLANTS = {
             "share * (1 + a * (1 - share))",
             "share"),
         "scale: not clipped": (
-            "factor = min(1.0, max_norm / (norm + 1e-6))",
+            "factor = clip_factor(norm, max_norm)",
             "factor = 1.0"),
         "scale: KL is left out": (
             "logp_ref, mask, beta, standardise_eps)",

@@ -22,7 +22,7 @@ from kernels import (clipped_surrogate, exact_kl as divergence, linear_cross_ent
                      linear_logp as likelihood, linear_ppo as surrogate, token_preference)
 from tests.numpy_port import function_of
 
-SIZES = {"dim": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 24, "ffn_dim": 20}
+SIZES = {"dim": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 20, "ffn_dim": 14}
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +205,18 @@ def linear_ppo(hidden, head, targets, logp_old, advantages, clip_eps, temperatur
 def value_loss(values, values_old, returns, mask, clip_eps):
     loss = ppo.value_loss(values, values_old, returns, mask, clip_eps, int(mask.sum()))
     return {"loss": loss} | with_gradients(loss, values=values)
+
+
+def clip_gradients(g, max_norm):
+    """torch's own, which the project clips with; each row as two parameters."""
+    norms, clipped = [], []
+    for row in g.detach():
+        both = [torch.nn.Parameter(torch.zeros_like(part)) for part in row.split(4)]
+        for parameter, part in zip(both, row.split(4)):
+            parameter.grad = part.clone()
+        norms.append(torch.nn.utils.clip_grad_norm_(both, max_norm))
+        clipped.append(torch.cat([parameter.grad for parameter in both]))
+    return {"norm": torch.stack(norms), "clipped": torch.stack(clipped)}
 
 
 def adamw(x, g, m, v, lr, beta1, beta2, eps, weight_decay, step):
