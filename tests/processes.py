@@ -58,7 +58,7 @@ def _become(command: list[str], stem: str, die_after: int | None) -> None:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
-def run(folder: Path, *command, die_after: int | None = None) -> Done:
+def run(folder: Path, *command, die_after: int | None = None, seconds: int = 120) -> Done:
     """`python train_rm.py ...`, or `python -m fgrlhf.sft ...` as ("fgrlhf.sft", ...), to its end.
 
     Its output goes through files in `folder`. With `die_after` it is killed at that step.
@@ -67,6 +67,6 @@ def run(folder: Path, *command, die_after: int | None = None) -> Done:
     process = server.Process(target=_become,
                              args=([str(part) for part in command], stem, die_after))
     process.start()
-    process.join(120)
-    assert process.exitcode is not None, "did not end in 120 s"
+    process.join(seconds)
+    assert process.exitcode is not None, f"did not end in {seconds} s"
     return Done(process.exitcode, *(Path(f"{stem}.{end}").read_text() for end in ("out", "err")))

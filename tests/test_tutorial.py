@@ -31,7 +31,7 @@ def run(command: str, folder) -> str:
             exec(compile(words[2], "TUTORIAL.md", "exec"), {})
         out = printed.getvalue()
     elif words[0] == "python":
-        done = processes.run(folder, *(words[2:] if words[1] == "-m" else words[1:]))
+        done = processes.run(folder, *(words[2:] if words[1] == "-m" else words[1:]), seconds=600)
         assert done.status == 0, (command, done.err[-500:])
         out = done.out
     else:
