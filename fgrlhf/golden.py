@@ -12,8 +12,9 @@ Real inputs are float32 and exact in either precision. An output passes when its
 expected one and |got - expected| <= tolerance * max |expected| everywhere (integers and masks:
 when equal). `check` ends with status 0 if every case passes, 1 if not, 2 if DIR is no such folder.
 
-Arrays are .npy files, one each: numpy reads them without a package, the format is a page long and
-has readers for C++, Rust, Julia and JavaScript, and a folder listing shows what a case consists of.
+Arrays are .npy files, one each, little-endian and in C order: numpy reads them without a package,
+the format is a page long and has readers for C++, Rust, Julia and JavaScript, and a folder listing
+shows what a case consists of.
 """
 
 import io
@@ -31,6 +32,10 @@ from fgrlhf.fixtures import (advantage, alignment, likelihood, policy, preferenc
 from fgrlhf.fixtures.case import Case
 from fgrlhf.fixtures.compare import FORMAT, check, table
 
+ABOUT = ("Put each output at outputs/CASE/NAME.npy, in float64 or float32 (ids int64, masks bool), "
+         "and run `python -m fgrlhf.golden check` on this folder. It passes when |got - expected| "
+         "<= tolerance * max |expected|, by the tolerance of its dtype. [B, T] and the like are "
+         "shapes; where a case says model, the weights below are inputs too.")
 OWN = {"manifest.json", "inputs", "expected", "outputs"}
 GROUPS = (text, alignment, transformer, likelihood, preference, advantage, policy)
 
@@ -64,7 +69,7 @@ def write(folder: Path) -> int:
                     for name, value in case.outputs.items()},
         "tolerance": {"float64": case.float64, "float32": case.float32},
     } for case in made]
-    manifest = {"format": FORMAT, "model": model, "cases": entries}
+    manifest = {"format": FORMAT, "about": ABOUT, "model": model, "cases": entries}
     write_atomic(folder / "manifest.json",
                  (layout(manifest) + "\n").encode())
     return len(made)
