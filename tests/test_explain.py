@@ -3,15 +3,16 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
 
 import train_ppo
 import train_rm
-from fgrlhf import explain
+from fgrlhf import explain, results
 from fgrlhf.config import UserError
-from fgrlhf.edits import Edit, write_jsonl
+from fgrlhf.edits import Edit, Span, write_jsonl
 from fgrlhf.report import page
 from fgrlhf.reporting.worked_text import visible, worked_text
 from fgrlhf.reward import RewardModel, save_reward
@@ -306,3 +307,17 @@ def test_settings_are_named_and_defaulted_as_the_scripts_flags():
     assert train_ppo.Config("fine-grained", "p", "r", "x", "o").gamma == UpdateSettings().gamma
     assert set(LossSettings._fields) <= set(train_rm.Config.__dataclass_fields__)
     assert settings_of(LossSettings, "/nowhere/reward").options == token_preference.Options()
+
+
+def test_results_work_the_first_edit_that_mends_two_errors(folders, tmp_path, tokenizer, reward):
+    """The record of the report: from folders named as reproduce.py names them."""
+    spans = (Span(2, 5, "value"), Span(6, 9, "value"))
+    two = Edit("two", "red or blue", "a red cat", "a blue one", spans=spans)
+    for name, source in (("sft/policy", "sft/policy"), ("rm-token", "rm"), ("fine-grained", "ppo")):
+        shutil.copytree(folders / source, tmp_path / name)
+    write_jsonl(tmp_path / "held-out/edits.jsonl", [SWAP, two])
+    [shown] = results.work_edit(tmp_path, tokenizer, reward)
+    assert shown.id == "two" and shown.loss.options == TRAINED.options
+    assert shown.update.settings.lr == 0.03 and shown.update.kl == [0.0] * len(shown.update.kl)
+    write_jsonl(tmp_path / "held-out/edits.jsonl", [SWAP])
+    assert results.work_edit(tmp_path, tokenizer, reward) == []
