@@ -109,7 +109,7 @@ class Judged(NamedTuple):
     change: float                       # token edit distance / length of the longer side
     rewards: list[float]                # r_t of the rejected response, EOS left out
     types: list[str]                    # the human error span each of these tokens lies in, or ""
-    lengths: tuple[int, int] | None = None      # tokens of y+ and y-, EOS included
+    lengths: tuple[int, int] | None = None      # tokens of y+ and y-, where R is a sum over them
 
 
 def reward_table(judged: Sequence[Judged], minimal: float = 0.4) -> dict[str, float]:

@@ -119,7 +119,8 @@ def judge_preferences(model: RewardModel, records: list, examples: list[Preferen
         else:
             chosen, rejected = model.sequence_rewards(both).tolist()
         judged.append(Judged(record.id, chosen, rejected, pair.change, rewards, types,
-                             (len(pair.chosen), len(pair.rejected))))
+                             (len(pair.chosen), len(pair.rejected)) if model.kind == "token"
+                             else None))
     return judged
 
 
