@@ -40,7 +40,8 @@ class Browser:
                    "--disable-gpu", "--disable-dev-shm-usage", "--disable-extensions",
                    "--disable-background-networking", "--disable-component-update",
                    "--disable-sync", "--lang=en", f"--user-data-dir={folder}",
-                   "--no-sandbox"]                # which root and many a container lack
+                   "--no-sandbox",                # which root and many a container lack
+                   "--host-resolver-rules=MAP *.test 127.0.0.1"]           # an attacker's DNS
         self.process = subprocess.Popen(
             ["bash", "-c", f'exec "$@" 3<&{passed[0]} 4>&{passed[1]}', "bash", *command],
             pass_fds=passed, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,

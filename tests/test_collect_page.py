@@ -175,9 +175,10 @@ def test_an_edit_without_a_change_is_accepted_only_when_meant(program, tab):
     tab.press("Enter", CTRL)
     tab.wait("!!document.querySelector('#ask-same[open]')")
     tab.press("Escape")
-    tab.wait("!document.querySelector('#ask-same[open]')")
+    tab.wait("!asking")
     assert program.edits() == {} and content(tab, "count") == "0 of 3 done"
     tab.press("Enter", CTRL)
+    tab.wait("!!document.querySelector('#ask-same[open]')")
     tab.press("Tab")                              # from "Keep editing" to "Accept unchanged"
     tab.press("Enter")
     showing(tab, 1)
@@ -511,6 +512,13 @@ def test_a_foreign_host_is_refused(target, unharmed, host):
             target.request("POST", target.path + "next", json.dumps(WHO), Host=host,
                             Origin=f"http://{host}", **{"Content-Type": "application/json"})):
         assert (status, text) == (403, "unknown host\n")
+
+
+def test_a_name_rebound_to_this_machine_is_refused_in_the_browser(target, browser, unharmed):
+    tab = browser.open(f"http://evil.test:{target.port}{target.path}")
+    assert tab.run("location.host + ' ' + document.body.innerText").split(maxsplit=1) == [
+        f"evil.test:{target.port}", "unknown host\n"]
+    tab.close()
 
 
 @pytest.mark.parametrize("path", [

@@ -16,7 +16,7 @@ let annotator = "", limit = 1;
 let record = null;                      // what is being edited, as the server sent it
 let known = [];                         // its texts that the server may have: acknowledged or sent
 let queue = Promise.resolve();          // messages about it go one after the other
-let moving = false, saveTimer = 0, speakTimer = 0, lookTimer = 0;
+let moving = false, asking = false, saveTimer = 0, speakTimer = 0, lookTimer = 0;
 
 function newId() {
   return Array.from(crypto.getRandomValues(new Uint32Array(4)), n => n.toString(36)).join("");
@@ -291,13 +291,15 @@ function compare(shown) {
   $("compare").firstElementChild.textContent = `${shown ? "Hide" : "Show"} preferred`;
 }
 
-function ask(id) {                      // true when its main button was chosen
+async function ask(id) {                // true when its main button was chosen
+  if (asking) return false;             // also until a dialog's end is told, a moment after it
+  asking = true;
   const dialog = $(id);
   dialog.returnValue = "";
   dialog.showModal();
-  return new Promise(resolve => {
-    dialog.onclose = () => resolve(dialog.returnValue === "ok");
-  });
+  await new Promise(resolve => { dialog.onclose = resolve; });
+  asking = false;
+  return dialog.returnValue === "ok";
 }
 
 async function askName(name) {
@@ -313,14 +315,15 @@ async function askName(name) {
 const KEYS = {p: "compare", r: "revert", k: "skip", z: "undo", e: "edit", "/": "help", "?": "help"};
 
 addEventListener("keydown", event => {
-  if (document.querySelector("dialog[open]")) return;
+  if (asking) return;
   const withLetter = onMac ? event.ctrlKey && event.shiftKey && !event.altKey && !event.metaKey
                            : event.altKey && !event.ctrlKey && !event.metaKey;
   const name = event.key === "Enter" ? (event.ctrlKey || event.metaKey) && "accept"
                                      : withLetter && KEYS[event.key.toLowerCase()];
   if (!name) return;
   event.preventDefault();
-  if (!event.repeat && (record || ["undo", "help"].includes(name))) acts[name]();
+  const ready = record || (annotator && ["undo", "help"].includes(name));
+  if (ready && !event.repeat) acts[name]();
 });
 
 for (const kbd of document.querySelectorAll("kbd")) {
