@@ -73,8 +73,11 @@ def alone(out: Path):
 
 @contextlib.contextmanager
 def passed_on(processes: list[subprocess.Popen]):
-    """Ctrl-C and SIGTERM end the stages under way, and then this program."""
-    caught = []
+    """Ctrl-C and SIGTERM end the stages under way, and then this program.
+
+    Yields the list of signals caught: once there is one, no stage may start.
+    """
+    caught: list[int] = []
 
     def pass_on(number, frame):
         caught.append(number)
@@ -83,7 +86,7 @@ def passed_on(processes: list[subprocess.Popen]):
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield caught
     except UserError:
         if not caught:
             raise
@@ -122,13 +125,13 @@ def run_stages(stages: list[Stage], out: Path, workers: int) -> None:
     `stages` are listed after their needs.
     """
     processes: list[subprocess.Popen] = []
-    with alone(out) as lock, passed_on(processes):
-        walk(stages, out, workers, lock, processes)
+    with alone(out) as lock, passed_on(processes) as caught:
+        walk(stages, out, workers, lock, processes, caught)
 
 
 def walk(stages: list[Stage], out: Path, workers: int, lock: int,
-         processes: list[subprocess.Popen]) -> None:
-    """Start each stage once its needs are done and a worker is free."""
+         processes: list[subprocess.Popen], caught: list[int]) -> None:
+    """Start each stage once its needs are done and a worker is free, until a signal is caught."""
     done: set[str] = set()
     for stage in stages:                                    # a stage is stale when one it needs is
         if set(stage.needs) <= done and finished(stage, out):
@@ -140,7 +143,9 @@ def walk(stages: list[Stage], out: Path, workers: int, lock: int,
     with (ThreadPoolExecutor(workers) as pool,
           tqdm(total=len(stages), initial=len(done), unit="stage") as bar):
         while waiting or running:
-            ready = [stage for stage in waiting if set(stage.needs) <= done]
+            if caught and not running:
+                return
+            ready = [stage for stage in waiting if set(stage.needs) <= done and not caught]
             for stage in ready[:workers - len(running)]:
                 waiting.remove(stage)
                 running[pool.submit(execute, stage, out, lock, processes)] = stage

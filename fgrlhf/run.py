@@ -177,8 +177,9 @@ class Run:
         self.total = total
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            yield from tqdm(range(self.step + 1, total + 1), desc=name, initial=self.step,
+            self.bar = tqdm(range(self.step + 1, total + 1), desc=name, initial=self.step,
                             total=total, disable=not self.first)
+            yield from self.bar
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -192,6 +193,7 @@ class Run:
         if self.stopped_by or (step % config.save_every == 0 and step < self.total):
             self.save(step, extra, **parts)
         if self.stopped_by:
+            self.bar.close()
             print(f"stopped after step {step} of {self.total}; continue with:\n"
                   f"{configuration.resume_command()}", file=sys.stderr)
             raise SystemExit(128 + self.stopped_by)

@@ -9,10 +9,13 @@ import os
 import runpy
 import signal
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
 from typing import NamedTuple
+
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 server = multiprocessing.get_context("forkserver")
@@ -39,7 +42,7 @@ def _die_after(step: int) -> None:
     Run.log = log_and_die
 
 
-def _become(command: list[str], stem: str, die_after: int | None) -> None:
+def _become(command: list[str], stem: str, die_after: int | None, instead=None) -> None:
     for number, end in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{stem}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
@@ -51,11 +54,62 @@ def _become(command: list[str], stem: str, die_after: int | None) -> None:
                             module="runpy")        # "found in sys.modules": the server imported it
     if die_after is not None:
         _die_after(die_after)
+    if instead is not None:
+        instead(command)
+    _run_as_main(command)
+
+
+class Stage:
+    """Stands in for subprocess.Popen in a pipeline: a fork of this process, nothing to import."""
+
+    def __init__(self, command, stdout, **_):
+        self.pid = os.fork()
+        if self.pid:
+            return
+        status = 1
+        try:
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stdout.fileno(), 2)
+            sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+            tqdm.set_lock(threading.RLock())        # another thread may have held it at the fork
+            script = command[2:] if command[1] == "-m" else command[1:]
+            _run_as_main(list(script))
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        finally:
+            os._exit(status)
+
+    def wait(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def terminate(self) -> None:
+        try:
+            os.kill(self.pid, signal.SIGTERM)
+        except ProcessLookupError:
+            pass
+
+
+def _run_as_main(command: list[str]) -> None:
     name, sys.argv = command[0], command
     if name.endswith(".py"):
         runpy.run_path(str(ROOT / name), run_name="__main__")
     else:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def start(folder: Path, *command, instead=None):
+    """The same as `run`, without waiting for its end: the process and where its output goes.
+
+    `instead`, a top-level function, is called with the command before the script would run.
+    """
+    stem = str(folder / f"process-{time.monotonic_ns()}")
+    process = server.Process(target=_become,
+                             args=([str(part) for part in command], stem, None, instead))
+    process.start()
+    return process, stem
 
 
 def run(folder: Path, *command, die_after: int | None = None, seconds: int = 120) -> Done:

@@ -1,0 +1,89 @@
+"""`python -m fgrlhf.reproduce` killed at random moments and called again: the same results.
+
+The sweep profile over one point of its grid, every stage as small as it gets: 12 stages, one of
+each kind but the tables of the other profiles.
+"""
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+from tests import processes
+
+LESS = {                                # what makes each stage a matter of moments
+    "world": ("--demonstrations", "60", "--train", "12", "--vocab-size", "400"),
+    "fgrlhf.sft": ("--epochs", "1", "--batch", "8", "--save-every", "2"),
+    "train_rm.py": ("--epochs", "1", "--batch", "4", "--save-every", "1"),
+    "train_ppo.py": ("--iterations", "2", "--rollouts", "4", "--max-new-tokens", "8",
+                     "--save-every", "1", "--eval-every", "1"),
+    "outputs": ("--max-new-tokens", "8")}
+
+
+def make_small(command: list[str]) -> None:
+    """Instead of `fgrlhf.reproduce`: a small grid, small stages.
+
+    Stages are forked, for each would import torch anew otherwise.
+    """
+    from fgrlhf import pipeline, reproduce
+    from fgrlhf.config import parse, run
+    pipeline.subprocess.Popen = processes.Stage
+    reproduce.GRID[1:] = []
+    init = pipeline.Stage.__init__
+
+    def smaller(self, name, command, needs=(), threads=1):
+        command = tuple(part for part in command if part != "--skip-ties")
+        for word, flags in LESS.items():
+            if word in command:
+                command += flags
+        init(self, name, command, needs, 1)
+    pipeline.Stage.__init__ = smaller
+    run(lambda: reproduce.main(parse(reproduce.Config, command[1:])))
+    raise SystemExit(0)
+
+
+def reproduce(out: Path) -> tuple:
+    return ("fgrlhf.reproduce", "--profile", "sweep", "--out", out, "--workers", 2)
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """Every file of a seed without times and what a kill leaves."""
+    skip = ("timing.jsonl", "done.json", ".tmp")
+    return {str(path.relative_to(out)): path.read_bytes()
+            for path in sorted((out / "seed0").rglob("*"))
+            if path.is_file() and not path.name.endswith(skip)}
+
+
+def timeless(value):
+    """results.json without what a clock says."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if "seconds" not in k}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+def test_reproduce_killed_at_random_moments_gives_the_same_results(tmp_path):
+    processes.run(tmp_path, "train_rm.py", "--help")                # so that the server is up
+    started = time.perf_counter()
+    out, whole = tmp_path / "out", tmp_path / "whole"       # both runs in one place: paths are said
+    process, stem = processes.start(tmp_path, *reproduce(out), instead=make_small)
+    process.join(200)
+    out.rename(whole)
+    assert process.exitcode == 0, Path(f"{stem}.err").read_text()
+    seconds, rng, kills = time.perf_counter() - started, random.Random(0), 0
+    for _ in range(2):
+        process, _ = processes.start(tmp_path, *reproduce(out), instead=make_small)
+        process.join(seconds * rng.uniform(0.1, 0.4))
+        process.kill()                                  # the stages under way are orphans now
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+    process, stem = processes.start(tmp_path, *reproduce(out), instead=make_small)
+    process.join(200)
+    assert process.exitcode == 0 and kills, Path(f"{stem}.err").read_text()
+    before, after = files(whole), files(out)
+    assert before.keys() == after.keys() and len(before) > 30
+    for name, content in before.items():
+        assert after[name] == content, name
+    results = [timeless(json.loads((folder / "results.json").read_text()))
+               for folder in (whole, out)]
+    assert results[0] == results[1]
