@@ -229,7 +229,9 @@ def test_main_writes_and_checks_with_a_status(folder, monkeypatch, capsys):
     assert command(monkeypatch, "check", folder) == 1
     out = capsys.readouterr().out
     assert f"{len(PLANTS) - 2} of {len(PLANTS)} cases pass" in out
-    assert "missing" in out and "FAIL: y: expected shape (5, 2, 8), got (3,)" in out
+    row = next(line for line in out.splitlines() if line.startswith("gae "))
+    assert row.split() == ["gae", "GAE", "-", "-", "-", "missing"]
+    assert "FAIL: y: expected shape (5, 2, 8), got (3,)" in out
 
 
 @pytest.mark.parametrize("manifest_text", [None, "", "[]", '{"format": "another"}',
