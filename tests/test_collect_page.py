@@ -88,10 +88,21 @@ def by_id(path: Path) -> dict[str, dict]:
 
 
 @pytest.fixture
-def program(tmp_path):
-    running = Program(tmp_path)
-    yield running
-    running.kill()
+def start(tmp_path):
+    """Start programs on records and flags; whatever the test's end, they end with it."""
+    running = []
+
+    def call(records: list[dict] = RECORDS, *flags: str) -> Program:
+        running.append(Program(tmp_path, records, *flags))
+        return running[-1]
+    yield call
+    for each in running:
+        each.kill()
+
+
+@pytest.fixture
+def program(start) -> Program:
+    return start()
 
 
 @pytest.fixture(scope="module")
@@ -224,9 +235,9 @@ def test_the_preferred_response_is_shown_on_demand(tab):
     assert not any("Armstrong" in name for _, name in tab.tree())
 
 
-def test_carriage_returns_of_the_original_survive(tmp_path, browser):
+def test_carriage_returns_of_the_original_survive(start, browser):
     record = RECORDS[0] | {"rejected": "One line.\r\nTwo more lines.\r\n"}
-    program = Program(tmp_path, [record], "--annotator", "Bob")
+    program = start([record], "--annotator", "Bob")
     tab = browser.open(program.url)
     tab.wait(SHOWN)
     assert content(tab, "tokens") == "nothing changed yet"
@@ -438,10 +449,10 @@ def unharmed(target):
     assert target.post("start", {})[0] == 200
 
 
-def test_script_in_every_text_of_a_record_stays_text(tmp_path, browser):
+def test_script_in_every_text_of_a_record_stays_text(start, browser):
     record = {"id": SCRIPT, "prompt": SCRIPT, "input": SCRIPT, "chosen": "x " + SCRIPT,
               "rejected": SCRIPT, "context": [{"title": SCRIPT, "text": SCRIPT}]}
-    program = Program(tmp_path, [record], "--annotator", SCRIPT)
+    program = start([record], "--annotator", SCRIPT)
     tab = browser.open(program.url)
     tab.wait(SHOWN)
     tab.press("p", ALT)
@@ -456,7 +467,6 @@ def test_script_in_every_text_of_a_record_stays_text(tmp_path, browser):
     tab.press("Enter", CTRL)
     tab.wait("!document.getElementById('finished').hidden")
     assert program.edits()[SCRIPT]["edited"] == "Good " + SCRIPT
-    program.kill()
     tab.close()
 
 
@@ -603,15 +613,14 @@ def test_the_token_is_new_in_every_run_and_in_no_file(program, tmp_path):
     assert program.path.strip("/") != first
 
 
-def test_a_usual_port_that_is_taken_gives_way_to_another(tmp_path):
+def test_a_usual_port_that_is_taken_gives_way_to_another(start, tmp_path):
     usual = usual_port(tmp_path / "edits.jsonl")
     with socket.create_server(("127.0.0.1", usual)):
-        program = Program(tmp_path)
+        program = start()
         assert program.port != usual and program.request("GET", program.path)[0] == 200
         program.kill()
     program.start()
     assert program.port == usual
-    program.kill()
 
 
 @pytest.mark.parametrize("host, port", [("127.0.0.1", "taken"), ("127.0.0.1", "99999"),
@@ -645,12 +654,13 @@ def test_another_interface_needs_allow_remote_and_warns(tmp_path):
 
 # ----- end to end ---------------------------------------------------------------------------------
 
-def test_fifty_real_records_are_edited_in_the_page_and_trained_on(tmp_path, data_dir, browser):
+def test_fifty_real_records_are_edited_in_the_page_and_trained_on(start, tmp_path, data_dir,
+                                                                 browser):
     """The human corrections of QA-Feedback, typed in as edits."""
     lines = (data_dir / "qa_feedback/edits.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines)
                if record["edited"].strip() and record["edited"] != record["original"]][:50]
-    program = Program(tmp_path, records, "--max-change", "1", "--annotator", "Ada")
+    program = start(records, "--max-change", "1", "--annotator", "Ada")
     tab = browser.open(program.url)
     for n, record in enumerate(records):
         tab.wait(f"document.getElementById('count').textContent === '{n} of 50 done' && {SHOWN}")
