@@ -4,25 +4,19 @@
     python -m kernels.bench --sizes 500x96x400 --work ppo --repeats 50
     python -m kernels.bench --device cuda --dtype bfloat16 --json bench.json
 
-One process runs all variants in turn, again and again, so that a disturbance meets them all; a
-ratio is taken within one round and the table gives its median and quartiles. The floor is the
-matmuls alone, into buffers that exist already. Peak memory is measured in a fresh process for each
-variant: what a first call adds beyond its inputs. TRL and Liger take part where they are installed.
+The floor is the matmuls alone, into buffers that exist already; memory's is the results and one
+chunk of logits. How it is measured: timing.py. TRL and Liger take part where they are installed.
 """
 
 import argparse
 import json
-import platform
-import statistics
-import subprocess
-import sys
-import time
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from kernels import clipped_surrogate, exact_kl, linear_cross_entropy, linear_logp, linear_ppo
+from kernels import (clipped_surrogate, exact_kl, linear_cross_entropy, linear_logp, linear_ppo,
+                     timing)
 
 CLIP = 0.2
 MATMULS = {"ppo": 3, "cross_entropy": 3, "logp": 1, "logp_entropy": 1, "logp_gradient": 4, "kl": 2,
@@ -147,65 +141,21 @@ def call(work: str, loss, problem: Problem) -> None:
             loss(problem)
 
 
-def measure(work: str, problem: Problem, only: list[str], repeats: int, clock) -> dict:
+def measure(work: str, problem: Problem, options) -> dict:
     """name -> {seconds, ratio, quartiles} over rounds in which the floor and all variants run."""
     runs = {"floor": problem.floor(MATMULS[work])}
     for name, loss in variants(work).items():
-        if not only or name in only:
+        if not options.only or name in options.only:
             runs[name] = lambda loss=loss: call(work, loss, problem)
-    seconds, failed = {name: [] for name in runs}, {}
-    for turn in range(repeats + 1):           # the first round warms up
-        for name, run in runs.items():
-            if name in failed:
-                continue
-            start = clock()
-            try:
-                run()
-            except Exception as error:        # a peer that cannot do it is a row as well
-                failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
-                continue
-            if problem.hidden.device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                seconds[name].append(clock() - start)
-    rows = {name: {"failed": why} for name, why in failed.items()}
-    for name in runs.keys() - failed.keys():
-        ratios = [s / f for s, f in zip(seconds[name], seconds["floor"])]
-        low, _, high = statistics.quantiles(ratios, n=4) if repeats > 1 else ratios * 3
-        rows[name] = {"seconds": statistics.median(seconds[name]),
-                      "ratio": statistics.median(ratios), "quartiles": [low, high]}
-    return {name: rows[name] for name in runs}
+    return timing.in_turn(runs, dict.fromkeys(runs, "floor"), options.repeats,
+                          timing.clock_of(options))
 
 
-def peak_mib(work: str, name: str, problem: Problem) -> float:
+def peak_of(work: str, name: str, problem: Problem) -> float:
     """MiB that a first call adds at its peak; run in a process that has done nothing else."""
     loss = variants(work)[name]
-    if problem.hidden.device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call(work, loss, problem)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    call(work, loss, Problem(8, 8, 16, "cpu", problem.hidden.dtype))         # loads code, not data
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")                                                      # peak := present
-    before = resident_mib("VmRSS")
-    call(work, loss, problem)
-    return resident_mib("VmHWM") - before
-
-
-def resident_mib(field: str) -> float:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
-
-
-def peak_in_fresh_process(options, size: str, work: str, name: str) -> float | None:
-    """None where unknown: a compiler's own memory drowns the work; no /proc outside Linux."""
-    if name == "plain compiled" or (options.device == "cpu" and platform.system() != "Linux"):
-        return None
-    command = [sys.executable, "-m", "kernels.bench", "--peak-of", name, "--sizes", size,
-               "--work", work, "--device", options.device, "--dtype", options.dtype,
-               "--threads", str(options.threads)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    call(work, loss, Problem(8, 8, 16, problem.hidden.device.type, problem.hidden.dtype))
+    return timing.peak_mib(lambda: call(work, loss, problem), problem.hidden.device.type)
 
 
 def floor_mib(work: str, n: int, d: int, v: int, width: int) -> float:
@@ -221,36 +171,29 @@ def main() -> None:
                         help="NxDxV: tokens, width, vocabulary")
     parser.add_argument("--work", nargs="+", default=list(MATMULS), choices=MATMULS)
     parser.add_argument("--only", nargs="+", default=[], help="names of the variants to run")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"),
-                        help="cpu: this process's own time, for a shared machine and one thread")
-    parser.add_argument("--no-memory", action="store_true", help="skip the fresh processes")
-    parser.add_argument("--json", help="file to write the same figures to")
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    timing.add_flags(parser, repeats=9)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    clock = time.process_time if options.clock == "cpu" else time.perf_counter
-    tables = []
+    machine, tables = None if options.peak_of else timing.machine(options), []
     for size in options.sizes:
         n, d, v = map(int, size.split("x"))
         problem = Problem(n, d, v, options.device, getattr(torch, options.dtype))
         if options.peak_of:
-            print(peak_mib(options.work[0], options.peak_of, problem))
+            print(peak_of(options.work[0], options.peak_of, problem))
             return
         for work in options.work:
-            rows = measure(work, problem, options.only, options.repeats, clock)
+            rows = measure(work, problem, options)
             for name, row in rows.items():
-                if name != "floor" and "failed" not in row and not options.no_memory:
-                    row["peak_mib"] = peak_in_fresh_process(options, size, work, name)
+                # a compiler's own memory drowns the work
+                if name not in ("floor", "plain compiled") and "failed" not in row:
+                    flags = ["--sizes", size, "--work", work, "--dtype", options.dtype]
+                    row["peak_mib"] = timing.peak_in_fresh_process(
+                        "kernels.bench", flags, name, options)
             least = floor_mib(work, n, d, v, problem.hidden.element_size())
             tables.append({"work": work, "N": n, "D": d, "V": v, "floor_mib": least, "rows": rows})
             show(tables[-1])
     if options.json:
-        machine = {"machine": platform.machine(), "system": platform.system(),
-                   "torch": torch.__version__, "command": " ".join(sys.argv[1:]), **vars(options)}
         with open(options.json, "w") as file:
             json.dump({"machine": machine, "tables": tables}, file, indent=1)
 
@@ -261,13 +204,9 @@ def show(table: dict) -> None:
     print(f"\n{work}  N {table['N']} D {table['D']} V {table['V']}: floor {MATMULS[work]} matmuls, "
           f"{1e3 * rows['floor']['seconds']:.2f} ms; {table['floor_mib']:.1f} MiB")
     for name, row in rows.items():
-        if "failed" in row:
-            print(f"  {name:<15} {row['failed']}")
-            continue
         peak = row.get("peak_mib")
         memory = "" if peak is None else f"{peak:9.1f} MiB {peak / table['floor_mib']:6.2f}x"
-        print(f"  {name:<15} {1e3 * row['seconds']:9.2f} ms {row['ratio']:6.3f}x "
-              f"[{row['quartiles'][0]:.3f}, {row['quartiles'][1]:.3f}] {memory}", flush=True)
+        print(timing.table_row(name, row, memory), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,17 +21,17 @@ RANKS = (
     ("safetensors layouts.stored", "layouts.huggingface_tokenizer layouts.llama2c layouts.meta",
      "layouts.huggingface", "checkpoint world", "simulate"),
     ("states shards", "rollout run optimizer", "reward"),
-    ("advantage ppo", "worked monitor replay rules"),
+    ("advantage ppo floor", "worked monitor replay rules"),
     ("evaluate reporting.markup reporting.table reporting.equations",
      "judge results reporting.chart reporting.excerpts reporting.worked_text",
      "reporting.worked_page", "report"),
     ("sft generate memory pipeline train_rm explain", "checks", "train_ppo",
-     "eval reproduce collect"),
+     "eval reproduce collect bench"),
     ("fixtures.case fixtures.compare",
      "fixtures.text fixtures.transformer fixtures.preference fixtures.advantage",
      "fixtures.alignment fixtures.likelihood", "fixtures.policy", "golden"),
 )
-KERNELS = ("three_matmuls clipped_surrogate token_preference", "linear_logp exact_kl",
+KERNELS = ("three_matmuls clipped_surrogate token_preference timing", "linear_logp exact_kl",
            "linear_ppo linear_cross_entropy", "bench")
 SCRIPTS = ("train_rm", "train_ppo", "eval")
 OWN = {"fgrlhf", "kernels", *SCRIPTS}

@@ -1,0 +1,115 @@
+"""The benchmarks: what the floor contains, how ratios are taken, that every row still runs."""
+
+import json
+
+import pytest
+import torch
+
+from fgrlhf import bench
+from fgrlhf.floor import Floor, iteration_floor
+from fgrlhf.model import LLaMAConfig, build
+from fgrlhf.rollout import pack, sample
+from kernels import timing
+
+TINY = LLaMAConfig(dim=8, n_layers=2, n_heads=2, n_kv_heads=2, vocab_size=20, ffn_dim=12)
+LAYERS = 2 * (4 * 8 * 8 + 3 * 8 * 12)                            # numbers in the layers' matrices
+
+
+def flops(floor: Floor) -> int:
+    """2 x rows x inner x columns of everything that is multiplied."""
+    return sum(2 * a.numel() * b.shape[-1] for _, a, b, _ in floor.products)
+
+
+def attention(T: int) -> int:
+    """q k^T and P v of one row in two layers: 2 x T x T x D each."""
+    return 2 * 2 * 2 * T * T * 8
+
+
+def test_floor_counts_the_matmuls_of_a_pass_by_hand():
+    floor = Floor(build(TINY))
+    floor.trunk([3, 5, 3])
+    assert flops(floor) == 2 * 11 * LAYERS + 2 * attention(3) + attention(5)
+    floor = Floor(build(TINY))
+    floor.trunk([3, 5], gradient=True)
+    floor.head(6, gradient=True)
+    assert flops(floor) == 3 * (2 * 8 * LAYERS + attention(3) + attention(5) + 2 * 6 * 8 * 20)
+
+
+def test_floor_counts_generation_a_token_at_a_time():
+    """Responses of 1 and 3 tokens to prompts of 4: at slots 5 and 6 the second row is alone."""
+    floor = Floor(build(TINY))
+    floor.generation(4, [1, 3])
+    steps = sum(2 * LAYERS + 2 * 2 * 2 * 8 * slots + 2 * 8 * 20 for slots in (5, 6))
+    assert flops(floor) == 2 * 8 * LAYERS + 2 * attention(4) + 2 * 2 * 8 * 20 + steps
+    floor()
+
+
+@pytest.mark.parametrize("critic", [False, True])
+def test_iteration_floor_counts_each_pass_once(critic):
+    sequences = pack([[1, 2], [1, 2]], [[3], [3, 4, 5]])
+    rows = [torch.tensor([0, 1])]
+    policy = build(TINY)
+    sampling = Floor(policy)
+    sampling.generation(2, [1, 3])
+    less, whole = (2 * n * LAYERS + sum(map(attention, lengths))
+                   for n, lengths in ((6, (2, 4)), (8, (3, 5))))
+    head = 2 * 4 * 8 * 20
+    expected = flops(sampling) + (less + head) + whole + critic * less + 3 * (
+        less + head + critic * less)
+    assert flops(iteration_floor(policy, sequences, rows, rows, critic)) == expected
+
+
+def test_in_turn_takes_ratios_within_a_round():
+    """A machine three times as slow in one round changes no ratio; the first round warms up."""
+    now, order = [0.0], []
+
+    def takes(name, *seconds):
+        left = iter(seconds)
+        return lambda: (order.append(name), now.__setitem__(0, now[0] + next(left)))
+
+    def fails():
+        raise RuntimeError("out of order\nat length")
+    runs = {"floor": takes("floor", 9, 1, 3, 1), "ours": takes("ours", 9, 2, 6, 2), "peer": fails}
+    rows = timing.in_turn(runs, dict.fromkeys(runs, "floor"), 3, lambda: now[0])
+    assert order == ["floor", "ours"] * 4
+    assert rows["ours"] == {"seconds": 2, "ratio": 2, "quartiles": [2, 2]}
+    assert rows["peer"] == {"failed": "RuntimeError: out of order"}
+
+
+def test_end_early_gives_eos_the_same_probability_everywhere():
+    model = bench.model_of(64, "cpu")
+    bench.end_early(model)
+    p = model(torch.tensor(bench.random_ids(4, 50))).softmax(-1)[..., bench.EOS]
+    assert p.mean().item() == pytest.approx(bench.END, rel=0.05) and p.std() < 0.1 * p.mean()
+    rollout = sample(model, bench.random_ids(64, 2), bench.EOS, 48, 1.0,
+                     torch.Generator().manual_seed(0))
+    assert 30 < rollout.sequences.response_lengths.float().mean() < 38
+
+
+def test_edited_changes_one_token_in_ten():
+    original, result = bench.edited(1024)
+    found = bench.align(original, result)
+    assert found.distance == bench.plain_table(original, result)
+    assert 0.07 < found.distance / 1024 < 0.13
+
+
+@pytest.mark.parametrize("name", bench.ROWS)
+def test_every_row_runs_its_work_and_its_floor(name):
+    work = bench.ROWS[name](64, "cpu")    # an iteration runs once to learn lengths
+    work.floor()
+    if name in ("training step", "generation"):
+        work.run()
+    whole = {"training step": 2048, "generation": 6144}.get(name, 64 * (16 + 48))
+    assert work.tokens < 0.85 * whole if name.endswith("early") else work.tokens == whole
+
+
+def test_main_prints_and_writes_the_table(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "bench.json"
+    monkeypatch.setattr("sys.argv", ["bench", "--width", "64", "--work", "training step",
+                                     "--repeats", "1", "--json", str(path)])
+    bench.main()
+    out, written = capsys.readouterr().out, json.loads(path.read_text())
+    row = written["tables"][0]["rows"]["training step"]
+    assert row["ratio"] > 1 and row["peak_mib"] > 1 and "training step" in out
+    assert written["machine"]["torch"] == torch.__version__
+    assert {"256", "1024"} == written["tables"][1]["alignment"].keys()
