@@ -23,6 +23,7 @@ Leaves config.json, metrics.jsonl, timing.jsonl; --resume continues a stopped ru
 import contextlib
 import copy
 import math
+import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -360,8 +361,10 @@ def train(config: Config) -> None:
     check_shapes(config)
     setup = load(config, distributed.start(pick_device(config.device)))
     policy, tokenizer, judge = setup.policy, setup.tokenizer, setup.judge
+    started = time.perf_counter()
     if not config.skip_checks:
         setup.check(config)
+    check_seconds = time.perf_counter() - started
     setup = optimise(config, setup)
     log = Run(config, tokenizer.sha256,
               ("policy", "reward", "prompts", "dev_prompts", "dev_reference"))
@@ -373,7 +376,7 @@ def train(config: Config) -> None:
         with log.guard(iteration, setup.trained(), **batch.tensors()):
             seen = monitor.rollout_metrics(batch.rollout, batch.logp_ref, batch.rewards)
             if config.exact_kl:
-                with at_hand(config, setup, policy, setup.ref):
+                with log.untimed(), at_hand(config, setup, policy, setup.ref):
                     seen["rollout/kl_exact"] = monitor.whole_kl(
                         policy, setup.ref, batch.rollout.sequences, config.temperature,
                         config.exact_kl, config.microbatch)
@@ -403,6 +406,7 @@ def train(config: Config) -> None:
     chosen = {"best_iteration": best["iteration"], "best_dev_win_rate": best["win_rate"]}
     log.finish({"iterations": config.iterations, "episodes": config.iterations * config.rollouts,
                 "startup_checks": "skipped" if config.skip_checks else "passed",
+                "check_seconds": round(check_seconds, 3),
                 **(chosen if judge else {})})
 
 

@@ -84,6 +84,7 @@ class Run:
         self.folder, self.config = Path(config.out), config
         self.first = distributed.rank() == 0                # of several ranks the one that writes
         self.state, self.seconds, self.total, self.stopped_by = None, 0.0, 0, 0
+        self.save_seconds = 0.0                                     # of this call
         self.inputs = {name: states.fingerprint(getattr(config, name)) for name in inputs
                        if getattr(config, name) is not None} | {"tokenizer": tokenizer_hash}
         written = configuration.to_json(config)
@@ -225,7 +226,7 @@ class Run:
 
     def save(self, step: int, extra: dict | None = None, **parts) -> None:
         """Write the training state at the end of `step`, atomically and off the clock."""
-        config = self.config
+        config, started = self.config, time.perf_counter()
         with self.untimed():
             whole = {name: part.state_dict() for name, part in parts.items()}
             held, beside = shards.save(self.folder, step, whole)
@@ -238,6 +239,7 @@ class Run:
                 "inputs": self.inputs, "extra": extra or {}, "parts": held, "shards": beside},
                 config.keep)
             shards.drop(self.folder)
+        self.save_seconds += time.perf_counter() - started
 
     @contextlib.contextmanager
     def guard(self, step: int, models: dict[str, nn.Module] | None = None,
@@ -269,7 +271,8 @@ class Run:
         """Mark the run complete. Written last; the training states are not needed any more."""
         if not self.first:
             return
-        summary |= {"seconds": round(self.seconds, 2), "inputs": self.inputs}
+        summary |= {"seconds": round(self.seconds, 2),
+                    "save_seconds": round(self.save_seconds, 3), "inputs": self.inputs}
         write_atomic(self.folder / "done.json", (json.dumps(summary, indent=2) + "\n").encode())
         states.remove(self.folder)
         shards.drop(self.folder)
