@@ -124,9 +124,10 @@ def in_groups(function: Callable[[Sequences], Tensor], sequences: Sequences,
               groups: list[Tensor]) -> Tensor:
     """function(sequences) -> [B, T], computed a group of rows at a time; 0 in rows of no group."""
     B, T = len(sequences.tokens), int(sequences.response_lengths.max())
-    result = torch.zeros(B, T, device=sequences.tokens.device)
-    for rows in groups:
-        part = function(sequences.rows(rows))
+    parts = [function(sequences.rows(rows)) for rows in groups]
+    dtype = parts[0].dtype if parts else torch.float32
+    result = torch.zeros(B, T, device=sequences.tokens.device, dtype=dtype)
+    for rows, part in zip(groups, parts):
         result[rows, :part.shape[1]] = part
     return result
 

@@ -1,12 +1,16 @@
 """The training loop: what reaches the update is what the equations say, and prompts go round."""
 
+import json
+
 import pytest
+import torch
 
 import train_ppo
 from fgrlhf.checkpoint import load_model, load_tokenizer
 from fgrlhf.config import UserError
 from fgrlhf.reward import load_reward
 from fgrlhf.rollout import score
+from kernels import linear_logp, linear_ppo
 from tests.small import ppo_folder, slow_logp
 
 
@@ -104,3 +108,30 @@ def test_flags_that_contradict_one_another_are_refused(changes, flag, folder, tm
     with pytest.raises(UserError, match=flag):
         train_ppo.train(config(folder, out=str(tmp_path / "a"), **changes))
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("method, kind", [("fine-grained", "token"), ("rlhf", "sequence")])
+def test_first_three_steps_are_the_same_through_fused_and_reference_kernels(
+        method, kind, folder, tmp_path, monkeypatch):
+    """In float64: the policies agree to 1e-9, every logged number to the digits it is written in."""
+    load, read_reward = train_ppo.load_model, train_ppo.load_reward
+    monkeypatch.setattr(train_ppo, "load_model", lambda *a, **k: load(*a, **k).double())
+    monkeypatch.setattr(train_ppo, "load_reward", lambda *a, **k: read_reward(*a, **k).double())
+    logs, policies = [], []
+    for form in ("fused", "reference"):
+        for kernel in (linear_logp, linear_ppo):
+            monkeypatch.setattr(kernel, "fused", getattr(kernel, form))
+        out = tmp_path / form
+        train_ppo.train(config(folder, out=str(out), method=method, reward=str(folder / kind),
+                               iterations=3))
+        logs.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
+        policies.append(load(out / "policy", "cpu", torch.float64).state_dict())
+    assert len(logs[0]) == len(logs[1]) == 3
+    for fused, reference in zip(*logs):
+        assert fused == pytest.approx(reference, abs=1e-6)       # metrics are written to 7 digits
+    moved = 0.0
+    start = load(folder / "policy", "cpu", torch.float64).state_dict()
+    for name, weight in policies[0].items():
+        assert (weight - policies[1][name]).abs().max() < 1e-9
+        moved = max(moved, (weight - start[name]).abs().max().item())
+    assert moved > 1e-3
