@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fgrlhf import memory, replay, rules
+from fgrlhf import plan, replay, rules
 from fgrlhf.checkpoint import load_model, load_tokenizer
 from fgrlhf.config import UserError, arg, parse, run
 from fgrlhf.edits import TEMPLATES
@@ -78,9 +78,8 @@ def memory_suffices(s: Subject) -> Check:
     length = max(len(ids) for ids in s.prompts) + s.max_new_tokens
     part = min(s.microbatch or s.rollouts, s.rollouts)
     a_weight = 12 if head.itemsize >= 4 else 16         # gradient, two moments, and a master copy
-    needed = a_weight * trainable + memory.memory(config, s.rollouts, length,
-                                                           head.dtype)["KV cache"]
-    needed += memory.activation_bytes(config, part, length, head.itemsize,
+    needed = a_weight * trainable + plan.cache_bytes(config, s.rollouts, length, head.itemsize)
+    needed += plan.activation_bytes(config, part, length, head.itemsize,
                                       s.policy.activation_checkpointing)
     there = free_bytes(head.device)
     known = "unknown" if there is None else f"{there / 2**30:.2f}"

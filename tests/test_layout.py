@@ -25,7 +25,7 @@ RANKS = (
     ("evaluate reporting.markup reporting.table reporting.equations",
      "judge results reporting.chart reporting.excerpts reporting.worked_text",
      "reporting.worked_page", "report"),
-    ("sft generate memory pipeline train_rm explain", "checks", "train_ppo",
+    ("sft generate plan pipeline train_rm explain", "checks", "train_ppo",
      "eval reproduce collect bench"),
     ("fixtures.case fixtures.compare",
      "fixtures.text fixtures.transformer fixtures.preference fixtures.advantage",

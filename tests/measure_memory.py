@@ -1,0 +1,94 @@
+"""Resident bytes of one PPO iteration, phase by phase, in a process of its own (Linux).
+
+    python -m tests.measure_memory '{"dtype": "float32", ...}'    a JSON object on stdout
+
+Runs two iterations of train_ppo.py's own functions on random weights and reports the highest
+resident size of each phase of the second, less that of a process which has done the same with a
+model of nothing: torch, its libraries and their buffers.
+"""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import torch
+
+import train_ppo
+from fgrlhf import lora
+from fgrlhf.model import LLaMAConfig, build
+from fgrlhf.reward import RewardModel
+
+SIZES = dict(dim=448, n_layers=6, n_heads=7, n_kv_heads=7, vocab_size=6000, ffn_dim=1216,
+             max_seq_len=128)
+PROMPT, RESPONSE = 40, 88
+
+
+def reset_peak() -> None:
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def peak() -> int:
+    """The highest resident size since `reset_peak`, in bytes."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+
+def iteration(config: train_ppo.Config, setup: train_ppo.Setup, number: int) -> dict[str, int]:
+    """One iteration; the peak of each phase."""
+    peaks, sample = {}, train_ppo.sample_shared
+
+    def watched(*arguments):
+        reset_peak()
+        rollout = sample(*arguments)
+        peaks["rollout"] = peak()
+        reset_peak()
+        return rollout
+    train_ppo.sample_shared = watched
+    batch = train_ppo.collect(config, setup, number)
+    train_ppo.sample_shared = sample
+    peaks["scoring"] = peak()
+    reset_peak()
+    train_ppo.update(config, setup.policy, setup.critic, setup.optimizers, batch.rollout,
+                     batch.advantages, batch.values, batch.returns, number)
+    return peaks | {"update": peak()}
+
+
+def measure(sizes: LLaMAConfig, options: dict) -> dict[str, int]:
+    """Build everything, run two iterations, report the second."""
+    config = train_ppo.Config(**dict(
+        method="fine-grained", policy="", reward="", prompts="", out="", epochs=1, minibatches=1,
+        max_new_tokens=RESPONSE, lr=1e-6, microbatch=4, rollouts=8) | options)
+    dtype, rank = getattr(torch, config.dtype), config.lora_rank
+    trunk = build(sizes).to(dtype)
+    new = lambda seed: lora.adapt(trunk, rank, seed) if rank else build(sizes, seed).to(dtype)
+    policy, ref = new(1), new(1).requires_grad_(False)
+    model = RewardModel(new(2), "sequence" if config.method == "rlhf" else "token")
+    model.requires_grad_(False)
+    if not rank:
+        del trunk
+    critic = lora.train(train_ppo.Critic(model)) if config.method == "rlhf" else None
+    prompts = [[1 + (i + k) % 50 for k in range(PROMPT)] for i in range(config.rollouts)]
+    tokenizer = SimpleNamespace(eos_id=-1)                      # never: every response is whole
+    setup = train_ppo.optimise(config, train_ppo.Setup(tokenizer, policy, ref, model, critic, {},
+                                                       prompts, None))
+    iteration(config, setup, 1)
+    return iteration(config, setup, 2)
+
+
+def main(options: dict) -> None:
+    torch.set_num_threads(1)
+    sizes = LLaMAConfig(**SIZES | options.pop("sizes", {}))
+    base = measure(replace(sizes, dim=14, n_layers=1, ffn_dim=8, vocab_size=60), options)
+    found = measure(sizes, options)
+    print(json.dumps({phase: size - base[phase] for phase, size in found.items()}))
+
+
+if __name__ == "__main__":
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"              # freed memory goes back at once
+    os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "0"         # bf16 compiles a kernel a shape
+    if len(sys.argv) == 2:
+        os.execv(sys.executable, [sys.executable, "-m", "tests.measure_memory", sys.argv[1], "now"])
+    main(json.loads(sys.argv[1]))

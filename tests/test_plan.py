@@ -1,0 +1,126 @@
+"""The planned bytes against what torch really allocates, on models small enough to try."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fgrlhf import lora
+from fgrlhf.config import UserError, parse
+from fgrlhf.model import PRESETS, KVCache, LLaMA, LLaMAConfig, build
+from fgrlhf.plan import (Config, activation_bytes, adapter_count, cache_bytes, held, main, passing,
+                         peaks, verdict)
+from tests import measure_memory
+from tests.processes import ROOT
+
+SMALL = LLaMAConfig(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=100, ffn_dim=172)
+
+
+def saved_bytes(config: LLaMAConfig, batch: int, length: int, dtype: torch.dtype) -> int:
+    """Bytes of all distinct storages autograd keeps, the parameters' left out."""
+    model = LLaMA(config).to(dtype)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage              # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model.hidden(torch.zeros(batch, length, dtype=torch.long))
+    assert hidden.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 4}, {"n_layers": 1, "ffn_dim": 300}])
+def test_activation_bytes_are_what_autograd_keeps(dtype, changes):
+    config = replace(SMALL, **changes)
+    assert activation_bytes(config, 2, 50, dtype.itemsize) == saved_bytes(config, 2, 50, dtype)
+
+
+def plan(*flags) -> Config:
+    return parse(Config, [str(flag) for flag in flags])
+
+
+def test_held_is_what_torch_allocates():
+    config = plan("--dtype", "float32")
+    table, model = held(SMALL, config), LLaMA(SMALL)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.tensor([[1, 2]])).sum().backward()
+    optimizer.step()
+    moments = [state[name] for state in optimizer.state.values()
+               for name in ("exp_avg", "exp_avg_sq")]
+    weights = sum(p.nbytes for p in model.parameters())
+    assert table == {"policy weights": weights, "reference weights": weights,
+                     "reward weights": weights, "moments": sum(t.nbytes for t in moments),
+                     "master copy": 0}
+    assert passing(SMALL, config)["update"]["gradients"] == weights
+
+
+def test_cache_bytes_are_the_caches():
+    for dtype in (torch.float32, torch.bfloat16):
+        cache = KVCache(SMALL, 3, 17, dtype=dtype)
+        assert cache_bytes(SMALL, 3, 17, dtype.itemsize) == cache.keys.nbytes + cache.values.nbytes
+
+
+def test_adapter_count_is_that_of_an_adapted_model():
+    model = lora.adapt(build(SMALL), 5)
+    assert adapter_count(SMALL, 5) == sum(p.numel() for p in lora.adapters(model).values())
+
+
+def test_held_of_llama_7b_by_hand():
+    """Full in bf16: 3 x 2 + 8 + 4 = 18 bytes a parameter; on 2 ranks half of it each."""
+    P = 6_738_415_616
+    assert sum(held(PRESETS["7B"], plan()).values()) == 18 * P
+    assert sum(held(PRESETS["7B"], plan("--world-size", 2)).values()) == 9 * P
+    assert sum(held(PRESETS["7B"], plan("--method", "rlhf")).values()) == 32 * P
+    adapted = held(PRESETS["7B"], plan("--lora-rank", 8))
+    assert adapted["trunk, shared"] == 2 * P and sum(adapted.values()) < 2.1 * P
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured through /proc")
+@pytest.mark.parametrize("sizes, options", [
+    ({}, {}), ({"vocab_size": 30000}, {"lora_rank": 8, "checkpoint_activations": True})])
+def test_peaks_are_within_a_tenth_of_what_a_process_holds(sizes, options):
+    """Resident size of a fresh process in each phase of a PPO iteration, torch's own taken off."""
+    done = subprocess.run([sys.executable, "-m", "tests.measure_memory",
+                           json.dumps({"sizes": sizes} | options)], cwd=ROOT, capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    sizes = LLaMAConfig(**measure_memory.SIZES | sizes)
+    config = replace(plan("--dtype", "float32", "--device", "cpu", "--batch", 8, "--microbatch", 4,
+                          "--prompt", measure_memory.PROMPT, "--response", measure_memory.RESPONSE,
+                          "--no-checkpoint-activations"), **options)
+    measured = json.loads(done.stdout)
+    for phase, expected in peaks(sizes, config).items():
+        assert measured[phase] == pytest.approx(expected, rel=0.1), (phase, measured, expected)
+
+
+@pytest.mark.parametrize("flags, says", [
+    (("--card", 141), "does not fit 141 GB: 8.3 GB too much; --checkpoint-activations --offload"),
+    (("--card", 141, "--offload"), "fits 141 GB"),
+    (("--card", 24, "--lora-rank", 8), "fits 24 GB"),
+    (("--card", 24, "--lora-rank", 8, "--batch", 128), "--lora-rank 8 --batch 1 makes it"),
+    (("--card", 8), "no option here makes it fit")])
+def test_verdict_says_what_makes_it_fit(flags, says):
+    assert says in verdict(PRESETS["7B"], plan(*flags))
+
+
+def test_main_prints_the_table_and_refuses_contradictions(capsys):
+    main(plan("--preset", "7B", "--card", 141, "--step-in-backward"))
+    out = capsys.readouterr().out
+    assert "6,738,415,616 parameters" in out and "policy weights" in out
+    assert "peak of the update" in out and "fits 141 GB" in out
+    for flags in ((), ("--preset", "8B"), ("--preset", "7B", "--model", "x"),
+                  ("--preset", "7B", "--world-size", 2, "--offload"),
+                  ("--preset", "7B", "--lora-rank", 8, "--offload")):
+        with pytest.raises(UserError, match="expected --"):
+            main(plan(*flags))
