@@ -116,7 +116,7 @@ MUTATIONS = [
              "advantages[at.row, at.step], clip_eps, temperature, len(at.row))",
              "check: microbatches"),
     Mutation(6, "the count of a microbatch as denominator", "train_ppo.py",
-             "config.clip_eps, config.temperature, tokens)",
+             "config.clip_eps, config.temperature, over)",
              "config.clip_eps, config.temperature, int(sequences.response_lengths.sum()))",
              "test_rules.test_rule_6_microbatches_give_gradient_and_metrics_of_the_whole_minibatch",
              {"microbatch": 2, "method": "fine-grained"}),
