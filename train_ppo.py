@@ -20,34 +20,25 @@ reference's, and OUT/best is the policy of the best dev win rate. OUT/policy is 
 Leaves config.json, metrics.jsonl, timing.jsonl; --resume continues a stopped run.
 """
 
-import contextlib
-import copy
 import math
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fgrlhf import checks, distributed, lora, monitor
+from fgrlhf import distributed, monitor
 from fgrlhf.advantage import generalised_advantage, penalise_kl, reward_to_go, standardise
-from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer, save_model
+from fgrlhf.checkpoint import save_model
 from fgrlhf.config import UserError, arg, parse, run
 from fgrlhf.edits import TEMPLATES
-from fgrlhf.encode import encode_prompt
-from fgrlhf.files import each
-from fgrlhf.judge import OracleJudge, answers
-from fgrlhf.model import DTYPES, LLaMA
-from fgrlhf.optimizer import Optimizer, check_in_backward
+from fgrlhf.judge import answers
+from fgrlhf.model import DTYPES
+from fgrlhf.players import Players, at_hand, load, optimise
 from fgrlhf.ppo import check_first_ratio, policy_loss, value_loss
-from fgrlhf.readers import read_prompts
-from fgrlhf.reward import RewardModel, load_reward
-from fgrlhf.rollout import (Rollout, Sequences, by_length, in_groups, locate, sample_shared,
-                            score, states_before, unflatten)
-from fgrlhf.rules import Subject
+from fgrlhf.rollout import Rollout, Sequences, by_length, in_groups, sample_shared, score
 from fgrlhf.run import Run, batches, generator, pick_device
-from fgrlhf.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -107,23 +98,6 @@ class Config:
     def __post_init__(self):
         if self.gamma is None:                              # config.json shows the resolved value
             object.__setattr__(self, "gamma", 1.0 if self.method == "rlhf" else 0.0)
-
-
-class Critic(nn.Module):
-    """V(s_t), the baseline's alone: a copy of the reward model, read one position earlier."""
-
-    def __init__(self, reward: RewardModel):
-        super().__init__()
-        self.trunk, self.head = lora.clone(reward.trunk), copy.deepcopy(reward.head)
-        self.register_buffer("mean", reward.mean.clone())
-        self.register_buffer("scale", reward.scale.clone())
-
-    def forward(self, sequences) -> Tensor:
-        """Values [B, T] in calibrated reward; values[:, t] is known before token t is chosen."""
-        at = locate(sequences)
-        hidden = states_before(self.trunk, sequences, at)                            # [N, D]
-        values = (self.head(hidden.to(self.head.weight.dtype))[:, 0] - self.mean) / self.scale
-        return unflatten(values, at, sequences)
 
 
 def advantages_of(config: Config, rewards: Tensor, values: Tensor | None, mask: Tensor):
@@ -223,97 +197,6 @@ def check_shapes(config: Config) -> None:
         raise UserError("--dev-prompts, --dev-reference and --world: expected all three or none")
 
 
-class Setup(NamedTuple):
-    """What a run works with, besides its Config."""
-
-    tokenizer: Tokenizer
-    policy: LLaMA
-    ref: LLaMA                          # the policy as it starts, frozen
-    reward_model: RewardModel           # frozen
-    critic: Critic | None               # rlhf alone
-    optimizers: dict[str, Optimizer]    # "policy" and, for rlhf, "critic"
-    prompts: list[list[int]]            # ids, BOS first
-    judge: OracleJudge | None           # of dev answers
-
-    def trained(self) -> dict[str, nn.Module]:
-        return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
-
-    def parts(self) -> dict:
-        """What a training state holds."""
-        return {name: lora.Own(model) for name, model in self.trained().items()} | {
-            f"optimizer_{name}": optimizer for name, optimizer in self.optimizers.items()}
-
-    def check(self, config: Config) -> None:
-        """The startup checks, while the policy is still the reference; UserError if one fails."""
-        checks.require(Subject(self.policy, self.ref, self.reward_model, self.tokenizer,
-                               self.prompts, config.max_new_tokens, config.temperature, config.beta,
-                               config.rollouts, config.microbatch, self.critic), config.seed)
-
-
-def load(config: Config, device: torch.device) -> Setup:
-    """Read models, prompts and judge; whatever does not fit together is refused here."""
-    tokenizer = load_tokenizer(config.policy)
-    if load_tokenizer(config.reward).sha256 != tokenizer.sha256:
-        raise UserError(f"--reward {config.reward}: its tokenizer is not the one of "
-                        f"--policy {config.policy}")
-    dtype = getattr(torch, config.dtype)
-    trunks = {} if config.lora_rank else None           # shared by all models of the run
-    read = lambda: (load_adapted(config.policy, device, dtype, config.lora_rank, config.seed,
-                                 trunks) if config.lora_rank else
-                    load_model(config.policy, device, dtype))
-    policy, ref = read(), read().requires_grad_(False)
-    reward_model = load_reward(config.reward, device, dtype, trunks).requires_grad_(False)
-    if config.method == "fine-grained" and reward_model.kind != "token":
-        raise UserError(f"--reward {config.reward}: expected a token-level reward model for "
-                        "--method fine-grained, got a sequence-level one; see train_rm.py --kind")
-    critic = lora.train(Critic(reward_model)) if config.method == "rlhf" else None
-
-    room = policy.config.max_seq_len - config.max_new_tokens
-    if room < 1:
-        raise UserError(f"--max-new-tokens {config.max_new_tokens}: expected fewer than the "
-                        f"policy's context of {policy.config.max_seq_len} tokens")
-    encode = lambda record: encode_prompt(tokenizer, record, config.template, room)
-    prompts = each(read_prompts(config.prompts, config.on_bad_record), encode, config.on_bad_record,
-                   config.prompts)
-    judge = None
-    if config.dev_prompts:
-        judge = OracleJudge.load(config.world, config.dev_prompts, config.dev_reference)
-        for record in judge.prompts:                        # refuse a long one now, not later
-            encode(record)
-    return Setup(tokenizer, policy, ref, reward_model, critic, {}, prompts, judge)
-
-
-def optimise(config: Config, setup: Setup) -> Setup:
-    """Share the models out over the ranks, then give those that learn their optimizers."""
-    check_in_backward(config.step_in_backward, config.microbatch)
-    if config.offload and (config.lora_rank or distributed.size() > 1):
-        raise UserError("--offload: expected one process and --lora-rank 0; a shared trunk and "
-                        "sharded models stay where they are")
-    for model in (setup.policy, setup.ref, setup.reward_model, setup.critic):
-        if model is not None:
-            distributed.shard(model)
-    for model in setup.trained().values():
-        getattr(model, "trunk", model).activation_checkpointing = config.checkpoint_activations
-    for model in (setup.ref, setup.reward_model) if config.offload else ():
-        model.to("cpu")
-    rates = {"policy": config.lr, "critic": config.value_lr}
-    return setup._replace(optimizers={name: Optimizer(
-        model, rates[name], config.warmup, in_backward=config.step_in_backward)
-        for name, model in setup.trained().items()})
-
-
-@contextlib.contextmanager
-def at_hand(config: Config, setup: Setup, *models: nn.Module):
-    """Inside, the models are whole and on the policy's device, for passes without gradient."""
-    away = [m for m in models if config.offload and m in (setup.ref, setup.reward_model)]
-    for model in away:
-        model.to(setup.policy.head.device)
-    with distributed.gathered(*models):
-        yield
-    for model in away:
-        model.to("cpu")
-
-
 class Batch(NamedTuple):
     """One iteration's rollouts with all that the update needs; every tensor is [B, T]."""
 
@@ -330,25 +213,27 @@ class Batch(NamedTuple):
         return own | self.rollout.sequences._asdict() | {"logp_old": self.rollout.logp_old}
 
 
-def collect(config: Config, setup: Setup, iteration: int) -> Batch:
+def collect(config: Config, players: Players, iteration: int) -> Batch:
     """Steps 1 to 4 of one iteration."""
+    policy, ref, reward_model, critic = (
+        players.policy, players.ref, players.reward_model, players.critic)
     # 1. rollouts
-    rows = episode_prompts(len(setup.prompts), config, iteration)
-    rollout = sample_shared(setup.policy, [setup.prompts[i] for i in rows], setup.tokenizer.eos_id,
-                            config.max_new_tokens, config.temperature,
-                            generator(config.seed, "rollout", iteration), config.decode_batch)
+    prompts = [players.prompts[i] for i in episode_prompts(len(players.prompts), config, iteration)]
+    rollout = sample_shared(policy, prompts, players.tokenizer.eos_id, config.max_new_tokens,
+                            config.temperature, generator(config.seed, "rollout", iteration),
+                            config.decode_batch)
     # 2. reference, reward and critic, one pass each
     groups = scoring_groups(config, rollout.sequences, iteration)
 
     def once(model, function):
-        with at_hand(config, setup, model):
+        with at_hand(config, players, model):
             return distributed.total(in_groups(function, rollout.sequences, groups))
     if config.dtype != "float32":       # decoding a token at a time rounds otherwise: score again
-        logp_old = once(setup.policy, lambda part: score(setup.policy, part, config.temperature))
+        logp_old = once(policy, lambda part: score(policy, part, config.temperature))
         rollout = rollout._replace(logp_old=logp_old)
-    logp_ref = once(setup.ref, lambda part: score(setup.ref, part, config.temperature))
-    rewards = once(setup.reward_model, setup.reward_model.ppo_rewards)
-    values = once(setup.critic, setup.critic) if setup.critic is not None else None
+    logp_ref = once(ref, lambda part: score(ref, part, config.temperature))
+    rewards = once(reward_model, reward_model.ppo_rewards)
+    values = once(critic, critic) if critic is not None else None
     # 3. the reward less its KL
     mask = rollout.sequences.response_mask
     penalised = penalise_kl(rewards, rollout.logp_old, logp_ref, mask, config.beta)
@@ -359,31 +244,31 @@ def collect(config: Config, setup: Setup, iteration: int) -> Batch:
 
 def train(config: Config) -> None:
     check_shapes(config)
-    setup = load(config, distributed.start(pick_device(config.device)))
-    policy, tokenizer, judge = setup.policy, setup.tokenizer, setup.judge
+    players = load(config, distributed.start(pick_device(config.device)))
+    policy, tokenizer, judge = players.policy, players.tokenizer, players.judge
     started = time.perf_counter()
     if not config.skip_checks:
-        setup.check(config)
+        players.check(config)
     check_seconds = time.perf_counter() - started
-    setup = optimise(config, setup)
+    players = optimise(config, players)
     log = Run(config, tokenizer.sha256,
               ("policy", "reward", "prompts", "dev_prompts", "dev_reference"))
-    best = log.restore(**setup.parts()) or {"win_rate": -1.0, "iteration": 0}
+    best = log.restore(**players.parts()) or {"win_rate": -1.0, "iteration": 0}
 
     for iteration in log.steps(config.iterations, config.method):
         # 1. to 4. rollouts, reference and reward, KL, advantages
-        batch = collect(config, setup, iteration)
-        with log.guard(iteration, setup.trained(), **batch.tensors()):
+        batch = collect(config, players, iteration)
+        with log.guard(iteration, players.trained(), **batch.tensors()):
             seen = monitor.rollout_metrics(batch.rollout, batch.logp_ref, batch.rewards)
             if config.exact_kl:
-                with log.untimed(), at_hand(config, setup, policy, setup.ref):
+                with log.untimed(), at_hand(config, players, policy, players.ref):
                     seen["rollout/kl_exact"] = monitor.whole_kl(
-                        policy, setup.ref, batch.rollout.sequences, config.temperature,
+                        policy, players.ref, batch.rollout.sequences, config.temperature,
                         config.exact_kl, config.microbatch)
             if iteration == 1:
                 check_first_ratio(batch.logp_ref, batch.rollout.logp_old)    # the KL to itself is 0
             # 5. clipped updates
-            logged = update(config, policy, setup.critic, setup.optimizers, batch.rollout,
+            logged = update(config, policy, players.critic, players.optimizers, batch.rollout,
                             batch.advantages, batch.values, batch.returns, iteration)
         # 6. log, evaluate, save
         logged |= seen | {"rollout/episodes": iteration * config.rollouts}
@@ -398,7 +283,7 @@ def train(config: Config) -> None:
                     best = {"win_rate": logged["eval/win_rate"], "iteration": iteration}
                     if log.first:
                         save_model(policy, log.folder / "best", tokenizer=tokenizer)
-        log.end_step(iteration, logged, best, **setup.parts())
+        log.end_step(iteration, logged, best, **players.parts())
 
     with distributed.gathered(policy):
         if log.first:

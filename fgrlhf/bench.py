@@ -27,11 +27,12 @@ from fgrlhf.align import align
 from fgrlhf.floor import Floor, iteration_floor
 from fgrlhf.model import LLaMA, LLaMAConfig, build
 from fgrlhf.optimizer import Optimizer
+from fgrlhf.players import Critic, Players
 from fgrlhf.reward import RewardModel
 from fgrlhf.rollout import Sequences, by_length, sample
 from fgrlhf.sft import loss_of
 from kernels import timing
-from train_ppo import Config, Critic, Setup, collect, minibatches, scoring_groups, update
+from train_ppo import Config, collect, minibatches, scoring_groups, update
 
 V, EOS, END = 2048, 2, 0.0148
 MODELS = {D: LLaMAConfig(D, 6, H, H, V, F, max_seq_len=256)
@@ -107,7 +108,7 @@ def iteration(method: str, early: bool, width: int, device: str) -> Work:
                     microbatch=16, lr=0.0, value_lr=0.0)
     optimizers = {name: Optimizer(part, 0.0) for name, part in
                   (("policy", policy), ("critic", critic)) if part is not None}
-    setup = Setup(SimpleNamespace(eos_id=EOS if early else -1), policy, ref, reward, critic,
+    setup = Players(SimpleNamespace(eos_id=EOS if early else -1), policy, ref, reward, critic,
                   optimizers, random_ids(64, 16), None)
 
     def run():

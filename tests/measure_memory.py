@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import torch
 
 import train_ppo
+from fgrlhf import players
 from fgrlhf import lora
 from fgrlhf.model import LLaMAConfig, build
 from fgrlhf.reward import RewardModel
@@ -36,7 +37,7 @@ def peak() -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
-def iteration(config: train_ppo.Config, setup: train_ppo.Setup, number: int) -> dict[str, int]:
+def iteration(config: train_ppo.Config, setup: players.Players, number: int) -> dict[str, int]:
     """One iteration; the peak of each phase."""
     peaks, sample = {}, train_ppo.sample_shared
 
@@ -69,11 +70,11 @@ def measure(sizes: LLaMAConfig, options: dict) -> dict[str, int]:
     model.requires_grad_(False)
     if not rank:
         del trunk
-    critic = lora.train(train_ppo.Critic(model)) if config.method == "rlhf" else None
+    critic = lora.train(players.Critic(model)) if config.method == "rlhf" else None
     prompts = [[1 + (i + k) % 50 for k in range(PROMPT)] for i in range(config.rollouts)]
     tokenizer = SimpleNamespace(eos_id=-1)                      # never: every response is whole
-    setup = train_ppo.optimise(config, train_ppo.Setup(tokenizer, policy, ref, model, critic, {},
-                                                       prompts, None))
+    setup = players.optimise(config, players.Players(tokenizer, policy, ref, model, critic, {},
+                                                         prompts, None))
     iteration(config, setup, 1)
     return iteration(config, setup, 2)
 

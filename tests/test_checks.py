@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import train_ppo
+from fgrlhf import players
 from fgrlhf import checks, replay
 from fgrlhf.checkpoint import load_state, load_tokenizer, save_state
 from fgrlhf.config import UserError
@@ -37,7 +38,7 @@ def ppo(folder, **changes) -> train_ppo.Config:
 def subject(folder, method: str = "fine-grained", **changes) -> Subject:
     kind = "token" if method == "fine-grained" else "sequence"
     config = ppo(folder, method=method, reward=str(folder / kind))
-    s = train_ppo.load(config, torch.device("cpu"))
+    s = players.load(config, torch.device("cpu"))
     return Subject(s.policy, s.ref, s.reward_model, s.tokenizer, s.prompts, 12, 0.9, 0.5, 6, 2,
                    s.critic)._replace(**changes)
 

@@ -25,7 +25,7 @@ RANKS = (
     ("evaluate reporting.markup reporting.table reporting.equations",
      "judge results reporting.chart reporting.excerpts reporting.worked_text",
      "reporting.worked_page", "report"),
-    ("sft generate plan pipeline train_rm explain", "checks", "train_ppo",
+    ("sft generate plan pipeline train_rm explain", "checks", "players", "train_ppo",
      "eval reproduce collect bench"),
     ("fixtures.case fixtures.compare",
      "fixtures.text fixtures.transformer fixtures.preference fixtures.advantage",
@@ -33,6 +33,7 @@ RANKS = (
 )
 KERNELS = ("three_matmuls clipped_surrogate token_preference timing", "linear_logp exact_kl",
            "linear_ppo linear_cross_entropy", "bench")
+HANDED_TO = {"Run": "fgrlhf/run.py", "optimise": "fgrlhf/players.py"}      # with the whole Config
 SCRIPTS = ("train_rm", "train_ppo", "eval")
 OWN = {"fgrlhf", "kernels", *SCRIPTS}
 FILES = sorted([*ROOT.glob("fgrlhf/**/*.py"), *ROOT.glob("kernels/*.py"),
@@ -161,16 +162,16 @@ def reads(tree: ast.AST, of: set[str]) -> set[str]:
 
 @pytest.mark.parametrize("path, config", configs())
 def test_every_field_of_a_config_is_read(path, config):
-    """In a function that takes `config: ThatConfig`, or by the Run it is handed to."""
+    """In a function that takes `config: ThatConfig`, or by the module it is handed to."""
     tree, read = ast.parse(path.read_text()), set()
     for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
         names = {a.arg for a in function.args.args if a.annotation
                  and ast.unparse(a.annotation) == config.name}
         if names:
             read |= reads(function, names)
-            if any(isinstance(n, ast.Call) and ast.unparse(n.func) == "Run"
-                   for n in ast.walk(function)):
-                read |= reads(ast.parse((ROOT / "fgrlhf/run.py").read_text()), {"config"})
+            called = {ast.unparse(n.func) for n in ast.walk(function) if isinstance(n, ast.Call)}
+            for name in called & HANDED_TO.keys():
+                read |= reads(ast.parse((ROOT / HANDED_TO[name]).read_text()), {"config"})
     fields = {s.target.id for s in config.body if isinstance(s, ast.AnnAssign)}
     assert fields - read == set()
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import train_ppo
+from fgrlhf import players
 import train_rm
 from fgrlhf import lora, sft
 from fgrlhf.checkpoint import load_adapted, load_model, save_model
@@ -175,7 +176,7 @@ def test_the_scripts_train_adapters_over_one_trunk(folder, tmp_path):
         out=str(tmp_path / "ppo"), iterations=2, rollouts=4, max_new_tokens=5, save_every=1)
     rlhf = replace(config, method="rlhf", gamma=1.0, reward=str(tmp_path / "sequence/reward"),
                    out=str(tmp_path / "rlhf"))
-    setup = train_ppo.load(rlhf, torch.device("cpu"))
+    setup = players.load(rlhf, torch.device("cpu"))
     models = (setup.policy, setup.ref, setup.reward_model.trunk, setup.critic.trunk)
     assert len({id(m.layers[1].feed_forward.w3.weight) for m in models}) == 1
     assert len({id(m.layers[1].feed_forward.w3.lora_b) for m in models}) == 4

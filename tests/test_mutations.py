@@ -50,7 +50,7 @@ MUTATIONS = [
              "return x / ((x.square().sum() / count).sqrt() + eps)",
              "return x / ((x.square().sum() / count).sqrt() + eps) + x.sum() / count",
              "check: planted reward"),
-    Mutation(1, "the critic reads the state after the token", "train_ppo.py",
+    Mutation(1, "the critic reads the state after the token", "fgrlhf/players.py",
              "hidden = states_before(self.trunk, sequences, at)",
              "hidden = self.trunk.hidden(sequences.tokens)[at.row, at.position]",
              "check: rewards and values", RLHF),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import train_ppo
+from fgrlhf import players
 from fgrlhf.checkpoint import load_model, save_model
 from fgrlhf.config import UserError
 from fgrlhf.optimizer import Optimizer, check_in_backward
@@ -134,14 +135,14 @@ def test_a_bf16_model_is_saved_in_bf16_and_loads_either_way(tmp_path):
 
 # ----- rule 2 -------------------------------------------------------------------------------------
 
-def setup_of(policy, eos: int = 2) -> train_ppo.Setup:
+def setup_of(policy, eos: int = 2) -> players.Players:
     torch.manual_seed(0)
     model = RewardModel(llama(seed=1, dtype=policy.head.dtype), "token").requires_grad_(False)
 
     class Tokenizer:
         eos_id = eos
     prompts = [ids(1 + 2 * i % 5, i) for i in range(24)]
-    return train_ppo.Setup(Tokenizer(), policy, policy, model, None, {}, prompts, None)
+    return players.Players(Tokenizer(), policy, policy, model, None, {}, prompts, None)
 
 
 @pytest.mark.parametrize("microbatch", [0, 3])

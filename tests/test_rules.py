@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import train_ppo
+from fgrlhf import players
 from fgrlhf import sft
 from fgrlhf.advantage import penalise_kl, standardise
 from fgrlhf.checkpoint import load_state, save_state
@@ -86,7 +87,7 @@ def test_rule_1_holds_for_rollouts_of_a_real_policy():
 
 def test_rule_1_the_critic_judges_the_state_before_the_token_the_reward_model_the_token():
     model = reward_model()
-    critic, batch = train_ppo.Critic(model), ragged((3,), (5,))
+    critic, batch = players.Critic(model), ragged((3,), (5,))
     other = batch._replace(tokens=batch.tokens.clone())
     other.tokens[0, 3 + 2] = 3 + (other.tokens[0, 3 + 2] - 2) % 21                # response token 2
     same_values = (critic(batch) == critic(other))[0].tolist()
@@ -209,7 +210,7 @@ def losses(policy, model, critic, batch, logp_old, advantages, values_old,
 def everything(batch, padding: float) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """All losses, and the gradient of their sum for policy, reward model and critic."""
     policy, model = llama(), reward_model()
-    critic = train_ppo.Critic(model)
+    critic = players.Critic(model)
     mask = batch.response_mask
     given = [torch.where(mask, numbers(torch.zeros(mask.shape), i), padding) for i in range(1, 5)]
     found = losses(policy, model, critic, batch, *given)
@@ -270,7 +271,7 @@ class Recorder:
 def updated(microbatch: int, method: str = "rlhf"):
     """Gradients and statistics of train_ppo.update over rollouts of unequal length."""
     policy, model = llama(dtype=torch.float64), reward_model()
-    critic = train_ppo.Critic(model) if method == "rlhf" else None
+    critic = players.Critic(model) if method == "rlhf" else None
     rollout = rollout_of(policy, count=10)
     policy.norm.weight.data.mul_(1.0002)                     # ratios near 1, not at it
     like = rollout.logp_old.float()
@@ -325,7 +326,7 @@ def test_rule_8_a_bfloat16_model_reduces_in_float32():
     logp = score(policy, batch)
     found = {"score": logp, "sft": sft.loss_of(policy, batch), "token": model.token_rewards(batch),
              "sequence": RewardModel(policy, "sequence").sequence_rewards(batch),
-             "critic": train_ppo.Critic(model)(batch), "token loss": token_loss(
+             "critic": players.Critic(model)(batch), "token loss": token_loss(
                  model, pairs(), token_preference.Options()).loss,
                  "sampled": rollout_of(policy).logp_old,
              "ppo": policy_loss(policy, batch, logp.detach(), logp.detach(), 0.2, 1.0, 9).loss}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import train_ppo
+from fgrlhf import players
 from fgrlhf.checkpoint import load_model, load_tokenizer
 from fgrlhf.config import UserError
 from fgrlhf.reward import load_reward
@@ -113,10 +114,10 @@ def test_flags_that_contradict_one_another_are_refused(changes, flag, folder, tm
 @pytest.mark.parametrize("method, kind", [("fine-grained", "token"), ("rlhf", "sequence")])
 def test_first_three_steps_are_the_same_through_fused_and_reference_kernels(
         method, kind, folder, tmp_path, monkeypatch):
-    """In float64: the policies agree to 1e-9, every logged number to the digits it is written in."""
-    load, read_reward = train_ppo.load_model, train_ppo.load_reward
-    monkeypatch.setattr(train_ppo, "load_model", lambda *a, **k: load(*a, **k).double())
-    monkeypatch.setattr(train_ppo, "load_reward", lambda *a, **k: read_reward(*a, **k).double())
+    """In float64: policies agree to 1e-9, every logged number to the digits it is written in."""
+    load, read_reward = players.load_model, players.load_reward
+    monkeypatch.setattr(players, "load_model", lambda *a, **k: load(*a, **k).double())
+    monkeypatch.setattr(players, "load_reward", lambda *a, **k: read_reward(*a, **k).double())
     logs, policies = [], []
     for form in ("fused", "reference"):
         for kernel in (linear_logp, linear_ppo):
