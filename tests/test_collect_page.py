@@ -562,6 +562,7 @@ def test_a_body_of_100_megabytes_is_refused_unread(target, unharmed):
     ("POST", {"Content-Type": "text/plain"}, "{}", 415),
     ("POST", {"Content-Type": "application/x-www-form-urlencoded"}, "annotator=Eve", 415),
     ("POST", {"Content-Length": str(LARGEST + 1)}, None, 413),
+    ("POST", {"Content-Length": "9" * 5000}, None, 413),
     ("POST", {"Content-Length": "-1"}, None, 411), ("POST", {"Content-Length": "٣"}, None, 411),
     ("POST", {"Transfer-Encoding": "chunked"}, None, 411),
     ("POST", {}, "[]", 422), ("POST", {}, "{", 400), ("POST", {}, "\xff", 400),

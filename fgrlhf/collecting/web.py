@@ -135,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
         length, kind = self.headers.get("Content-Length", ""), self.headers.get_content_type()
         if "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdigit()):
             raise Refusal(411, "expected Content-Length")
-        if int(length) > LARGEST:
+        if len(length) > 9 or int(length) > LARGEST:          # int() refuses thousands of digits
             raise Refusal(413, f"more than {LARGEST} bytes")
         if kind != "application/json":
             raise Refusal(415, "expected JSON")
