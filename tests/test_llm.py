@@ -134,6 +134,18 @@ def test_leak_lets_pass_what_the_record_itself_says():
     assert leak(said + " Yes", TASK, INSTRUCTION) is not None
 
 
+@pytest.mark.parametrize("original, edited, leaked", [
+    ("Here are three tips: eat, rest.", "Here are two tips: eat, rest.", None),
+    ("Sure: here are three: eat, rest.", "Sure: here are two: eat, rest.", None),
+    ("Sorry. Here is one: eat.", "Here is one: eat.", None),           # its beginning taken out
+    ("Here are three tips: eat, rest.", "Sure: Here are two tips: eat, rest.", " Here are two tips:"),
+    ("Here are two tips: eat, rest.", "The edited text: eat, rest.", "The edited text:"),
+    ("Two tips: eat, rest.", "Here are two tips: eat, rest.", "Here are two tips:")])
+def test_leak_tells_a_preamble_added_from_the_original_one_edited(original, edited, leaked):
+    found = leak(edited, Task("r", "p", "c", original), INSTRUCTION)
+    assert found is None if leaked is None else repr(leaked) in found
+
+
 def test_editor_asks_once_more_saying_what_was_wrong():
     rewrite = says("A white horse stood there.")
     answer, model = edit(rewrite, says("The black cat sat on the mat."))

@@ -22,7 +22,7 @@ ANSWERS = 2                                       # asked for at most, per recor
 LEAK_WORDS = 8                                    # so many words in a row are no coincidence
 CHARACTERS_A_TOKEN = 4                            # English, roughly: for the estimate alone
 PREAMBLE = re.compile(r"\W*(sure|certainly|of course|here(['’]s| is| are)|"
-                      r"(the |my )?(minimally )?edited (response|version|text))\b[^\n]{0,80}:",
+                      r"(the |my )?(minimally )?edited (response|version|text))\b[^\n]{0,80}?:",
                       re.IGNORECASE)
 TAG = re.compile(r"</?(instruction|passage|preferred|response)\b[^>]*>|needs_change\"?\s*:")
 
@@ -127,15 +127,30 @@ def read_edit(text: str, task: Task, max_change: float, instruction: str) -> str
 def leak(edited: str, task: Task, instruction: str) -> str | None:
     """What an edit says that belongs to the conversation and not to the response; None if nothing.
 
-    A preamble, a tag of the question, or LEAK_WORDS words in a row of the instruction, where the
-    record itself does not have them.
+    A preamble or a tag of the question that the response did not have, or LEAK_WORDS words in a
+    row of the instruction that the record does not have.
     """
-    known = question(task)
-    for found in (PREAMBLE.match(edited), *TAG.finditer(edited)):
-        if found and found[0] not in task.rejected:
-            return f"edited holds {found[0]!r}, which is no part of a response"
-    for run in sorted(_runs(edited) & (_runs(instruction) - _runs(known))):
+    tags = (found[0] for found in TAG.finditer(edited))
+    for found in (_preamble(edited, task.rejected), *tags):
+        if found and found not in task.rejected:
+            return f"edited holds {found!r}, which is no part of a response"
+    for run in sorted(_runs(edited) & (_runs(instruction) - _runs(question(task)))):
         return f"edited repeats the editing instruction ({' '.join(run)!r})"
+    return None
+
+
+def _preamble(edited: str, original: str) -> str | None:
+    """The first preamble that is not the original's own, edited: "Here are 3 tips:" may become 4.
+
+    The two texts' preambles go together in order; one that speaks of an edit is never the
+    original's own unless that speaks of one, too.
+    """
+    here = there = 0
+    while found := PREAMBLE.match(edited, here):
+        own = PREAMBLE.match(original, there)
+        if own is None or "edited" in found[0].lower() and "edited" not in own[0].lower():
+            return found[0]
+        here, there = found.end(), own.end()
     return None
 
 
