@@ -127,6 +127,7 @@ def summary(tasks: list[Task], store: Store) -> str:
     if shares:
         lines.append("share of changed words:")
         bins = [sum(low / 10 < share <= (low + 1) / 10 for share in shares) for low in range(10)]
+        bins[0] += shares.count(0)                # where blanks alone were changed
         lines += [f"  to {low * 10 + 10:3d}% {count:6d}  {'#' * round(40 * count / max(bins))}"
                   for low, count in enumerate(bins)]
     return "\n".join(lines)

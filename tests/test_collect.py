@@ -209,7 +209,7 @@ def test_collect_simulated_draws_do_not_depend_on_where_a_run_was_stopped(tmp_pa
 
 
 def test_summary_counts_a_share_on_a_border_into_the_tenth_below(tmp_path):
-    """Of ten words one, one, two, three and all changed; an unchanged one is in no tenth."""
+    """Of ten words one, one, two, three and all changed; an unchanged text is in no tenth."""
     task, letters = Task("", "p", "c", "a b c d e f g h i j"), "abcdefghij"
     how = Provenance("human", "2026-11-21T12:00:00Z", 1, 1.0)
     with Store(tmp_path / "e.jsonl") as store:
@@ -219,6 +219,14 @@ def test_summary_counts_a_share_on_a_border_into_the_tenth_below(tmp_path):
         lines = collect.summary([task], store).splitlines()[2:]
     assert [int(line.split()[2]) for line in lines] == [2, 1, 1, 0, 0, 0, 0, 0, 0, 1]
     assert lines[0] == "  to  10%      2  " + "#" * 40 and lines[1].endswith("  " + "#" * 20)
+
+
+def test_summary_takes_an_edit_of_blanks_alone_for_no_changed_word(tmp_path):
+    task = Task("1", "p", "c", "a b")
+    with Store(tmp_path / "e.jsonl") as store:
+        store.add(task.edit("a  b", None, Provenance("human", "2026-11-21T12:00:00Z", 1, 1.0)))
+        lines = collect.summary([task], store).splitlines()
+    assert "1 edited" in lines[0] and lines[2].startswith("  to  10%      1  ##")
 
 
 def test_collect_dry_run_writes_nothing_and_needs_no_key(tmp_path, main, capsys, monkeypatch):
