@@ -19,7 +19,7 @@ TEXT = (ROOT / "README.md").read_text()
 
 
 def names_in(path: Path) -> set[str]:
-    """Top-level functions, classes and assignments of a module."""
+    """Top-level functions and classes of a module."""
     names = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
