@@ -39,15 +39,16 @@ def test_readme_files_exist(path):
     assert (ROOT / path).is_file()
 
 
-def test_readme_file_tree_names_files_that_exist():
-    tree = TEXT.split("```\nfgrlhf/ ")[1].split("```")[0]
-    folder = "fgrlhf"
-    for line in tree.splitlines():
-        for word in line.split():
-            if word in ("kernels/", "train_rm.py"):
-                folder = word.rstrip("/") if word.endswith("/") else "."
-            elif word.endswith((".py", "/")):
-                assert (ROOT / folder / word).exists(), word
+def test_readme_file_tree_names_every_module_and_no_other():
+    tree, folder, named = TEXT.split("```\nfgrlhf/ ")[1].split("```")[0], "fgrlhf", set()
+    for word in tree.split():
+        folder = {"kernels/": "kernels", "train_rm.py": "."}.get(word, folder)
+        if word.endswith((".py", "/")) and word != "kernels/":
+            named.add(ROOT / folder / word)
+    there = {path for pattern in ("*.py", "fgrlhf/*.py", "kernels/*.py")
+             for path in ROOT.glob(pattern) if path.name != "__init__.py"}
+    assert there == {path for path in named if path.suffix}
+    assert all(path.exists() for path in named)
 
 
 def test_readme_covers_every_kernel():

@@ -2,7 +2,8 @@
 
     EDITS.jsonl             edits, for train_rm.py as they stand; one that changes nothing says that
                             the annotator found nothing to mend
-    EDITS.skipped.jsonl     what was skipped or refused, with the reason; delete lines to ask again
+    EDITS.skipped.jsonl     what was skipped or refused, with the reason; a record whose
+                            line is deleted is open again
     .EDITS.jsonl.lock       held while a program writes; the system frees it when that dies
 
 A record is one line, written by one call and fsynced before `add` returns: whatever kills the
