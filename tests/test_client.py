@@ -148,7 +148,7 @@ def test_ask_ends_a_body_that_drips_for_ever():
         start = time.monotonic()
         with pytest.raises(Unanswered, match="no end after 0.2 s"):
             reach(server, timeout=0.2).ask("s", ASKED)
-        assert time.monotonic() - start < 4
+        assert time.monotonic() - start < 15               # to the end it would be 6 times 5 s
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
@@ -186,10 +186,9 @@ def test_ask_waits_for_retry_after_in_every_thread():
         first.start()
         while client._not_before == 0:
             time.sleep(0.005)
-        told = time.monotonic()
         client.ask("other", ASKED)                         # nobody told this one, yet it waits
         first.join()
-    assert [s["time"] - told > 0.5 for s in server.seen] == [False, True, True]
+    assert [s["time"] >= client._not_before for s in server.seen] == [False, True, True]
 
 
 def test_ask_leaves_a_question_when_the_server_wants_to_be_left_alone_for_hours():

@@ -637,7 +637,7 @@ def test_another_interface_needs_allow_remote_and_warns(tmp_path):
     (tmp_path / "pairs.jsonl").write_text(json.dumps(RECORDS[0]) + "\n")
     command = [sys.executable, "-m", "fgrlhf.collect", "--pairs", str(tmp_path / "pairs.jsonl"),
                "--out", str(tmp_path / "edits.jsonl"), "--editor", "human", "--host", "0.0.0.0"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "--allow-remote" in done.stderr
     process = subprocess.Popen([*command, "--allow-remote"], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
