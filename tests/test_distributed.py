@@ -32,7 +32,7 @@ def launch(count: int, *arguments, status: int = 0) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
          str(count), "-m", "tests.ranks", *map(str, arguments)], cwd=ROOT, text=True,
-        capture_output=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        capture_output=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (done.returncode == 0) == (status == 0), done.stderr[-3000:]
     return done.stderr
 
