@@ -8,7 +8,6 @@ The protocol runs over two pipes (--remote-debugging-pipe: the browser reads fro
 and writes to 4), one JSON value a message, each ended by a NUL byte.
 """
 
-import base64
 import fcntl
 import json
 import os
@@ -20,7 +19,7 @@ import time
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-ALT, CTRL, SHIFT = 1, 2, 8                        # modifiers of `press`, as bits
+ALT, CTRL = 1, 2                                  # modifiers of `press`, as bits
 SECONDS = 20.0                                    # the longest wait for anything
 
 
@@ -152,12 +151,3 @@ class Tab:
         nodes = self.call("Accessibility.getFullAXTree")["nodes"]
         return [(node["role"]["value"], node.get("name", {}).get("value", ""))
                 for node in nodes if not node.get("ignored") and "role" in node]
-
-    def screenshot(self, path: Path, width: int = 1440, height: int = 900,
-                   dark: bool = False) -> None:
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height,
-                  deviceScaleFactor=1, mobile=False)
-        self.call("Emulation.setEmulatedMedia", features=[
-            {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
-        time.sleep(0.3)
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))

@@ -2,10 +2,8 @@
 
     share = d / max(n, m)       d: the Levenshtein distance of fgrlhf.align, of n and m words
 
-The distance is the same whichever of the cheapest alignments is taken, so a page that computes it
-on its own gets the same number. A word is a run of letters and digits, one character of Chinese or
-Japanese, or one mark of punctuation; whitespace is none. With a tokenizer its pieces take the place
-of words, as in training (`PreferenceIds.change` counts EOS besides).
+The distance is the same whichever of the cheapest alignments is taken. A word is a run of letters
+and digits, one character of Chinese or Japanese, or one mark of punctuation; whitespace is none.
 """
 
 import re
@@ -13,7 +11,6 @@ from typing import NamedTuple
 
 from fgrlhf.align import Alignment, Span, align
 
-# The same in JavaScript, flag u: [^\\W_] is [\p{L}\p{N}] there, \w is [\p{L}\p{N}_].
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]|_")
 KINDS = ("insertion", "deletion", "substitution")
 
@@ -62,18 +59,14 @@ def words(text: str) -> list[Span]:
     return [found.span() for found in WORD.finditer(text)]
 
 
-def measure(original: str, edited: str, tokenizer=None) -> Change:
-    """The change from `original` to `edited`, in words, or in the pieces of a `Tokenizer`.
+def measure(original: str, edited: str) -> Change:
+    """The change from `original` to `edited`, in words.
 
     Words are equal when their characters are (case counts); whitespace alone changes no word.
     """
-    if tokenizer is None:
-        sides = words(original), words(edited)
-        units = [[text[start:end] for start, end in spans]
-                 for text, spans in zip((original, edited), sides)]
-    else:
-        units = [tokenizer.encode(original), tokenizer.encode(edited)]
-        sides = tokenizer.spans(units[0]), tokenizer.spans(units[1])
+    sides = words(original), words(edited)
+    units = [[text[start:end] for start, end in spans]
+             for text, spans in zip((original, edited), sides)]
     return Change(*sides, align(*units))
 
 
