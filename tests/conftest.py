@@ -1,10 +1,14 @@
 """Shared fixtures. Third-party data is no part of the project: tests that need it skip without."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+
+# A shell's background job ignores SIGINT, and so would the programs that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -641,16 +641,19 @@ def test_another_interface_needs_allow_remote_and_warns(tmp_path):
     assert done.returncode == 2 and "--allow-remote" in done.stderr
     process = subprocess.Popen([*command, "--allow-remote"], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
-    assert process.stderr.readline().startswith("warning: 0.0.0.0: ")
-    port = int(re.search(r":(\d+)/", process.stderr.readline())[1])
-    for host, status in ((f"192.168.0.7:{port}", 404), (f"evil.test:{port}", 403)):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-        connection.request("GET", "/", headers={"Host": host})
-        assert connection.getresponse().status == status
-        connection.close()
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=10)
-    assert process.returncode == 0 and out.startswith("0 of 1 records done")
+    try:
+        assert process.stderr.readline().startswith("warning: 0.0.0.0: ")
+        port = int(re.search(r":(\d+)/", process.stderr.readline())[1])
+        for host, status in ((f"192.168.0.7:{port}", 404), (f"evil.test:{port}", 403)):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            connection.request("GET", "/", headers={"Host": host})
+            assert connection.getresponse().status == status
+            connection.close()
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and out.startswith("0 of 1 records done")
+    finally:
+        process.kill()
 
 
 # ----- end to end ---------------------------------------------------------------------------------
