@@ -130,7 +130,7 @@ def test_generate_continues_each_line_of_a_file(folder, tmp_path, capsysbinary):
 
 @pytest.mark.parametrize("flags, message", [
     (("--temperature", "-1"), "--temperature: out of range"),
-    (("--temperature", "nan"), "--temperature: out of range"),
+    (("--temperature", "nan"), "--temperature: expected a number"),
     (("--top-p", "0"), "--top-p: out of range"),
     (("--max-new-tokens", "-1"), "--max-new-tokens: out of range"),
     (("--prompt", "hello " * 40), "the model's context is 32"),

@@ -47,7 +47,8 @@ def files(out: Path) -> dict[str, bytes]:
         if path.is_file() and name not in ("timing.jsonl", "config.json"):
             found[name] = path.read_bytes()
         if name == "done.json":
-            found[name] = json.loads(path.read_text()) | {"seconds": 0}
+            done = json.loads(path.read_text())
+            found[name] = {k: v for k, v in done.items() if not k.endswith("seconds")}
     return found
 
 
