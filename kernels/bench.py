@@ -128,7 +128,11 @@ def variants(work: str) -> dict:
         if work == "cross_entropy":
             return cross_entropy((p.hidden @ p.head.T).float(), p.targets)
         return of("reference")(p)
-    compiled = functools.cache(lambda: torch.compile(plain, dynamic=False))  # its import is slow
+
+    @functools.cache
+    def compiled():                           # on the first call: the compiler's import is slow
+        torch.compiler.reset()                # one function serves every work: 8 forms at the most
+        return torch.compile(plain, dynamic=False)
     return {"fused": of("fused"), "plain": plain,
             "plain compiled": lambda p: compiled()(p), **peers(work)}
 
