@@ -25,6 +25,7 @@ import torch
 
 from fgrlhf.align import align
 from fgrlhf.floor import Floor, iteration_floor
+from fgrlhf.memory import keep_freed
 from fgrlhf.model import LLaMA, LLaMAConfig, build
 from fgrlhf.optimizer import Optimizer
 from fgrlhf.players import Critic, Players
@@ -199,6 +200,7 @@ def main() -> None:
     timing.add_flags(parser, repeats=7)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed()                                        # as the training scripts do
     if options.peak_of:
         work = ROWS[options.peak_of](options.width[0], options.device)
         print(timing.peak_mib(work.run, options.device))

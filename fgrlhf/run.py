@@ -31,6 +31,7 @@ from fgrlhf import distributed, shards, states
 from fgrlhf.checkpoint import save_state
 from fgrlhf.config import UserError
 from fgrlhf.files import read_object, sync, write_atomic
+from fgrlhf.memory import keep_freed
 
 HARMLESS = ("resume", "out", "device", "keep", "save_every")      # may differ when a run is resumed
 
@@ -61,16 +62,19 @@ def bucketed_batches(lengths: list[int], size: int, seed: int, epoch: int) -> li
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where it is present, else the CPU."""
+    """`auto` is CUDA where it is present, else the CPU; there freed memory is kept (memory.py)."""
     if name.startswith("mps"):
         raise UserError("--device mps: not supported, it has no float64; use cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: not usable here ({reason})") from None
+    if device.type == "cpu":
+        keep_freed()
+    return device
 
 
 class Run:
