@@ -61,8 +61,10 @@ class Config:
     minibatches: int = arg(2, least=1, help="updates a pass")
     microbatch: int = arg(16, least=0, help="sequences a forward pass, of similar length; changes "
                           "memory and speed alone; 0 takes the whole minibatch")
-    lr: float = arg(1.2e-3, least=0, help="Adam's learning rate, constant after warm-up")
+    lr: float = arg(1.2e-3, least=0, help="Adam's learning rate")
     warmup: int = arg(5, least=0, help="warm-up steps")
+    lr_decay: bool = arg(False, help="after warm-up let the learning rates fall linearly to 0 at "
+                         "the last iteration; without they stay constant")
     clip_eps: float = arg(0.2, least=0, help="clip of the ratio, and of the critic's change")
     beta: float = arg(0.5, least=0, help="KL coefficient, in units of calibrated reward a nat")
     gamma: float | None = arg(None, least=0, help="fine-grained: 0, the default, is the paper's "

@@ -118,8 +118,9 @@ def optimise(config, players: Players) -> Players:
     for model in (players.ref, players.reward_model) if config.offload else ():
         model.to("cpu")
     rates = {"policy": config.lr, "critic": config.value_lr}
+    steps = config.lr_decay * config.iterations * config.epochs * config.minibatches
     return players._replace(optimizers={name: Optimizer(
-        model, rates[name], config.warmup, in_backward=config.step_in_backward)
+        model, rates[name], config.warmup, steps, in_backward=config.step_in_backward)
         for name, model in players.trained().items()})
 
 

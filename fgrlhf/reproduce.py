@@ -106,7 +106,7 @@ class Seed:
                  "--dev-prompts", self.at("world/dev.jsonl"),
                  "--dev-reference", self.at("outputs/sft-dev.json"), "--world", self.seed,
                  "--seed", self.seed, "--iterations", str(iterations), "--out", self.at(name),
-                 "--resume", *options, needs=(reward, "sft-dev"))
+                 "--lr-decay", "--resume", *options, needs=(reward, "sft-dev"))
         if test:
             self.test(name, f"{name}/best", name)
 

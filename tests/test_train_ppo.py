@@ -88,6 +88,24 @@ def test_train_hands_the_update_gae_of_the_terminal_reward(folder, tmp_path, mon
         assert real.mean().abs() < 1e-5 and real.std(correction=0) == pytest.approx(1, abs=1e-3)
 
 
+def test_train_lets_learning_rates_fall_to_0_with_lr_decay(folder, tmp_path, monkeypatch):
+    """12 steps, 4 an iteration: the last of each works at 9/12, 5/12 and 1/12 of the rate."""
+    rates, update = [], train_ppo.update
+
+    def watched(config, policy, critic, optimizers, *rest):
+        result = update(config, policy, critic, optimizers, *rest)
+        rates.append([optimizers[name].parts[0].param_groups[0]["lr"]
+                      for name in ("policy", "critic")])
+        return result
+    monkeypatch.setattr(train_ppo, "update", watched)
+    settings = dict(method="rlhf", reward=str(folder / "sequence"), iterations=3, lr=0.012,
+                    value_lr=0.024)
+    train_ppo.train(config(folder, out=str(tmp_path / "falls"), lr_decay=True, **settings))
+    train_ppo.train(config(folder, out=str(tmp_path / "stays"), **settings))
+    expected = [[0.009, 0.018], [0.005, 0.010], [0.001, 0.002]] + [[0.012, 0.024]] * 3
+    assert sum(rates, []) == pytest.approx(sum(expected, []))
+
+
 def test_train_leaves_reference_and_reward_model_as_they_were(folder, tmp_path):
     before = {path: path.read_bytes() for path in folder.rglob("*.pt*")}
     train_ppo.train(config(folder, out=str(tmp_path / "a"), iterations=1))
