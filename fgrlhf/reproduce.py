@@ -130,8 +130,8 @@ def start(seed: Seed) -> None:
              "--out", seed.at("world"), "--dev", str(scale.dev), "--test", str(scale.test))
     seed.add("sft", "-m", "fgrlhf.sft", "--data", seed.at("world/demonstrations.jsonl"),
              "--init", "tiny", "--tokenizer", seed.at("world/tokenizer.model"),
-             "--seed", seed.seed, "--epochs", "2", "--out", seed.at("sft"), "--resume",
-             needs=("world",), threads=scale.sft_threads)
+             "--seed", seed.seed, "--epochs", "2", "--batch", "16", "--muon-lr", "5e-3",
+             "--out", seed.at("sft"), "--resume", needs=("world",), threads=scale.sft_threads)
     limit = ("--limit", str(scale.annotations))
     for name, prompts, *options in (("first", "train", "--seed", "1", *limit),
                                     ("second", "train", "--seed", "2", *limit),
