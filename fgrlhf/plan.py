@@ -31,7 +31,7 @@ from fgrlhf.checkpoint import load_model
 from fgrlhf.config import UserError, arg, parse, run
 from fgrlhf.model import DTYPES, PRESETS, LLaMAConfig, parameter_count
 from fgrlhf.rollout import PREFILL
-from kernels.linear_logp import TILE_ROWS
+from kernels.linear_logp import TILE, TILE_ROWS
 from kernels.three_matmuls import CHUNK, LOGITS
 
 
@@ -112,7 +112,7 @@ def passing(sizes: LLaMAConfig, config: Config) -> dict[str, dict[str, int]]:
     forward = lambda tokens: tokens * c * (3 * D + 3 * sizes.ffn_dim)    # h, two of D, three of F
     away = config.offload and not lora
     tile = min(TILE_ROWS, b * config.response)
-    tile *= min(V, LOGITS[config.device != "cpu"] // tile) * (c if c == 4 else c + 4)
+    tile *= min(V, TILE[config.device != "cpu"] // tile) * (c if c == 4 else c + 4)
     largest = 0 if lora else V * D
     one_at_a_time = (c + 4) * largest
     gradients = 4 * own * (2 if config.method == "rlhf" else 1)

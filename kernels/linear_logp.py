@@ -26,9 +26,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.three_matmuls import LN2, LOGITS, check, gradients, logits_, wide
+from kernels.three_matmuls import LN2, check, gradients, logits_, wide
 
 TILE_ROWS = 2048
+TILE = 2**20, 2**28               # logits of a tile: 4 MiB of float32 on a CPU, else 1 GiB
 
 
 class LogProb(NamedTuple):
@@ -84,7 +85,7 @@ def score(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float,
     """The forward pass: one matmul, one tile of logits."""
     n, v = len(hidden), len(head)
     size = min(TILE_ROWS, n)
-    columns = min(v, max(1, LOGITS[hidden.device.type != "cpu"] // max(size, 1)))
+    columns = min(v, max(1, TILE[hidden.device.type != "cpu"] // max(size, 1)))
     buffer = hidden.new_empty(size * columns)
     spare = torch.empty_like(buffer, dtype=wide(hidden)) if entropy else None
     out = hidden.new_empty(2 + entropy, n, dtype=wide(hidden))

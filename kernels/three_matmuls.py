@@ -32,7 +32,7 @@ from torch import Tensor
 
 LN2 = 0.6931471805599453          # nats in a bit
 CHUNK = 256                       # tokens a chunk, at least
-LOGITS = 2**20, 2**28             # logits any chunk may have: 4 MiB of float32 on a CPU, else 1 GiB
+LOGITS = 11 * 2**17, 2**28        # logits any chunk may have: 5.5 MiB of float32, 1 GiB off a CPU
 PAD = 16                          # unused logits after a row whose bytes are a multiple of 4096, or
                                   # a column's would meet in a few sets of the cache: 3 of 50 ms
 COLUMNS = 1024                    # CPU: vocabulary columns that one matmul writes
