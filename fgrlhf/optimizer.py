@@ -130,7 +130,9 @@ class Optimizer:
     def load_state_dict(self, state: dict) -> None:
         self.count = state["count"]
         for part, saved in zip(self.parts, state["parts"]):
-            part.load_state_dict(saved)
+            here = {"fused": part.defaults["fused"]} if "fused" in part.defaults else {}
+            groups = [group | here for group in saved["param_groups"]]  # ranks may be others now
+            part.load_state_dict(saved | {"param_groups": groups})
         copies = state["masters"] or [distributed.whole(p.detach()) if m is not p else m
                                       for p, m in zip(self.parameters, self.masters)]
         with torch.no_grad():
