@@ -79,8 +79,9 @@ def memory_suffices(s: Subject) -> Check:
     part = min(s.microbatch or s.rollouts, s.rollouts)
     a_weight = 12 if head.itemsize >= 4 else 16         # gradient, two moments, and a master copy
     needed = a_weight * trainable + plan.cache_bytes(config, s.rollouts, length, head.itemsize)
-    needed += plan.activation_bytes(config, part, length, head.itemsize,
-                                      s.policy.activation_checkpointing)
+    again = s.policy.activation_checkpointing
+    needed += plan.activation_bytes(config, part, length, head.itemsize, again)
+    needed += again * part * length * plan.block_bytes(config, head.itemsize)
     there = free_bytes(head.device)
     known = "unknown" if there is None else f"{there / 2**30:.2f}"
     return Check(there is None or needed <= there,

@@ -14,13 +14,14 @@ With P parameters, c bytes a number, N ranks, R the rank of adapters, and the le
       a = 2 (4 D + 2 c D + 4) + c (2 D + 2 G K) + 4 H + 4 c F
           two norms: float32 input, normed, output; q and attention, k and v; log-sum-exp; four of F
       z = 4 D + c D + 4 + 8                     the last norm, the token itself
-    checkpointed   b S (layers c D + a + z)    block inputs, and one block's `a` at a time
+    checkpointed   b S (layers c D + z)        block inputs; one block's `a` behind the loss
     logits         of one chunk, never of all tokens, with the gradients the loss makes on the spot
 
 With adapters the trunk is held once, whole on every rank, and R (in + out) numbers a projection
 take the place of P in the rest. Sharded weights are gathered a block at a time in the update, whole
 for sampling and scoring, one model after another; every rank reads whole models at the start. What
-the device's own libraries hold (1 GB and more on a GPU) is not counted, nor is fragmentation.
+the device's own libraries hold (1 GB and more on a GPU; on a CPU in bfloat16 oneDNN keeps 256 KB a
+shape of a matmul) is not counted, nor is fragmentation.
 """
 
 from dataclasses import dataclass, replace
@@ -58,15 +59,17 @@ class Config:
 def activation_bytes(config: LLaMAConfig, batch: int, length: int, size: int,
                      checkpointing: bool = False) -> int:
     """Bytes autograd keeps of one `LLaMA.hidden`; `size` is that of one number, 2 or 4."""
+    D = config.dim
+    block = size * D if checkpointing else block_bytes(config, size)
+    a_token = config.n_layers * block + 4 * D + size * D + 4 + 8
+    return batch * length * a_token + 2 * 4 * length * config.head_dim // 2     # and rotary tables
+
+
+def block_bytes(config: LLaMAConfig, size: int) -> int:
+    """Bytes autograd keeps of one block's forward pass, a token."""
     D, F, K = config.dim, config.ffn_dim, config.head_dim
-    block = (2 * (4 * D + 2 * size * D + 4) + size * (2 * D + 2 * config.n_kv_heads * K)
-             + 4 * config.n_heads + 4 * size * F)
-    last = 4 * D + size * D + 4 + 8
-    if checkpointing:
-        a_token = config.n_layers * size * D + block + last
-    else:
-        a_token = config.n_layers * block + last
-    return batch * length * a_token + 2 * 4 * length * K // 2           # and the rotary tables
+    return (2 * (4 * D + 2 * size * D + 4) + size * (2 * D + 2 * config.n_kv_heads * K)
+            + 4 * config.n_heads + 4 * size * F)
 
 
 def cache_bytes(config: LLaMAConfig, batch: int, slots: int, size: int) -> int:
@@ -98,7 +101,8 @@ def chunk_bytes(sizes: LLaMAConfig, config: Config, tokens: int) -> int:
     """One chunk of logits in the loss, with the float32 copy a half needs."""
     c, V = getattr(torch, config.dtype).itemsize, sizes.vocab_size
     most = max(CHUNK, LOGITS[config.device != "cpu"] // V)
-    return min(tokens, most) * V * (c if c == 4 else c + 4 + c)
+    rows = -(-tokens // -(-tokens // most))                             # chunks of about equal size
+    return rows * V * (c if c == 4 else c + 4 + c)
 
 
 def passing(sizes: LLaMAConfig, config: Config) -> dict[str, dict[str, int]]:
@@ -116,6 +120,9 @@ def passing(sizes: LLaMAConfig, config: Config) -> dict[str, dict[str, int]]:
     largest = 0 if lora else V * D
     one_at_a_time = (c + 4) * largest
     gradients = 4 * own * (2 if config.method == "rlhf" else 1)
+    chunk = chunk_bytes(sizes, config, b * config.response)
+    head = 0 if lora else (4 + (c < 4) * c) * V * D
+    again = b * S * block_bytes(sizes, c) * config.checkpoint_activations
     return {
         "rollout": {
             "KV cache": cache_bytes(sizes, rows, S, c), "gathered policy": c * P * sharded,
@@ -128,8 +135,8 @@ def passing(sizes: LLaMAConfig, config: Config) -> dict[str, dict[str, int]]:
             "gradients": one_at_a_time if config.step_in_backward else gradients,
             "gathered blocks": c * (2 * V * D + 2 * (P - 2 * V * D) // sizes.n_layers) * sharded,
             "activations": activation_bytes(sizes, b, S, c, config.checkpoint_activations),
-            "logits chunk": chunk_bytes(sizes, config, b * config.response),
-            "gradient of the head": 0 if lora else (4 + (c < 4) * c) * V * D}}
+            "logits chunk": chunk, "gradient of the head": head,
+            "a block again, beyond these two": max(0, again - chunk - head)}}
 
 
 def peaks(sizes: LLaMAConfig, config: Config) -> dict[str, int]:
