@@ -104,6 +104,10 @@ class KVCache:
         self.values[layer, :, :, start:stop] = v
         return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
 
+    def mask(self, T: int, key_mask: Tensor | None, like: Tensor) -> Tensor | None:
+        """What T more tokens may see: `attention_mask`."""
+        return attention_mask(self.length, T, key_mask, like)
+
     def part(self, rows: slice) -> "KVCache":
         """A cache of some batch rows that shares this one's memory, empty: for their prefill."""
         part = copy.copy(self)
@@ -277,7 +281,8 @@ class LLaMA(nn.Module):
             positions = torch.arange(start, start + T, device=tokens.device)[None]      # [1, T]
         h = self.tok_embeddings(tokens)                                          # [B, T, D]
         rotary = rotary_table(positions, self.config, h.dtype)
-        mask = attention_mask(start, T, key_mask, h)
+        mask = (attention_mask(0, T, key_mask, h) if cache is None else
+                cache.mask(T, key_mask, h))
         for layer, block in enumerate(self.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, rotary, mask, cache, layer, use_reentrant=False)

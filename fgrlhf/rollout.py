@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fgrlhf import distributed
+from fgrlhf.graph import Decoder, Drawn
 from fgrlhf.model import KVCache, LLaMA
 from kernels import linear_logp
 from kernels.three_matmuls import LN2
@@ -167,6 +168,8 @@ def sample(policy: LLaMA, prompts: list[list[int]], eos_id: int, max_new_tokens:
     longest = int(lengths.max())
     T = tokens.shape[1] - longest
     uniform = torch.rand(B, max_new_tokens, generator=generator, dtype=torch.float64).to(device)
+    if device.type == "cuda" and distributed.size() == 1:           # sharded: FSDP's own streams
+        return sample_by_graph(policy, tokens, lengths, uniform[:, :T], eos_id, temperature)
     wide = torch.promote_types(policy.head.dtype, torch.float32)
     logp_old = torch.zeros(B, T, device=device, dtype=wide)
     response_lengths = torch.full((B,), T, device=device)
@@ -178,11 +181,7 @@ def sample(policy: LLaMA, prompts: list[list[int]], eos_id: int, max_new_tokens:
     ragged = longest != int(lengths.min())
     for t in range(T):
         logits = (hidden @ policy.head.T).to(wide)                                          # [b, V]
-        if temperature:
-            token, logp = inverse_cdf(logits / temperature, uniform[alive, t])              # [b]
-        else:
-            token = logits.argmax(-1)
-            logp = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+        token, logp = choose(logits, uniform[alive, t], temperature)                        # [b]
         at = lengths[alive] + t
         tokens[alive, at] = token
         logp_old[alive, t] = logp
@@ -199,6 +198,22 @@ def sample(policy: LLaMA, prompts: list[list[int]], eos_id: int, max_new_tokens:
         hidden = policy.hidden(token[:, None], at[:, None], real, cache)[:, 0]
     sequences = Sequences(tokens, lengths, response_lengths).rows(slice(None))
     return Rollout(sequences, logp_old[:, :int(response_lengths.max())], truncated)
+
+
+@torch.no_grad()
+def sample_by_graph(policy: LLaMA, tokens: Tensor, lengths: Tensor, uniform: Tensor, eos_id: int,
+                    temperature: float) -> Rollout:
+    """The loop of `sample` in steps of fixed shape (graph.py): the same responses."""
+    B, T = uniform.shape
+    order = lengths.argsort(stable=True)                         # batch row of each cache row
+    cache = KVCache(policy.config, B, tokens.shape[1], tokens.device, policy.head.dtype)
+    hidden = prefill(policy, tokens, lengths, order, cache)                                 # [B, D]
+    decoder = Decoder(policy, cache, lengths[order], uniform[order],
+                      lambda logits, u: choose(logits, u, temperature))
+    drawn = Drawn(*(part[order.argsort()] for part in decoder.run(hidden, eos_id)))
+    tokens.scatter_(1, lengths[:, None] + torch.arange(T, device=tokens.device), drawn.tokens)
+    sequences = Sequences(tokens, lengths, drawn.lengths).rows(slice(None))
+    return Rollout(sequences, drawn.logp[:, :int(drawn.lengths.max())], drawn.truncated)
 
 
 @torch.no_grad()
@@ -259,6 +274,14 @@ def compact(going: Tensor) -> Tensor:
     rows = torch.arange(n, device=going.device)
     rows[~going[:n]] = n + going[n:].nonzero()[:, 0]
     return rows
+
+
+def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """A token and its logp, [b] each; temperature 0 is greedy, with the logp of temperature 1."""
+    if temperature:
+        return inverse_cdf(logits / temperature, uniform)
+    token = logits.argmax(-1)
+    return token, logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
 
 
 def inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

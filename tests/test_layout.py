@@ -17,7 +17,7 @@ RANKS = (
      "collecting.store collecting.cache",
      "collecting.segments collecting.desk collecting.web collecting.client",
      "collecting.human collecting.llm collecting.agreement"),
-    ("encode model", "lora", "distributed"),
+    ("encode model", "lora graph", "distributed"),
     ("safetensors layouts.stored", "layouts.huggingface_tokenizer layouts.llama2c layouts.meta",
      "layouts.huggingface", "checkpoint world", "simulate"),
     ("states shards", "rollout run optimizer", "reward"),
