@@ -165,9 +165,9 @@ def peak_of(work: str, name: str, problem: Problem) -> float:
 
 
 def floor_mib(work: str, n: int, d: int, v: int, width: int) -> float:
-    """Results and one 256-token chunk of logits (two for the KL of two models)."""
+    """Results and one 256-token chunk of logits."""
     results = (n * d + v * d) * width if work in GRADIENT else 4 * n
-    return (results + min(n, 256) * v * width * (2 if work.startswith("kl") else 1)) / 2**20
+    return (results + min(n, 256) * v * width) / 2**20
 
 
 def main() -> None:

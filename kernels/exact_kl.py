@@ -16,15 +16,28 @@ drop out of the gradient:
 The reference (h', W') is frozen: it gets no gradient. Estimators from samples (kl_k1, kl_k3) cost
 no matmul; this one has no variance and sees the tokens that were not sampled.
 
+Both passes walk tiles of 1024 tokens x 528 columns of the vocabulary (on a CPU). Forward carries of
+each token the running maxima m and m' and three sums,
+
+    s = sum_j 2^(z_j - m)      s' = sum_j 2^(z'_j - m')      t = sum_j 2^(z_j - m) a_j
+
+a new maximum scales the sums of its side by 2^(old - new). m, s and t / s, one number a token each,
+are all that backward needs to make dKL/dz of any tile at once: it looks for no maximum again.
+
 Cost: 2 matmuls forward, 4 more backward (g arrives late, so the logits are made again). Memory
-beside the results: two chunks of logits, where the reference holds 2 N V logits and as many
-log-probabilities.
+beside the results: two tiles, 4.1 MiB in float32 at any N and V, where the reference holds 2 N V
+logits and as many log-probabilities; backward holds a slice [1024, D] of the hidden states as well
+and, in half precision, the gradients in float32.
 """
 
 import torch
 from torch import Tensor
 
-from kernels.three_matmuls import CACHED, LN2, add_, check, chunks, wide
+from kernels.three_matmuls import LN2, add_, check, logits_, wide
+
+TILE_ROWS = 1024
+TILE = 33 * 2**14, 2**26          # logits of a tile: 528 columns, as a stride of 2 KiB would meet
+                                  # itself in the cache: 1.144 to 1.114; off a CPU 256 MiB
 
 
 def reference(hidden: Tensor, head: Tensor, hidden_ref: Tensor, head_ref: Tensor,
@@ -55,56 +68,99 @@ def fused(hidden: Tensor, head: Tensor, hidden_ref: Tensor, head_ref: Tensor,
 
 class _ExactKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, hidden_ref, head_ref, temperature):
-        ctx.save_for_backward(hidden, head, hidden_ref, head_ref)
-        ctx.temperature = temperature
-        return walk(hidden, head, hidden_ref, head_ref, temperature)[0]
+    def forward(ctx, *models_and_temperature):
+        *models, ctx.temperature = models_and_temperature
+        kl, *sums = divergence(*models_and_temperature)
+        ctx.save_for_backward(*models, *sums)
+        return kl
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_kl):
-        _, *made = walk(*ctx.saved_tensors, ctx.temperature, grad_kl, ctx.needs_input_grad[:2])
+        models, sums = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        made = gradients(*models, ctx.temperature, *sums, grad_kl, ctx.needs_input_grad[:2])
         return *made, None, None, None
 
 
-def walk(hidden: Tensor, head: Tensor, hidden_ref: Tensor, head_ref: Tensor, temperature: float,
-         grad_kl: Tensor | None = None, needs: tuple[bool, bool] = (False, False)):
-    """(kl [N], grad_hidden, grad_head), chunk by chunk; the gradients are None where not needed."""
+def divergence(hidden: Tensor, head: Tensor, hidden_ref: Tensor, head_ref: Tensor,
+               temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(KL in nats [N]; m in bits, s and t / s in bits, [N, 1] each: see the head of this file)."""
     kl = hidden.new_empty(len(hidden), dtype=wide(hidden))
-    grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else None
-    grad_head = head.new_zeros(head.shape, dtype=wide(head)) if needs[1] else None
-    for (rows, bits), (_, bits_ref) in zip(chunks(hidden, head, temperature),
-                                           chunks(hidden_ref, head_ref, temperature)):
-        kl[rows], total = divergence_(bits, bits_ref, any(needs))
-        if not any(needs):
-            continue
-        q, g = bits_ref, grad_kl[rows, None] * (LN2 / -temperature)                 # [n, V], [n, 1]
-        if q.dtype == head.dtype:
-            g = g / total
-        else:                                       # the range of a half may not hold `total`
-            q = (q / total).to(head.dtype)
+    sums = kl.new_zeros(5, len(hidden), 1)
+    sums[:2] = -torch.inf
+    for rows, tiles in slices(hidden, head):
+        top, top_ref, s, s_ref, t = sums[:, rows]                                       # [n, 1]
+        for words, z, a in tiles:                                                # [n, columns]
+            write_(a, hidden_ref[rows], head_ref[words], temperature)
+            new = torch.maximum(top_ref, a.amax(-1, keepdim=True))
+            e = torch.sub(a, new, out=z).exp2_()                           # where z is to stand
+            s_ref.mul_((top_ref - new).exp2_()).add_(e.sum(-1, keepdim=True))
+            top_ref.copy_(new)
+            write_(z, hidden[rows], head[words], temperature)
+            new = torch.maximum(top, z.amax(-1, keepdim=True))
+            decay = (top - new).exp2_()
+            top.copy_(new)
+            a -= z
+            e = z.sub_(new).exp2_()
+            s.mul_(decay).add_(e.sum(-1, keepdim=True))
+            t.mul_(decay).add_(a.mul_(e).sum(-1, keepdim=True))
+    top, top_ref, s, s_ref, t = sums
+    mean = t / s
+    shift = (top_ref - top) + (s_ref.log2() - s.log2())              # logsumexp z' - logsumexp z
+    return torch.mul((shift - mean)[:, 0], LN2, out=kl), top, s, mean
+
+
+def gradients(hidden: Tensor, head: Tensor, hidden_ref: Tensor, head_ref: Tensor,
+              temperature: float, top: Tensor, s: Tensor, mean: Tensor, grad_kl: Tensor,
+              needs: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+    """(grad_hidden, grad_head), None where not needed, from what `divergence` found."""
+    dtype = wide(hidden)
+    grad_hidden = hidden.new_empty(hidden.shape, dtype=dtype) if needs[0] else None
+    grad_head = head.new_zeros(head.shape, dtype=dtype) if needs[1] else None
+    for rows, tiles in slices(hidden, head):
+        g = grad_kl[rows, None] * (LN2 / -temperature)                                  # [n, 1]
+        if dtype == head.dtype:
+            g = g / s[rows]
+        scaled = (hidden[rows] * g).to(head.dtype) if needs[1] else None                # [n, D]
+        for words, z, a in tiles:                                                # [n, columns]
+            write_(z, hidden[rows], head[words], temperature)
+            write_(a, hidden_ref[rows], head_ref[words], temperature)
+            a.sub_(z).sub_(mean[rows])
+            q = a.mul_(z.sub_(top[rows]).exp2_())
+            if dtype != head.dtype:                      # the range of a half may not hold s
+                q = q.div_(s[rows]).to(head.dtype)
+            if needs[0]:
+                add_(grad_hidden[rows], q, head[words], first=words.start == 0)
+            if needs[1]:
+                add_(grad_head[words], q.T, scaled, first=rows.start == 0)
+        del scaled                                       # before the next one is made
         if needs[0]:
-            torch.mm(q, head, out=grad_hidden[rows]).mul_(g)
-        if needs[1]:
-            add_(grad_head, q.T, (hidden[rows] * g).to(head.dtype), first=False)
-    return kl, grad_hidden, grad_head.to(head.dtype) if needs[1] else None
+            grad_hidden[rows] *= g
+    return tuple(None if x is None else x.to(head.dtype) for x in (grad_hidden, grad_head))
 
 
-def divergence_(bits: Tensor, bits_ref: Tensor, centre: bool) -> tuple[Tensor, Tensor]:
-    """KL in nats [n] and sum_j 2^(bits - max) [n, 1] of logits in bits [n, V], which are used up.
+def slices(hidden: Tensor, head: Tensor):
+    """(rows, tiles) for slices of the tokens; tiles: (words, z, a) for slices of the vocabulary.
 
-    With `centre`, bits_ref becomes that sum times p (a - m), in bits: see the head of this file.
+    z, a: unwritten [n, columns] for the logits of both models; all tiles share two buffers.
     """
-    kl, total = bits.new_empty(len(bits)), bits.new_empty(len(bits), 1)
-    size = max(1, CACHED // bits.shape[1]) if bits.device.type == "cpu" else max(1, len(bits))
-    for z, a, out, s in zip(*(x.split(size) for x in (bits, bits_ref, kl, total))):
-        top, top_ref = z.amax(-1, keepdim=True), a.amax(-1, keepdim=True)               # [n, 1]
-        s_ref = (a - top_ref).exp2_().sum(-1, keepdim=True)
-        a -= z
-        torch.sum(z.sub_(top).exp2_(), -1, keepdim=True, out=s)
-        mean = (z * a).sum(-1, keepdim=True) / s
-        shift = (top_ref - top) + (s_ref.log2() - s.log2())          # logsumexp z' - logsumexp z
-        torch.mul((shift - mean)[:, 0], LN2, out=out)
-        if centre:
-            a.sub_(mean).mul_(z)
-    return kl, total
+    size = max(1, min(TILE_ROWS, len(hidden)))
+    columns = min(len(head), max(1, TILE[hidden.device.type != "cpu"] // size))
+    buffers = [hidden.new_empty(size * columns, dtype=wide(hidden)) for _ in range(2)]
+
+    def tiles(n):
+        for start in range(0, len(head), columns):
+            words = slice(start, min(start + columns, len(head)))
+            width = words.stop - start
+            yield words, *(x[:n * width].view(n, width) for x in buffers)
+    for start in range(0, len(hidden), size):
+        rows = slice(start, min(start + size, len(hidden)))
+        yield rows, tiles(rows.stop - start)
+
+
+def write_(out: Tensor, hidden: Tensor, head: Tensor, temperature: float) -> None:
+    """out [n, columns] = the logits in bits; the matmul writes there if it is not wider than it."""
+    if out.dtype == hidden.dtype:
+        logits_(out, hidden, head, temperature)
+    else:
+        out.copy_(logits_(hidden.new_empty(out.shape), hidden, head, temperature))

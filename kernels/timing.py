@@ -5,6 +5,7 @@ round, and its median and quartiles over the rounds are reported. Peak memory is
 adds beyond its inputs, in a process that has done nothing else.
 """
 
+import ctypes
 import platform
 import statistics
 import subprocess
@@ -78,6 +79,7 @@ def peak_mib(run: Callable, device: str) -> float:
         torch.cuda.reset_peak_memory_stats()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)   # or pages freed before would hide what it adds
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")                                                     # peak := present
     before = resident_mib("VmRSS")

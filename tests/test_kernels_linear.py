@@ -57,9 +57,9 @@ def chunking(request, monkeypatch):
     if request.param == "small pieces":
         for name, value in (("CHUNK", 3), ("LOGITS", (40, 40)), ("COLUMNS", 4), ("CACHED", 30)):
             monkeypatch.setattr(three_matmuls, name, value)
-        monkeypatch.setattr(linear_logp, "TILE", (40, 40))
-        monkeypatch.setattr(linear_logp, "TILE_ROWS", 5)
-        monkeypatch.setattr(exact_kl, "CACHED", 30)
+        for module in (linear_logp, exact_kl):
+            monkeypatch.setattr(module, "TILE", (40, 40))
+            monkeypatch.setattr(module, "TILE_ROWS", 5)
 
 
 def gradients_of(scalar, inputs):
