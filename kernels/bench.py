@@ -158,9 +158,13 @@ def measure(work: str, problem: Problem, options) -> dict:
 
 
 def peak_of(work: str, name: str, problem: Problem) -> float:
-    """MiB that a first call adds at its peak; run in a process that has done nothing else."""
+    """MiB that a first call adds at its peak; run in a process that has done nothing else.
+
+    Bare matmuls of the size run before: what their library keeps for itself is no part of it.
+    """
     loss = variants(work)[name]
     call(work, loss, Problem(8, 8, 16, problem.hidden.device.type, problem.hidden.dtype))
+    problem.floor(3)()
     return timing.peak_mib(lambda: call(work, loss, problem), problem.hidden.device.type)
 
 
