@@ -21,6 +21,7 @@ import torch
 
 from fgrlhf.config import arg, parse, run
 from fgrlhf.files import write_atomic
+from fgrlhf.model import DTYPES
 from fgrlhf.pipeline import Stage, run_stages
 from fgrlhf.report import text_table, write_report
 from fgrlhf.results import collect
@@ -35,6 +36,9 @@ class Config:
     seeds: int = arg(1, least=1, help="number of seeds, each with a world of its own")
     first_seed: int = arg(0, help="the first of them")
     device: str = arg("cpu", help="for every stage; the README's figures are the CPU's")
+    dtype: str = arg("float32", choices=DTYPES, help="of every model, by the stages' own --dtype")
+    lora_rank: int = arg(0, least=0, help="reward models, PPO and imitation train adapters of this "
+                         "rank over the SFT model, at learning rates of their own")
     workers: int = arg(os.cpu_count() or 1, least=1, help="stages at a time, each on one thread")
 
 
@@ -58,6 +62,9 @@ SCALES = {"quick": Scale(method_iterations=30, baseline_iterations=30, sft_threa
 RLHF = ("--method", "rlhf", "--gamma", "1", "--gae-lambda", "0.95", "--beta", "0.2", "--lr", "6e-4")
 METHOD = ("--method", "fine-grained", "--gamma", "0", "--beta", "0.5", "--lr", "1.2e-3")
 IMPERFECT = ("--miss", "0.3", "--needless", "0.1")
+# With --lora-rank in the place of the learning rates above; what was tried stands in README.md.
+LORA = {"token": ("--lr", "1e-2"), "sequence": ("--lr", "3e-3"), "method": ("--lr", "5e-3"),
+        "rlhf": ("--lr", "2.5e-3", "--value-lr", "2.5e-3"), "imitation": ("--lr", "8e-3")}
 # Grids of the sweep: as many points for the baseline as for the method.
 GRID = [(beta, lr) for beta in ("0.2", "0.5", "1.0") for lr in ("6e-4", "1.2e-3")]
 
@@ -65,9 +72,12 @@ GRID = [(beta, lr) for beta in ("0.2", "0.5", "1.0") for lr in ("6e-4", "1.2e-3"
 class Seed:
     """Builds the stages of one seed; `at` turns a name into a path inside its folder."""
 
-    def __init__(self, seed: int, folder: Path, scale: Scale, device: str):
-        self.seed, self.folder, self.scale, self.device = str(seed), folder, scale, device
-        self.stages: list[Stage] = []
+    def __init__(self, seed: int, folder: Path, scale: Scale, device: str, dtype: str = "float32",
+                 lora_rank: int = 0):
+        self.seed, self.folder, self.scale = str(seed), folder, scale
+        self.lora_rank, self.stages = lora_rank, []
+        self.rlhf, self.method = RLHF + self.adapters("rlhf"), METHOD + self.adapters("method")
+        self.common = ("--device", device) + (("--dtype", dtype) if dtype != "float32" else ())
 
     def at(self, name: str) -> str:
         return str(self.folder / name)
@@ -75,9 +85,13 @@ class Seed:
     def add(self, name: str, *command: str, needs: tuple[str, ...] = (), threads: int = 1) -> None:
         prefix = self.folder.name
         if "fgrlhf.simulate" not in command:                    # the world itself needs no device
-            command += ("--device", self.device)
+            command += self.common
         self.stages.append(Stage(f"{prefix}.{name}", command,
                                  tuple(f"{prefix}.{need}" for need in needs), threads))
+
+    def adapters(self, kind: str) -> tuple[str, ...]:
+        """With --lora-rank, what a stage that trains on top of the SFT model is told besides."""
+        return ("--lora-rank", str(self.lora_rank), *LORA[kind]) if self.lora_rank else ()
 
     def outputs(self, name: str, policy: str, prompts: str, *options: str, needs=()) -> None:
         """Answers of a policy to a prompt file."""
@@ -93,11 +107,12 @@ class Seed:
 
     def reward(self, name: str, data: str, *options: str) -> None:
         """A reward model from the SFT model, evaluated on held-out edits."""
+        kind = "sequence" if "sequence" in options else "token"
         self.add(name, "train_rm.py", "--data", self.at(data), "--model", self.at("sft/policy"),
                  "--seed", self.seed, "--out", self.at(name),
                  "--eval-edits", self.at("held-out/edits.jsonl"),
                  "--eval-pairs", self.at("held-out/pairs.jsonl"), "--resume", *options,
-                 needs=(data.split("/")[0], "held-out"))
+                 *self.adapters(kind), needs=(data.split("/")[0], "held-out"))
 
     def ppo(self, name: str, reward: str, iterations: int, *options: str,
             test: bool = True) -> None:
@@ -114,7 +129,7 @@ class Seed:
         self.add(name, "-m", "fgrlhf.sft", "--data", self.at(data),
                  "--model", self.at("sft/policy"), "--seed", self.seed, "--epochs", "3",
                  "--lr", "2e-3", "--muon-lr", "0", "--out", self.at(name), "--resume",
-                 needs=(data.split("/")[0],))
+                 *self.adapters("imitation"), needs=(data.split("/")[0],))
         self.test(name, f"{name}/policy", name)
 
     def test(self, system: str, policy: str, need: str) -> None:
@@ -147,16 +162,16 @@ def compare_systems(seed: Seed) -> None:
     scale = seed.scale
     seed.reward("rm-token", "annotations/edits.jsonl")
     seed.reward("rm-sequence", "annotations/pairs.jsonl", "--kind", "sequence", "--epochs", "3")
-    seed.ppo("rlhf", "rm-sequence", scale.baseline_iterations, *RLHF)
-    seed.ppo("fine-grained", "rm-token", scale.method_iterations, *METHOD)
+    seed.ppo("rlhf", "rm-sequence", scale.baseline_iterations, *seed.rlhf)
+    seed.ppo("fine-grained", "rm-token", scale.method_iterations, *seed.method)
     seed.reward("rm-sequence-edits", "annotations/edits.jsonl", "--kind", "sequence",
                 "--epochs", "3")
-    seed.ppo("sequence-edits", "rm-sequence-edits", scale.baseline_iterations, *RLHF)
+    seed.ppo("sequence-edits", "rm-sequence-edits", scale.baseline_iterations, *seed.rlhf)
     seed.annotate("imperfect", "first", "second", *IMPERFECT)
     seed.reward("rm-token-imperfect", "imperfect/edits.jsonl")
-    seed.ppo("fine-grained-imperfect", "rm-token-imperfect", scale.method_iterations, *METHOD)
+    seed.ppo("fine-grained-imperfect", "rm-token-imperfect", scale.method_iterations, *seed.method)
     seed.reward("rm-likelihood", "annotations/edits.jsonl", "--likelihood")
-    seed.ppo("likelihood", "rm-likelihood", scale.method_iterations, *METHOD)
+    seed.ppo("likelihood", "rm-likelihood", scale.method_iterations, *seed.method)
     seed.imitation("imitation", "annotations/edits.jsonl")          # the short ones last
     seed.imitation("imitation-imperfect", "imperfect/edits.jsonl")
     seed.test("sft", "sft/policy", "sft")
@@ -166,7 +181,7 @@ def compare_systems(seed: Seed) -> None:
     paper = ("--token-weight", "0", "--u0", "difference", "--u0-weight", "1")
     for name, options in (("paper-loss", paper), ("logp-feature", ("--logp-feature",))):
         seed.reward(f"rm-token-{name}", "annotations/edits.jsonl", *options)
-        seed.ppo(f"fine-grained-{name}", f"rm-token-{name}", scale.method_iterations, *METHOD)
+        seed.ppo(f"fine-grained-{name}", f"rm-token-{name}", scale.method_iterations, *seed.method)
 
 
 def sweep(seed: Seed) -> None:
@@ -176,9 +191,9 @@ def sweep(seed: Seed) -> None:
     for beta, lr in GRID:
         point = ("--beta", beta, "--lr", lr)
         seed.ppo(f"fine-grained-{beta}-{lr}", "rm-token", seed.scale.method_iterations,
-                 *METHOD, *point, test=False)
+                 *seed.method, *point, test=False)
         seed.ppo(f"rlhf-{beta}-{lr}", "rm-sequence", seed.scale.baseline_iterations,
-                 *RLHF, *point, test=False)
+                 *seed.rlhf, *point, test=False)
 
 
 def wall_seconds(out: Path, this_call: float) -> float:
@@ -192,7 +207,8 @@ def wall_seconds(out: Path, this_call: float) -> float:
 def main(config: Config) -> None:
     out, started = Path(config.out), time.perf_counter()
     scale = SCALES[config.profile]
-    seeds = [Seed(number, out / f"seed{number}", scale, config.device)
+    seeds = [Seed(number, out / f"seed{number}", scale, config.device, config.dtype,
+                  config.lora_rank)
              for number in range(config.first_seed, config.first_seed + config.seeds)]
     for seed in seeds:
         start(seed)
@@ -201,7 +217,9 @@ def main(config: Config) -> None:
     run_stages(stages, out, config.workers)
     results = collect(config.profile, [seed.folder for seed in seeds]) | {
         "command": f"python -m fgrlhf.reproduce --profile {config.profile} --seeds {config.seeds} "
-                   f"--first-seed {config.first_seed} --out {config.out}",
+                   f"--first-seed {config.first_seed} --out {config.out}"
+                   + (f" --dtype {config.dtype}" if config.dtype != "float32" else "")
+                   + (f" --lora-rank {config.lora_rank}" if config.lora_rank else ""),
         "machine": f"{os.cpu_count()} CPU cores, torch {torch.__version__}, device {config.device}",
         "seconds": wall_seconds(out, time.perf_counter() - started),
         "commands": [stage.text for stage in stages]}

@@ -121,15 +121,32 @@ def test_explain_command_of_the_readme_names_what_the_quick_profile_leaves():
     assert {str(Path(path).parent) for path in used} <= left
 
 
+@pytest.mark.parametrize("options", [(), ("bfloat16", 8)])
 @pytest.mark.parametrize("profile", reproduce.SCALES)
-def test_every_stage_of_reproduce_is_a_command_its_script_understands(profile):
-    seed = reproduce.Seed(0, Path("runs/x/seed0"), reproduce.SCALES[profile], "cpu")
+def test_every_stage_of_reproduce_is_a_command_its_script_understands(profile, options):
+    seed = reproduce.Seed(0, Path("runs/x/seed0"), reproduce.SCALES[profile], "cpu", *options)
     reproduce.start(seed)
     (reproduce.sweep if profile == "sweep" else reproduce.compare_systems)(seed)
     for stage in seed.stages:
         words = shlex.split(stage.text[stage.text.index("python "):])
         subcommand = words[1] == "eval.py" or words[2] == "fgrlhf.simulate"
         parser(config_of(words)).parse_args(words[2 + (words[1] == "-m") + subcommand:])
+
+
+def test_stages_of_reproduce_take_its_dtype_and_those_behind_sft_its_adapters():
+    """Every model is in bfloat16; all that is trained has adapters, but for the SFT model."""
+    seed = reproduce.Seed(0, Path("runs/x/seed0"), reproduce.SCALES["quick"], "cpu", "bfloat16", 8)
+    reproduce.start(seed), reproduce.compare_systems(seed)
+    trained = 0
+    for stage in seed.stages:
+        config = config_of(["python", *stage.command])
+        given = vars(parser(config).parse_args(stage.command[
+            1 + (stage.command[0] in ("-m", "eval.py")) + ("fgrlhf.simulate" in stage.command):]))
+        assert given.get("dtype", "bfloat16") == "bfloat16"
+        if "lora_rank" in given:
+            trained += 1
+            assert given["lora_rank"] == (0 if given.get("init") else 8), stage.text
+    assert trained == 1 + 5 + 5 + 2                     # SFT, reward models, PPO, imitation
 
 
 def test_make_reproduce_is_the_quick_profile():
