@@ -120,12 +120,13 @@ def score(model: LLaMA, sequences: Sequences, temperature: float = 1.0) -> Tenso
     return unflatten(logp, at, sequences)
 
 
-@torch.no_grad()
 def in_groups(function: Callable[[Sequences], Tensor], sequences: Sequences,
               groups: list[Tensor]) -> Tensor:
-    """function(sequences) -> [B, T], computed a group of rows at a time; 0 in rows of no group."""
+    """function(sequences) -> [B, T] without gradient, computed a group of rows at a time; 0 in rows
+    of no group."""
     B, T = len(sequences.tokens), int(sequences.response_lengths.max())
-    parts = [function(sequences.rows(rows)) for rows in groups]
+    with torch.inference_mode():
+        parts = [function(sequences.rows(rows)) for rows in groups]
     dtype = parts[0].dtype if parts else torch.float32
     result = torch.zeros(B, T, device=sequences.tokens.device, dtype=dtype)
     for rows, part in zip(groups, parts):
@@ -163,17 +164,25 @@ def sample(policy: LLaMA, prompts: list[list[int]], eos_id: int, max_new_tokens:
     prompts: B lists of at least one id. Returns a Rollout whose T is the longest response, at most
     `max_new_tokens`; a response without EOS by then, or at the context's end, is `truncated`.
     """
-    device, B = policy.head.device, len(prompts)
+    device = policy.head.device
     tokens, lengths = lay_out(prompts, max_new_tokens, policy.config.max_seq_len, device)
-    longest = int(lengths.max())
-    T = tokens.shape[1] - longest
-    uniform = torch.rand(B, max_new_tokens, generator=generator, dtype=torch.float64).to(device)
-    if device.type == "cuda" and distributed.size() == 1:           # sharded: FSDP's own streams
-        return sample_by_graph(policy, tokens, lengths, uniform[:, :T], eos_id, temperature)
+    T = tokens.shape[1] - int(lengths.max())
+    uniform = torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64)
+    by_graph = device.type == "cuda" and distributed.size() == 1    # sharded: FSDP's own streams
+    return (sample_by_graph if by_graph else sample_by_step)(
+        policy, tokens, lengths, uniform[:, :T].to(device), eos_id, temperature)
+
+
+@torch.inference_mode()
+def sample_by_step(policy: LLaMA, tokens: Tensor, lengths: Tensor, uniform: Tensor, eos_id: int,
+                   temperature: float) -> Rollout:
+    """The loop of `sample`, in a batch that shrinks as responses end."""
+    (B, T), longest, device = uniform.shape, int(lengths.max()), tokens.device
     wide = torch.promote_types(policy.head.dtype, torch.float32)
-    logp_old = torch.zeros(B, T, device=device, dtype=wide)
-    response_lengths = torch.full((B,), T, device=device)
-    truncated = torch.ones(B, dtype=torch.bool, device=device)
+    with torch.inference_mode(False):           # these are handed on, to where gradients are made
+        logp_old = torch.zeros(B, T, device=device, dtype=wide)
+        response_lengths = torch.full((B,), T, device=device)
+        truncated = torch.ones(B, dtype=torch.bool, device=device)
 
     alive = lengths.argsort(stable=True)                         # batch row of each cache row
     cache = KVCache(policy.config, B, tokens.shape[1], device, policy.head.dtype)

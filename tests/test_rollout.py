@@ -114,6 +114,18 @@ def test_sample_returns_the_logp_that_score_computes(dtype, tolerance, temperatu
     assert not rollout.logp_old[~rollout.sequences.response_mask].any()
 
 
+def test_sample_and_in_groups_hand_on_what_autograd_may_keep():
+    """Both run in inference mode, whose own tensors no backward pass accepts."""
+    model = llama()
+    rollout = sample(model, PROMPTS, EOS, 6, 1.0, generator())
+    assert not any(x.is_inference() for x in (*rollout.sequences, *rollout[1:]))
+    part = rollout.sequences.rows(torch.tensor([0, 2]))
+    values = in_groups(lambda part: score(model, part), rollout.sequences, [torch.arange(8)])
+    assert not values.requires_grad and not values.is_inference()
+    (score(model, part) * values[[0, 2], :int(part.response_lengths.max())]).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_sample_equals_the_slow_loop_over_the_same_uniforms():
     policy = llama(dtype=torch.float64)
     rollout = sample(policy, PROMPTS, EOS, 12, 0.8, generator(5))
