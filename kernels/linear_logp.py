@@ -6,8 +6,8 @@
     dL/dh_i = -g_i / temperature (q W)_i                   g = dL/dlogp, q = softmax(z) - onehot(y)
     dL/dW   = -q^T (g h) / temperature
 
-Forward keeps no logits: it walks tiles of 2048 tokens x 512 columns of the vocabulary (on a CPU)
-and carries of each token the running maximum m and two sums,
+Forward keeps no logits: it walks tiles of 2048 tokens x 512 columns of the vocabulary (on a CPU;
+256 for the entropy, which needs two) and carries of each token the running maximum m and two sums,
 s = sum_j exp(z_ij - m) and t = sum_j exp(z_ij - m) (z_ij - m), so that
 
     logsumexp = m + log s        entropy = log s - t / s
@@ -85,7 +85,8 @@ def score(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float,
     """The forward pass: one matmul, one tile of logits."""
     n, v = len(hidden), len(head)
     size = min(TILE_ROWS, n)
-    columns = min(v, max(1, TILE[hidden.device.type != "cpu"] // max(size, 1)))
+    columns = TILE[hidden.device.type != "cpu"] // (max(size, 1) * (1 + entropy))
+    columns = min(v, max(1, columns))
     buffer = hidden.new_empty(size * columns)
     spare = torch.empty_like(buffer, dtype=wide(hidden)) if entropy else None
     out = hidden.new_empty(2 + entropy, n, dtype=wide(hidden))
