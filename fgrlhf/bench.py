@@ -11,12 +11,14 @@ at every step: 34 tokens on average, at most 48. The learning rate is 0, so that
 the same work.
 
 The floor of a row is its matmuls alone (floor.py; --matmuls lists them), one after the other into
-buffers that exist already.
+buffers that exist already. --profile says instead where a row's time goes.
 """
 
 import argparse
 import json
 import math
+import resource
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -135,6 +137,49 @@ ROWS: dict[str, Callable[[int, str], Work]] = {
 }
 
 
+# ----- where the time goes ------------------------------------------------------------------------
+
+PARTS = {                               # torch's names of the operations
+    "matmuls": "mm addmm bmm baddbmm",
+    "attention": "_scaled_dot_product_flash_attention_for_cpu "
+                 "_scaled_dot_product_flash_attention_for_cpu_backward _softmax",
+    "norms, gates, rotation, sums of gradients": "mul mul_ add add_ sub neg div div_ pow mean sum "
+                                                 "rsqrt silu silu_backward addcmul",
+    "loss and sampling": "exp exp2 exp2_ log2 amax sub_ cumsum searchsorted gather scatter_add_ "
+                         "sigmoid clamp",
+    "optimizer": "_fused_adamw_ linalg_vector_norm _foreach_norm _foreach_mul_",
+    "embedding, copies, fills": "embedding_dense_backward index_select index index_put "
+                                "_index_put_impl_ copy_ fill_ zero_ cat arange polar",
+}
+
+
+def parts_of(work: Work) -> dict[str, float]:
+    """Milliseconds of a third call of `work` by the parts above; the rest by its kind."""
+    work.run(), work.run()
+    faults, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        work.run()
+        wall = 1e3 * (time.perf_counter() - start)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    spent = {event.key.removeprefix("aten::"): event.self_cpu_time_total / 1e3
+             for event in seen.key_averages()}
+    rows = {part: sum(spent.pop(name, 0.0) for name in names.split())
+            for part, names in PARTS.items()}
+    rows["views, autograd, other operations"] = sum(spent.values())
+    rows["Python between operations"] = max(0.0, wall - sum(rows.values()))
+    return rows | {"page faults": faults}
+
+
+def print_profile(width: int, options) -> None:
+    """Wall-clock milliseconds and shares; the profiler's own time is in the last two rows."""
+    for name in options.work:
+        rows = parts_of(ROWS[name](width, options.device))
+        faults, total = rows.pop("page faults"), sum(rows.values())
+        print(f"  {name}: {total:.0f} ms, {faults} page faults")
+        for part, spent in rows.items():
+            print(f"    {part:<42} {spent:9.1f} ms {100 * spent / total:5.1f}%", flush=True)
+
+
 # ----- alignment ----------------------------------------------------------------------------------
 
 def plain_table(a: list[int], b: list[int]) -> int:
@@ -197,6 +242,7 @@ def main() -> None:
     parser.add_argument("--work", nargs="*", default=list(ROWS), choices=ROWS,
                         help="rows; none: the alignment alone")
     parser.add_argument("--matmuls", action="store_true", help="list the floor's matmuls")
+    parser.add_argument("--profile", action="store_true", help="where the time goes, no ratios")
     timing.add_flags(parser, repeats=7)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -204,6 +250,11 @@ def main() -> None:
     if options.peak_of:
         work = ROWS[options.peak_of](options.width[0], options.device)
         print(timing.peak_mib(work.run, options.device))
+        return
+    if options.profile:
+        for width in options.width:
+            print(f"D {width}, 6 layers, V {V}")
+            print_profile(width, options)
         return
     machine, tables = timing.machine(options), []
     print(f"medians of {options.repeats} rounds, [quartiles]; 1x = the bare matmuls of the row")

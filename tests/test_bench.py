@@ -1,6 +1,7 @@
 """The benchmarks: what the floor contains, how ratios are taken, that every row still runs."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -101,6 +102,23 @@ def test_every_row_runs_its_work_and_its_floor(name):
         work.run()
     whole = {"training step": 2048, "generation": 6144}.get(name, 64 * (16 + 48))
     assert work.tokens < 0.85 * whole if name.endswith("early") else work.tokens == whole
+
+
+def test_parts_of_finds_every_part_of_a_training_step():
+    rows = bench.parts_of(bench.training_step(64, "cpu"))
+    assert rows.keys() == bench.PARTS.keys() | {
+        "views, autograd, other operations", "Python between operations", "page faults"}
+    assert all(rows[part] > 0 for part in bench.PARTS) and rows["matmuls"] > rows["optimizer"]
+
+
+def test_parts_of_adds_up_to_the_time_of_the_call():
+    """All of it inside one operation, then none."""
+    a = torch.ones(900, 900)
+    rows = bench.parts_of(bench.Work(lambda: torch.mm(a, a), None, 0))
+    faults, total = rows.pop("page faults"), sum(rows.values())
+    assert rows["matmuls"] > 0.5 * total and faults >= 0
+    rows = bench.parts_of(bench.Work(lambda: time.sleep(0.05), None, 0))
+    assert rows["Python between operations"] >= 50 and rows["matmuls"] == 0
 
 
 def test_main_prints_and_writes_the_table(tmp_path, monkeypatch, capsys):
