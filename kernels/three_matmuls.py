@@ -117,13 +117,15 @@ def gradients(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float,
         if bits.dtype != head.dtype:                # the range of a half may not hold `total`
             bits, total = (bits / total).to(head.dtype), torch.ones_like(total)
         g = g / total
+        if needs[1]:                                # g h stands where grad hidden is to stand
+            scaled = torch.mul(h, g, out=grad_hidden[rows]) if needs[0] else (h * g).to(head.dtype)
+            add_(grad_head, bits.T, scaled, first=rows.start == 0)
         if needs[0]:
             back = torch.mm(bits, head, out=grad_hidden[rows])                          # [n, D]
-            inner = (h * back).sum(-1, keepdim=True, dtype=logp.dtype) / total
+            inner = torch.cat([(x * q).sum(-1, keepdim=True, dtype=logp.dtype)          # in pieces:
+                               for x, q in zip(h.split(64), back.split(64))]) / total   # no [n, D]
             torch.sub(inner[:, 0] / -temperature, logp[rows], out=entropy[rows])
             back *= g
-        if needs[1]:
-            add_(grad_head, bits.T, (h * g).to(head.dtype), first=rows.start == 0)
     return Gradients(logp, entropy, grad_hidden, grad_head.to(head.dtype) if needs[1] else None)
 
 
