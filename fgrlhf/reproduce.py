@@ -14,7 +14,7 @@ the end. Interrupted, it continues where it stopped when called again.
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -196,6 +196,13 @@ def sweep(seed: Seed) -> None:
                  *seed.rlhf, *point, test=False)
 
 
+def scaled(config: Config) -> Scale:
+    """The profile's sizes; no more threads for SFT than a seed has workers of its own."""
+    scale = SCALES[config.profile]
+    share = max(1, config.workers // config.seeds)
+    return replace(scale, sft_threads=min(scale.sft_threads, share))
+
+
 def wall_seconds(out: Path, this_call: float) -> float:
     """Seconds of this call and of the interrupted ones before it, kept in OUT/seconds.json."""
     path = out / "seconds.json"
@@ -206,7 +213,7 @@ def wall_seconds(out: Path, this_call: float) -> float:
 
 def main(config: Config) -> None:
     out, started = Path(config.out), time.perf_counter()
-    scale = SCALES[config.profile]
+    scale = scaled(config)
     seeds = [Seed(number, out / f"seed{number}", scale, config.device, config.dtype,
                   config.lora_rank)
              for number in range(config.first_seed, config.first_seed + config.seeds)]

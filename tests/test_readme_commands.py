@@ -166,3 +166,9 @@ def test_generate_reads_a_real_checkpoint_as_the_readme_says(data_dir, tmp_path)
     assert done.status == 0 and done.out.startswith("Once upon a time")
     assert golden.startswith(done.out.rstrip()[:60])
     assert load_tokenizer(data_dir / "stories260K").vocab_size == 512
+
+
+@pytest.mark.parametrize("workers, seeds, threads", [(2, 1, 2), (1, 1, 1), (2, 2, 1), (8, 2, 2)])
+def test_scaled_gives_sft_no_more_threads_than_a_seed_has_workers(workers, seeds, threads):
+    config = reproduce.Config("runs/x", "quick", seeds=seeds, workers=workers)
+    assert reproduce.scaled(config).sft_threads == threads
