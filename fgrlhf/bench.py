@@ -153,8 +153,9 @@ PARTS = {                               # torch's names of the operations
 }
 
 
-def parts_of(work: Work) -> dict[str, float]:
-    """Milliseconds of a third call of `work` by the parts above; the rest by its kind."""
+def parts_of(work: Work) -> tuple[dict[str, float], int]:
+    """(Milliseconds of a third call of `work` by the parts above, the rest by its kind; the page
+    faults of that call)."""
     work.run(), work.run()
     faults, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
@@ -167,14 +168,14 @@ def parts_of(work: Work) -> dict[str, float]:
             for part, names in PARTS.items()}
     rows["views, autograd, other operations"] = sum(spent.values())
     rows["Python between operations"] = max(0.0, wall - sum(rows.values()))
-    return rows | {"page faults": faults}
+    return rows, faults
 
 
 def print_profile(width: int, options) -> None:
     """Wall-clock milliseconds and shares; the profiler's own time is in the last two rows."""
     for name in options.work:
-        rows = parts_of(ROWS[name](width, options.device))
-        faults, total = rows.pop("page faults"), sum(rows.values())
+        rows, faults = parts_of(ROWS[name](width, options.device))
+        total = sum(rows.values())
         print(f"  {name}: {total:.0f} ms, {faults} page faults")
         for part, spent in rows.items():
             print(f"    {part:<42} {spent:9.1f} ms {100 * spent / total:5.1f}%", flush=True)

@@ -5,6 +5,7 @@ faults a training step of 2048 tokens at D 256, 0.07-0.1 of its 0.95 seconds. Re
 """
 
 import ctypes
+import sys
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3             # mallopt's names for them
 LARGEST_KEPT = 2**25                                # bytes; more than this glibc does not take
@@ -15,7 +16,7 @@ def keep_freed() -> None:
 
     The environment's MALLOC_MMAP_THRESHOLD_ loses against this.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(TRIM_THRESHOLD, -1)                                         # never
         mallopt(MMAP_THRESHOLD, LARGEST_KEPT)

@@ -5,8 +5,8 @@
     dL/dlogp_t = -w_t / M                        known before the first logit: three_matmuls.py
 
 Why not torch.nn.functional.linear_cross_entropy: torch 2.13 has it and 2.11 does not; it takes a
-weight per class and none per token; and at its best chunk size it is 5-7% slower and, at D 256,
-holds a quarter more memory (python -m kernels.bench).
+weight per class and none per token; and at its best chunk size it is 5-7% slower and
+holds 1.25-1.36 times the memory (python -m kernels.bench).
 
 Cost: 3 matmuls of 2 N D V (1 without gradient). Memory: the two gradients and one chunk of logits.
 """

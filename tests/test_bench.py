@@ -105,20 +105,19 @@ def test_every_row_runs_its_work_and_its_floor(name):
 
 
 def test_parts_of_finds_every_part_of_a_training_step():
-    rows = bench.parts_of(bench.training_step(64, "cpu"))
+    rows, faults = bench.parts_of(bench.training_step(64, "cpu"))
     assert rows.keys() == bench.PARTS.keys() | {
-        "views, autograd, other operations", "Python between operations", "page faults"}
-    assert all(rows[part] > 0 for part in bench.PARTS) and rows["matmuls"] > rows["optimizer"]
+        "views, autograd, other operations", "Python between operations"}
+    assert all(rows[part] > 0 for part in bench.PARTS) and faults >= 0
 
 
-def test_parts_of_adds_up_to_the_time_of_the_call():
-    """All of it inside one operation, then none."""
+def test_parts_of_puts_time_where_it_was_spent():
+    """A product alone is no other part's; a sleep is no operation's."""
     a = torch.ones(900, 900)
-    rows = bench.parts_of(bench.Work(lambda: torch.mm(a, a), None, 0))
-    faults, total = rows.pop("page faults"), sum(rows.values())
-    assert rows["matmuls"] > 0.5 * total and faults >= 0
-    rows = bench.parts_of(bench.Work(lambda: time.sleep(0.05), None, 0))
-    assert rows["Python between operations"] >= 50 and rows["matmuls"] == 0
+    rows, _ = bench.parts_of(bench.Work(lambda: torch.mm(a, a), None, 0))
+    assert {part for part in bench.PARTS if rows[part] > 0} == {"matmuls"}
+    rows, _ = bench.parts_of(bench.Work(lambda: time.sleep(0.05), None, 0))
+    assert rows["Python between operations"] >= 50 and not any(rows[p] for p in bench.PARTS)
 
 
 def test_main_prints_and_writes_the_table(tmp_path, monkeypatch, capsys):
