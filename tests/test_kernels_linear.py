@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import exact_kl, linear_cross_entropy, linear_logp, linear_ppo, three_matmuls
 
-SIZES = [(1, 1, 1), (1, 3, 2), (37, 13, 101), (7, 5, 1031), (257, 3, 11), (523, 2, 4099)]  # N, D, V
+# N, D, V; the last two: rows of logits that are padded, and several chunks of them
+SIZES = [(1, 1, 1), (1, 3, 2), (37, 13, 101), (7, 5, 1031), (257, 3, 11), (523, 2, 4099),
+         (7, 5, 1024), (523, 2, 4096)]
 
 
 def problem(n, d, v, dtype=torch.float64, scale=1.0, temperature=1.0):
