@@ -12,6 +12,7 @@ Flags are the field names with dashes; an unknown flag is an error; a bool is `-
 import argparse
 import dataclasses
 import json
+import os
 import shlex
 import sys
 import types
@@ -104,13 +105,15 @@ def run(main: typing.Callable[[], None]) -> None:
     """Call `main`; a UserError becomes one line on stderr and status 2, a non-finite number 1."""
     try:
         main()
+        sys.stdout.flush()                      # a reader that went away shows here at the latest
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except FloatingPointError as error:
         print(f"stopped: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except BrokenPipeError:
+    except BrokenPipeError:                     # what is buffered yet would be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}; check path, "

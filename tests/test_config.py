@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -90,16 +91,20 @@ def test_run_lets_every_other_error_through():
         run(lambda: 1 / 0)
 
 
-def test_run_survives_a_reader_that_goes_away():
-    """`script | head`: no traceback."""
-    code = ("from fgrlhf.config import run\n"
-            "run(lambda: [print('x' * 1000, flush=True) for _ in range(10000)])")
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE) as process:
-        process.stdout.read(10)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("printing", ["[print('x' * 1000, flush=True) for _ in range(10000)]",
+                                      "[print('x' * 1000) for _ in range(10000)]",
+                                      "(sys.stdin.read(), print('x'))"])
+def test_run_survives_a_reader_that_goes_away(printing, unbuffered):
+    """`script | head`: no traceback, whether Python buffers its output or not."""
+    code = f"import sys\nfrom fgrlhf.config import run\nrun(lambda: {printing})"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=os.environ | {"PYTHONUNBUFFERED": unbuffered}) as process:
         process.stdout.close()
+        process.stdin.close()
         assert process.wait() == 141
-        assert b"Traceback" not in process.stderr.read()
+        assert process.stderr.read() == b""
 
 
 @dataclass(frozen=True)
