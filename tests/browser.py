@@ -8,6 +8,7 @@ The protocol runs over two pipes (--remote-debugging-pipe: the browser reads fro
 and writes to 4), one JSON value a message, each ended by a NUL byte.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -60,6 +61,8 @@ class Browser:
         while True:
             answer = self._read(end)
             if answer.get("id") == self._number:
+                if "navigated" in answer.get("error", {}).get("message", ""):
+                    raise Navigated(answer["error"]["message"])
                 assert "error" not in answer, (method, answer)
                 return answer["result"]
 
@@ -96,6 +99,10 @@ class Browser:
         os.close(self._out)
 
 
+class Navigated(Exception):
+    """The page went away for the next one while it was asked."""
+
+
 class Tab:
     """One page."""
 
@@ -117,11 +124,12 @@ class Tab:
         return result["result"].get("value")
 
     def wait(self, script: str, seconds: float = SECONDS):
-        """The value of an expression as soon as it is true."""
+        """The value of an expression as soon as it is true, on this page or the next one."""
         end = time.monotonic() + seconds
         while True:
-            if value := self.run(script):
-                return value
+            with contextlib.suppress(Navigated):
+                if value := self.run(script):
+                    return value
             assert time.monotonic() < end, (script, self.run("document.body.innerText"))
             time.sleep(0.02)
 
