@@ -124,7 +124,7 @@ def iteration(method: str, early: bool, width: int, device: str) -> Work:
                for part in by_length(sequences, rows, config.microbatch)]
     floor = iteration_floor(policy, sequences, scoring_groups(config, sequences, 1), updates,
                             method == "rlhf")
-    return Work(run, floor, int((sequences.prompt_lengths + sequences.response_lengths).sum()))
+    return Work(run, floor, int(sequences.lengths.sum()))
 
 
 ROWS: dict[str, Callable[[int, str], Work]] = {

@@ -93,7 +93,7 @@ def iteration_floor(policy: LLaMA, sequences: Sequences, scoring: list[Tensor],
     """
     floor, responses = Floor(policy), sequences.response_lengths
     floor.generation(int(sequences.prompt_lengths[0]), responses.tolist())
-    total = sequences.prompt_lengths + responses
+    total = sequences.lengths
     for rows in scoring:
         floor.trunk((total[rows] - 1).tolist())                                  # reference
         floor.head(int(responses[rows].sum()))

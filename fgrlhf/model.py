@@ -11,9 +11,10 @@ rotary pairs are those of Meta's checkpoints: a real 7B and the laptop's 0.4M ru
 Shape letters: B batch, T time, S cache slots, D width, H query heads, G key/value heads, K head
 width, F inner width, V vocabulary.
 
-Padding needs no mask when it is on the right: attention is causal, so no real token sees it. With
-padding on the left, or between prompt and response in the KV cache (prompts of unequal length end
-at different slots, the tokens after them share one), pass `positions` and `key_mask`.
+Padding needs no mask when it is on the right: attention is causal, so no real token sees it; with
+`lengths` it costs next to nothing either. With padding on the left, or between prompt and response
+in the KV cache (prompts of unequal length end at different slots, the tokens after them share one),
+pass `positions` and `key_mask`.
 """
 
 import copy
@@ -23,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from fgrlhf.padding import Padding
 
 
 @dataclass(frozen=True)
@@ -201,20 +204,24 @@ class Attention(nn.Module):
         self.wv = nn.Linear(D, kv_width, bias=False)
         self.wo = nn.Linear(D, D, bias=False)
 
-    def forward(self, x, rotary, mask, cache, layer) -> Tensor:
-        B, T, D = x.shape
+    def forward(self, x, rotary, mask, padding, cache, layer) -> Tensor:
         H, G, K = self.config.n_heads, self.config.n_kv_heads, self.config.head_dim
-        q = rotate(self.wq(x).view(B, T, H, K), rotary).transpose(1, 2)          # [B, H, T, K]
-        k = rotate(self.wk(x).view(B, T, G, K), rotary).transpose(1, 2)          # [B, G, T, K]
-        v = self.wv(x).view(B, T, G, K).transpose(1, 2)
+        B, T, _ = x.shape                                                        # 1, N if stripped
+        q = rotate(self.wq(x).view(B, T, H, K), rotary)
+        k = rotate(self.wk(x).view(B, T, G, K), rotary)
+        v = self.wv(x).view(B, T, G, K)
+        if padding is not None:
+            q, k, v = padding.restore(q), padding.restore(k), padding.restore(v)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)        # [B, H, T, K]
         if cache is not None:
             k, v = cache.append(layer, k, v)                                     # [B, G, S, K]
-        if k.shape[2] > T:                                                       # decoding
+        if k.shape[2] > q.shape[2]:                                              # decoding
             y = attend(q, k, v, mask)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                                enable_gqa=G != H)
-        return self.wo(y.transpose(1, 2).reshape(B, T, D))
+        y = y.transpose(1, 2)                                                    # [B, T, H, K]
+        return self.wo((y if padding is None else padding.strip(y)).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -236,8 +243,8 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, h, rotary, mask, cache, layer) -> Tensor:
-        h = h + self.attention(self.attention_norm(h), rotary, mask, cache, layer)
+    def forward(self, h, rotary, mask, padding, cache, layer) -> Tensor:
+        h = h + self.attention(self.attention_norm(h), rotary, mask, padding, cache, layer)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
@@ -269,14 +276,24 @@ class LLaMA(nn.Module):
         return self
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None,
-               key_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+               key_mask: Tensor | None = None, cache: KVCache | None = None,
+               lengths: Tensor | None = None) -> Tensor:
         """Final hidden states [B, T, D], after the last norm; `hidden @ head.T` are the logits.
 
         tokens [B, T] int64. With a `cache` they go on from its `length` slots and are stored behind
         them; S = length + T, or T without. positions [B or 1, T] int64, default length..S-1 in each
         row. key_mask [B, S] bool, True where a slot holds a real token, default everywhere.
+
+        lengths [B] int64, with none of the others: what is behind them is padding, left out of all
+        but attention (padding.py); its states are 0.
         """
+        if lengths is not None and not (positions is key_mask is cache is None):
+            raise ValueError("lengths: expected without positions, key_mask and cache")
         start, T = cache.length if cache is not None else 0, tokens.shape[1]
+        padding = None
+        if lengths is not None and int(lengths.min()) < T:
+            padding = Padding(lengths, T)
+            tokens, positions = padding.strip(tokens), padding.positions                # [1, N]
         if positions is None:
             positions = torch.arange(start, start + T, device=tokens.device)[None]      # [1, T]
         h = self.tok_embeddings(tokens)                                          # [B, T, D]
@@ -285,12 +302,13 @@ class LLaMA(nn.Module):
                 cache.mask(T, key_mask, h))
         for layer, block in enumerate(self.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, rotary, mask, cache, layer, use_reentrant=False)
+                h = checkpoint(block, h, rotary, mask, padding, cache, layer, use_reentrant=False)
             else:
-                h = block(h, rotary, mask, cache, layer)
+                h = block(h, rotary, mask, padding, cache, layer)
         if cache is not None:
             cache.length += T
-        return self.norm(h)
+        h = self.norm(h)
+        return h if padding is None else padding.restore(h)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None,
                 key_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fgrlhf.model import LLaMA
 from fgrlhf.ppo import kl_estimates
-from fgrlhf.rollout import Rollout, Sequences, by_length, locate
+from fgrlhf.rollout import Rollout, Sequences, by_length, locate, states_before
 from kernels import exact_kl
 
 
@@ -39,7 +39,7 @@ def whole_kl(policy: LLaMA, ref: LLaMA, sequences: Sequences, temperature: float
     for group in by_length(sequences, rows, microbatch):
         part = sequences.rows(group)
         at = locate(part)
-        states = [model.hidden(part.tokens)[at.row, at.position - 1] for model in (policy, ref)]
+        states = [states_before(model, part, at) for model in (policy, ref)]
         kl = exact_kl.fused(states[0], policy.head, states[1], ref.head, temperature)        # [N]
         total, count = total + kl.sum().item(), count + len(kl)
     return total / count

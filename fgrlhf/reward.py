@@ -63,7 +63,7 @@ class RewardModel(nn.Module):
     def _token_values(self, sequences: Sequences) -> Tensor:
         """v . h_t + b + a logp_t at each response token, [B, T] float32, 0 in the padding."""
         at = locate(sequences)
-        hidden = self.trunk.hidden(sequences.tokens)
+        hidden = self.trunk.hidden(sequences.tokens, lengths=sequences.lengths)
         values = self._read(hidden[at.row, at.position])                         # [N]
         if self.logp_feature:
             before = hidden[at.row, at.position - 1]                             # [N, D]
@@ -83,8 +83,8 @@ class RewardModel(nn.Module):
         if self.kind == "token":
             return self._token_values(sequences).sum(-1)
         rows = torch.arange(len(sequences.tokens), device=sequences.tokens.device)
-        last = sequences.prompt_lengths + sequences.response_lengths - 1
-        hidden = self.trunk.hidden(sequences.tokens)
+        last = sequences.lengths - 1
+        hidden = self.trunk.hidden(sequences.tokens, lengths=sequences.lengths)
         values = self._read(hidden[rows, last])
         if self.logp_feature:
             at = locate(sequences)

@@ -29,6 +29,11 @@ class Sequences(NamedTuple):
     response_lengths: Tensor    # [B] int64, EOS counted
 
     @property
+    def lengths(self) -> Tensor:
+        """[B] int64, prompt and response together."""
+        return self.prompt_lengths + self.response_lengths
+
+    @property
     def response_mask(self) -> Tensor:
         """[B, T] bool, True where response token t exists."""
         steps = torch.arange(int(self.response_lengths.max()), device=self.tokens.device)
@@ -37,8 +42,7 @@ class Sequences(NamedTuple):
     def rows(self, index: Tensor | slice) -> "Sequences":
         """The chosen batch rows, padding cut to the longest of them."""
         chosen = Sequences(*(part[index] for part in self))
-        longest = int((chosen.prompt_lengths + chosen.response_lengths).max())
-        return chosen._replace(tokens=chosen.tokens[:, :longest])
+        return chosen._replace(tokens=chosen.tokens[:, :int(chosen.lengths.max())])
 
 
 class Rollout(NamedTuple):
@@ -59,20 +63,14 @@ class Located(NamedTuple):
 
 
 def by_length(sequences: Sequences, rows: list[int], size: int) -> list[Tensor]:
-    """`rows` in groups of at most `size` (0: any number) and of similar length.
+    """`rows` in the order of their lengths, `size` at a time (0: all at once).
 
-    At most a tenth of a group's columns are padding: what a pass costs follows the real tokens.
+    Attention alone works on padding, and finds little of it.
     """
-    total = (sequences.prompt_lengths + sequences.response_lengths).tolist()
-    groups, real = [], 0
-    for row in sorted(rows, key=lambda row: total[row]):
-        real += total[row]
-        full = not groups or len(groups[-1]) == (size or len(rows))
-        if full or 0.9 * (len(groups[-1]) + 1) * total[row] > real:
-            groups.append([])
-            real = total[row]
-        groups[-1].append(row)
-    return [torch.tensor(group) for group in groups]
+    total = sequences.lengths.tolist()
+    ordered = sorted(rows, key=lambda row: total[row])
+    size = size or max(1, len(rows))
+    return [torch.tensor(ordered[i:i + size]) for i in range(0, len(rows), size)]
 
 
 def locate(sequences: Sequences) -> Located:
@@ -87,7 +85,8 @@ def states_before(model: LLaMA, sequences: Sequences, at: Located) -> Tensor:
 
     The last token's own state is not needed: no pass is made over the last column.
     """
-    return model.hidden(sequences.tokens[:, :-1])[at.row, at.position - 1]
+    hidden = model.hidden(sequences.tokens[:, :-1], lengths=sequences.lengths - 1)
+    return hidden[at.row, at.position - 1]
 
 
 def unflatten(values: Tensor, at: Located, sequences: Sequences) -> Tensor:

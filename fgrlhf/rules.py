@@ -118,7 +118,7 @@ def padding_is_inert(s: Subject, rollout: Rollout) -> Check:
     mask = sequences.response_mask
     logp_old = rollout.logp_old[:, :mask.shape[1]]
     real = (torch.arange(sequences.tokens.shape[1], device=mask.device)
-            < (sequences.prompt_lengths + sequences.response_lengths)[:, None])
+            < sequences.lengths[:, None])
     other = sequences.tokens.roll(1, 0).flip(1) % s.policy.config.vocab_size
     spoiled = sequences._replace(tokens=torch.where(real, sequences.tokens, other))
 
@@ -157,7 +157,7 @@ def planted_reward_stays(s: Subject, rollout: Rollout) -> Check:
     moved = {}
     for k in sorted({0, length // 2, length - 1}):
         states = hidden.clone().requires_grad_()
-        stub = SimpleNamespace(hidden=lambda tokens: states, head=s.policy.head.detach())
+        stub = SimpleNamespace(hidden=lambda tokens, lengths: states, head=s.policy.head.detach())
         planted = torch.zeros_like(rollout.logp_old)
         planted[row, k] = 1.0
         penalised = penalise_kl(planted, rollout.logp_old, rollout.logp_old, mask, s.beta)

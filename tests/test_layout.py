@@ -12,7 +12,7 @@ RIVALS = {"kernels/bench.py": {"liger_kernel", "trl"}}        # measured beside 
 # One tuple a rank; inside a rank from left to right. A module imports only from what stands before
 # its own group, and from any kernel.
 RANKS = (
-    ("config align memory", "fields", "files", "tokenizer edits", "readers",
+    ("config align memory padding", "fields", "files", "tokenizer edits", "readers",
      "collecting.change collecting.tasks collecting.lines collecting.protocol collecting.ambiguity",
      "collecting.store collecting.cache",
      "collecting.segments collecting.desk collecting.web collecting.client",

@@ -43,8 +43,10 @@ MUTATIONS = [
              "return torch.where(mask, rewards.roll(1, 1) - beta * (logp_old - logp_ref), 0.0)",
              "check: planted reward"),
     Mutation(1, "log-probabilities taken from the token's own state", "fgrlhf/rollout.py",
-             "return model.hidden(sequences.tokens[:, :-1])[at.row, at.position - 1]",
-             "return model.hidden(sequences.tokens)[at.row, at.position]",
+             "hidden = model.hidden(sequences.tokens[:, :-1], lengths=sequences.lengths - 1)\n"
+             "    return hidden[at.row, at.position - 1]",
+             "hidden = model.hidden(sequences.tokens, lengths=sequences.lengths)\n"
+             "    return hidden[at.row, at.position]",
              "check: sampling = scoring"),
     Mutation(1, "the mean put back after whitening", "fgrlhf/advantage.py",
              "return x / ((x.square().sum() / count).sqrt() + eps)",
@@ -108,6 +110,9 @@ MUTATIONS = [
              "(x * mask for x in (values, values_old, returns))",
              "test_rules.test_rule_5_garbage_in_the_padding_changes_no_loss_no_gradient_no_metric",
              {"padding": float("nan")}),
+    Mutation(5, "the last real token stripped with the padding", "fgrlhf/rollout.py",
+             "lengths=sequences.lengths - 1)", "lengths=sequences.lengths - 2)",
+             "check: sampling = scoring"),
     Mutation(5, "attention sees what comes later", "fgrlhf/model.py",
              "is_causal=mask is None", "is_causal=False", "check: padding is inert"),
     # 6. means are over the whole minibatch

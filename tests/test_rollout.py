@@ -55,12 +55,13 @@ def test_locate_names_row_step_position_and_target_of_every_response_token():
 
 
 @pytest.mark.parametrize("size, expected", [
-    (0, [[2], [3], [0, 4, 1]]), (2, [[2], [3], [0, 4], [1]]), (1, [[2], [3], [0], [4], [1]])])
-def test_by_length_groups_rows_with_a_tenth_of_padding_at_most(size, expected):
-    """Lengths 9, 10, 2, 5 and 9 with their prompts: 28 of 30 columns real, but 14 of 18 not."""
+    (0, [[2, 3, 0, 4, 1]]), (2, [[2, 3], [0, 4], [1]]), (1, [[2], [3], [0], [4], [1]])])
+def test_by_length_groups_rows_of_similar_length(size, expected):
+    """Lengths 9, 10, 2, 5 and 9 with their prompts."""
     batch = ragged((3, 1, 1, 2, 4), (6, 9, 1, 3, 5))
     assert [group.tolist() for group in by_length(batch, [0, 1, 2, 3, 4], size)] == expected
     assert by_length(batch, [1, 4], 0)[0].tolist() == [4, 1]
+    assert by_length(batch, [], size) == []
 
 
 @pytest.mark.parametrize("size", [0, 1, 3])
