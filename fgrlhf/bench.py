@@ -5,10 +5,10 @@
     python -m fgrlhf.bench --device cuda --json loop.json
 
 A LLaMA of 6 layers, V 2048, untied; 2048 tokens a training step; 64 prompts of 32 tokens with 64
-new ones for generation; 64 episodes of 16 + 48 tokens, 2 epochs of 2 minibatches, for an iteration,
-which is train_ppo.py's own `collect` and `update`. In "ends early" the EOS has probability 0.0148
-at every step: 34 tokens on average, at most 48. The learning rate is 0, so that every round does
-the same work.
+new ones for generation; 64 episodes of 16 + 48 tokens, 2 epochs of 2 minibatches of one pass each,
+for an iteration, which is train_ppo.py's own `collect` and `update`. In "ends early" the EOS has
+probability 0.0148 at every step: 34 tokens on average, at most 48. The learning rate is 0, so that
+every round does the same work.
 
 The floor of a row is its matmuls alone (floor.py; --matmuls lists them), one after the other into
 buffers that exist already. --profile says instead where a row's time goes.
@@ -27,7 +27,6 @@ import torch
 
 from fgrlhf.align import align
 from fgrlhf.floor import Floor, iteration_floor
-from fgrlhf.memory import keep_freed
 from fgrlhf.model import LLaMA, LLaMAConfig, build
 from fgrlhf.optimizer import Optimizer
 from fgrlhf.players import Critic, Players
@@ -35,6 +34,7 @@ from fgrlhf.reward import RewardModel
 from fgrlhf.rollout import Sequences, by_length, sample
 from fgrlhf.sft import loss_of
 from kernels import timing
+from kernels.memory import keep_freed
 from train_ppo import Config, collect, minibatches, scoring_groups, update
 
 V, EOS, END = 2048, 2, 0.0148
@@ -108,7 +108,7 @@ def iteration(method: str, early: bool, width: int, device: str) -> Work:
                          else "sequence").requires_grad_(False)
     critic = Critic(reward).requires_grad_(True) if method == "rlhf" else None
     config = Config(method, "", "", "", "", rollouts=64, max_new_tokens=48, epochs=2, minibatches=2,
-                    microbatch=16, lr=0.0, value_lr=0.0)
+                    microbatch=0, lr=0.0, value_lr=0.0)
     optimizers = {name: Optimizer(part, 0.0) for name, part in
                   (("policy", policy), ("critic", critic)) if part is not None}
     setup = Players(SimpleNamespace(eos_id=EOS if early else -1), policy, ref, reward, critic,

@@ -31,7 +31,7 @@ from fgrlhf import distributed, shards, states
 from fgrlhf.checkpoint import save_state
 from fgrlhf.config import UserError
 from fgrlhf.files import read_object, sync, write_atomic
-from fgrlhf.memory import keep_freed
+from kernels.memory import keep_freed
 
 HARMLESS = ("resume", "out", "device", "keep", "save_every")      # may differ when a run is resumed
 
@@ -62,7 +62,7 @@ def bucketed_batches(lengths: list[int], size: int, seed: int, epoch: int) -> li
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where it is present, else the CPU; there freed memory is kept (memory.py)."""
+    """`auto` is CUDA where it is present, else the CPU; there freed memory is kept."""
     if name.startswith("mps"):
         raise UserError("--device mps: not supported, it has no float64; use cpu")
     if name == "auto":

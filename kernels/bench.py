@@ -5,7 +5,8 @@
     python -m kernels.bench --device cuda --dtype bfloat16 --json bench.json
 
 The floor is the matmuls alone, into buffers that exist already; memory's is the results and one
-chunk of logits. How it is measured: timing.py. TRL and Liger take part where they are installed.
+chunk of logits. How it is measured: timing.py, freed memory kept as training keeps it. TRL and
+Liger take part where they are installed.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from kernels import (clipped_surrogate, exact_kl, linear_cross_entropy, linear_logp, linear_ppo,
                      timing)
+from kernels.memory import keep_freed
 
 CLIP = 0.2
 MATMULS = {"ppo": 3, "cross_entropy": 3, "logp": 1, "logp_entropy": 1, "logp_gradient": 4, "kl": 2,
@@ -185,6 +187,8 @@ def main() -> None:
     timing.add_flags(parser, repeats=9)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if not options.peak_of:
+        keep_freed()                                    # as the training scripts do
     machine, tables = None if options.peak_of else timing.machine(options), []
     for size in options.sizes:
         n, d, v = map(int, size.split("x"))

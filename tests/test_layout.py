@@ -12,7 +12,7 @@ RIVALS = {"kernels/bench.py": {"liger_kernel", "trl"}}        # measured beside 
 # One tuple a rank; inside a rank from left to right. A module imports only from what stands before
 # its own group, and from any kernel.
 RANKS = (
-    ("config align memory padding", "fields", "files", "tokenizer edits", "readers",
+    ("config align padding", "fields", "files", "tokenizer edits", "readers",
      "collecting.change collecting.tasks collecting.lines collecting.protocol collecting.ambiguity",
      "collecting.store collecting.cache",
      "collecting.segments collecting.desk collecting.web collecting.client",
@@ -31,7 +31,7 @@ RANKS = (
      "fixtures.text fixtures.transformer fixtures.preference fixtures.advantage",
      "fixtures.alignment fixtures.likelihood", "fixtures.policy", "golden"),
 )
-KERNELS = ("three_matmuls clipped_surrogate token_preference timing", "linear_logp exact_kl",
+KERNELS = ("three_matmuls clipped_surrogate token_preference timing memory", "linear_logp exact_kl",
            "linear_ppo linear_cross_entropy", "bench")
 HANDED_TO = {"Run": "fgrlhf/run.py", "optimise": "fgrlhf/players.py"}      # with the whole Config
 SCRIPTS = ("train_rm", "train_ppo", "eval")

@@ -10,7 +10,7 @@ from tests.processes import ROOT
 
 SCRIPT = """
 import resource, sys
-from fgrlhf.memory import keep_freed
+from kernels.memory import keep_freed
 if sys.argv[1] == "kept":
     keep_freed()
 for turn in range(21):
