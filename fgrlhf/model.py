@@ -296,7 +296,7 @@ class LLaMA(nn.Module):
             tokens, positions = padding.strip(tokens), padding.positions                # [1, N]
         if positions is None:
             positions = torch.arange(start, start + T, device=tokens.device)[None]      # [1, T]
-        h = self.tok_embeddings(tokens)                                          # [B, T, D]
+        h = self.tok_embeddings(tokens)                                 # [B, T, D] or [1, N, D]
         rotary = rotary_table(positions, self.config, h.dtype)
         mask = (attention_mask(0, T, key_mask, h) if cache is None else
                 cache.mask(T, key_mask, h))
@@ -312,7 +312,7 @@ class LLaMA(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None,
                 key_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Logits [B, T, V] in the model's dtype; arguments as `hidden`."""
+        """Logits [B, T, V] in the model's dtype; arguments as `hidden`, but for `lengths`."""
         return F.linear(self.hidden(tokens, positions, key_mask, cache), self.head)
 
 

@@ -13,6 +13,7 @@ With P parameters, c bytes a number, N ranks, R the rank of adapters, and the le
     activations    b S (layers a + z) + tables what autograd keeps of one forward pass
       a = 2 (4 D + 2 c D + 4) + c (2 D + 2 G K) + 4 H + 4 c F
           two norms: float32 input, normed, output; q and attention, k and v; log-sum-exp; four of F
+          (rows padded by a token or two keep attention's output twice: up to a twentieth more)
       z = 4 D + c D + 4 + 8                     the last norm, the token itself
     checkpointed   b S (layers c D + z)        block inputs; one block's `a` behind the loss
     logits         of one chunk, never of all tokens, with the gradients the loss makes on the spot

@@ -19,6 +19,7 @@ from kernels import linear_logp
 from kernels.three_matmuls import LN2
 
 PREFILL = 16                    # prompts a forward pass: enough for the matmuls, little padding
+SPARE = 2**16                   # pairs of tokens that cost less, as padding, than another pass
 
 
 class Sequences(NamedTuple):
@@ -63,14 +64,22 @@ class Located(NamedTuple):
 
 
 def by_length(sequences: Sequences, rows: list[int], size: int) -> list[Tensor]:
-    """`rows` in the order of their lengths, `size` at a time (0: all at once).
+    """`rows` in the order of their lengths, in groups of at most `size` (0: any number).
 
-    Attention alone works on padding, and finds little of it.
+    Attention alone works on padding: on n S^2 pairs of tokens for n rows in S columns. A group ends
+    where more than SPARE of them would be padding.
     """
-    total = sequences.lengths.tolist()
-    ordered = sorted(rows, key=lambda row: total[row])
-    size = size or max(1, len(rows))
-    return [torch.tensor(ordered[i:i + size]) for i in range(0, len(rows), size)]
+    lengths = sequences.lengths.tolist()
+    groups, real = [], 0
+    for row in sorted(rows, key=lambda row: lengths[row]):
+        pairs = lengths[row] ** 2
+        full = not groups or len(groups[-1]) == (size or len(rows))
+        if full or (len(groups[-1]) + 1) * pairs > real + pairs + SPARE:
+            groups.append([])
+            real = 0
+        groups[-1].append(row)
+        real += pairs
+    return [torch.tensor(group) for group in groups]
 
 
 def locate(sequences: Sequences) -> Located:

@@ -176,21 +176,23 @@ def rewards_belong(s: Subject, rollout: Rollout) -> Check:
     """Rule 1: changing token k changes its own reward and none before it; no reward on PAD."""
     sequences = ragged(rollout.sequences)
     mask, row = sequences.response_mask, int(sequences.response_lengths.argmax())
-    k = int(sequences.response_lengths[row]) // 2
-    tokens = sequences.tokens.clone()
-    at = int(sequences.prompt_lengths[row]) + k
-    tokens[row, at] = (tokens[row, at] + 1) % s.policy.config.vocab_size
-    changed = sequences._replace(tokens=tokens)
-    moved = lambda f: ((f(changed) - f(sequences))[row].abs() > 1e-6).nonzero()
-    first = lambda f: moved(f)[:1].flatten().tolist()
+    length, start = int(sequences.response_lengths[row]), int(sequences.prompt_lengths[row])
+
+    def first_moved(f, k: int) -> list[int]:
+        tokens = sequences.tokens.clone()
+        tokens[row, start + k] = (tokens[row, start + k] + 1) % s.policy.config.vocab_size
+        moved = (f(sequences._replace(tokens=tokens)) - f(sequences))[row].abs() > 1e-6
+        return moved.nonzero()[:1].flatten().tolist()
+
+    changed, found, wanted = sorted({length // 2, length - 1}), [], []
     with torch.no_grad():
         rewards = s.reward_model.ppo_rewards(sequences)
-        found = [first(s.reward_model.ppo_rewards)]
-        wanted = [[k]]
-        if s.reward_model.kind == "sequence":
-            wanted = [[int(sequences.response_lengths[row]) - 1]]
-        if s.critic is not None:
-            found, wanted = found + [first(s.critic)], wanted + [[k + 1][:mask.shape[1] - k - 1]]
+        for k in changed:
+            found.append(first_moved(s.reward_model.ppo_rewards, k))
+            wanted.append([k if s.reward_model.kind == "token" else length - 1])
+            if s.critic is not None:
+                found.append(first_moved(s.critic, k))
+                wanted.append([k + 1][:length - k - 1])
     on_padding = int(rewards[~mask].count_nonzero())
     off_last = 0
     if s.reward_model.kind == "sequence":
@@ -198,8 +200,8 @@ def rewards_belong(s: Subject, rollout: Rollout) -> Check:
         off_last = int(rewards[steps != sequences.response_lengths[:, None] - 1].count_nonzero())
     finite = bool(rewards.isfinite().all())
     return Check(found == wanted and on_padding == off_last == 0 and finite,
-                 f"token {k} changed: first change at {found}, expected {wanted}; rewards on "
-                 f"padding {on_padding}, finite {finite}",
+                 f"tokens {changed} changed: first change at {found}, expected {wanted}; rewards "
+                 f"on padding {on_padding}, finite {finite}",
                  "read a token's reward at its own position, a response's at its last token, the "
                  "critic's value one position earlier; a reward that never changes teaches nothing")
 

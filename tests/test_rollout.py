@@ -56,12 +56,25 @@ def test_locate_names_row_step_position_and_target_of_every_response_token():
 
 @pytest.mark.parametrize("size, expected", [
     (0, [[2, 3, 0, 4, 1]]), (2, [[2, 3], [0, 4], [1]]), (1, [[2], [3], [0], [4], [1]])])
-def test_by_length_groups_rows_of_similar_length(size, expected):
+def test_by_length_orders_rows_by_length(size, expected):
     """Lengths 9, 10, 2, 5 and 9 with their prompts."""
     batch = ragged((3, 1, 1, 2, 4), (6, 9, 1, 3, 5))
     assert [group.tolist() for group in by_length(batch, [0, 1, 2, 3, 4], size)] == expected
     assert by_length(batch, [1, 4], 0)[0].tolist() == [4, 1]
     assert by_length(batch, [], size) == []
+
+
+@pytest.mark.parametrize("spare, expected", [(209, [[2, 3, 0, 4, 1]]), (208, [[2, 3, 0, 4], [1]]),
+                                             (132, [[2, 3], [0, 4, 1]]),
+                                             (37, [[2, 3], [0, 4], [1]]),
+                                             (0, [[2], [3], [0, 4], [1]])])
+def test_by_length_ends_a_group_where_attention_would_work_on_too_much_padding(
+        spare, expected, monkeypatch):
+    """Of all five 5 10^2 - 291 = 209 pairs are padding, of the first four and of the first three
+    133, of the last three 38."""
+    monkeypatch.setattr("fgrlhf.rollout.SPARE", spare)
+    batch = ragged((3, 1, 1, 2, 4), (6, 9, 1, 3, 5))
+    assert [group.tolist() for group in by_length(batch, [0, 1, 2, 3, 4], 0)] == expected
 
 
 @pytest.mark.parametrize("size", [0, 1, 3])
