@@ -114,6 +114,7 @@ class Run:
                                     if field not in HARMLESS):
             done = read_object(self.folder / "done.json")
             self._same_inputs(done.get("inputs", self.inputs), self.folder / "done.json")
+            self._remove_states()                           # a kill may have come before it
             print(f"{self.folder}: already complete")
             raise SystemExit(0)
         raise UserError(f"{self.folder}: holds a finished run; choose another --out or remove it")
@@ -278,5 +279,9 @@ class Run:
         summary |= {"seconds": round(self.seconds, 2),
                     "save_seconds": round(self.save_seconds, 3), "inputs": self.inputs}
         write_atomic(self.folder / "done.json", (json.dumps(summary, indent=2) + "\n").encode())
-        states.remove(self.folder)
-        shards.drop(self.folder)
+        self._remove_states()
+
+    def _remove_states(self) -> None:
+        if self.first:
+            states.remove(self.folder)
+            shards.drop(self.folder)

@@ -221,6 +221,15 @@ def test_run_finish_removes_the_training_state(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_run_resumed_after_a_kill_between_its_end_and_the_removal_of_its_states(tmp_path):
+    run = Run(Config(str(tmp_path)))
+    run.finish({})
+    run.save(1)
+    with pytest.raises(SystemExit, match="0"):
+        Run(Config(str(tmp_path), resume=True))
+    assert names(tmp_path) == []
+
+
 def names(folder: Path) -> list[str]:
     """The training states in a folder."""
     return sorted(path.name for path in folder.glob("state*"))
