@@ -19,7 +19,7 @@ from kernels import linear_logp
 from kernels.three_matmuls import LN2
 
 PREFILL = 16                    # prompts a forward pass: enough for the matmuls, little padding
-SPARE = 2**16                   # pairs of tokens that cost less, as padding, than another pass
+SPARE = 2**17                   # pairs of tokens that cost less, as padding, than another pass
 
 
 class Sequences(NamedTuple):
