@@ -149,7 +149,8 @@ PARTS = {                               # torch's names of the operations
                          "sigmoid clamp",
     "optimizer": "_fused_adamw_ linalg_vector_norm _foreach_norm _foreach_mul_",
     "embedding, copies, fills": "embedding_dense_backward index_select index index_put "
-                                "_index_put_impl_ copy_ fill_ zero_ cat arange polar",
+                                "_index_put_impl_ index_copy_ copy_ fill_ zero_ cat arange "
+                                "polar",
 }
 
 

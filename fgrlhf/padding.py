@@ -27,10 +27,10 @@ class Padding:
         return (self.index % self.shape[1])[None]
 
     def strip(self, x: Tensor) -> Tensor:
-        return _Strip.apply(x, self)
+        return _Move.apply(x, self._strip, self._restore)
 
     def restore(self, x: Tensor) -> Tensor:
-        return _Restore.apply(x, self)
+        return _Move.apply(x, self._restore, self._strip)
 
     def _strip(self, x: Tensor) -> Tensor:
         return x.flatten(0, 1).index_select(0, self.index)[None]
@@ -41,23 +41,12 @@ class Padding:
         return padded.index_copy_(0, self.index, x[0]).unflatten(0, (B, T))
 
 
-class _Strip(torch.autograd.Function):
+class _Move(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, padding):
-        ctx.padding = padding
-        return padding._strip(x)
+    def forward(ctx, x, there, back):
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.padding._restore(grad), None
-
-
-class _Restore(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, padding):
-        ctx.padding = padding
-        return padding._restore(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ctx.padding._strip(grad), None
+        return ctx.back(grad), None, None
