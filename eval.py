@@ -1,15 +1,19 @@
-"""Evaluate policies and reward models.
+r"""Evaluate policies and reward models (the paper, section 3.2).
 
-    python eval.py outputs      --policy DIR --prompts FILE --out A.json    AlpacaEval's format
+    python eval.py outputs      --policy DIR --prompts FILE --out A.json
     python eval.py win-rate     --outputs A.json --reference B.json --judge oracle --world 0
     python eval.py win-rate     --outputs A.json --reference B.json --judge reward --reward DIR
     python eval.py win-rate     --outputs A.json --reference B.json --judge llm --model NAME \
-                                --judgements FILE                           a language model's
-    python eval.py win-rate     --judge annotations --annotations FILE      recorded judgements
-    python eval.py reward-model --reward DIR --data FILE                    pair accuracy, token AUC
+                                --judgements FILE
+    python eval.py win-rate     --judge annotations --annotations FILE
+    python eval.py reward-model --reward DIR --data FILE
+
+outputs writes answers in AlpacaEval's format. win-rate asks a judge which of two answers is better:
+the oracle of the built-in world, a reward model, a language model, or judgements that somebody
+recorded. reward-model measures the accuracy on pairs, and the token AUC where records have spans.
 
 Figures go to stdout as one JSON object, progress to stderr. A win rate is the mean of 1 (win), 1/2
-(tie), 0 (loss) over prompts, with a 95% bootstrap interval over prompts.
+(tie) and 0 (loss) over prompts, with a 95% bootstrap interval over prompts.
 """
 
 import json
@@ -18,73 +22,63 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import fgrlhf                               # before torch: it sets how OpenMP's threads wait
 import torch
 
 from fgrlhf.checkpoint import load_model, load_tokenizer
-from fgrlhf.collecting.cache import Cache
-from fgrlhf.collecting.client import Client, Options
-from fgrlhf.config import UserError, arg, parse, run
-from fgrlhf.edits import TEMPLATES, Output, write_jsonl, write_outputs
-from fgrlhf.encode import encode_preferences, encode_prompt, read_encoded
+from fgrlhf.collect.cache import Cache
+from fgrlhf.collect.client import Client, Options
+from fgrlhf.collect.judge import by_llm
+from fgrlhf.data.fields import UserError
+from fgrlhf.data.files import each
+from fgrlhf.data.readers import read_outputs, read_prompts
+from fgrlhf.data.records import Output, write_jsonl, write_outputs
+from fgrlhf.encode import TEMPLATES, ReadingRecords, encode_preferences, encode_prompt, read_encoded
+from fgrlhf.engine.config import Computation, arg, dispatch, run
+from fgrlhf.engine.distributed import pick_device
 from fgrlhf.evaluate import bootstrap, reward_table
-from fgrlhf.files import each
-from fgrlhf.judge import (
-    answers, by_annotations, by_llm, by_oracle, by_reward, judge_preferences, preferences_of)
-from fgrlhf.model import DTYPES
-from fgrlhf.readers import read_outputs, read_prompts
-from fgrlhf.reward import load_reward
-from fgrlhf.run import pick_device
-from fgrlhf.world import World
+from fgrlhf.judge import answers, by_annotations, by_reward, preferences_of
+from fgrlhf.reward import judge_preferences, load_reward
+from fgrlhf.simulate.oracle import by_oracle
+from fgrlhf.simulate.world import World
 
 
-@dataclass(frozen=True)
-class OutputsConfig:
+@dataclass(frozen=True, kw_only=True)
+class OutputsConfig(ReadingRecords, Computation):
     policy: str = arg(help="model folder")
     prompts: str = arg(help="prompts to answer")
     out: str = arg(help="file for the answers, in AlpacaEval's model_outputs.json format")
-    template: str = arg("plain", choices=tuple(TEMPLATES), help="how a record becomes a prompt")
-    max_new_tokens: int = arg(64, least=1, help="longest answer")
     greedy_out: str | None = arg(None, help="also write greedy answers to this file")
+    max_new_tokens: int = arg(64, least=1, help="longest answer")
     temperature: float = arg(1.0, least=0, help="0 is greedy")
     seed: int = arg(0, help="seed of the sampling")
-    limit: int | None = arg(None, least=1, help="answer the first N prompts only")
-    on_bad_record: str = arg("stop", choices=("stop", "skip"), help="a record that cannot be used: "
-                             "stop, or leave it out, count and list it")
+    limit: int | None = arg(None, least=1, help="answer only the first N prompts")
     batch: int = arg(256, least=1, help="prompts decoded together")
-    dtype: str = arg("float32", choices=DTYPES, help="of weights and activations")
-    device: str = arg("auto", help="auto, cpu, cuda, ...")
 
 
-@dataclass(frozen=True)
-class WinRateConfig(Options):
+@dataclass(frozen=True, kw_only=True)
+class WinRateConfig(Computation, Options):
     judge: str = arg(choices=("oracle", "reward", "llm", "annotations"), help="who decides")
     outputs: str | None = arg(None, help="the system's answers")
     reference: str | None = arg(None, help="the reference's answers to the same prompts")
     world: int | None = arg(None, help="oracle: seed of the built-in world")
     reward: str | None = arg(None, help="reward: folder of the reward model")
+    template: str = arg("plain", choices=tuple(TEMPLATES),
+                        help="reward: how a record becomes a prompt")
     annotations: str | None = arg(None, help="annotations: recorded judgements of output_1 against "
                                              "output_2; the win rate is output_2's")
     judgements: str | None = arg(None, help="llm: file for its judgements, as --annotations reads "
-                                            "them; answers are cached beside it")
-    template: str = arg("plain", choices=tuple(TEMPLATES),
-                        help="reward: how a record becomes a prompt")
+                                            "them; its answers are cached in the same folder")
     seed: int = arg(0, help="seed of the bootstrap")
-    dtype: str = arg("float32", choices=DTYPES, help="of weights and activations")
-    device: str = arg("auto", help="auto, cpu, cuda, ...")
 
 
-@dataclass(frozen=True)
-class RewardModelConfig:
+@dataclass(frozen=True, kw_only=True)
+class RewardModelConfig(ReadingRecords, Computation):
     reward: str = arg(help="folder of the reward model")
     data: str = arg(help="held-out edits or pairs; token AUC where edits have spans")
-    on_bad_record: str = arg("stop", choices=("stop", "skip"), help="a record that cannot be used: "
-                             "stop, or leave it out, count and list it")
-    template: str = arg("plain", choices=tuple(TEMPLATES), help="how a record becomes a prompt")
-    prompt_tokens: int | None = arg(None, least=2,
-                                    help="keep a longer prompt's last N tokens (default: refuse)")
-    normalise: bool = arg(False, help="collapse runs of whitespace in edits first")
-    dtype: str = arg("float32", choices=DTYPES, help="of weights and activations")
-    device: str = arg("auto", help="auto, cpu, cuda, ...")
+    prompt_tokens: int | None = arg(None, least=2, help="keep the last N tokens of a longer prompt "
+                                    "(default: refuse it)")
+    normalise: bool = arg(False, help="first collapse runs of whitespace in edits")
 
 
 def outputs(config: OutputsConfig) -> dict:
@@ -106,7 +100,7 @@ def outputs(config: OutputsConfig) -> dict:
 
 
 def asked_llm(config: WinRateConfig, system: list[Output], reference: list[Output]) -> list[float]:
-    """A language model's preferences; its judgements go to --judgements, unusable ones left out."""
+    """The preferences of a language model. Its usable judgements go to --judgements."""
     path = Path(config.judgements)
     asking = Client(config)
     asking.cache = Cache(path.with_name(path.stem + ".cache.jsonl"))
@@ -130,7 +124,7 @@ def win_rate(config: WinRateConfig) -> dict:
               "annotations": ("annotations",)}[config.judge]
     for name in needed:
         if getattr(config, name) is None:
-            raise UserError(f"--judge {config.judge}: expected --{name} beside it")
+            raise UserError(f"--judge {config.judge}: expected --{name} too")
     if config.judge == "annotations":
         preferences = by_annotations(config.annotations)
     else:
@@ -161,18 +155,9 @@ def reward_model(config: RewardModelConfig) -> dict:
     return reward_table(judge_preferences(model, records, examples, tokenizer))
 
 
-def main() -> None:
+if __name__ == "__main__":
     commands = {"outputs": (OutputsConfig, outputs), "win-rate": (WinRateConfig, win_rate),
                 "reward-model": (RewardModelConfig, reward_model)}
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name in ("-h", "--help"):
-        print(__doc__)
-        return
-    if name not in commands:
-        raise UserError(f"expected one of {', '.join(commands)}, got {name!r}; see --help")
-    config, action = commands[name]
-    print(json.dumps(action(parse(config, sys.argv[2:], f"eval.py {name}", __doc__))))
-
-
-if __name__ == "__main__":
-    run(main)
+    printed = lambda action: lambda config: print(json.dumps(action(config)))
+    run(lambda: dispatch({name: (config, printed(action))
+                          for name, (config, action) in commands.items()}, __doc__))

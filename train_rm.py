@@ -1,176 +1,145 @@
-"""Train a reward model: token-level from minimal edits (the paper's) or sequence-level from pairs.
+r"""Train a reward model (paper, section 2.2): token-level from minimal edits, or sequence-level.
 
     python train_rm.py --kind token --data edits.jsonl --model runs/sft/policy --out runs/rm-token
     python train_rm.py --kind sequence --data pairs.jsonl --model runs/sft/policy \
         --out runs/rm-sequence
 
-What the token-level kind deletes from the usual recipe: the one number for a whole response. The
-edit is aligned with the original token by token; tokens put in should earn, tokens taken out should
-cost, and tokens left alone are worth the same on both sides (equation (4)).
+The token-level kind replaces the one number per response by one number per token. Each edit is
+aligned with its original, token by token. Equation (4) raises the reward of the tokens that the
+editor put in, lowers the reward of those that were taken out, and holds the unchanged tokens near 0
+(--u0 has other choices).
 
 --folds K trains K models, each on all records but one fold, and reports accuracy and token AUC on
-the records held out; no model is kept. Leaves OUT/reward (without --folds), config.json,
-metrics.jsonl, timing.jsonl, and the evaluation in done.json.
+the records held out; no model is kept. Without --folds the reward model is in OUT/reward. The
+evaluation is in OUT/done.json.
 """
 
-import math
 from dataclasses import dataclass
 
+import fgrlhf                               # before torch: it sets how OpenMP's threads wait
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from fgrlhf import distributed
+from fgrlhf import controls
 from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer
-from fgrlhf.config import UserError, arg, parse, run
-from fgrlhf.edits import TEMPLATES
-from fgrlhf.encode import UNITS, PreferenceIds, encode_preferences, read_encoded
+from fgrlhf.data.fields import UserError
+from fgrlhf.encode import UNITS, PreferenceIds, ReadingRecords, encode_preferences, read_encoded
+from fgrlhf.engine import distributed
+from fgrlhf.engine.config import Machinery, arg, parse, run
+from fgrlhf.engine.distributed import Sums, in_order, microbatches
+from fgrlhf.engine.draws import bucketed_batches, generator
+from fgrlhf.engine.optimizer import Optimizer
+from fgrlhf.engine.run import Run
+from fgrlhf.engine.states import TrainableState
 from fgrlhf.evaluate import Judged, reward_table
-from fgrlhf.judge import judge_preferences
-from fgrlhf.lora import Own
-from fgrlhf.model import DTYPES
-from fgrlhf.optimizer import Optimizer, check_in_backward
-from fgrlhf.reward import KINDS, RewardModel, save_reward, sequence_loss, token_loss
-from fgrlhf.rollout import pack
-from fgrlhf.run import Run, bucketed_batches, generator, pick_device
-from kernels import token_preference
+from fgrlhf.reward import (
+    KINDS, PreferenceBatch, RewardModel, judge_preferences, save_reward, sequence_loss, token_loss)
+from fgrlhf.sequences import pack
+from kernels.token_preference import U0_TERMS, Options
 
 
-@dataclass(frozen=True)
-class Config:
-    data: str = arg(help="edits or pairs to train on; either serves both kinds")
+CALIBRATION_RECORDS = 512       # the rewards of their rejected responses become mean 0, deviation 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ReadingRecords, Machinery):
+    data: str = arg(help="edits or pairs to train on; both kinds of model take either")
     model: str = arg(help="folder of the SFT model to start from")
     out: str = arg(help="folder for the reward model and the logs")
-    kind: str = arg("token", choices=KINDS, help="one reward a token, or one a response")
+    kind: str = arg("token", choices=KINDS, help="one reward per token, or one per response")
+    unit: str = arg("token", choices=UNITS, help="unit of the alignment")
+    credit_gap: bool = arg(True, help="a pure insertion or deletion credits the token behind the "
+                           "gap")
+    reduce: str = arg("sum", choices=("sum", "mean"), help="sum or mean of the rewards over U1 in "
+                      "equation (4)")
+    u0: str = arg("anchor", choices=U0_TERMS, help="loss on unchanged tokens: 'difference' is the "
+                  "paper's squared difference, 'anchor' pulls their rewards to 0, 'kept' rewards "
+                  "them like edited-in tokens")
+    u0_weight: float = arg(0.02, least=0, help="lambda, the weight of the loss on unchanged tokens")
+    token_weight: float = arg(1.0, least=0, help="weight of the logistic loss per changed token, "
+                              "which equation (4) does not have: 0 leaves it out")
+    logp_feature: bool = arg(False, help="ablation: add a * logp_t to the head of a token model")
+    likelihood: bool = arg(False, help="control: the untrained model's log-likelihood as reward")
+    epochs: int = arg(6, least=0, help="passes over the data")
+    batch: int = arg(16, least=1, help="pairs per step")
+    lr: float = arg(3e-3, least=0, help="Adam's peak learning rate: warm-up, then linear to 0")
+    muon_lr: float = arg(5e-3, least=0, help="Muon's learning rate for the matrices of the trunk; "
+                         "0: Adam trains them too")
+    warmup: int = arg(10, least=0, help="warm-up steps")
     eval_edits: str | None = arg(None, help="held-out edits for the final evaluation")
     eval_pairs: str | None = arg(None, help="held-out ordinary pairs for the final evaluation")
     folds: int = arg(0, least=0, help="K-fold cross-validation over --data; 0 trains one model")
-    template: str = arg("plain", choices=tuple(TEMPLATES), help="how a record becomes a prompt")
-    prompt_tokens: int | None = arg(None, least=2,
-                                    help="keep a longer prompt's last N tokens (default: refuse)")
-    normalise: bool = arg(False, help="collapse runs of whitespace in edits first")
-    limit: int | None = arg(None, least=1, help="use the first N records only")
-    on_bad_record: str = arg("stop", choices=("stop", "skip"), help="a record that cannot be used: "
-                             "stop, or leave it out, count and list it")
-    unit: str = arg("token", choices=UNITS, help="unit of the alignment")
-    credit_gap: bool = arg(True,
-                           help="a pure insertion or deletion credits the token behind the gap")
-    reduce: str = arg("sum", choices=("sum", "mean"), help="rewards over U1 in equation (4)")
-    u0: str = arg("anchor", choices=token_preference.U0_TERMS,
-                  help="unchanged tokens: squared difference of the paper, drawn to 0, or kept, "
-                       "which earns")
-    u0_weight: float = arg(0.02, least=0, help="lambda of equation (4)")
-    token_weight: float = arg(1.0, least=0,
-                              help="weight of the per-token logistic term; 0 is the paper's loss")
-    logp_feature: bool = arg(False, help="add a * logp_t to the head (not in the paper)")
-    likelihood: bool = arg(False, help="control: the model's own log-likelihood, no training")
-    epochs: int = arg(6, least=0, help="passes over the data")
-    batch: int = arg(16, least=1, help="pairs a step")
-    microbatch: int = arg(0, least=0, help="pairs a forward pass, gradients added up; changes "
-                          "memory alone; 0 takes the whole batch")
-    lr: float = arg(3e-3, least=0, help="Adam's peak learning rate: warm-up, then linear to 0")
-    muon_lr: float = arg(5e-3, least=0,
-                         help="Muon's learning rate for the trunk's matrices; 0 gives them to Adam")
-    warmup: int = arg(10, least=0, help="warm-up steps")
-    seed: int = arg(0, help="seed of head, data order and folds")
-    save_every: int = arg(200, least=1, help="steps between training states for --resume")
-    keep: int = arg(2, least=1, help="training states kept: the newest, and those before it")
-    resume: bool = arg(False, help="continue the unfinished run in --out")
-    checkpoint_activations: bool = arg(False, help="keep one activation a block, make the rest "
-                                       "again in backward")
-    step_in_backward: bool = arg(False, help="step each weight as its gradient appears and hold no "
-                                 "gradients; each is clipped alone; needs --microbatch 0")
-    lora_rank: int = arg(0, least=0, help="train adapters of this rank over frozen weights; 0 "
-                         "trains all weights")
-    dtype: str = arg("float32", choices=DTYPES,
-                     help="of weights and activations; bfloat16 keeps float32 master weights")
-    device: str = arg("auto", help="auto, cpu, cuda, ...")
+    prompt_tokens: int | None = arg(None, least=2, help="keep the last N tokens of a longer prompt "
+                                    "(default: refuse it)")
+    normalise: bool = arg(False, help="first collapse runs of whitespace in edits")
+    limit: int | None = arg(None, least=1, help="use only the first N records")
+    microbatch: int = arg(0, least=0, help="pairs per forward pass; changes memory, not results; "
+                          "0: the whole batch")
 
 
-def loss_of(model: RewardModel, batch: list[PreferenceIds], config: Config,
-            whole: list[PreferenceIds]) -> tuple[torch.Tensor, dict]:
-    """The loss of a microbatch of the batch `whole`, and what to log of it: over microbatches both
-    add. An empty `whole` gives 0: a rank without work takes part with that (distributed.py)."""
-    pairs = len(whole) or math.inf
+def loss_of(config: Config, model: RewardModel, part: PreferenceBatch,
+            whole: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the loss of one microbatch, `part`, and the values to log.
+
+    Both are sums over `part` divided by the numbers of the minibatch `whole`, so microbatches add
+    up.
+    """
+    pairs = len(whole.plus)
     if config.kind == "sequence":
-        loss, margins = sequence_loss(model, batch, pairs)
+        loss, margins = sequence_loss(model, part, pairs)
         return loss, {"rm/accuracy": (margins > 0).sum() / pairs}
-    options = token_preference.Options(config.reduce, config.u0, config.u0_weight,
-                                       config.token_weight)
-    out = token_loss(model, batch, options, divisors(whole))
+    options = Options(config.reduce, config.u0, config.u0_weight, config.token_weight)
+    out = token_loss(model, part, options, whole.totals())
     return out.loss, {"rm/bt": out.bt, "rm/u0": out.u0, "rm/token": out.token,
                       "rm/accuracy": (out.margin > 0).sum() / pairs}
 
 
-def divisors(batch: list[PreferenceIds]) -> token_preference.Totals:
-    """What equation (4) divides by: pairs with a change, changed tokens, unchanged pairings."""
-    if not batch:
-        return token_preference.Totals(math.inf, math.inf, math.inf)
-    return token_preference.Totals(max(1, sum(bool(p.plus or p.minus) for p in batch)),
-                                   max(1, sum(len(p.plus) + len(p.minus) for p in batch)),
-                                   max(1, sum(len(p.unchanged) for p in batch)))
-
-
 def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: Run,
         name: str) -> None:
-    """The training loop; `name` tells folds apart in the progress bar."""
+    """The training loop. `name` tells folds apart in the progress bar."""
     lengths = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in examples]
     per_epoch = -(-len(examples) // config.batch)
     steps = config.epochs * per_epoch
-    check_in_backward(config.step_in_backward, config.microbatch)
     model.trunk.activation_checkpointing = config.checkpoint_activations
     distributed.shard(model)
-    optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr,
-                          in_backward=config.step_in_backward)
+    optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr)
+    parts = {"model": TrainableState(model), "optimizer": optimizer}
     resumable = config.folds == 0
     if resumable:
-        log.restore(model=Own(model), optimizer=optimizer)
+        log.restore(**parts)
     for step in log.steps(steps, name) if resumable else tqdm(range(1, steps + 1), desc=name,
-                                                                  disable=not log.first):
+                                                              disable=not log.writes):
         epoch, cursor = divmod(step - 1, per_epoch)
         rows = bucketed_batches(lengths, config.batch, config.seed, epoch)[cursor]
-        whole, logged = [examples[i] for i in rows], {}
-        for part, counts in distributed.shares(rows, config.microbatch, distributed.in_order):
-            batch = [examples[i] for i in part]
-            loss, terms = loss_of(model, batch, config, whole if counts else [])
-            both_sides = lambda: pack([p.prompt for p in batch] * 2, [p.chosen for p in batch]
-                                      + [p.rejected for p in batch])._asdict()
-            with log.guard(step, {"model": model}, both_sides, loss=loss,
-                           records=torch.tensor(part)):
-                loss.backward()
-            for term, value in (terms | {"rm/loss": loss}).items():
-                logged[term] = logged.get(term, 0.0) + value.item()
-        logged = distributed.totals(logged)
-        with log.guard(step, {"model": model}, both_sides, records=torch.tensor(rows)):
-            logged["rm/gradient_norm"] = optimizer.step()
+        batch, sums = PreferenceBatch.of([examples[i] for i in rows], model.device), Sums()
+        with log.guard(step, {"model": model}, records=torch.tensor(rows), **batch.tensors()):
+            for part, weight in microbatches(list(range(len(rows))), config.microbatch, in_order):
+                loss, terms = loss_of(config, model, batch.rows(part), batch)
+                sums.add(weight, terms | {"rm/loss": loss})
+                (weight * loss).backward()
+            norm = optimizer.step()
         if resumable:
-            log.end_step(step, logged, model=Own(model), optimizer=optimizer)
+            log.end_step(step, sums.over_ranks() | {"rm/gradient_norm": norm}, **parts)
 
 
-def new_model(config: Config, device) -> RewardModel:
+def new_model(config: Config, device: torch.device) -> RewardModel:
+    """Builds the reward model to train, or the control that is not trained."""
     torch.manual_seed(config.seed)                                  # the head's initialisation
     dtype = getattr(torch, config.dtype)
     trunk = (load_adapted(config.model, device, dtype, config.lora_rank, config.seed)
              if config.lora_rank else load_model(config.model, device, dtype))
-    model = RewardModel(trunk, config.kind, config.logp_feature or config.likelihood)
     if config.likelihood:
-        torch.nn.init.zeros_(model.head.weight)
-        torch.nn.init.ones_(model.logp_weight)
-    return model
-
-
-def training_part(judged: list[Judged]) -> dict[str, float]:
-    """The table's main entries, on records trained on."""
-    table = reward_table(judged)
-    names = ("pair_accuracy", "pair_accuracy_per_token", "token_auc", "token_auc_within")
-    return {"train_" + name: table[name] for name in names if name in table}
+        return controls.LikelihoodReward(trunk)
+    return controls.LogpReward(trunk) if config.logp_feature else RewardModel(trunk, config.kind)
 
 
 def cross_validate(config: Config, records: list, examples: list[PreferenceIds], tokenizer,
-                   log: Run, device) -> dict:
-    """K models, each judged on its own fold: the table over all records, the spread over folds.
+                   log: Run, device: torch.device) -> dict[str, float]:
+    """Trains K models and judges each on its own fold. Returns the table, and spreads over folds.
 
-    Each is also judged on as many of the records it was trained on ("train_..."): whether it fits
-    them at all is the first question about a poor figure.
+    Each model is also judged on as many of the records it was trained on ("train_..."). Whether it
+    fits those at all is the first question about a poor figure.
     """
     order = torch.randperm(len(records), generator=generator(config.seed, "folds")).tolist()
     folds, judged, fitted = [order[k::config.folds] for k in range(config.folds)], [], []
@@ -194,10 +163,19 @@ def cross_validate(config: Config, records: list, examples: list[PreferenceIds],
     return {"folds": config.folds, **whole, **spread}
 
 
+def training_part(judged: list[Judged]) -> dict[str, float]:
+    """The main entries of the table, for records that were trained on."""
+    table = reward_table(judged)
+    names = ("pair_accuracy", "pair_accuracy_per_token", "token_auc", "token_auc_within")
+    return {"train_" + name: table[name] for name in names if name in table}
+
+
 def train(config: Config) -> None:
-    device = distributed.start(pick_device(config.device))
+    if config.kind != "token" and (config.logp_feature or config.likelihood):
+        raise UserError("--logp-feature and --likelihood: expected --kind token")
+    device = distributed.start(distributed.pick_device(config.device))
     tokenizer = load_tokenizer(config.model)
-    context = load_model(config.model, "meta").config.max_seq_len
+    context = load_model(config.model, device="meta").config.max_seq_len     # reads no weights
     encode = lambda records: encode_preferences(
         records, tokenizer, context, config.template, config.prompt_tokens, config.unit,
         config.credit_gap)
@@ -206,10 +184,8 @@ def train(config: Config) -> None:
     records, examples = read(config.data)
     if config.folds == 1 or config.folds > len(records):
         raise UserError(f"--folds {config.folds}: expected 0, or 2 to {len(records)} (the records)")
-    held_out = {}
-    for name, path in (("edits", config.eval_edits), ("pairs", config.eval_pairs)):
-        if path:
-            held_out[name] = read(path)
+    held_out = {name: read(path) for name, path in
+                (("edits", config.eval_edits), ("pairs", config.eval_pairs)) if path}
     log = Run(config, tokenizer.sha256, ("data", "model", "eval_edits", "eval_pairs"))
     if config.folds:
         log.finish(cross_validate(config, records, examples, tokenizer, log, device))
@@ -218,9 +194,9 @@ def train(config: Config) -> None:
     if not config.likelihood:
         fit(model, examples, config, log, f"reward model, {config.kind}")
     with distributed.gathered(model):
-        sides = [pack([p.prompt], [p.rejected], device=device) for p in examples[:512]]
-        model.calibrate(sides)
-        if log.first:
+        model.calibrate([pack([p.prompt], [p.rejected], device=device)
+                         for p in examples[:CALIBRATION_RECORDS]])
+        if log.writes:
             save_reward(model, log.folder / "reward", tokenizer)
         summary = {"records": len(records), "mean": model.mean.item(), "scale": model.scale.item()}
         for name, (kept, encoded) in held_out.items():
@@ -230,4 +206,4 @@ def train(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda: train(parse(Config, prog="train_rm.py", description=__doc__)))
+    run(lambda: train(parse(Config, __doc__)))

@@ -1,31 +1,30 @@
-"""What a minimal edit changed: section 3.1's Levenshtein alignment, with its tie-break defined.
+"""Aligns a minimal edit with its original, token by token (paper, section 2.1): U0 and U1.
 
     y- original (i of n tokens), y+ edited (j of m)     ->     U1-, U1+ changed,  U0 unchanged pairs
 
-A path leads from (0, 0) to (n, m) by four moves
+The alignment is a path from (0, 0) to (n, m) by four moves:
 
-    match       (i, j) -> (i+1, j+1)    only where y-[i] == y+[j]; costs 0
-    substitute  (i, j) -> (i+1, j+1)    only where y-[i] != y+[j]; costs 1
+    match       (i, j) -> (i+1, j+1)    only when y-[i] == y+[j]; costs 0
+    substitute  (i, j) -> (i+1, j+1)    only when y-[i] != y+[j]; costs 1
     delete      (i, j) -> (i+1, j)      costs 1
     insert      (i, j) -> (i, j+1)      costs 1
 
-and a run is a maximal stretch of moves none of which is a match. Nearly every real pair has
-several cheapest paths, which disagree on what changed; so the alignment is defined by
+A run is a maximal stretch of moves without a match. Nearly every real pair has several cheapest
+paths, and they disagree on what changed. The alignment is therefore defined by three steps:
 
     1. the least cost,
-    2. among those the fewest runs,
-    3. among those the right-most: write each path as the string of its moves from left to right
-       and take the first in dictionary order, match < substitute < delete < insert. So an edit
-       begins as late as it can: "abbc" -> "abc" deletes the second b.
+    2. among those paths the fewest runs,
+    3. among those the right-most path: write each path as the string of its moves from left to
+       right and take the first in dictionary order, match < substitute < delete < insert. An edit
+       then begins as late as it can: "abbc" -> "abc" deletes the second b.
 
-A match is an unchanged pair; all else has changed. (The order of moves inside a run changes no
-label there, but step 3 may find in it the first difference of two paths that part later on.)
+A match is an unchanged pair; everything else has changed.
 
-Speed: Myers' bit-vectors give the moves of all cheapest paths, each row of the table by a dozen
-operations on whole integers; steps 2 and 3 then visit only cells on such paths.
+Speed: Myers' bit-vectors give the moves of all cheapest paths. Each row of the table takes a dozen
+operations on whole integers. Steps 2 and 3 then visit only cells on such paths.
 
-`align_words`, not in the paper, takes the same steps on words, where human error spans begin and
-end. `gap_credit` finds whom to credit where an edit only inserted or only deleted.
+`align_words` is not in the paper. It applies the same steps to words, where human error spans begin
+and end. `gap_credit` finds the tokens to credit where an edit only inserted or only deleted.
 """
 
 import re
@@ -35,7 +34,7 @@ from typing import NamedTuple
 SUBSTITUTE, DELETE, INSERT = 1, 2, 3                        # in the order of preference; match is 0
 STEP = ((1, 1), (1, 1), (1, 0), (0, 1))                     # what each move adds to (i, j)
 NEVER = 1 << 62                                             # above the cost of any path
-FIRST = 1 << 32                                             # step 1 outweighs any count in step 2
+COST_UNIT = 1 << 32                                         # step 1 outweighs any count in step 2
 
 Span = Pair = tuple[int, int]
 
@@ -54,7 +53,7 @@ class Credit(NamedTuple):
 
 
 class Moves(NamedTuple):
-    """The moves a path may use: bit j of entry i is the move from row i that ENTERS column j."""
+    """The moves of a path: bit j of entry i is the move from row i that ENTERS column j."""
     match: list[int]                    # [n] to row i + 1, as are the next two
     substitute: list[int]
     delete: list[int]
@@ -68,42 +67,44 @@ class _Word(NamedTuple):
 
 
 def align(original_ids: Sequence[Hashable], edited_ids: Sequence[Hashable]) -> Alignment:
-    """The alignment defined above, of token ids or of anything hashable; either side may be empty.
+    """Aligns two sequences of token ids, or of anything hashable. Either side may be empty.
 
-    A token is changed if and only if it is in no pair; pairs have equal ids; `distance` is the
-    Levenshtein distance. Raises ValueError for a tensor, whose elements do not compare as ids.
+    A token is changed if and only if it is in no pair. The two ids of a pair are equal. `distance`
+    is the Levenshtein distance. Raises ValueError for a tensor, because its elements do not compare
+    as ids.
     """
     for name, ids in (("original_ids", original_ids), ("edited_ids", edited_ids)):
         if not isinstance(ids, Sequence):
             raise ValueError(f"{name}: expected a list of ids, got {type(ids).__name__}; "
                              "pass ids.tolist()")
-    moves = cheapest_moves(original_ids, edited_ids)       # step 1: only runs are left to count
-    pairs, edits = _best_path(moves, len(edited_ids), edit_cost=0, run_cost=1)
+    moves = cheapest_moves(original_ids, edited_ids)       # step 1
+    pairs, edits = _best_path(moves, len(edited_ids), edit_cost=0, run_cost=1)     # steps 2 and 3
     return Alignment(_all_but((i for i, _ in pairs), len(original_ids)),
                      _all_but((j for _, j in pairs), len(edited_ids)), pairs, edits)
 
 
 def align_words(original_text: str, edited_text: str, original_spans: Sequence[Span],
                 edited_spans: Sequence[Span]) -> Alignment:
-    """Align words instead of tokens, then project to tokens ("pieces"), given by their spans.
+    """Aligns words instead of tokens, then projects the result to tokens ("pieces").
 
-    original_spans [n], edited_spans [m]: half-open ranges of characters (`Tokenizer.spans`).
+    original_spans [n], edited_spans [m]: the half-open ranges of characters of the pieces
+    (`Tokenizer.spans`).
 
-    A word is a stretch without whitespace. Two match when they are equal in lower case and without
-    what is neither letter nor digit at either end ("The" and "the,"; a word of nothing else is
-    compared whole). Cost: 1 for each deleted and each inserted word, 2 for each run, so that a lone
-    common word ("the") does not split a rewritten passage; there is no substitution. Steps 1-3
-    then apply as they stand.
+    A word is a stretch without whitespace. Two words match when they are equal in lower case,
+    without the punctuation at either end ("The" and "the,"; a word of punctuation only is compared
+    whole). The cost is 1 for each deleted and each inserted word, and 2 for each run, so that a
+    single common word ("the") does not split a rewritten passage. There is no substitution. Steps
+    1-3 then apply.
 
-    A piece belongs to the words it overlaps, or if it overlaps none (a blank, EOS) to the next one;
-    what follows the last word never changes. A piece is changed if one of its words is. The pieces
-    of matched words are unchanged even where case or punctuation differ; those whose lower-case
-    texts `align` matches are paired, the others are in no pair.
+    A piece belongs to the words that it overlaps. A piece that overlaps no word (a blank, EOS)
+    belongs to the next word; what follows the last word never changes. A piece is changed if one of
+    its words is. The pieces of matched words are unchanged even if case or punctuation differ. They
+    are paired where `align` matches their texts in lower case; the other pieces are in no pair.
     Raises ValueError when a span exceeds its text.
     """
     words, edited_words = _words(original_text), _words(edited_text)
     moves = _word_moves([word.key for word in words], [word.key for word in edited_words])
-    matches, edits = _best_path(moves, len(edited_words), FIRST, 2 * FIRST + 1)
+    matches, edits = _best_path(moves, len(edited_words), COST_UNIT, 2 * COST_UNIT + 1)
     changed, pieces = _project(original_spans, words, {i for i, _ in matches})
     edited_changed, edited_pieces = _project(edited_spans, edited_words, {j for _, j in matches})
     pairs = []
@@ -117,13 +118,13 @@ def align_words(original_text: str, edited_text: str, original_spans: Sequence[S
 
 
 def gap_credit(alignment: Alignment, at_gaps: bool = True) -> Credit:
-    """The tokens that answer for the edit, U1- and U1+, and the pairs U0 that remain.
+    """Finds the tokens that are credited with the edit, U1- and U1+, and the pairs U0 that remain.
 
-    Changed tokens always answer. Where the edit only inserted, the original has none there; with
-    `at_gaps` its first token after the pair before the gap is credited: what the policy wrote
-    instead of the inserted text (EOS where it stopped too early, so let the ids end with EOS).
-    Likewise the edited token where the edit only deleted. At the very end, with no token left,
-    nobody is credited.
+    Changed tokens are always credited. Where the edit only inserted, the original has no changed
+    token. With `at_gaps`, the original's token right behind the gap is then credited: the policy
+    wrote it instead of the inserted text. (If the policy stopped too early, that token is EOS, so
+    the ids should end with EOS.) Where the edit only deleted, the edited token behind the gap is
+    credited. A gap at the very end, with no token behind it, credits nothing.
     """
     n, m = len(alignment.original_changed), len(alignment.edited_changed)
     original = {i for i in range(n) if alignment.original_changed[i]}
@@ -142,10 +143,15 @@ def gap_credit(alignment: Alignment, at_gaps: bool = True) -> Credit:
 
 
 def cheapest_moves(a: Sequence[Hashable], b: Sequence[Hashable]) -> Moves:
-    """The moves that end a cheapest path from (0, 0) to the cell they enter.
+    """Finds the moves that end a cheapest path from (0, 0) to the cell they enter.
 
-    With D[i, j] the distance of a[:i] and b[:j], neighbours differ by at most 1, so a row of D is a
-    few bit-vectors (Myers 1999, Hyyro 2003). Bit j-1, for the columns j = 1..m, says
+    Let D[i, j] be the distance of a[:i] and b[:j]. In its plain form
+
+        D[i, j] = min(D[i-1, j-1] + (a[i-1] != b[j-1]), D[i-1, j] + 1, D[i, j-1] + 1)
+
+    and a move is cheapest when D grows by the cost of the move. Neighbours in D differ by at most
+    1, so a row of D is a few bit-vectors (Myers 1999, Hyyro 2003). Bit j-1, for the columns
+    j = 1..m, means:
         up      D[i, j] = D[i, j-1] + 1         down    D[i, j] = D[i, j-1] - 1
         more    D[i, j] = D[i-1, j] + 1         less    D[i, j] = D[i-1, j] - 1
         level   D[i, j] = D[i-1, j-1], else D[i, j] = D[i-1, j-1] + 1
@@ -172,19 +178,20 @@ def cheapest_moves(a: Sequence[Hashable], b: Sequence[Hashable]) -> Moves:
 
 
 def _word_moves(a: Sequence[Hashable], b: Sequence[Hashable]) -> Moves:
-    """Every match, deletion and insertion; no substitution."""
+    """Allows every match, deletion and insertion, and no substitution."""
     columns = (2 << len(b)) - 1
     match = [sum(2 << j for j, word in enumerate(b) if word == token) for token in a]
     return Moves(match, [0] * len(a), [columns] * len(a), [columns - 1] * (len(a) + 1))
 
 
 def _best_path(moves: Moves, m: int, edit_cost: int, run_cost: int) -> tuple[list[Pair], int]:
-    """The path of least edit_cost * edits + run_cost * runs, right-most: its matches, its edits.
+    """Finds the right-most path of least edit_cost * edits + run_cost * runs.
 
-    From the end back to (0, 0), for each cell that can reach the end: the best continuation outside
-    a run and the best inside one, each as 4 * cost + first move, so that the smaller number is the
-    cheaper continuation and, of equally cheap ones, the preferred. A match of the two ends, from
-    (n, m) to (n + 1, m + 1), closes every path.
+    Returns (its matches, its number of edits). The tables are filled from the end back to (0, 0).
+    For each cell that can reach the end they hold the best continuation outside a run and the best
+    inside a run, as 4 * cost + first move. The smaller number is then the cheaper continuation, and
+    of equally cheap ones the preferred. A match of the two ends, from (n, m) to (n + 1, m + 1),
+    closes every path.
     """
     n = len(moves.match)
     matches = [*moves.match, 2 << m]
@@ -219,7 +226,7 @@ def _best_path(moves: Moves, m: int, edit_cost: int, run_cost: int) -> tuple[lis
 
 def _follow(outside: list[dict[int, int]],
             inside: list[dict[int, int]]) -> tuple[list[Pair], int]:
-    """Walk from (0, 0) by the first moves of the tables: the matches, the number of edits."""
+    """Walks from (0, 0) by the first moves of the tables; returns matches and number of edits."""
     pairs, edits, i, j, in_run = [], 0, 0, 0, False
     while i < len(outside) - 1:
         move = (inside if in_run else outside)[i][j] & 3
@@ -240,7 +247,7 @@ def _all_but(paired: Iterable[int], length: int) -> list[bool]:
 
 
 def _words(text: str) -> list[_Word]:
-    """The words of a text, then its end as a word that every text has."""
+    """Splits a text into words, and appends its end as a word that every text has."""
     words = []
     for found in re.finditer(r"\S+", text):
         word = found[0].lower()
@@ -250,9 +257,9 @@ def _words(text: str) -> list[_Word]:
 
 def _project(spans: Sequence[Span], words: list[_Word],
              kept: set[int]) -> tuple[list[bool], list[list[int]]]:
-    """For each piece whether it changed; for each word the pieces that begin in it.
+    """Returns, for each piece, whether it changed, and for each word the pieces that begin in it.
 
-    kept: the positions in `words` of those that did not change.
+    kept: the positions in `words` of the words that did not change.
     """
     length = words[-1].start
     if beyond := [span for span in spans if span[1] > length]:
@@ -272,6 +279,6 @@ def _project(spans: Sequence[Span], words: list[_Word],
 
 
 def _surface(text: str, span: Span) -> str:
-    """A piece as compared inside matched words: in lower case, stripped unless it is all blank."""
+    """The text of a piece inside matched words: lower case, stripped unless it is all blank."""
     piece = text[slice(*span)].lower()
     return piece.strip() or piece

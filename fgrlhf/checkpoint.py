@@ -1,29 +1,27 @@
-"""Models in and out of folders, and training states: whole or not at all, never a line of code.
+"""Models in and out of folders: written whole or not at all, read without running code.
 
-    load_model(path)     any layout of `layouts`          load_state(path)     a training state
-    save_model(model)    Meta's (our own) or HF's         save_state(path)
-    load_tokenizer(path) the tokenizer.model beside the weights
+    load_model(path)          any layout of fgrlhf/layouts, recognised from the files
+    save_model(model, path)   Meta's layout, which is the project's own, or Hugging Face's
+    load_tokenizer(path)      the tokenizer.model in the same folder
 
-A model is described on the meta device and filled one tensor at a time, so loading needs the
-model's own memory and one tensor more. `load_model(path, device="meta")` checks every name and
-shape of a checkpoint of any size and reads no weights.
+A model is described on the meta device and filled one tensor at a time. Loading therefore needs the
+memory of the model and of one more tensor. `load_model(path, device="meta")` checks every name and
+shape of a checkpoint of any size and reads no weights. The code of a layout is imported when a
+folder needs it.
 """
 
-import hashlib
 import json
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
-from fgrlhf import lora
-from fgrlhf.config import UserError
-from fgrlhf.files import read_bytes, write_atomic
-from fgrlhf.layouts import huggingface, huggingface_tokenizer, llama2c, meta
+from fgrlhf.data.fields import UserError
+from fgrlhf.data.files import read_bytes, write_atomic
+from fgrlhf.engine import lora
+from fgrlhf.layouts import meta
 from fgrlhf.layouts.stored import Stored, Weights
 from fgrlhf.model import LLaMA
-from fgrlhf.safetensors import write_safetensors
 from fgrlhf.tokenizer import Tokenizer
 
 
@@ -36,10 +34,10 @@ def _weight_files(folder: Path, layout: str) -> list[Path]:
 
 
 def read_layout(path: str | Path) -> Weights:
-    """Recognise the layout of a folder (or of one llama2.c file) and describe what it holds."""
+    """Recognises the layout of a folder, or of one llama2.c file, and describes what it holds."""
     path = Path(path)
     if path.is_file() and path.suffix == ".bin":
-        return llama2c.read(path)
+        return _read_llama2c(path)
     if not path.is_dir():
         raise UserError(f"{path}: expected a model folder, or the .bin file of llama2.c")
     in_meta, in_hf = _weight_files(path, "meta"), _weight_files(path, "hf")
@@ -49,22 +47,28 @@ def read_layout(path: str | Path) -> Weights:
     if in_meta or (path / "params.json").exists() and not in_hf:
         return meta.read(path)
     if in_hf or (path / "config.json").exists():
+        from fgrlhf.layouts import huggingface
         return huggingface.read(path)
     others = sorted(path.glob("*.bin"))
     if len(others) == 1:
-        return llama2c.read(others[0])
+        return _read_llama2c(others[0])
     raise UserError(f"{path}: holds no model; expected params.json and consolidated.00.pth (Meta), "
                     "config.json and model.safetensors (Hugging Face) or one .bin (llama2.c)")
 
 
+def _read_llama2c(path: Path) -> Weights:
+    from fgrlhf.layouts import llama2c
+    return llama2c.read(path)
+
+
 def load_model(path: str | Path, device: str | torch.device = "cpu",
                dtype: torch.dtype | None = None) -> LLaMA:
-    """The model in a folder (or llama2.c file), its layout recognised from the files.
+    """Reads the model in a folder, or in a llama2.c file, in any layout.
 
-    A folder of adapters gives them merged with their trunk. device may be "meta"; dtype None keeps
-    that of the stored embedding. Raises UserError naming the file and the tensor for anything
-    missing, unknown, truncated or of the wrong shape, and when the tokenizer beside the weights has
-    another size than the vocabulary.
+    A folder of adapters gives the adapters merged with their trunk. `device` may be "meta". With
+    dtype None the model keeps the dtype of the stored embedding. Raises UserError with the file and
+    the tensor for anything that is missing, unknown, truncated or of the wrong shape, and when the
+    size of the tokenizer differs from the vocabulary.
     """
     if lora.is_folder(path):
         return lora.merge(load_adapted(path, device, dtype))
@@ -88,10 +92,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
 def load_adapted(path: str | Path, device: str | torch.device = "cpu",
                  dtype: torch.dtype | None = None, rank: int | None = None, seed: int = 0,
                  trunks: dict[Path, LLaMA] | None = None) -> LLaMA:
-    """A LLaMA with adapters: those in the folder, else fresh ones of `rank` over its weights.
+    """Reads a LLaMA with adapters: those in the folder, or new ones of `rank` over its weights.
 
-    `trunks` holds the trunks read so far, by folder: models loaded with one dict share them. Raises
-    UserError when the folder's adapters have another rank than the one asked for.
+    `trunks` holds the trunks read so far, by folder; models that are loaded with the same dict
+    share them. Raises UserError when the folder's adapters have another rank.
     """
     fresh, trunks = not lora.is_folder(path), {} if trunks is None else trunks
     if not fresh:
@@ -109,7 +113,7 @@ def load_adapted(path: str | Path, device: str | torch.device = "cpu",
 
 
 def _check(path: str | Path, expected: dict[str, Tensor], tensors: dict[str, Stored]) -> None:
-    """The same names, the same shapes, floating point."""
+    """Raises UserError unless the names and shapes are those expected, in floating point."""
     for name, stored in tensors.items():
         if name not in expected:
             raise UserError(f"{stored.file}: tensor {stored.name}: unknown; the sizes beside it "
@@ -132,20 +136,21 @@ def _tokenizer_path(path: str | Path) -> Path:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer beside the weights of a model folder or llama2.c file."""
+    """Reads the tokenizer in a model folder, or in the folder of a llama2.c file."""
     return Tokenizer(_tokenizer_path(path))
 
 
 def save_model(model: LLaMA, path: str | Path, layout: str = "meta",
                tokenizer: Tokenizer | None = None) -> None:
-    """Write a model folder, each file atomically and the JSON that makes it one last.
+    """Writes a model folder. Each file is written atomically, and last the JSON that completes it.
 
-    layout "meta" is the project's own and can be read by Meta's code once the keys "max_seq_len"
-    and "tie_embeddings" are dropped; "hf" is read by transformers, vLLM and llama.cpp's converter,
-    the last only with a `tokenizer`. The weights keep their dtype; either way round is bit-exact.
-    With a `tokenizer` its file is copied. Raises UserError when the folder holds another
-    checkpoint, which a reader would mix up with this one, or the tokenizer is another model's.
-    Of an adapted model the adapters alone are written, beside the path of their trunk.
+    layout "meta" is the project's own; Meta's code can read it once the keys "max_seq_len" and
+    "tie_embeddings" are removed. layout "hf" can be read by transformers, vLLM and, when a
+    `tokenizer` is given, llama.cpp's converter. The weights keep their dtype, and reading them back
+    is bit-exact. The file of the `tokenizer` is copied. For an adapted model only the adapters are
+    written, with the path of their trunk. Raises UserError when the folder holds another
+    checkpoint, which a reader would mix up with this one, or when the tokenizer belongs to another
+    model.
     """
     if layout not in WEIGHTS:
         raise ValueError(f'layout: expected "meta" or "hf", got {layout!r}')
@@ -167,6 +172,8 @@ def save_model(model: LLaMA, path: str | Path, layout: str = "meta",
         parameters = {name: p.cpu().contiguous() for name, p in parameters.items()}
         write_atomic(own, lambda file: torch.save(parameters, file))
     else:
+        from fgrlhf.layouts import huggingface
+        from fgrlhf.layouts.safetensors import write_safetensors
         write_safetensors(own, huggingface.to_hf(parameters, model.config))
     if tokenizer is not None:
         write_atomic(folder / "tokenizer.model", read_bytes(tokenizer.path))
@@ -175,10 +182,11 @@ def save_model(model: LLaMA, path: str | Path, layout: str = "meta",
 
 
 def _settings(model: LLaMA, layout: str, tokenizer: Tokenizer | None) -> dict[str, dict]:
-    """The JSON files beside the weights; last the one without which the folder is no model."""
+    """The JSON files of a model folder. The last one completes the folder."""
     config, dtype = model.config, model.tok_embeddings.weight.dtype
     if layout == "meta":
         return {"params.json": meta.write_params(config)}
+    from fgrlhf.layouts import huggingface, huggingface_tokenizer
     last = {"config.json": huggingface.write_config(config, dtype, tokenizer)}
     if tokenizer is None:
         return last
@@ -186,64 +194,3 @@ def _settings(model: LLaMA, layout: str, tokenizer: Tokenizer | None) -> dict[st
         "tokenizer.json": huggingface_tokenizer.write_tokenizer(tokenizer),
         "tokenizer_config.json": huggingface_tokenizer.write_tokenizer_config(
             tokenizer, config.max_seq_len)} | last
-
-
-class _Hashing:
-    """A binary file that is hashed as it is written."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.sha = file, hashlib.sha256()
-
-    def write(self, data) -> int:
-        self.sha.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def save_state(path: str | Path, state: dict) -> None:
-    """Write a training state atomically; the file's last 32 bytes are the sha256 of all before.
-
-    `state`: dicts, lists and tuples of tensors, numbers, strings, bytes, booleans and None.
-    Raises TypeError naming the entry for anything else: it could not be read without running code.
-    """
-    _check_plain(state, "state")
-
-    def write(file: BinaryIO) -> None:
-        hashing = _Hashing(file)
-        torch.save(state, hashing)
-        file.write(hashing.sha.digest())
-
-    write_atomic(path, write)
-
-
-def load_state(path: str | Path) -> dict:
-    """A training state of `save_state`, on the CPU. Raises UserError when a bit has changed."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such training state")
-    sha, left = hashlib.sha256(), path.stat().st_size - 32
-    with open(path, "rb") as file:
-        while left > 0 and (block := file.read(min(left, 1 << 20))):
-            sha.update(block)
-            left -= len(block)
-        intact = file.read() == sha.digest()
-    if not intact:
-        raise UserError(f"{path}: damaged, or no training state: its contents do not match their "
-                        "checksum; use an older one")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _check_plain(value: object, name: str) -> None:
-    """Raise TypeError for what could not be loaded without running code."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _check_plain(key, name)
-            _check_plain(item, f"{name}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for number, item in enumerate(value):
-            _check_plain(item, f"{name}[{number}]")
-    elif not isinstance(value, Tensor | bool | int | float | str | bytes | None):
-        raise TypeError(f"{name}: expected a tensor, number, string, bytes, None, or a dict, "
-                        f"list or tuple of these, got {type(value).__name__}")

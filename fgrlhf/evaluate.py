@@ -1,10 +1,10 @@
-"""The measurements behind every reported figure: accuracy, AUC, win rate, intervals.
+"""The measurements behind every figure (paper, section 3.2): accuracy, AUC, win rate, intervals.
 
-    win rate       mean over prompts of 1 (win), 1/2 (tie), 0 (loss)        = mean(preference - 1)
+    win rate       mean over prompts of 1 (win), 1/2 (tie), 0 (loss)
     AUC            P(score of a positive > score of a negative) + 1/2 P(equal)
     interval       paired bootstrap over prompts within a run; Student's t over seeds
 
-Plain functions of numbers: no model, no tokenizer, no file.
+These are plain functions of numbers, without model, tokenizer or file.
 """
 
 import math
@@ -31,16 +31,16 @@ def win_rate(preferences: Sequence[float]) -> float:
 
 
 def compare(errors: Sequence[int], reference_errors: Sequence[int]) -> list[float]:
-    """Per prompt: 1 with fewer errors than the reference, 0.5 with as many, 0 with more."""
+    """For each prompt: 1 for fewer errors than the reference, 0.5 for as many, 0 for more."""
     if len(errors) != len(reference_errors):
         raise ValueError(f"errors: expected {len(reference_errors)} values, got {len(errors)}")
     return [(a < b) + 0.5 * (a == b) for a, b in zip(errors, reference_errors)]
 
 
 def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 2000) -> Interval:
-    """Mean and percentile interval over prompts. For a paired difference pass the differences.
+    """The mean and its percentile interval over prompts (Efron 1979).
 
-    values: one number a prompt, n >= 1. Source: Efron 1979.
+    values: one number per prompt, n >= 1. For a paired difference pass the differences.
     """
     values = np.asarray(values, dtype=float)
     picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
@@ -49,10 +49,10 @@ def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 2000) -> Inte
 
 
 def over_seeds(values: Sequence[float], more: int | None = None) -> Interval:
-    """Mean over seeds with Student's t interval; a single seed has an interval of NaN.
+    """The mean over seeds with Student's t interval. The interval of a single seed is NaN.
 
-    mean +- t s sqrt(1/n) covers the mean of endless seeds; with `more` = m seeds to come,
-    mean +- t s sqrt(1/n + 1/m) covers their mean (m = 1: what to expect of one run).
+    mean +- t s sqrt(1/n) covers the mean over all possible seeds. With `more` = m further seeds,
+    mean +- t s sqrt(1/n + 1/m) covers the mean of those; m = 1 says what to expect of one more run.
     """
     values = np.asarray(values, dtype=float)
     mean, n = float(values.mean()), len(values)
@@ -64,7 +64,7 @@ def over_seeds(values: Sequence[float], more: int | None = None) -> Interval:
 
 
 def t_quantile(degrees: int) -> float:
-    """97.5% quantile of Student's t; beyond the table Fisher's expansion, right within 0.002."""
+    """The 97.5% quantile of Student's t. Beyond the table, Fisher's expansion is right to 0.002."""
     if degrees <= len(T_QUANTILE):
         return T_QUANTILE[degrees - 1]
     z = Z_QUANTILE
@@ -73,14 +73,14 @@ def t_quantile(degrees: int) -> float:
 
 
 def pair_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> float:
-    """Share of pairs whose chosen side has the higher reward, ties 1/2."""
+    """The share of pairs whose chosen side has the higher reward. A tie counts 1/2."""
     return win_rate(compare(np.negative(chosen), np.negative(rejected)))
 
 
 def auc(scores: Sequence[float], labels: Sequence[bool]) -> float:
-    """Area under the ROC curve by ranks, ties averaged; NaN when a class is empty.
+    """The area under the ROC curve, by ranks with ties averaged. NaN when a class is empty.
 
-    scores: higher means more likely positive. labels: True = positive. Both length n.
+    scores: higher means more likely positive. labels: True means positive. Both have length n.
     """
     scores, labels = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
     positives, negatives = int(labels.sum()), int((~labels).sum())
@@ -93,7 +93,7 @@ def auc(scores: Sequence[float], labels: Sequence[bool]) -> float:
 
 
 def auc_within(groups: Sequence[tuple[Sequence[float], Sequence[bool]]]) -> float:
-    """Mean of the AUC inside each response, over those with both classes; NaN without any."""
+    """The mean of the AUC inside each response that has both classes; NaN without any."""
     values = [value for scores, labels in groups if not math.isnan(value := auc(scores, labels))]
     return float(np.mean(values)) if values else math.nan
 
@@ -101,25 +101,29 @@ def auc_within(groups: Sequence[tuple[Sequence[float], Sequence[bool]]]) -> floa
 # ----- reward models ----------------------------------------------------------------------------
 
 class Judged(NamedTuple):
-    """A reward model's view of one preference. Token lists are empty for a sequence-level model."""
+    """The rewards of one held-out preference. A sequence-level model leaves the lists empty."""
 
     id: str
     chosen: float                       # R(x, y+)
     rejected: float                     # R(x, y-)
     change: float                       # token edit distance / length of the longer side
-    rewards: list[float]                # r_t of the rejected response, EOS left out
-    types: list[str]                    # the human error span each of these tokens lies in, or ""
-    lengths: tuple[int, int] | None = None      # tokens of y+ and y-, where R is a sum over them
+    rewards: list[float] = []           # r_t of the rejected response, EOS left out
+    types: list[str] = []               # the type of the error span that holds the token, or ""
+    lengths: tuple[int, int] | None = None      # tokens of y+ and y-, when R is a sum over them
 
 
 def reward_table(judged: Sequence[Judged], minimal: float = 0.4) -> dict[str, float]:
-    """Pair accuracy, and the AUC of -r_t against human error spans with its position-only baseline.
+    """Pair accuracy, and the AUC of -r_t against human error spans.
 
-    Where lengths are known, "per_token" compares R / |y| instead of R (a sum over tokens is
-    confounded with length), and "shorter" is the length-only baseline: the shorter side wins.
-    The `minimal` stratum holds the preferences whose change share is below it. AUC entries are
-    absent without spans. "within" averages the AUC inside each response, "type" takes one error
-    type against all tokens outside any span.
+        pair_accuracy               R(y+) > R(y-)
+        pair_accuracy_per_token     R / |y| instead of R, which is a sum and grows with length
+        pair_accuracy_shorter       the length-only baseline: the shorter side wins
+        token_auc, position_auc     by -r_t, and by the position of the token only
+        ..._within                  the mean of the AUC inside each response
+        token_auc/TYPE              spans of one type against the tokens outside any span
+        minimal/...                 the preferences whose share of changed tokens is below `minimal`
+
+    Entries that need lengths or spans are absent without them.
     """
     accuracy = lambda group: pair_accuracy([j.chosen for j in group], [j.rejected for j in group])
     table = {"pairs": len(judged), "pair_accuracy": accuracy(judged)}

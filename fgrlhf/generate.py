@@ -2,12 +2,12 @@
 
     python -m fgrlhf.generate --model DIR --prompt "Once upon" --max-new-tokens 200 --temperature 0
 
-Prints the prompt and its continuation on stdout as they come, and nothing else; the rest goes to
-stderr. Temperature 0 takes the most probable token. A text ends at EOS, at the context's end, or at
-BOS, by which models trained on a stream of documents begin the next one.
+The prompt and its continuation are printed on stdout token by token, everything else on stderr. A
+text ends at EOS, at the end of the context, or at BOS, because models that were trained on a stream
+of documents begin the next document with BOS.
 
-Rollouts are sampled elsewhere (`rollout.sample`): with top-p, sampling and scoring would be two
-distributions.
+Rollouts are not sampled here but by `rollout.sample`: with top-p, sampling and scoring would be two
+different distributions.
 """
 
 import itertools
@@ -20,39 +20,42 @@ import torch
 from torch import Tensor
 
 from fgrlhf.checkpoint import load_model, load_tokenizer
-from fgrlhf.config import UserError, arg, parse, run
-from fgrlhf.files import read_bytes
+from fgrlhf.data.fields import UserError
+from fgrlhf.data.files import read_bytes
+from fgrlhf.engine.config import DTYPES, Computation, arg, parse, run
+from fgrlhf.engine.distributed import pick_device
 from fgrlhf.model import KVCache, LLaMA
 from fgrlhf.rollout import inverse_cdf, real_slots
-from fgrlhf.run import pick_device
 from fgrlhf.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(Computation):
     model: str = arg(help="model folder (any layout) or llama2.c .bin file")
     prompt: str = arg("", help="text to continue")
     prompts_file: str | None = arg(None, help="continue each line of this file instead")
-    max_new_tokens: int = arg(256, help="tokens to add at most")
-    temperature: float = arg(1.0, help="0 is greedy")
-    top_p: float = arg(1.0, help="sample from the most probable tokens that sum to this")
-    seed: int | None = arg(None, help="for the same text again; by default it differs each time")
-    batch: int = arg(16, help="lines of the file at a time")
-    device: str = arg("auto", help="cpu, cuda, mps; auto is cuda where present")
+    max_new_tokens: int = arg(256, least=0, help="largest number of tokens to add")
+    temperature: float = arg(1.0, least=0, help="0 always takes the most probable token")
+    top_p: float = arg(1.0, help="sample from the fewest most probable tokens whose probabilities "
+                       "sum to this number or more")
+    seed: int | None = arg(None, help="seed of the sampling (default: another one each time)")
+    batch: int = arg(16, least=1, help="lines of the file that are continued together")
+    dtype: str | None = arg(None, choices=DTYPES, help="of weights and activations (default: that "
+                            "of the checkpoint)")
 
 
 def next_token(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:
-    """logits [B, V] and uniform [B] in [0, 1) -> token [B].
+    """Chooses a token for each row: logits [B, V] and uniform [B] in [0, 1) -> token [B].
 
-    softmax(logits / temperature), cut to the fewest most probable tokens that sum to at least
-    `top_p`, sampled by inverse CDF; temperature 0 is the argmax.
+    The distribution is softmax(logits / temperature), restricted to the fewest most probable tokens
+    that sum to at least `top_p`. It is sampled by inverse CDF. Temperature 0 takes the argmax.
     """
     if temperature == 0:
         return logits.argmax(-1)
     logp = torch.log_softmax(logits.float() / temperature, dim=-1)
     if top_p < 1:
         ordered, index = logp.sort(dim=-1, descending=True)
-        beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p       # the mass before suffices
+        beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p       # enough without them
         logp = logp.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), -torch.inf)
     return inverse_cdf(logp, uniform)[0]
 
@@ -61,9 +64,9 @@ def next_token(logits: Tensor, temperature: float, top_p: float, uniform: Tensor
 def continue_batch(model: LLaMA, prompts: list[list[int]], stop_ids: tuple[int, ...],
                    max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
                    generator: torch.Generator | None = None) -> Iterator[list[int | None]]:
-    """One step after the other, the next id of each prompt; None for those that have ended.
+    """Yields, for each step, the next id of each prompt, and None for those that have ended.
 
-    A prompt ends before any of `stop_ids` and where the context does.
+    A text ends before any of `stop_ids`, and at the end of the context.
     """
     device, context, B = model.head.device, model.config.max_seq_len, len(prompts)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -87,33 +90,32 @@ def continue_batch(model: LLaMA, prompts: list[list[int]], stop_ids: tuple[int, 
 
 
 def read_prompts(config: Config, tokenizer: Tokenizer, context: int) -> list[list[int]]:
-    """The ids of each prompt, BOS first."""
+    """Returns the ids of each prompt, BOS first."""
     texts = [config.prompt]
     if config.prompts_file is not None:
         try:
             lines = read_bytes(config.prompts_file).decode().split("\n")
         except UnicodeDecodeError as error:
-            raise UserError(f"{config.prompts_file}: expected UTF-8 ({error})") from None
+            raise UserError(f"{config.prompts_file}: expected UTF-8, got {error}; convert the file"
+                            ) from None
         texts = [line for line in (line.rstrip("\r") for line in lines) if line]
         if config.prompt or not texts:
-            raise UserError(f"--prompts-file {config.prompts_file}: expected one prompt a line, "
-                            "and no --prompt beside it")
+            raise UserError(f"--prompts-file {config.prompts_file}: expected one prompt per line "
+                            f"and no --prompt, got {len(texts)} lines and --prompt "
+                            f"{config.prompt!r}; give one of the two")
     prompts = [tokenizer.encode(text, bos=True) for text in texts]
     for text, prompt in zip(texts, prompts):
         if len(prompt) > context:
-            raise UserError(f"prompt {text[:30]!r}...: {len(prompt)} tokens, the model's context "
-                            f"is {context}; shorten it")
+            raise UserError(f"prompt {text[:30]!r}...: expected at most {context} tokens, the "
+                            f"model's context, got {len(prompt)}; shorten the prompt")
     return prompts
 
 
 def generate(config: Config) -> None:
-    for name, good in (("max_new_tokens", config.max_new_tokens >= 0), ("batch", config.batch >= 1),
-                       ("temperature", 0 <= config.temperature < float("inf")),
-                       ("top_p", 0 < config.top_p <= 1)):
-        if not good:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag}: out of range, got {getattr(config, name)}")
-    model = load_model(config.model, pick_device(config.device))
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"--top-p {config.top_p}: expected a number above 0 and at most 1")
+    model = load_model(config.model, pick_device(config.device),
+                       config.dtype and getattr(torch, config.dtype))
     tokenizer = load_tokenizer(config.model)
     prompts = read_prompts(config, tokenizer, model.config.max_seq_len)
     generator = torch.Generator()
@@ -124,7 +126,7 @@ def generate(config: Config) -> None:
         batch = prompts[first:first + config.batch]
         steps = continue_batch(model, batch, (tokenizer.eos_id, tokenizer.bos_id),
                                config.max_new_tokens, config.temperature, config.top_p, generator)
-        if len(batch) > 1:                              # one text after the other: wait for all
+        if len(batch) > 1:                              # texts are printed one after the other
             steps = list(steps)
         for row, prompt in enumerate(batch):
             added = (step[row] for step in steps if step[row] is not None)
@@ -135,4 +137,4 @@ def generate(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda: generate(parse(Config, prog="python -m fgrlhf.generate", description=__doc__)))
+    run(lambda: generate(parse(Config, __doc__)))

@@ -11,10 +11,10 @@ rotary pairs are those of Meta's checkpoints: a real 7B and the laptop's 0.4M ru
 Shape letters: B batch, T time, S cache slots, D width, H query heads, G key/value heads, K head
 width, F inner width, V vocabulary.
 
-Padding needs no mask when it is on the right: attention is causal, so no real token sees it; with
-`lengths` it costs next to nothing either. With padding on the left, or between prompt and response
-in the KV cache (prompts of unequal length end at different slots, the tokens after them share one),
-pass `positions` and `key_mask`.
+Padding on the right needs no mask: attention is causal, so no real token sees it. With `lengths`
+only attention computes padding; matmuls, norms and gates run on the real tokens (`Padding`). Pass
+`positions` and `key_mask` where padding stands elsewhere: on the left, or in the KV cache between a
+short prompt and the response, because the responses of all rows start at the same slot.
 """
 
 import copy
@@ -25,12 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fgrlhf.padding import Padding
-
 
 @dataclass(frozen=True)
 class LLaMAConfig:
-    """Sizes of a LLaMA. `ffn_dim` is F itself, `max_seq_len` the context of its training."""
+    """The sizes of a LLaMA. `ffn_dim` is F; `max_seq_len` is the context it was trained with."""
 
     dim: int
     n_layers: int
@@ -53,7 +51,7 @@ class LLaMAConfig:
 
     @property
     def head_dim(self) -> int:
-        """K, the width of one head."""
+        """The width K of one head."""
         return self.dim // self.n_heads
 
 
@@ -82,13 +80,10 @@ PRESETS = {
 }
 
 
-DTYPES = ("float32", "bfloat16")           # of weights and activations, as the flag --dtype has it
-
-
 class KVCache:
-    """Keys and values of the tokens so far, `[layers, B, G, S, K]`, allocated once.
+    """The keys and values of the tokens so far, [layers, B, G, S, K], allocated once.
 
-    Tokens take the next free slots, the same in every row; `length` slots are filled.
+    New tokens take the next free slots, the same slots in every row. `length` slots are filled.
     """
 
     def __init__(self, config: LLaMAConfig, batch: int, slots: int, device=None, dtype=None):
@@ -98,9 +93,9 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v `[B, G, T, K]` of one layer behind the filled slots; all of them so far.
+        """Stores one layer's k and v, [B, G, T, K], in the next slots; returns all of them so far.
 
-        `LLaMA.hidden` moves `length` on when every layer has stored its own.
+        `LLaMA.hidden` increases `length` once every layer has stored its part.
         """
         start, stop = self.length, self.length + k.shape[2]
         self.keys[layer, :, :, start:stop] = k
@@ -108,17 +103,17 @@ class KVCache:
         return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
 
     def mask(self, T: int, key_mask: Tensor | None, like: Tensor) -> Tensor | None:
-        """What T more tokens may see: `attention_mask`."""
+        """Returns the `attention_mask` for T more tokens."""
         return attention_mask(self.length, T, key_mask, like)
 
     def part(self, rows: slice) -> "KVCache":
-        """A cache of some batch rows that shares this one's memory, empty: for their prefill."""
+        """Returns an empty cache for some rows, in the memory of this cache, to prefill them."""
         part = copy.copy(self)
         part.keys, part.values, part.length = self.keys[:, rows], self.values[:, rows], 0
         return part
 
     def keep(self, rows: Tensor) -> None:
-        """Row i becomes what row rows[i] was; the others are dropped. Copies what moves alone."""
+        """Replaces row i by row rows[i] and drops the other rows. Copies only rows that move."""
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
         for name in ("keys", "values"):
             before = getattr(self, name)
@@ -128,7 +123,7 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
-    """weight * x / sqrt(mean(x^2) + eps), mean in float32 at least (Zhang and Sennrich 2019)."""
+    """weight * x / sqrt(mean(x^2) + eps), with the mean in float32 (Zhang and Sennrich 2019)."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -142,9 +137,10 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(positions: Tensor, config: LLaMAConfig, dtype: torch.dtype) -> Tensor:
-    """exp(i position theta^(-2j/K)) for each pair j: [B or 1, T, 1, K/2] complex64 at least.
+    """exp(i position theta^(-2j/K)) for each pair j: [B or 1, T, 1, K/2], complex64 or wider.
 
-    `positions` [B or 1, T] int64. Nothing is stored: a model on the meta device needs no table.
+    `positions` is [B or 1, T] int64. The table is computed in each pass and not stored, so a model
+    on the meta device needs none.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     K = config.head_dim
@@ -154,9 +150,9 @@ def rotary_table(positions: Tensor, config: LLaMAConfig, dtype: torch.dtype) -> 
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn each pair (x_2j, x_2j+1) of x [B, T, heads, K] by its angle (Su et al. 2021).
+    """Rotates each pair (x_2j, x_2j+1) of x [B, T, heads, K] by its angle (Su et al. 2021).
 
-    A pair is one complex number, and turning it one multiplication.
+    Each pair is one complex number, so the rotation is one multiplication.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     pairs = torch.view_as_complex(wide.reshape(*x.shape[:-1], -1, 2))            # [.., K/2]
@@ -167,7 +163,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(K) + mask) v for a few queries against a long cache.
 
     q [B, H, T, K], k and v [B, G, S, K], mask [B or 1, 1, T, S] or None -> [B, H, T, K]. The H/G
-    queries of a group are rows of one matmul: keys and values are read where they lie, once.
+    queries of a group are the rows of one matmul, so keys and values are read once, without a copy.
     """
     B, H, T, K = q.shape
     k, v = k.flatten(0, 1), v.flatten(0, 1)                                      # [B G, S, K]
@@ -178,10 +174,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def attention_mask(start: int, T: int, key_mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """0 where query t may see slot s, else -inf: [B or 1, 1, T, S = start + T], of like's dtype.
+    """0 where query t may see slot s, else -inf: [B or 1, 1, T, S = start + T], in like's dtype.
 
-    It may where s <= start + t and key_mask [B, S] is True; itself always, so that no row is empty.
-    None where a kernel's own causal rule, or none at all for a single query, says the same.
+    Query t sees slot s when s <= start + t and key_mask [B, S] is True there. It always sees
+    itself, so that no row is empty. Returns None when the kernel's own causal rule, or no rule for
+    a single query, gives the same result.
     """
     if key_mask is None and (start == 0 or T == 1):
         return None
@@ -192,6 +189,54 @@ def attention_mask(start: int, T: int, key_mask: Tensor | None, like: Tensor) ->
         itself = hidden.tril(start).triu(start)
         hidden = hidden.triu(start + 1) | ~(key_mask[:, None] | itself)          # [B, T, S]
     return like.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None]
+
+
+class Padding:
+    """Converts a right-padded batch [B, T, ..] to its N real tokens [1, N, ..] and back.
+
+    Matmuls, norms and gates treat each token separately, so they run on [1, N] and compute no
+    padding. Attention needs rows and gets them back around its kernel. strip and restore are each
+    other's gradient. The results are those of the padded batch; only the rounding differs, because
+    the matmuls have another height.
+    """
+
+    def __init__(self, lengths: Tensor, T: int):
+        real = torch.arange(T, device=lengths.device) < lengths[:, None]             # [B, T]
+        self.shape, self.index = real.shape, real.flatten().nonzero()[:, 0]          # [N]
+
+    @property
+    def positions(self) -> Tensor:
+        """[1, N]: the position of each real token in its row."""
+        return (self.index % self.shape[1])[None]
+
+    def strip(self, x: Tensor) -> Tensor:
+        """[B, T, ..] -> [1, N, ..]: the real tokens, row after row."""
+        return _Move.apply(x, self._strip, self._restore)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """[1, N, ..] -> [B, T, ..]: the rows again, with 0 in the padding."""
+        return _Move.apply(x, self._restore, self._strip)
+
+    def _strip(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1).index_select(0, self.index)[None]
+
+    def _restore(self, x: Tensor) -> Tensor:
+        B, T = self.shape
+        padded = x.new_zeros(B * T, *x.shape[2:])
+        return padded.index_copy_(0, self.index, x[0]).unflatten(0, (B, T))
+
+
+class _Move(torch.autograd.Function):
+    """Applies one of two functions that are each other's gradient."""
+
+    @staticmethod
+    def forward(ctx, x, there, back):
+        ctx.back = back
+        return there(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.back(grad), None, None
 
 
 class Attention(nn.Module):
@@ -249,7 +294,7 @@ class Block(nn.Module):
 
 
 class LLaMA(nn.Module):
-    """The transformer. No dropout: training and scoring compute the same function (rule 2)."""
+    """The transformer. It has no dropout: training and scoring compute one function (rule 2)."""
 
     def __init__(self, config: LLaMAConfig):
         super().__init__()
@@ -263,11 +308,11 @@ class LLaMA(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """The output matrix [V, D]; the embedding itself when tied."""
+        """The output matrix [V, D]. It is the embedding itself when the two are tied."""
         return self.tok_embeddings.weight if self.config.tie_embeddings else self.output.weight
 
     def init_weights(self, generator: torch.Generator | None = None) -> "LLaMA":
-        """Normal(0, 0.02); projections into the residual stream over sqrt(2 layers), as GPT-2."""
+        """Draws Normal(0, 0.02); projections into the residual stream get 0.02 / sqrt(2 layers)."""
         residual_std = 0.02 / (2 * self.config.n_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -278,14 +323,15 @@ class LLaMA(nn.Module):
     def hidden(self, tokens: Tensor, positions: Tensor | None = None,
                key_mask: Tensor | None = None, cache: KVCache | None = None,
                lengths: Tensor | None = None) -> Tensor:
-        """Final hidden states [B, T, D], after the last norm; `hidden @ head.T` are the logits.
+        """Returns the final hidden states [B, T, D], after the last norm. Logits: hidden @ head.T.
 
-        tokens [B, T] int64. With a `cache` they go on from its `length` slots and are stored behind
-        them; S = length + T, or T without. positions [B or 1, T] int64, default length..S-1 in each
-        row. key_mask [B, S] bool, True where a slot holds a real token, default everywhere.
+        tokens [B, T] int64. With a `cache` they continue its `length` filled slots and are stored
+        there; S = length + T (without a cache S = T). positions [B or 1, T] int64, by default
+        length..S-1 in each row. key_mask [B, S] bool is True where a slot holds a real token, by
+        default everywhere.
 
-        lengths [B] int64, with none of the others: what is behind them is padding, left out of all
-        but attention (padding.py); its states are 0.
+        lengths [B] int64, given without the other three: tokens behind them are padding. Only
+        attention computes it, and its hidden states are 0.
         """
         if lengths is not None and not (positions is key_mask is cache is None):
             raise ValueError("lengths: expected without positions, key_mask and cache")
@@ -312,17 +358,17 @@ class LLaMA(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None,
                 key_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Logits [B, T, V] in the model's dtype; arguments as `hidden`, but for `lengths`."""
+        """Returns the logits [B, T, V] in the model's dtype. See `hidden` for the arguments."""
         return F.linear(self.hidden(tokens, positions, key_mask, cache), self.head)
 
 
 def build(config: LLaMAConfig, seed: int = 0, **overrides) -> LLaMA:
-    """A freshly initialised model, a function of the seed; `overrides` replace config fields."""
+    """Builds a freshly initialised model from the seed. `overrides` replace config fields."""
     model = LLaMA(replace(config, **overrides))
     return model.init_weights(torch.Generator().manual_seed(seed))
 
 
 def parameter_count(config: LLaMAConfig) -> int:
-    """The number of parameters, a tied embedding counted once; nothing is allocated."""
+    """Counts the parameters, a tied embedding once. Nothing is allocated."""
     with torch.device("meta"):
         return sum(p.numel() for p in LLaMA(config).parameters())

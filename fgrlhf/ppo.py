@@ -1,10 +1,10 @@
-"""Losses and statistics of PPO: equation (7), the critic's loss, the first-minibatch check.
+"""The clipped policy loss, equation (7), and the statistics of a PPO iteration.
 
-    rho_t   = exp(logp_t - logp_old_t)
-    (7)       L_clip = -mean over response tokens of min(rho_t A_t, clip(rho_t, 1-eps, 1+eps) A_t)
-    critic    L_V = 1/2 mean max((V_t - G_t)^2, (clip(V_t, V_old_t +- eps_V) - G_t)^2)
+    rho_t = exp(logp_t - logp_old_t)
+    (7)     L_clip = -mean over response tokens of min(rho_t A_t, clip(rho_t, 1-eps, 1+eps) A_t)
+    KL      of the policy from the reference, by three estimates: k1, k3, exact
 
-Means are over the response tokens of the whole minibatch: every loss takes that count as
+The mean is over the response tokens of the whole minibatch. The loss takes their number as
 `denominator`, so that splitting a minibatch into microbatches changes nothing (rule 6).
 """
 
@@ -12,46 +12,36 @@ import torch
 from torch import Tensor
 
 from fgrlhf.model import LLaMA
-from fgrlhf.rollout import Sequences, locate, states_before
-from kernels import linear_ppo
+from fgrlhf.rollout import Rollout
+from fgrlhf.sequences import Sequences, by_length, hidden_before, locate
+from kernels import exact_kl, linear_ppo
 
 
 def policy_loss(policy: LLaMA, sequences: Sequences, logp_old: Tensor, advantages: Tensor,
-                clip_eps: float, temperature: float, denominator: int):
-    """Equation (7) by the fused kernel: no B x T x V logits, three matmuls of the head.
+                clip_eps: float, temperature: float, denominator: int) -> linear_ppo.PPOLoss:
+    """Equation (7). In its plain form:
 
-    logp_old, advantages [B, T] -> the kernel's loss and statistics.
+        logp = score(policy, sequences, temperature)                         # [B, T]
+        ratio = (logp - logp_old).exp()
+        clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+        objective = torch.minimum(ratio * advantages, clipped * advantages)
+        loss = -objective[sequences.response_mask].sum() / denominator
+
+    logp_old [B, T] in nats; advantages [B, T], standardised. Returns the loss with a gradient, logp
+    of each response token [N], and statistics. kernels/clipped_surrogate.py:reference is the plain
+    form as code; the kernel used here computes the same from hidden states and never holds the
+    logits [B, T, V].
     """
     at = locate(sequences)
-    hidden = states_before(policy, sequences, at)                                # [N, D]
-    return linear_ppo.fused(hidden, policy.head, at.target, logp_old[at.row, at.step],
-                            advantages[at.row, at.step], clip_eps, temperature, denominator)
-
-
-def value_loss(values: Tensor, values_old: Tensor, returns: Tensor, mask: Tensor, clip_eps: float,
-               denominator: int) -> Tensor:
-    """The clipped critic loss L_V above; all [B, T], masked."""
-    # Masked before the arithmetic: after it, a NaN in the padding would be 0 here, NaN in backward.
-    values, values_old, returns = (torch.where(mask, x, 0.0) for x in (values, values_old, returns))
-    clipped = values_old + (values - values_old).clamp(-clip_eps, clip_eps)
-    worse = torch.maximum((values - returns).square(), (clipped - returns).square())
-    return 0.5 * worse.sum() / max(denominator, 1)
-
-
-def kl_estimates(logp: Tensor, logp_ref: Tensor, mask: Tensor) -> dict[str, float]:
-    """KL(pi || ref) in nats a token, from samples of pi.
-
-    k1 = mean(-log r) and k3 = mean(r - 1 - log r), r = pi_ref / pi, are unbiased; k3 is never
-    negative (Schulman 2020, "Approximating KL divergence").
-    """
-    log_r = (logp_ref - logp)[mask]
-    return {"kl_k1": -log_r.mean().item(), "kl_k3": (log_r.exp() - 1 - log_r).mean().item()}
+    hidden = hidden_before(policy, sequences, at)                                # [N, D]
+    return linear_ppo.fused(hidden, policy.head, at.target, logp_old[at.row, at.t],
+                            advantages[at.row, at.t], clip_eps, temperature, denominator)
 
 
 def check_first_ratio(logp: Tensor, logp_old: Tensor, tolerance: float = 1e-3) -> float:
     """Rule 2: before the first update the ratio is 1, or sampling and scoring disagree.
 
-    Returns the largest |log ratio|; raises FloatingPointError above `tolerance` nats.
+    Returns the largest |log ratio|. Raises FloatingPointError when it exceeds `tolerance` nats.
     """
     worst = (logp - logp_old).abs().max().item()
     if not worst <= tolerance:
@@ -60,3 +50,47 @@ def check_first_ratio(logp: Tensor, logp_old: Tensor, tolerance: float = 1e-3) -
             "sampling and scoring compute different functions (temperature, precision, padding or "
             "dropout)")
     return worst
+
+
+def kl_estimates(logp: Tensor, logp_ref: Tensor, mask: Tensor) -> dict[str, float]:
+    """Estimates KL(pi || ref) in nats per token, from samples of pi.
+
+    With q = pi_ref / pi: k1 = mean(-log q) and k3 = mean(q - 1 - log q). Both are unbiased, and k3
+    is never negative (Schulman 2020, "Approximating KL divergence"). All arguments are [B, T].
+    """
+    log_q = (logp_ref - logp)[mask]
+    return {"kl_k1": -log_q.mean().item(), "kl_k3": (log_q.exp() - 1 - log_q).mean().item()}
+
+
+@torch.no_grad()
+def exact_kl_of(policy: LLaMA, ref: LLaMA, sequences: Sequences, temperature: float, responses: int,
+                microbatch: int) -> float:
+    """KL(policy || ref) over the whole vocabulary, nats per token, on the first few responses.
+
+    This costs two forward passes over those responses (kernels/exact_kl.py).
+    """
+    total, count = 0.0, 0
+    rows = list(range(min(responses, len(sequences.tokens))))
+    for group in by_length(sequences, rows, microbatch):
+        part = sequences.rows(group)
+        at = locate(part)
+        hidden, hidden_ref = (hidden_before(model, part, at) for model in (policy, ref))
+        kl = exact_kl.fused(hidden, policy.head, hidden_ref, ref.head, temperature)          # [N]
+        total, count = total + kl.sum().item(), count + len(kl)
+    return total / count
+
+
+def rollout_metrics(rollout: Rollout, logp_ref: Tensor, rewards: Tensor,
+                    mask: Tensor) -> dict[str, float]:
+    """The metrics under rollout/: KL in nats per token, calibrated reward, lengths in tokens.
+
+    logp_ref, rewards, mask are [B, T]; the KL has not been taken off the rewards.
+    """
+    truncated = rollout.truncated.float().mean().item()
+    kl = kl_estimates(rollout.logp_old, logp_ref, mask)
+    return {f"rollout/{name}": value for name, value in kl.items()} | {
+        "rollout/reward": rewards.sum().item() / len(rewards),
+        "rollout/reward_per_token": rewards[mask].mean().item(),
+        "rollout/length": rollout.sequences.response_lengths.float().mean().item(),
+        "rollout/eos": 1 - truncated,
+        "rollout/truncated": truncated}

@@ -1,114 +1,108 @@
-"""Reward models: the paper's token-level one (section 3.2) and the baseline's sequence-level one.
+"""Reward models (paper, section 2.2): token-level, and the sequence-level one of PPO-RLHF.
 
-    token      r_t = v . h_t + b [+ a logp_t]              read at token t itself
-               R(x, y) = sum_t r_t                         equation (1)
-    sequence   R(x, y) = v . h_T + b [+ a sum_t logp_t]    read at the last token, EOS when it ended
+    token      r_t = v . h_t + b                      read at the position of token t itself
+               R(x, y) = sum_t r_t                    equation (1)
+    sequence   R(x, y) = v . h_T + b                  read at the last token (EOS when y ended)
+    (2)        P(y+ > y-) = sigmoid(R(x, y+) - R(x, y-))
 
-The token model is trained from edits by equation (4), the sequence model from pairs by
-Bradley-Terry (2). Both start from the SFT model; the head starts at Normal(0, 1/sqrt(D+1))
-(Stiennon et al. 2020). The log-probability feature `a` is not in the paper and off by default;
-logp_t comes from the reward model's own trunk and output matrix. A model with v = 0, b = 0, a = 1
-is the log-likelihood control.
+From (1) and (2) to the token loss. For an edit y+ of y-, with the margin s on the changed tokens,
 
-For PPO the rewards are put on one scale, (r - mean) / scale, so that the KL coefficient beta means
-the same for every model; mean and scale are measured once (`calibrate`), by train_rm.py on the
-rejected responses of its training records.
+    (3)        s = sum_U1+ r_t - sum_U1- r_t
+               R(x, y+) - R(x, y-) = s + sum_U0 (r_i+ - r_j-)
+
+The core assumption: the unchanged tokens U0 are worth the same on both sides, so the last sum is 0
+and (2) becomes sigmoid(s). Equation (4) is -log sigmoid(s), plus a term that makes the assumption
+hold. `token_loss` trains the token model on edits by (4), `sequence_loss` the sequence model on
+pairs by (2). Both start from the SFT model, with a head at Normal(0, 1/sqrt(D+1)) (Stiennon et al.
+2020).
+
+PPO gets calibrated rewards, (r - mean) / scale, so that the KL coefficient beta means the same for
+every reward model. `calibrate` measures mean and scale once: train_rm.py calls it on rejected
+responses of the training records.
 """
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from fgrlhf.checkpoint import load_adapted, load_model, save_model
-from fgrlhf import lora
-from fgrlhf.config import UserError
-from fgrlhf.encode import PreferenceIds
-from fgrlhf.files import read_bytes, write_atomic
+from fgrlhf.data.fields import UserError
+from fgrlhf.data.files import read_object, write_atomic
+from fgrlhf.data.records import Edit, Pair
+from fgrlhf.encode import PreferenceIds, span_types
+from fgrlhf.engine import lora
+from fgrlhf.evaluate import Judged
 from fgrlhf.model import LLaMA
-from fgrlhf.rollout import Sequences, locate, pack, unflatten
+from fgrlhf.sequences import Sequences, hidden_at, locate, pack, unflatten
 from fgrlhf.tokenizer import Tokenizer
-from kernels import linear_logp, token_preference
+from kernels import token_preference
+from kernels.token_preference import Options, Preference, Totals, Unchanged
 
 KINDS = ("token", "sequence")
 
 
 class RewardModel(nn.Module):
-    """A LLaMA trunk with one linear head. `kind` says what the head's output means.
+    """A LLaMA trunk with one linear head. `kind` says what the output of the head means.
 
-    mean and scale are those of `calibrate`: of r_t over tokens (kind token) or of R over responses.
+    `mean` and `scale` are those of `calibrate`: of r_t over tokens (kind "token"), or of R over
+    responses (kind "sequence").
     """
 
-    def __init__(self, trunk: LLaMA, kind: str, logp_feature: bool = False):
+    def __init__(self, trunk: LLaMA, kind: str):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-        self.trunk, self.kind, self.logp_feature = trunk, kind, logp_feature
-        D = trunk.config.dim
-        wide = torch.promote_types(trunk.head.dtype, torch.float32)     # one number a token: cheap
-        self.head = nn.Linear(D, 1, device=trunk.head.device, dtype=wide)
+        self.trunk, self.kind = trunk, kind
+        D, device = trunk.config.dim, trunk.head.device
+        wide = torch.promote_types(trunk.head.dtype, torch.float32)
+        self.head = nn.Linear(D, 1, device=device, dtype=wide)
         nn.init.normal_(self.head.weight, 0.0, (D + 1) ** -0.5)
         nn.init.zeros_(self.head.bias)
-        self.logp_weight = nn.Parameter(torch.zeros((), device=trunk.head.device),
-                                        requires_grad=logp_feature)
-        self.register_buffer("mean", torch.zeros((), device=trunk.head.device))
-        self.register_buffer("scale", torch.ones((), device=trunk.head.device))
+        self.register_buffer("mean", torch.zeros((), device=device))
+        self.register_buffer("scale", torch.ones((), device=device))
 
-    def _read(self, hidden: Tensor) -> Tensor:
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    def head_value(self, hidden: Tensor) -> Tensor:
         """v . h + b, [N, D] -> [N] float32."""
         return self.head(hidden.to(self.head.weight.dtype))[:, 0].float()
 
-    def _token_values(self, sequences: Sequences) -> Tensor:
-        """v . h_t + b + a logp_t at each response token, [B, T] float32, 0 in the padding."""
-        at = locate(sequences)
-        hidden = self.trunk.hidden(sequences.tokens, lengths=sequences.lengths)
-        values = self._read(hidden[at.row, at.position])                         # [N]
-        if self.logp_feature:
-            before = hidden[at.row, at.position - 1]                             # [N, D]
-            logp = linear_logp.fused(before, self.trunk.head, at.target).logp
-            values = values + self.logp_weight * logp
-        return unflatten(values, at, sequences)
-
     def token_rewards(self, sequences: Sequences) -> Tensor:
-        """r_t [B, T] of a token model, on its own scale, 0 in the padding."""
+        """r_t [B, T] of a token model on its own scale, 0 in the padding."""
         if self.kind != "token":
             raise ValueError("token_rewards: expected a token-level reward model, "
                              "got a sequence-level one")
-        return self._token_values(sequences)
+        at = locate(sequences)
+        return unflatten(self.head_value(hidden_at(self.trunk, sequences, at)), at, sequences)
 
     def sequence_rewards(self, sequences: Sequences) -> Tensor:
-        """R(x, y) [B], on its own scale: equation (1), or the head's value at the last token."""
+        """R(x, y) [B] on its own scale: equation (1), or the head's value at the last token."""
         if self.kind == "token":
-            return self._token_values(sequences).sum(-1)
+            return self.token_rewards(sequences).sum(-1)
         rows = torch.arange(len(sequences.tokens), device=sequences.tokens.device)
-        last = sequences.lengths - 1
         hidden = self.trunk.hidden(sequences.tokens, lengths=sequences.lengths)
-        values = self._read(hidden[rows, last])
-        if self.logp_feature:
-            at = locate(sequences)
-            before = hidden[at.row, at.position - 1]                             # [N, D]
-            logp = linear_logp.fused(before, self.trunk.head, at.target).logp
-            values = values + self.logp_weight * unflatten(logp, at, sequences).sum(-1)
-        return values
+        return self.head_value(hidden[rows, sequences.lengths - 1])
 
     def ppo_rewards(self, sequences: Sequences) -> Tensor:
-        """Calibrated rewards for PPO, [B, T]: one a token, or all of R on the last token."""
+        """Calibrated rewards for PPO, [B, T]: one per token, or all of R on the last token."""
         mask = sequences.response_mask
         if self.kind == "token":
             return torch.where(mask, (self.token_rewards(sequences) - self.mean) / self.scale, 0.0)
         steps = torch.arange(mask.shape[1], device=mask.device)
         last = steps == sequences.response_lengths[:, None] - 1                  # [B, T]
-        normalised = (self.sequence_rewards(sequences) - self.mean) / self.scale
-        return torch.where(last, normalised[:, None], 0.0)
+        calibrated = (self.sequence_rewards(sequences) - self.mean) / self.scale
+        return torch.where(last, calibrated[:, None], 0.0)
 
     @torch.no_grad()
     def calibrate(self, samples: list[Sequences]) -> None:
-        """Set mean and scale from batches of reference samples.
-
-        sequence: mean and standard deviation of R. token: those of r_t over all tokens.
-        """
+        """Sets mean and scale: the mean and standard deviation of r_t or R over `samples`."""
         if self.kind == "token":
             values = torch.cat([self.token_rewards(s)[s.response_mask] for s in samples])
         else:
@@ -117,75 +111,154 @@ class RewardModel(nn.Module):
         self.scale.copy_(values.std(correction=0).clamp(min=1e-6))
 
 
-def token_loss(model: RewardModel, batch: list[PreferenceIds],
-               options: token_preference.Options,
-               divisors: token_preference.Totals | None = None) -> token_preference.Preference:
-    """Equation (4) on a batch of edits, by the kernel; see kernels/token_preference.py.
+# ----- losses -------------------------------------------------------------------------------------
 
-    divisors: those of the whole minibatch where `batch` is a part of it.
+class PreferenceBatch(NamedTuple):
+    """A minibatch of B preferences, both sides packed together. T is the longest response."""
+
+    sequences: Sequences        # 2B rows: the B chosen sides, then the B rejected ones
+    plus: Tensor                # [B, T] bool, True on U1+, tokens of the chosen side
+    minus: Tensor               # [B, T] bool, True on U1-, tokens of the rejected side
+    unchanged: Unchanged        # U0: M pairings of a chosen token with a rejected one
+
+    @staticmethod
+    def of(pairs: list[PreferenceIds], device=None) -> "PreferenceBatch":
+        both = pack([p.prompt for p in pairs] * 2,
+                    [p.chosen for p in pairs] + [p.rejected for p in pairs], device=device)
+        plus, minus = torch.zeros(2, len(pairs), both.response_mask.shape[1], dtype=torch.bool)
+        for b, pair in enumerate(pairs):
+            plus[b, pair.plus] = True
+            minus[b, pair.minus] = True
+        triples = [(b, i, j) for b, pair in enumerate(pairs) for i, j in pair.unchanged]
+        unchanged = torch.tensor(triples, dtype=torch.long, device=device).reshape(-1, 3)
+        return PreferenceBatch(both, plus.to(device), minus.to(device), Unchanged(*unchanged.T))
+
+    def totals(self) -> Totals:
+        """The numbers that equation (4) divides by; a microbatch uses those of its minibatch."""
+        return token_preference.totals(self.plus, self.minus, self.unchanged)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name."""
+        named = {f"unchanged_{name}": x for name, x in self.unchanged._asdict().items()}
+        return self.sequences._asdict() | {"plus": self.plus, "minus": self.minus} | named
+
+    def rows(self, index: Tensor) -> "PreferenceBatch":
+        """The selected preferences, `index` [b], with the padding cut to the longest of them."""
+        B = len(self.plus)
+        index = index.to(self.plus.device)
+        sequences = self.sequences.rows(torch.cat([index, B + index]))
+        T = int(sequences.response_lengths.max())
+        # U0 names its pair by the row in the batch: give each the row in the selection.
+        place = torch.full((B,), -1, device=index.device)
+        place[index] = torch.arange(len(index), device=index.device)
+        kept = place[self.unchanged.pair] >= 0
+        pair, chosen, rejected = (part[kept] for part in self.unchanged)
+        return PreferenceBatch(sequences, self.plus[index, :T], self.minus[index, :T],
+                               Unchanged(place[pair], chosen, rejected))
+
+
+def token_loss(model: RewardModel, batch: PreferenceBatch, options: Options,
+               totals: Totals | None = None) -> Preference:
+    """Equations (3) and (4) on a batch of edits; kernels/token_preference.py has the formulas.
+
+    totals: those of the whole minibatch when `batch` is a part of it.
     """
-    B, device = len(batch), model.head.weight.device
-    both = pack([p.prompt for p in batch] * 2,
-                [p.chosen for p in batch] + [p.rejected for p in batch], device=device)
-    rewards = model.token_rewards(both)                                          # [2B, T]
-    masks = torch.zeros_like(rewards, dtype=torch.bool)
-    for b, pair in enumerate(batch):
-        masks[b, pair.plus] = True
-        masks[B + b, pair.minus] = True
-    triples = [(b, i, j) for b, pair in enumerate(batch) for i, j in pair.unchanged]
-    unchanged = torch.tensor(triples, dtype=torch.long, device=device).reshape(-1, 3)
-    return token_preference.fused(rewards[:B], rewards[B:], masks[:B], masks[B:],
-                                  token_preference.Unchanged(*unchanged.T), options, divisors)
+    chosen, rejected = model.token_rewards(batch.sequences).chunk(2)             # [B, T] each
+    return token_preference.fused(chosen, rejected, batch.plus, batch.minus, batch.unchanged,
+                                  options, totals)
 
 
-def sequence_loss(model: RewardModel, batch: list[PreferenceIds],
-                  pairs: float | None = None) -> tuple[Tensor, Tensor]:
-    """Bradley-Terry, equation (2): (-mean log sigmoid(R(y+) - R(y-)), the margins [B]).
+def sequence_loss(model: RewardModel, batch: PreferenceBatch,
+                  pairs: int | None = None) -> tuple[Tensor, Tensor]:
+    """Equation (2), Bradley-Terry: returns (-mean log sigmoid(R(y+) - R(y-)), the margins [B]).
 
-    pairs: those of the whole minibatch, which the mean is over, where `batch` is a part of it.
+    pairs: the number in the whole minibatch when `batch` is a part of it.
     """
-    both = pack([p.prompt for p in batch] * 2,
-                [p.chosen for p in batch] + [p.rejected for p in batch],
-                device=model.head.weight.device)
-    chosen, rejected = model.sequence_rewards(both).chunk(2)
+    chosen, rejected = model.sequence_rewards(batch.sequences).chunk(2)          # [B] each
     margins = chosen - rejected
-    return -F.logsigmoid(margins).sum() / (pairs or len(batch)), margins.detach()
+    return -F.logsigmoid(margins).sum() / (pairs or len(margins)), margins.detach()
 
+
+@torch.no_grad()
+def judge_preferences(model: RewardModel, records: list[Edit | Pair],
+                      examples: list[PreferenceIds], tokenizer: Tokenizer) -> list[Judged]:
+    """Rewards both sides of held-out preferences, and marks human error spans where there are any.
+
+    `examples` are the encoded `records`, in the same order.
+    """
+    judged = []
+    for record, pair in zip(tqdm(records, desc="evaluate", leave=False), examples):
+        both = pack([pair.prompt] * 2, [pair.chosen, pair.rejected], device=model.device)
+        if model.kind == "sequence":
+            judged.append(Judged(record.id, *model.sequence_rewards(both).tolist(), pair.change))
+            continue
+        rewards, types = [], []
+        token_rewards = model.token_rewards(both)
+        if isinstance(record, Edit) and record.spans is not None:
+            length = len(pair.rejected) - (pair.rejected[-1] == tokenizer.eos_id)
+            rewards = token_rewards[1, :length].tolist()
+            types = span_types(tokenizer, pair.rejected[:length], record.spans)
+        judged.append(Judged(record.id, *token_rewards.sum(-1).tolist(), pair.change, rewards,
+                             types, (len(pair.chosen), len(pair.rejected))))
+    return judged
+
+
+# ----- folders ------------------------------------------------------------------------------------
 
 def save_reward(model: RewardModel, path: str | Path, tokenizer: Tokenizer) -> None:
-    """A model folder with `reward_head.pt` and, written last, `reward.json` beside the trunk."""
+    """Writes a model folder with `reward_head.pt` and, last, `reward.json`."""
     folder = Path(path)
     save_model(model.trunk, folder, tokenizer=tokenizer)
-    own = {name: value for name, value in model.state_dict().items()
+    own = {name: value.detach() for name, value in [*model.named_parameters(),
+                                                    *model.named_buffers()]
            if not name.startswith("trunk.")}
     write_atomic(folder / "reward_head.pt", lambda file: torch.save(own, file))
-    description = {"kind": model.kind, "logp_feature": model.logp_feature}
+    description = {"kind": model.kind, "control": getattr(model, "control", None)}
     write_atomic(folder / "reward.json", (json.dumps(description) + "\n").encode())
 
 
 def load_reward(path: str | Path, device="cpu", dtype=None,
                 trunks: dict[Path, LLaMA] | None = None) -> RewardModel:
-    """The reward model in a folder of `save_reward`; refused when damaged, or a plain model.
+    """Reads the reward model in a folder that `save_reward` wrote.
 
-    With `trunks` adapters stay apart from their trunk, which is shared (`load_adapted`).
+    With `trunks`, adapters stay apart from their trunk, which is shared (`load_adapted`). Raises
+    UserError when the folder is damaged or holds a plain model.
     """
-    folder = Path(path)
-    if not (folder / "reward.json").is_file():
-        raise UserError(f"{folder}: expected a reward model folder (with reward.json), "
-                        "as train_rm.py writes")
-    if trunks is not None and lora.is_folder(folder):
-        trunk = load_adapted(folder, device, dtype, trunks=trunks)
+    description = describe_reward(path)
+    if trunks is not None and lora.is_folder(path):
+        trunk = load_adapted(path, device, dtype, trunks=trunks)
     else:
-        trunk = load_model(folder, device, dtype)
-    name = "reward.json"
+        trunk = load_model(path, device, dtype)
+    file = Path(path) / "reward_head.pt"
     try:
-        model = RewardModel(trunk, **json.loads(read_bytes(folder / name)))
-        name = "reward_head.pt"
-        own = torch.load(folder / name, map_location=device, weights_only=True)
+        model = _build(trunk, description["kind"], description["control"])
+        own = torch.load(file, map_location=device, weights_only=True)
         missing, unknown = model.load_state_dict(own, strict=False)
     except Exception as error:                      # a flipped bit in a pickle can raise anything
-        raise UserError(f"{folder / name}: damaged ({type(error).__name__}); "
+        raise UserError(f"{file}: damaged ({type(error).__name__}); "
                         "copy the folder again") from None
     if unknown or any(not key.startswith("trunk.") for key in missing):
-        raise UserError(f"{folder / name}: does not fit reward.json; copy the folder again")
+        raise UserError(f"{file}: does not fit reward.json; copy the folder again")
     return model
+
+
+def describe_reward(path: str | Path) -> dict[str, str | None]:
+    """Reads the kind of a reward model, and its control (see controls.py) or None.
+
+    Raises UserError when the folder holds no reward model, or `reward.json` is damaged.
+    """
+    file = Path(path) / "reward.json"
+    if not file.is_file():
+        raise UserError(f"{path}: expected a reward model folder (with reward.json), "
+                        "as train_rm.py writes")
+    found = read_object(file)
+    if found.get("kind") not in KINDS or found.get("control") not in (None, "logp", "likelihood"):
+        raise UserError(f"{file}: damaged; copy the folder again")
+    return {"kind": found["kind"], "control": found.get("control")}
+
+
+def _build(trunk: LLaMA, kind: str, control: str | None) -> RewardModel:
+    if control is None:
+        return RewardModel(trunk, kind)
+    from fgrlhf.controls import CONTROLS
+    return CONTROLS[control](trunk)

@@ -1,152 +1,103 @@
-"""Batched sampling with the KV cache, and the one function that scores responses.
+"""Sampling responses with the KV cache: step 1 of PPO.
 
-The index convention of the whole project: `logp[:, t]` scores response token t, from the hidden
-state one position before it; what belongs to token t itself (its reward) is read at its own
-position. Prompt and response ids are concatenated, never re-tokenised; padding is on the right, so
-masks are lengths.
+    u_t uniform in [0, 1)     token t = the first token whose cumulative probability exceeds u_t
+
+`sample` samples one batch, `sample_shared` a share of the prompts on each rank. `sample_by_step` is
+the loop; a GPU replays its own form of the loop as one graph (engine/graph.py).
+
+The distribution is softmax(logits / temperature), without top-k or top-p: those would make sampling
+and scoring two different distributions (rule 2). sequences.py states the index convention.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fgrlhf import distributed
-from fgrlhf.graph import Decoder, Drawn
+from fgrlhf.engine import distributed
 from fgrlhf.model import KVCache, LLaMA
-from kernels import linear_logp
+from fgrlhf.sequences import Sequences
 from kernels.three_matmuls import LN2
 
-PREFILL = 16                    # prompts a forward pass: enough for the matmuls, little padding
-SPARE = 2**17                   # pairs of tokens that cost less, as padding, than another pass
-
-
-class Sequences(NamedTuple):
-    """Prompts with their responses, right-padded. S is the longest row, T the longest response."""
-
-    tokens: Tensor              # [B, S] int64, prompt ids, response ids (EOS included), padding
-    prompt_lengths: Tensor      # [B] int64
-    response_lengths: Tensor    # [B] int64, EOS counted
-
-    @property
-    def lengths(self) -> Tensor:
-        """[B] int64, prompt and response together."""
-        return self.prompt_lengths + self.response_lengths
-
-    @property
-    def response_mask(self) -> Tensor:
-        """[B, T] bool, True where response token t exists."""
-        steps = torch.arange(int(self.response_lengths.max()), device=self.tokens.device)
-        return steps < self.response_lengths[:, None]
-
-    def rows(self, index: Tensor | slice) -> "Sequences":
-        """The chosen batch rows, padding cut to the longest of them."""
-        chosen = Sequences(*(part[index] for part in self))
-        return chosen._replace(tokens=chosen.tokens[:, :int(chosen.lengths.max())])
+PREFILL = 16                    # prompts per forward pass: enough for the matmuls, little padding
 
 
 class Rollout(NamedTuple):
-    """What sampling hands on. `logp_old[:, t]` is 0 where response_mask is False."""
+    """One sampled response per prompt. `logp_old[:, t]` is 0 where response_mask is False."""
 
     sequences: Sequences
-    logp_old: Tensor            # [B, T] log pi_old(token t | before) at `temperature`; >= float32
+    logp_old: Tensor            # [B, T] log pi_old(token t | before) at `temperature`
     truncated: Tensor           # [B] bool, True where the token limit came before EOS
 
-
-class Located(NamedTuple):
-    """Where the N real response tokens of a batch are, row by row."""
-
-    row: Tensor                 # [N] batch row
-    step: Tensor                # [N] t, index within the response
-    position: Tensor            # [N] position within `tokens`
-    target: Tensor              # [N] the token's id
+    def to(self, device) -> "Rollout":
+        sequences = Sequences(*(part.to(device) for part in self.sequences))
+        return Rollout(sequences, self.logp_old.to(device), self.truncated.to(device))
 
 
-def by_length(sequences: Sequences, rows: list[int], size: int) -> list[Tensor]:
-    """`rows` in the order of their lengths, in groups of at most `size` (0: any number).
+@torch.no_grad()
+def sample(policy: LLaMA, prompts: list[list[int]], eos_id: int, max_new_tokens: int,
+           temperature: float = 1.0, generator: torch.Generator | None = None) -> Rollout:
+    """Samples one response to each prompt, by inverse CDF from one uniform number per (row, step).
 
-    Attention alone works on padding: on n S^2 pairs of tokens for n rows in S columns. A group ends
-    where more than SPARE of them would be padding.
+    The uniforms are drawn up front for the whole batch. A response therefore does not depend on
+    which rows share its batch, or on when they end. Temperature 0 is greedy; its logp is that of
+    temperature 1.
+
+    prompts: B lists of at least one id. T is the longest response, at most `max_new_tokens`. A
+    response is `truncated` when it has no EOS by then or at the end of the context.
     """
-    lengths = sequences.lengths.tolist()
-    groups, real = [], 0
-    for row in sorted(rows, key=lambda row: lengths[row]):
-        pairs = lengths[row] ** 2
-        full = not groups or len(groups[-1]) == (size or len(rows))
-        if full or (len(groups[-1]) + 1) * pairs > real + pairs + SPARE:
-            groups.append([])
-            real = 0
-        groups[-1].append(row)
-        real += pairs
-    return [torch.tensor(group) for group in groups]
+    device = policy.head.device
+    tokens, lengths = lay_out(prompts, max_new_tokens, policy.config.max_seq_len, device)
+    T = tokens.shape[1] - int(lengths.max())
+    uniform = torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64)
+    if device.type == "cuda" and distributed.size() == 1:   # a graph cannot hold sharded weights
+        from fgrlhf.engine.graph import sample_by_graph as decode
+    else:
+        decode = sample_by_step
+    return decode(policy, tokens, lengths, uniform[:, :T].to(device), eos_id, temperature)
 
 
-def locate(sequences: Sequences) -> Located:
-    """Index vectors for the real response tokens; everything per token is gathered with them."""
-    row, step = sequences.response_mask.nonzero(as_tuple=True)
-    position = sequences.prompt_lengths[row] + step
-    return Located(row, step, position, sequences.tokens[row, position])
+@torch.no_grad()
+def sample_shared(policy: LLaMA, prompts: list[list[int]], eos_id: int, max_new_tokens: int,
+                  temperature: float, generator: torch.Generator, at_once: int = 0) -> Rollout:
+    """Like `sample`, but each rank samples its own prompts, `at_once` of them at a time (0: all).
 
-
-def states_before(model: LLaMA, sequences: Sequences, at: Located) -> Tensor:
-    """[N, D] the hidden state that each response token is chosen from, one position before it.
-
-    The last token's own state is not needed: no pass is made over the last column.
+    The responses are the same for any number of ranks, and every rank returns all of them.
     """
-    hidden = model.hidden(sequences.tokens[:, :-1], lengths=sequences.lengths - 1)
-    return hidden[at.row, at.position - 1]
+    start, stop = distributed.rank_range(len(prompts))
+    at_once = at_once or max(1, stop - start)
+    # Skip the numbers that lower ranks use.
+    torch.rand(start, max_new_tokens, generator=generator, dtype=torch.float64)
+    with distributed.gathered(policy):
+        parts = [sample(policy, prompts[i:min(i + at_once, stop)], eos_id, max_new_tokens,
+                        temperature, generator) for i in range(start, stop, at_once)]
+    if distributed.size() > 1:
+        everyone = distributed.from_all_ranks([part.to("cpu") for part in parts])
+        parts = [part.to(policy.head.device) for part in everyone]
+    return join(parts)
 
 
-def unflatten(values: Tensor, at: Located, sequences: Sequences) -> Tensor:
-    """[N] per-token values -> [B, T], 0 in the padding."""
-    shape = (len(sequences.tokens), int(sequences.response_lengths.max()))
-    return values.new_zeros(shape).index_put((at.row, at.step), values)
+def join(rollouts: list[Rollout]) -> Rollout:
+    """Puts rollouts below one another in one batch, padded to the longest row and response."""
+    if len(rollouts) == 1:
+        return rollouts[0]
 
-
-def pack(prompts: list[list[int]], responses: list[list[int]], pad_id: int = 0,
-         device=None) -> Sequences:
-    """Concatenate ids row by row and pad on the right. `pad_id` is inert: no mask reads it."""
-    if empty := [i for i, (p, r) in enumerate(zip(prompts, responses)) if not p or not r]:
-        raise ValueError("pack: expected a prompt and a response of at least one token, "
-                         f"row {empty[0]} has none")
-    rows = [torch.tensor(p + r) for p, r in zip(prompts, responses)]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
-    return Sequences(tokens.to(device), torch.tensor([len(p) for p in prompts], device=device),
-                     torch.tensor([len(r) for r in responses], device=device))
-
-
-def score(model: LLaMA, sequences: Sequences, temperature: float = 1.0) -> Tensor:
-    """logp [B, T] of every response token, 0 in the padding. Differentiable.
-
-    The policy's update, the reference and every control call this one function, at the temperature
-    of sampling; logits exist for response positions only, a chunk at a time.
-    """
-    at = locate(sequences)
-    hidden = states_before(model, sequences, at)                                 # [N, D]
-    logp = linear_logp.fused(hidden, model.head, at.target, temperature).logp    # [N]
-    return unflatten(logp, at, sequences)
-
-
-def in_groups(function: Callable[[Sequences], Tensor], sequences: Sequences,
-              groups: list[Tensor]) -> Tensor:
-    """function(sequences) -> [B, T] without gradient, computed a group of rows at a time; 0 in rows
-    of no group."""
-    B, T = len(sequences.tokens), int(sequences.response_lengths.max())
-    with torch.inference_mode():
-        parts = [function(sequences.rows(rows)) for rows in groups]
-    dtype = parts[0].dtype if parts else torch.float32
-    result = torch.zeros(B, T, device=sequences.tokens.device, dtype=dtype)
-    for rows, part in zip(groups, parts):
-        result[rows, :part.shape[1]] = part
-    return result
+    def stack(parts: list[Tensor]) -> Tensor:
+        width = max(part.shape[1] for part in parts)
+        return torch.cat([F.pad(part, (0, width - part.shape[1])) for part in parts])
+    tokens, prompt_lengths, response_lengths = zip(*(r.sequences for r in rollouts))
+    sequences = Sequences(stack(tokens), torch.cat(prompt_lengths), torch.cat(response_lengths))
+    return Rollout(sequences, stack([r.logp_old for r in rollouts]),
+                   torch.cat([r.truncated for r in rollouts]))
 
 
 def lay_out(prompts: list[list[int]], max_new_tokens: int, context: int,
             device) -> tuple[Tensor, Tensor]:
-    """(tokens, lengths [B]): the prompts right-padded, with T more columns behind the longest.
+    """Returns (tokens, lengths [B]): the prompts right-padded, with T free columns behind them.
 
-    T is `max_new_tokens`, or what the longest prompt leaves of the context where that is less.
+    T is `max_new_tokens`, or what the longest prompt leaves of the context if that is less. Raises
+    ValueError when a prompt fills the context.
     """
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     longest = int(lengths.max())
@@ -160,39 +111,18 @@ def lay_out(prompts: list[list[int]], max_new_tokens: int, context: int,
     return tokens, lengths
 
 
-@torch.no_grad()
-def sample(policy: LLaMA, prompts: list[list[int]], eos_id: int, max_new_tokens: int,
-           temperature: float = 1.0, generator: torch.Generator | None = None) -> Rollout:
-    """Sample one response to each prompt, by inverse CDF from one uniform number per (row, step).
-
-    The uniforms are drawn up front for the whole batch, so a response does not depend on which rows
-    share its batch or when they end. temperature 0 is greedy, its logp those of temperature 1. No
-    top-k and no top-p: they would make sampling and scoring two distributions (rule 2).
-
-    prompts: B lists of at least one id. Returns a Rollout whose T is the longest response, at most
-    `max_new_tokens`; a response without EOS by then, or at the context's end, is `truncated`.
-    """
-    device = policy.head.device
-    tokens, lengths = lay_out(prompts, max_new_tokens, policy.config.max_seq_len, device)
-    T = tokens.shape[1] - int(lengths.max())
-    uniform = torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64)
-    by_graph = device.type == "cuda" and distributed.size() == 1    # sharded: FSDP's own streams
-    return (sample_by_graph if by_graph else sample_by_step)(
-        policy, tokens, lengths, uniform[:, :T].to(device), eos_id, temperature)
-
-
 @torch.inference_mode()
 def sample_by_step(policy: LLaMA, tokens: Tensor, lengths: Tensor, uniform: Tensor, eos_id: int,
                    temperature: float) -> Rollout:
-    """The loop of `sample`, in a batch that shrinks as responses end."""
+    """The loop of `sample`. Rows leave the batch when their response ends."""
     (B, T), longest, device = uniform.shape, int(lengths.max()), tokens.device
     wide = torch.promote_types(policy.head.dtype, torch.float32)
-    with torch.inference_mode(False):           # these are handed on, to where gradients are made
+    with torch.inference_mode(False):       # these results are used later, in backward passes
         logp_old = torch.zeros(B, T, device=device, dtype=wide)
         response_lengths = torch.full((B,), T, device=device)
         truncated = torch.ones(B, dtype=torch.bool, device=device)
 
-    alive = lengths.argsort(stable=True)                         # batch row of each cache row
+    alive = lengths.argsort(stable=True)                         # [b] batch row of each cache row
     cache = KVCache(policy.config, B, tokens.shape[1], device, policy.head.dtype)
     hidden = prefill(policy, tokens, lengths, alive, cache)                                 # [B, D]
     ragged = longest != int(lengths.min())
@@ -217,56 +147,12 @@ def sample_by_step(policy: LLaMA, tokens: Tensor, lengths: Tensor, uniform: Tens
     return Rollout(sequences, logp_old[:, :int(response_lengths.max())], truncated)
 
 
-@torch.no_grad()
-def sample_by_graph(policy: LLaMA, tokens: Tensor, lengths: Tensor, uniform: Tensor, eos_id: int,
-                    temperature: float) -> Rollout:
-    """The loop of `sample` in steps of fixed shape (graph.py): the same responses."""
-    B, T = uniform.shape
-    order = lengths.argsort(stable=True)                         # batch row of each cache row
-    cache = KVCache(policy.config, B, tokens.shape[1], tokens.device, policy.head.dtype)
-    hidden = prefill(policy, tokens, lengths, order, cache)                                 # [B, D]
-    decoder = Decoder(policy, cache, lengths[order], uniform[order],
-                      lambda logits, u: choose(logits, u, temperature))
-    drawn = Drawn(*(part[order.argsort()] for part in decoder.run(hidden, eos_id)))
-    tokens.scatter_(1, lengths[:, None] + torch.arange(T, device=tokens.device), drawn.tokens)
-    sequences = Sequences(tokens, lengths, drawn.lengths).rows(slice(None))
-    return Rollout(sequences, drawn.logp[:, :int(drawn.lengths.max())], drawn.truncated)
-
-
-@torch.no_grad()
-def sample_shared(policy: LLaMA, prompts: list[list[int]], eos_id: int, max_new_tokens: int,
-                  temperature: float, generator: torch.Generator, at_once: int = 0) -> Rollout:
-    """`sample`, each rank for its share of the prompts, `at_once` of them (0: all); the same
-    responses for any number of ranks, and every rank has them all."""
-    start, stop = distributed.span(len(prompts))
-    at_once = at_once or max(1, stop - start)
-    torch.rand(start, max_new_tokens, generator=generator, dtype=torch.float64)     # others' draws
-    with distributed.gathered(policy):
-        drawn = {i: sample(policy, prompts[i:min(i + at_once, stop)], eos_id, max_new_tokens,
-                           temperature, generator) for i in range(start, stop, at_once)}
-    if len(drawn.get(0, ((), (), ()))[2]) == len(prompts):
-        return drawn[0]
-    B = len(prompts)
-    longest = lambda of: distributed.largest(max(map(of, drawn.values()), default=0))
-    S, T = longest(lambda r: r.sequences.tokens.shape[1]), longest(lambda r: r.logp_old.shape[1])
-    whole = {"tokens": torch.zeros(B, S, dtype=torch.long), "logp_old": torch.zeros(B, T),
-             **{name: torch.zeros(B, dtype=torch.long)
-                for name in ("prompt_lengths", "response_lengths", "truncated")}}
-    for first, rollout in drawn.items():
-        parts = rollout.sequences._asdict() | rollout._asdict()
-        for name, all_rows in whole.items():
-            rows, part = slice(first, first + len(rollout.truncated)), parts[name]
-            all_rows[rows][tuple(slice(n) for n in part.shape)] = part.to(all_rows)
-    whole = {name: distributed.total(x.to(policy.head.device)) for name, x in whole.items()}
-    sequences = Sequences(*(whole[name] for name in Sequences._fields))
-    return Rollout(sequences, whole["logp_old"], whole["truncated"].bool())
-
-
 def prefill(policy: LLaMA, tokens: Tensor, lengths: Tensor, order: Tensor,
             cache: KVCache) -> Tensor:
-    """Fill the cache with the prompts in `order` [B]; the hidden state of each one's last token.
+    """Fills the cache with the prompts in the given `order` [B].
 
-    A few rows of similar length at a time, so that little of it is padding. -> [B, D].
+    Returns [B, D], the hidden state of each prompt's last token. A few rows of similar length go
+    through the model at a time, so that little of the work is padding.
     """
     last = []
     for start in range(0, len(order), PREFILL):
@@ -280,13 +166,16 @@ def prefill(policy: LLaMA, tokens: Tensor, lengths: Tensor, order: Tensor,
 
 
 def real_slots(lengths: Tensor, longest: int, slots: int) -> Tensor:
-    """[b, slots] bool: not the padding between a prompt of `lengths` and slot `longest`."""
+    """[b, slots] bool: False for the padding between a prompt's end and slot `longest`.
+
+    The responses of all rows start at slot `longest` of the cache, whatever the prompts' lengths.
+    """
     slot = torch.arange(slots, device=lengths.device)
     return (slot < lengths[:, None]) | (slot >= longest)
 
 
 def compact(going: Tensor) -> Tensor:
-    """The rows where going [b] is True, reordered so that few move: the last fill the gaps."""
+    """The rows where going [b] is True, reordered so that few of them move: the last fill gaps."""
     n = int(going.sum())
     rows = torch.arange(n, device=going.device)
     rows[~going[:n]] = n + going[n:].nonzero()[:, 0]
@@ -294,7 +183,10 @@ def compact(going: Tensor) -> Tensor:
 
 
 def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """A token and its logp, [b] each; temperature 0 is greedy, with the logp of temperature 1."""
+    """Chooses a token and its logp, [b] each. Temperature 0 is greedy, with logp at temperature 1.
+
+    logits [b, V], uniform [b] in [0, 1).
+    """
     if temperature:
         return inverse_cdf(logits / temperature, uniform)
     token = logits.argmax(-1)
@@ -302,10 +194,10 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor,
 
 
 def inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """The first token of cumulative probability above u, and its log-probability, [b] each.
+    """Returns the first token whose cumulative probability exceeds u, and its logp, [b] each.
 
-    logits [b, V], u [b] float64 in [0, 1). One power a logit serves both; of 2, because on a CPU
-    2^x costs a third of e^x.
+    logits [b, V], u [b] float64 in [0, 1). One power per logit gives both results. The base is 2,
+    because 2^x costs a third of e^x on a CPU.
     """
     bits = logits / LN2
     bits -= bits.amax(-1, keepdim=True)

@@ -1,15 +1,16 @@
-"""SentencePiece as LLaMA uses it: text <-> ids without loss, and the characters each id stands for.
+"""SentencePiece as LLaMA uses it: text <-> ids without loss, and the characters of each id.
 
-Every id stands for a fixed string of bytes, and decoding is nothing but their concatenation read as
-UTF-8. `decode`, `stream` and `spans` therefore agree by construction:
+Every id has a fixed string of bytes. Decoding concatenates these bytes and reads them as UTF-8, so
+`decode`, `stream` and `spans` always agree:
 
-    control piece (BOS, EOS)    none              byte piece <0xE2>    that byte
+    control piece (BOS, EOS)    no bytes          byte piece <0xE2>    this byte
     unknown                     those of " ⁇ "    any other piece      its text, "▁" as a blank
 
-Two things differ from a bare SentencePieceProcessor. The character "▁" (U+2581), which it uses
-for the blank and so cannot tell from one, is encoded by its three byte pieces: any text comes back
-exactly. And there is a PAD: the unknown id, which exists in every model (no row is added to the
-embedding), is never EOS and never encodes text; padding is inert as masks come from lengths.
+Two things differ from a SentencePieceProcessor. First, sentencepiece writes the blank as "▁"
+(U+2581) and cannot tell the two apart. Here the character is encoded by its three byte pieces, so
+that decoding gives back any text exactly. Second, there is a PAD id. It is the unknown id, which
+exists in every model (no row is added to the embedding), is never EOS and never encodes text. PAD
+changes no result, because masks come from lengths.
 """
 
 import codecs
@@ -22,33 +23,33 @@ from typing import NamedTuple
 
 import sentencepiece
 
-from fgrlhf.config import UserError
-from fgrlhf.files import write_atomic
+from fgrlhf.data.fields import UserError
+from fgrlhf.data.files import write_atomic
 
 BLANK = "▁"                                 # sentencepiece writes the blank as U+2581
 
 
 class Piece(NamedTuple):
-    """One entry of the vocabulary."""
+    """An entry of the vocabulary."""
 
     text: str
-    score: float                            # BPE joins the neighbours whose union has the highest
-    ordinary: bool                          # stands for its text: no control piece, byte or unknown
+    score: float                            # BPE first joins the pair whose union scores highest
+    ordinary: bool                          # not a control piece, a byte or unknown
 
 
 class Tokenizer:
     """A sentencepiece model file.
 
-    vocab_size, bos_id, eos_id, pad_id (never eos_id): int; pieces: list of Piece, by id;
-    adds_blank: whether "a" is encoded as " a", as LLaMA does; sha256: hex digest of the file.
-    Raises UserError when the file is missing, is no sentencepiece model, or lacks BOS or EOS.
+    Attributes: vocab_size, bos_id, eos_id, pad_id (never eos_id); pieces, a list of Piece by id;
+    adds_blank, True if "a" is encoded as " a", as in LLaMA; sha256 of the file in hexadecimal.
+    Raises UserError when the file is missing, is not a sentencepiece model, or lacks BOS or EOS.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise UserError(f"{path}: no such tokenizer file; expected a sentencepiece model "
-                            "(tokenizer.model)")
+            raise UserError(f"{path}: expected a sentencepiece model (tokenizer.model), got "
+                            "nothing; check the path")
         model = self.path.read_bytes()
         self.sha256 = hashlib.sha256(model).hexdigest()
         self._sp = sentencepiece.SentencePieceProcessor()
@@ -58,13 +59,13 @@ class Tokenizer:
         except RuntimeError:
             self.vocab_size = 0
         if self.vocab_size == 0:
-            raise UserError(f"{path}: not a sentencepiece model ({len(model)} bytes); "
-                            "copy tokenizer.model again")
+            raise UserError(f"{path}: expected a sentencepiece model, got {len(model)} bytes of "
+                            "something else; copy tokenizer.model again")
         self.bos_id, self.eos_id = self._sp.bos_id(), self._sp.eos_id()
         self.pad_id = self._sp.unk_id()
         if min(self.bos_id, self.eos_id) < 0:
-            raise UserError(f"{path}: the model needs a BOS and an EOS piece, as LLaMA's has; "
-                            f"got bos_id {self.bos_id}, eos_id {self.eos_id}")
+            raise UserError(f"{path}: expected a BOS and an EOS piece, as in LLaMA's, got bos_id "
+                            f"{self.bos_id}, eos_id {self.eos_id}; choose another tokenizer")
         self.pieces = [self._piece(id) for id in range(self.vocab_size)]
         self.adds_blank = self._sp.normalize("a").startswith(BLANK)
         self._bytes = [self._piece_bytes(id) for id in range(self.vocab_size)]
@@ -85,9 +86,9 @@ class Tokenizer:
         return self.pieces[id].text.replace(BLANK, " ").encode()
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        """Text -> ids: sentencepiece's own, for all text without "▁".
+        """Encodes a text. The ids are those of sentencepiece for all text without "▁".
 
-        Raises UserError on a lone surrogate.
+        Raises UserError for a lone surrogate.
         """
         try:
             text.encode()
@@ -101,7 +102,7 @@ class Tokenizer:
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def _encode_with_literal_blank(self, text: str) -> list[int]:
-        """Encode with a character no piece contains for "▁", then put the bytes of "▁" there."""
+        """Encodes "▁" as a character that is in no piece, and then puts the bytes of "▁" there."""
         stand_in = next(c for c in map(chr, range(0x10FFFD, 0x10F000, -1))   # private use
                         if c not in text and self._sp.is_unknown(self._sp.piece_to_id(c)))
         marker = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in stand_in.encode()]
@@ -113,7 +114,7 @@ class Tokenizer:
         return result
 
     def _surfaces(self, ids: Iterable[int]) -> Iterator[bytes]:
-        """The bytes of each id, without the blank that encoding put before the text."""
+        """Yields the bytes of each id, without the blank that encoding put before the text."""
         at_start = self.adds_blank
         for id in ids:
             surface = self._bytes[id]
@@ -124,11 +125,11 @@ class Tokenizer:
             yield surface
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids -> text; BOS and EOS vanish, bytes that are no UTF-8 become U+FFFD."""
+        """Decodes ids. BOS and EOS give no text, bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self._surfaces(ids)).decode(errors="replace")
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of `decode` in parts, each as soon as an id completes at least one character."""
+        """Yields the text of `decode` in parts, each as soon as an id completes a character."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for surface in self._surfaces(ids):
             if text := decoder.decode(surface):
@@ -137,10 +138,10 @@ class Tokenizer:
             yield text
 
     def spans(self, ids: Iterable[int]) -> list[tuple[int, int]]:
-        """For each id the half-open range of characters of `decode(ids)` that it touches.
+        """Returns, for each id, the half-open range of characters of `decode(ids)` that it covers.
 
-        A character spelled by several byte pieces belongs to each of them; BOS and EOS have empty
-        spans. (The library's own offsets count bytes, and only for text it has encoded itself.)
+        A character that consists of several byte pieces belongs to each of them. BOS and EOS have
+        empty spans. (sentencepiece's own offsets count bytes, and only for text it has encoded.)
         """
         surfaces = list(self._surfaces(ids))
         home = character_of_byte(b"".join(surfaces))
@@ -153,16 +154,16 @@ class Tokenizer:
 
 
 def character_of_byte(data: bytes) -> list[int]:
-    """[bytes] which character of data.decode(errors="replace") each byte lies in.
+    """Returns, for each byte, the index of its character in data.decode(errors="replace").
 
-    (An incremental decoder, fed byte by byte, says so too late where bytes spell a surrogate.)
+    (An incremental decoder would tell this too late when the bytes spell a surrogate.)
     """
     home, count = [], 0
     while len(home) < len(data):
         rest, broken = data[len(home):], 0
         try:
             whole = rest.decode()
-        except UnicodeDecodeError as error:                 # the first bytes that are no UTF-8
+        except UnicodeDecodeError as error:                 # the first bytes that are not UTF-8
             whole, broken = rest[:error.start].decode(), error.end - error.start
         sizes = [len(character.encode()) for character in whole] + [broken] * (broken > 0)
         for size in sizes:
@@ -172,16 +173,16 @@ def character_of_byte(data: bytes) -> list[int]:
 
 
 def train(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
-    """Train a small model of LLaMA's kind on `texts`, write it to `path` and open it.
+    """Trains a small model of LLaMA's kind on `texts`, writes it to `path` and opens it.
 
-    BPE with byte fallback, identity normalisation, blanks kept, each digit its own piece; a newline
-    is the byte piece <0x0A>. Ids 0, 1, 2 are unknown, BOS and EOS, the next 256 the bytes. The same
-    texts give the same file.
-    Raises UserError when the texts cannot give exactly `vocab_size` pieces, with what they can.
+    It is BPE with byte fallback and without normalisation. Blanks are kept, each digit is a piece,
+    and a newline is the byte piece <0x0A>. Ids 0, 1, 2 are unknown, BOS and EOS; the next 256 are
+    the bytes. The same texts give the same file. Raises UserError when the texts cannot give
+    exactly `vocab_size` pieces, with the number that is possible.
     """
     lines = [line for text in texts for line in text.split("\n") if line]
     if not lines:
-        raise UserError(f"{path}: no text to train a tokenizer on")
+        raise UserError(f"{path}: expected text to train a tokenizer on, got none")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -192,11 +193,12 @@ def train(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
             max_sentence_length=max(10, *(len(line.encode()) + 1 for line in lines)), minloglevel=2)
     except RuntimeError as error:
         if limit := re.search(r"set it to a value <= (\d+)", str(error)):
-            hint = f"the texts give at most {limit[1]}"
+            hint = f"got texts that give at most {limit[1]}"
         elif limit := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
-            hint = f"3 special pieces, 256 bytes and the characters of the texts need {limit[1]}"
+            hint = f"got texts that need {limit[1]} (3 special pieces, 256 bytes, characters)"
         else:
             raise
-        raise UserError(f"{path}: expected a vocabulary of {vocab_size} pieces; {hint}") from None
+        raise UserError(f"{path}: vocabulary: expected {vocab_size} pieces, {hint}; choose another "
+                        "size") from None
     write_atomic(path, model.getvalue())
     return Tokenizer(path)

@@ -1,12 +1,12 @@
-"""Times every kernel against the bare matmuls of its size, its plain form, and what others ship.
+"""Times every kernel against bare matmuls of its size, its plain form, and other libraries.
 
-    python -m kernels.bench                                    # the tables of BENCHMARKS.md
+    python -m kernels.bench                                    # the tables of kernels/README.md
     python -m kernels.bench --sizes 500x96x400 --work ppo --repeats 50
     python -m kernels.bench --device cuda --dtype bfloat16 --json bench.json
 
-The floor is the matmuls alone, into buffers that exist already; memory's is the results and one
-chunk of logits. How it is measured: timing.py, freed memory kept as training keeps it. TRL and
-Liger take part where they are installed.
+The floor of the time is the matmuls only, written to existing buffers. The floor of the memory is
+the results and one chunk of logits. timing.py says how both are measured; freed memory is kept, as
+in training. TRL and Liger take part when they are installed.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from kernels import (clipped_surrogate, exact_kl, linear_cross_entropy, linear_logp, linear_ppo,
-                     timing)
+from kernels import (
+    clipped_surrogate, exact_kl, linear_cross_entropy, linear_logp, linear_ppo, timing)
 from kernels.memory import keep_freed
 
 CLIP = 0.2
@@ -28,7 +28,7 @@ GRADIENT = "ppo", "cross_entropy", "logp_gradient", "kl_gradient"
 
 
 class Problem:
-    """Inputs of one size: hidden [N, D], head [V, D], a policy's numbers [N], a reference."""
+    """The inputs of one size: hidden [N, D], head [V, D], numbers per token [N], a reference."""
 
     def __init__(self, n: int, d: int, v: int, device: str, dtype: torch.dtype):
         generator = torch.Generator().manual_seed(0)
@@ -44,7 +44,7 @@ class Problem:
         self.hidden_ref, self.head_ref = randn(n, d), randn(v, d) / d ** 0.5
 
     def floor(self, matmuls: int):
-        """The matmuls alone: logits, grad hidden, grad head, into buffers made beforehand."""
+        """Returns a function that runs only the matmuls (logits, grad hidden, grad head)."""
         hidden, head = self.hidden.detach(), self.head.detach()
         logits = hidden.new_empty(len(hidden), len(head))
         grad_hidden, grad_head = torch.empty_like(hidden), torch.empty_like(head)
@@ -61,7 +61,7 @@ def surrogate(p: Problem, logp: Tensor) -> Tensor:
 
 
 def torch_logp(chunk: int | None):
-    """-logp from torch's own linear_cross_entropy (2.13 on); chunk None: its automatic size."""
+    """-logp by torch's linear_cross_entropy (new in 2.13). chunk None: its automatic size."""
     from torch.nn import LinearCrossEntropyOptions
     from torch.nn.functional import linear_cross_entropy as theirs
     options = LinearCrossEntropyOptions(batch_chunk_size=chunk)
@@ -69,7 +69,7 @@ def torch_logp(chunk: int | None):
 
 
 def peers(work: str) -> dict:
-    """name -> f(problem) for what is installed: torch's own, TRL's, Liger's."""
+    """name -> f(problem) for the installed libraries: torch, TRL, Liger."""
     found = {}
     try:
         auto, fixed = torch_logp(None), torch_logp(512)
@@ -99,7 +99,7 @@ def peers(work: str) -> dict:
             grpo = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo",
                                             epsilon_low=CLIP, epsilon_high=CLIP)
 
-            def liger(p):                     # 8 responses; one advantage each is all it takes
+            def liger(p):                     # 8 responses, because it takes one advantage for each
                 ids = p.targets.view(8, -1)
                 return grpo(p.hidden.view(8, ids.shape[1], -1), p.head, ids, torch.ones_like(ids),
                             p.advantages[:8], old_per_token_logps=p.logp_old.view(8, -1))[0]
@@ -110,7 +110,7 @@ def peers(work: str) -> dict:
 
 
 def variants(work: str) -> dict:
-    """name -> f(problem) -> scalar to call backward on where the work has a gradient."""
+    """name -> f(problem), which returns a scalar. Its backward pass is timed too if in GRADIENT."""
     def of(form: str):
         return {
             "ppo": lambda p: getattr(linear_ppo, form)(
@@ -124,7 +124,7 @@ def variants(work: str) -> dict:
         }.get(work.removesuffix("_gradient"), lambda p: getattr(linear_logp, form)(
             p.hidden, p.head, p.targets).logp.sum())
 
-    def plain(p):                             # what one would write: no statistics, no entropy
+    def plain(p):                             # the usual code, without statistics and entropy
         if work == "ppo":
             return surrogate(p, linear_logp.reference(p.hidden, p.head, p.targets).logp)
         if work == "cross_entropy":
@@ -132,15 +132,15 @@ def variants(work: str) -> dict:
         return of("reference")(p)
 
     @functools.cache
-    def compiled():                           # on the first call: the compiler's import is slow
-        torch.compiler.reset()                # one function serves every work: 8 forms at the most
+    def compiled():                           # only when it is called: the compiler imports slowly
+        torch.compiler.reset()                # a function may have 8 compiled forms at most
         return torch.compile(plain, dynamic=False)
     return {"fused": of("fused"), "plain": plain,
             "plain compiled": lambda p: compiled()(p), **peers(work)}
 
 
 def call(work: str, loss, problem: Problem) -> None:
-    """One complete piece of work: forward, and backward into fresh .grad where it has one."""
+    """Runs the forward pass and, if the work has a gradient, the backward pass to a new .grad."""
     problem.hidden.grad = problem.head.grad = None
     if work in GRADIENT:
         loss(problem).backward()
@@ -150,7 +150,7 @@ def call(work: str, loss, problem: Problem) -> None:
 
 
 def measure(work: str, problem: Problem, options) -> dict:
-    """name -> {seconds, ratio, quartiles} over rounds in which the floor and all variants run."""
+    """Times the floor and all variants in rounds: name -> {seconds, ratio, quartiles}."""
     runs = {"floor": problem.floor(MATMULS[work])}
     for name, loss in variants(work).items():
         if not options.only or name in options.only:
@@ -160,9 +160,9 @@ def measure(work: str, problem: Problem, options) -> dict:
 
 
 def peak_of(work: str, name: str, problem: Problem) -> float:
-    """MiB that a first call adds at its peak; run in a process that has done nothing else.
+    """The MiB that a first call adds at its peak, in a process that has done nothing else.
 
-    Bare matmuls of the size run before: what their library keeps for itself is no part of it.
+    Matmuls of the same size run before, so that the memory that their library keeps is not counted.
     """
     loss = variants(work)[name]
     call(work, loss, Problem(8, 8, 16, problem.hidden.device.type, problem.hidden.dtype))
@@ -171,7 +171,7 @@ def peak_of(work: str, name: str, problem: Problem) -> float:
 
 
 def floor_mib(work: str, n: int, d: int, v: int, width: int) -> float:
-    """Results and one 256-token chunk of logits."""
+    """The MiB of the results and of the logits of 256 tokens."""
     results = (n * d + v * d) * width if work in GRADIENT else 4 * n
     return (results + min(n, 256) * v * width) / 2**20
 
@@ -180,10 +180,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["2048x256x4096", "2048x512x32000"],
-                        help="NxDxV: tokens, width, vocabulary")
-    parser.add_argument("--work", nargs="+", default=list(MATMULS), choices=MATMULS)
-    parser.add_argument("--only", nargs="+", default=[], help="names of the variants to run")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+                        help="NxDxV: tokens x width x vocabulary")
+    parser.add_argument("--work", nargs="+", default=list(MATMULS), choices=MATMULS,
+                        help="the tables to make (default: all)")
+    parser.add_argument("--only", nargs="+", default=[],
+                        help="the rows to run, by name (default: all)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+                        help="of hidden states and head")
     timing.add_flags(parser, repeats=9)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -199,7 +202,7 @@ def main() -> None:
         for work in options.work:
             rows = measure(work, problem, options)
             for name, row in rows.items():
-                # a compiler's own memory drowns the work
+                # The memory of the compiler itself is larger than that of the work.
                 if name not in ("floor", "plain compiled") and "failed" not in row:
                     flags = ["--sizes", size, "--work", work, "--dtype", options.dtype]
                     row["peak_mib"] = timing.peak_in_fresh_process(
@@ -213,10 +216,13 @@ def main() -> None:
 
 
 def show(table: dict) -> None:
-    """One table: time as a ratio to the floor (median, quartiles), peak memory as one too."""
+    """Prints one table: median time with its ratio to the floor, and peak memory with its ratio."""
     work, rows = table["work"], table["rows"]
-    print(f"\n{work}  N {table['N']} D {table['D']} V {table['V']}: floor {MATMULS[work]} matmuls, "
-          f"{1e3 * rows['floor']['seconds']:.2f} ms; {table['floor_mib']:.1f} MiB")
+    count = MATMULS[work]
+    print(f"\n{work}: N {table['N']}, D {table['D']}, V {table['V']}. "
+          f"Floor: {count} matmul{'s' * (count > 1)}, {1e3 * rows['floor']['seconds']:.2f} ms; "
+          f"{table['floor_mib']:.1f} MiB")
+    print(f"  {'':<25} {'time':>12} {'/floor':>7} {'[quartiles]':14} {'memory':>13} {'/floor':>7}")
     for name, row in rows.items():
         peak = row.get("peak_mib")
         memory = "" if peak is None else f"{peak:9.1f} MiB {peak / table['floor_mib']:6.2f}x"

@@ -1,14 +1,15 @@
-"""PPO's clipped surrogate on given log-probabilities, with its gradient in closed form.
+"""PPO's clipped loss on given log-probabilities, with its gradient in closed form: equation (7).
 
     rho_t = exp(logp_t - logp_old_t)
     L     = -1/M sum_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)                    (7)
-    dL/dlogp_t = -1/M rho_t A_t  where the unclipped term is the smaller one, else 0
+    dL/dlogp_t = -1/M rho_t A_t  when the unclipped term is the smaller one, else 0
 
 The unclipped term is the smaller one unless (A_t > 0 and rho_t > 1 + eps) or (A_t < 0 and
-rho_t < 1 - eps). M is the number of response tokens of the whole minibatch, so microbatches add up.
+rho_t < 1 - eps). M is the number of response tokens of the whole minibatch, so the losses of its
+microbatches add up.
 
-Cost: no matmul; the N numbers are read once and one slope per token is kept for backward, where
-autograd through the reference keeps six tensors of N.
+Cost: no matmul. Each of the N numbers is read once, and one gradient per token is kept for the
+backward pass. Autograd through the reference keeps six tensors of N numbers.
 """
 
 from typing import NamedTuple
@@ -16,21 +17,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.three_matmuls import wide
+
 
 class Surrogate(NamedTuple):
-    """Sums over the unmasked tokens divided by the denominator: over microbatches they add."""
+    """Sums over the unmasked tokens, divided by `denominator`, so microbatches add up."""
     loss: Tensor                  # () the only member with a gradient
-    clip_fraction: Tensor         # () share of tokens with |rho - 1| > eps
-    kl_k1: Tensor                 # () mean of -log rho: estimates KL(old || new) in nats; any sign
-    kl_k3: Tensor                 # () mean of rho - 1 - log rho: the same, never negative
+    clip_fraction: Tensor         # () fraction of the tokens with |rho - 1| > eps
+    kl_k1: Tensor                 # () mean of -log rho: an estimate of KL(old || new) in nats
+    kl_k3: Tensor                 # () mean of rho - 1 - log rho: another, which is never negative
 
 
 def reference(logp: Tensor, logp_old: Tensor, advantages: Tensor, clip_eps: float,
               mask: Tensor | None = None, denominator: float | None = None) -> Surrogate:
-    """What `fused` computes, written plainly."""
+    """Computes the same as `fused`, in the plain form."""
     mask = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
     denominator = max(int(mask.sum()), 1) if denominator is None else denominator
-    # A masked entry may hold anything: replace it before the arithmetic, 0 * inf is not 0.
+    # A masked entry may hold anything. It is replaced before the arithmetic: 0 * inf is not 0.
     log_ratio = torch.where(mask, logp.to(wide(logp)) - logp_old, 0.0)
     advantages = torch.where(mask, advantages, 0.0)
     ratio = log_ratio.exp()
@@ -41,15 +44,17 @@ def reference(logp: Tensor, logp_old: Tensor, advantages: Tensor, clip_eps: floa
 
 def fused(logp: Tensor, logp_old: Tensor, advantages: Tensor, clip_eps: float,
           mask: Tensor | None = None, denominator: float | None = None) -> Surrogate:
-    """The clipped loss (7) and its statistics; the gradient flows to `logp` alone.
+    """The clipped loss (7) and its statistics. Only `logp` gets a gradient.
 
-    logp, logp_old, advantages: one shape, nats; mask: the same shape, True = response token, None =
-    all; clip_eps > 0; denominator: tokens of the whole minibatch, None = those of this mask. With
-    nothing unmasked loss and gradient are 0. Raises ValueError on shapes that differ.
+    logp, logp_old (nats), advantages: tensors of one shape. mask: the same shape, True on response
+    tokens, None for all. clip_eps > 0. denominator: the response tokens of the whole minibatch,
+    None for those of this mask. Loss and gradient are 0 when every token is masked. Raises
+    ValueError when the shapes differ.
     """
     for name, x in (("logp_old", logp_old), ("advantages", advantages), ("mask", mask)):
         if x is not None and x.shape != logp.shape:
-            raise ValueError(f"{name}: expected {tuple(logp.shape)} as logp, got {tuple(x.shape)}")
+            raise ValueError(f"{name}: expected the shape of logp, {tuple(logp.shape)}, got "
+                             f"{tuple(x.shape)}; pass the same tokens")
     if denominator is None:
         denominator = max(logp.numel() if mask is None else int(mask.sum()), 1)
     return Surrogate(*_ClippedSurrogate.apply(logp, logp_old.detach(), advantages.detach(), mask,
@@ -77,7 +82,10 @@ class _ClippedSurrogate(torch.autograd.Function):
 
 
 def objective(log_ratio: Tensor, advantages: Tensor, clip_eps: float) -> tuple[Tensor, Tensor]:
-    """min(rho A, clip(rho) A) and its derivative by log rho, per token; NaN stays NaN in both."""
+    """Returns min(rho A, clip(rho) A) and its derivative with respect to log rho, per token.
+
+    NaN stays NaN in both.
+    """
     ratio = log_ratio.exp()
     free = ratio * advantages
     bound = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
@@ -85,12 +93,7 @@ def objective(log_ratio: Tensor, advantages: Tensor, clip_eps: float) -> tuple[T
 
 
 def statistics(log_ratio: Tensor, clip_eps: float, denominator: float) -> tuple[Tensor, ...]:
-    """clip_fraction, kl_k1, kl_k3; a token with log_ratio 0 adds nothing to any of them."""
+    """Returns clip_fraction, kl_k1, kl_k3. A token with log_ratio 0 adds nothing to any of them."""
     over = log_ratio.expm1()                                                       # rho - 1
     return ((over.abs() > clip_eps).sum() / denominator, -log_ratio.sum() / denominator,
             (over - log_ratio).sum() / denominator)
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """float32 at least: the dtype of every reduction."""
-    return torch.promote_types(x.dtype, torch.float32)

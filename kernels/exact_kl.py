@@ -1,33 +1,32 @@
-"""The exact KL divergence of the policy from the reference over the whole vocabulary, token by
-token.
+"""The exact KL divergence of the policy from the reference, over the whole vocabulary.
 
     z = h W^T / temperature,  z' = h' W'^T / temperature                                    [N, V]
     p = softmax(z),           p' = softmax(z')
     KL_i = sum_j p_ij (log p_ij - log p'_ij)
          = sum_j p_ij (z_ij - z'_ij) - logsumexp z_i + logsumexp z'_i
 
-With a_ij = z'_ij - z_ij and its mean under the policy m_i = sum_j p_ij a_ij, the two normalisers
-drop out of the gradient:
+Let a_ij = z'_ij - z_ij, with the mean m_i = sum_j p_ij a_ij under the policy. The two normalisers
+then drop out of the gradient:
 
     dKL_i/dz_ij = -p_ij (a_ij - m_i)
     dL/dh_i     = g_i / temperature (dKL/dz W)_i           g = dL/dKL
     dL/dW       = (dKL/dz)^T (g h) / temperature
 
-The reference (h', W') is frozen: it gets no gradient. Estimators from samples (kl_k1, kl_k3) cost
-no matmul; this one has no variance and sees the tokens that were not sampled.
+The reference (h', W') is frozen and gets no gradient. Estimates from samples (kl_k1, kl_k3) cost no
+matmul; the exact KL has no variance and includes the tokens that were not sampled.
 
-Both passes walk tiles of 1024 tokens x 416 columns of the vocabulary (on a CPU). Forward carries of
-each token the running maxima m and m' and three sums,
+Both passes walk over tiles of 1024 tokens x 416 columns of the vocabulary (on a CPU). For each
+token the forward pass keeps the running maxima m and m', and three sums:
 
     s = sum_j 2^(z_j - m)      s' = sum_j 2^(z'_j - m')      t = sum_j 2^(z_j - m) a_j
 
-a new maximum scales the sums of its side by 2^(old - new). m, s and t / s, one number a token each,
-are all that backward needs to make dKL/dz of any tile at once: it looks for no maximum again.
+A new maximum scales the sums of its model by 2^(old - new). From m, s and t / s, one number per
+token each, the backward pass computes dKL/dz of any tile without looking for a maximum again.
 
-Cost: 2 matmuls forward, 4 more backward (g arrives late, so the logits are made again). Memory
-beside the results: two tiles, 3.3 MiB in float32 at any N and V, where the reference holds 2 N V
-logits and as many log-probabilities; backward holds a slice [1024, D] of the hidden states as well
-and, in half precision, the gradients in float32.
+Cost: 2 matmuls forward and 4 more backward; g is known only in the backward pass, so the logits are
+computed again there. Memory besides the results: two tiles, which are 3.3 MiB in float32 at any N
+and V. The reference holds 2 N V logits and as many log-probabilities. The backward pass also holds
+a slice [1024, D] of the hidden states and, in half precision, the gradients in float32.
 """
 
 import torch
@@ -36,13 +35,14 @@ from torch import Tensor
 from kernels.three_matmuls import LN2, add_, check, logits_, wide
 
 TILE_ROWS = 1024
-TILE = 13 * 2**15, 2**26          # logits of a tile: 416 columns, for a stride of 2 KiB would meet
-                                  # itself in the cache; off a CPU 256 MiB
+# Logits per tile. On a CPU: 416 columns, because the rows of 512 columns, 2 KiB each, would compete
+# for a few sets of the cache. Elsewhere: 256 MiB of float32.
+TILE = 13 * 2**15, 2**26
 
 
 def reference(hidden: Tensor, head: Tensor, hidden_ref: Tensor, head_ref: Tensor,
               temperature: float = 1.0) -> Tensor:
-    """What `fused` computes, written plainly."""
+    """Computes the same as `fused`, in the plain form."""
     logps = ((hidden @ head.T).to(wide(hidden)) / temperature).log_softmax(-1)          # [N, V]
     logits_ref = (hidden_ref @ head_ref.T).to(wide(hidden_ref)).detach() / temperature
     logps_ref = logits_ref.log_softmax(-1)
@@ -51,18 +51,19 @@ def reference(hidden: Tensor, head: Tensor, hidden_ref: Tensor, head_ref: Tensor
 
 def fused(hidden: Tensor, head: Tensor, hidden_ref: Tensor, head_ref: Tensor,
           temperature: float = 1.0) -> Tensor:
-    """KL(policy || reference) in nats of each token, [N], float32 at least, >= 0 up to rounding.
+    """KL(policy || reference) of each token in nats, [N], float32 or wider, >= 0 up to rounding.
 
-    hidden [N, D], head [V, D] of the policy; hidden_ref [N, D'], head_ref [V, D'] of the reference,
-    whose width may differ; temperature > 0. The gradient flows to hidden and head; two backward
-    calls (with retain_graph) work. Equal inputs give exactly 0. Raises ValueError on what does not
-    fit.
+    hidden [N, D], head [V, D]: of the policy. hidden_ref [N, D'], head_ref [V, D']: of the
+    reference, whose width may differ. temperature > 0. hidden and head get gradients, and a second
+    backward call (with retain_graph) works. Equal models give exactly 0. Raises ValueError when
+    shapes, dtypes or the temperature do not fit.
     """
     check(hidden, head, temperature)
     check(hidden_ref, head_ref, temperature)
     if len(hidden_ref) != len(hidden) or len(head_ref) != len(head):
-        raise ValueError(f"hidden_ref, head_ref: expected N, V = {len(hidden)}, {len(head)}, got "
-                         f"{len(hidden_ref)}, {len(head_ref)}")
+        raise ValueError(f"hidden_ref, head_ref: expected N, V = {len(hidden)}, {len(head)} of the "
+                         f"policy, got {len(hidden_ref)}, {len(head_ref)}; pass the same tokens, "
+                         "and a reference with the same vocabulary")
     return _ExactKL.apply(hidden, head, hidden_ref.detach(), head_ref.detach(), temperature)
 
 
@@ -84,7 +85,7 @@ class _ExactKL(torch.autograd.Function):
 
 def divergence(hidden: Tensor, head: Tensor, hidden_ref: Tensor, head_ref: Tensor,
                temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(KL in nats [N]; m in bits, s and t / s in bits, [N, 1] each: see the head of this file)."""
+    """The forward pass: returns KL in nats [N], and m (bits), s, t / s (bits), [N, 1] each."""
     kl = hidden.new_empty(len(hidden), dtype=wide(hidden))
     sums = kl.new_zeros(5, len(hidden), 1)
     sums[:2] = -torch.inf
@@ -93,7 +94,7 @@ def divergence(hidden: Tensor, head: Tensor, hidden_ref: Tensor, head_ref: Tenso
         for words, z, a in tiles:                                                # [n, columns]
             write_(a, hidden_ref[rows], head_ref[words], temperature)
             new = torch.maximum(top_ref, a.amax(-1, keepdim=True))
-            e = torch.sub(a, new, out=z).exp2_()                           # where z is to stand
+            e = torch.sub(a, new, out=z).exp2_()                           # z is written later
             s_ref.mul_((top_ref - new).exp2_()).add_(e.sum(-1, keepdim=True))
             top_ref.copy_(new)
             write_(z, hidden[rows], head[words], temperature)
@@ -113,7 +114,10 @@ def divergence(hidden: Tensor, head: Tensor, hidden_ref: Tensor, head_ref: Tenso
 def gradients(hidden: Tensor, head: Tensor, hidden_ref: Tensor, head_ref: Tensor,
               temperature: float, top: Tensor, s: Tensor, mean: Tensor, grad_kl: Tensor,
               needs: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
-    """(grad_hidden, grad_head), None where not needed, from what `divergence` found."""
+    """The backward pass: returns (grad_hidden, grad_head), None for a gradient not needed.
+
+    top, s, mean [N, 1]: m, s, t / s from `divergence`. grad_kl [N]: g.
+    """
     dtype = wide(hidden)
     grad_hidden = hidden.new_empty(hidden.shape, dtype=dtype) if needs[0] else None
     grad_head = head.new_zeros(head.shape, dtype=dtype) if needs[1] else None
@@ -127,22 +131,23 @@ def gradients(hidden: Tensor, head: Tensor, hidden_ref: Tensor, head_ref: Tensor
             write_(a, hidden_ref[rows], head_ref[words], temperature)
             a.sub_(z).sub_(mean[rows])
             q = a.mul_(z.sub_(top[rows]).exp2_())
-            if dtype != head.dtype:                      # the range of a half may not hold s
+            if dtype != head.dtype:                      # s may exceed the range of float16
                 q = q.div_(s[rows]).to(head.dtype)
             if needs[0]:
                 add_(grad_hidden[rows], q, head[words], first=words.start == 0)
             if needs[1]:
                 add_(grad_head[words], q.T, scaled, first=rows.start == 0)
-        del scaled                                       # before the next one is made
+        del scaled                                       # freed before the next slice
         if needs[0]:
             grad_hidden[rows] *= g
     return tuple(None if x is None else x.to(head.dtype) for x in (grad_hidden, grad_head))
 
 
 def slices(hidden: Tensor, head: Tensor):
-    """(rows, tiles) for slices of the tokens; tiles: (words, z, a) for slices of the vocabulary.
+    """Yields (rows, tiles) for slices of the tokens; tiles yields (words, z, a) for columns.
 
-    z, a: unwritten [n, columns] for the logits of both models; all tiles share two buffers.
+    words: a slice of the vocabulary. z, a [n, columns]: space for the logits of both models. All
+    tiles use the same two buffers.
     """
     size = max(1, min(TILE_ROWS, len(hidden)))
     columns = min(len(head), max(1, TILE[hidden.device.type != "cpu"] // size))
@@ -159,7 +164,7 @@ def slices(hidden: Tensor, head: Tensor):
 
 
 def write_(out: Tensor, hidden: Tensor, head: Tensor, temperature: float) -> None:
-    """out [n, columns] = the logits in bits; the matmul writes there if it is not wider than it."""
+    """out [n, columns] = the logits in bits, written by the matmul directly if the dtypes agree."""
     if out.dtype == hidden.dtype:
         logits_(out, hidden, head, temperature)
     else:

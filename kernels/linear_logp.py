@@ -1,23 +1,24 @@
-"""Log-probabilities of chosen tokens straight from hidden states, without the [N, V] logits.
+"""Log-probabilities of chosen tokens directly from hidden states, without the [N, V] logits.
 
     z_ij   = h_i . W_j / temperature                       logits
-    logp_i = z_i,y(i) - log sum_j exp z_ij                 y(i) the token that was chosen
+    logp_i = z_i,y(i) - log sum_j exp z_ij                 y(i) is the chosen token
 
     dL/dh_i = -g_i / temperature (q W)_i                   g = dL/dlogp, q = softmax(z) - onehot(y)
     dL/dW   = -q^T (g h) / temperature
 
-Forward keeps no logits: it walks tiles of 2048 tokens x 512 columns of the vocabulary (on a CPU;
-256 for the entropy, which needs two) and carries of each token the running maximum m and two sums,
-s = sum_j exp(z_ij - m) and t = sum_j exp(z_ij - m) (z_ij - m), so that
+The forward pass keeps no logits. It walks over tiles of 2048 tokens x 512 columns of the vocabulary
+(on a CPU; 256 columns with entropy, which needs two buffers). For each token it keeps the running
+maximum m and two sums, s = sum_j exp(z_ij - m) and t = sum_j exp(z_ij - m) (z_ij - m):
 
     logsumexp = m + log s        entropy = log s - t / s
     on a new maximum m':         t <- c (t + s (m - m')),  s <- c s,  c = exp(m - m')
 
-g arrives only in backward, which makes the logits again (three_matmuls.py). A loss whose g is known
-in forward saves that fourth matmul: linear_ppo.py, linear_cross_entropy.py.
+g is known only in the backward pass, which computes the logits again (three_matmuls.py). A loss
+whose g is known in the forward pass saves this fourth matmul: linear_ppo.py,
+linear_cross_entropy.py.
 
-Cost: 1 matmul of 2 N D V without gradient, 4 with. Memory beside the results: one tile (4 MiB)
-without gradient, one chunk of logits with; the reference holds N V logits and as many
+Cost: 1 matmul of 2 N D V operations without gradient, 4 with. Memory besides the results: one tile
+(4 MiB) without gradient, one chunk of logits with. The reference holds N V logits and as many
 log-probabilities.
 """
 
@@ -29,18 +30,18 @@ from torch import Tensor
 from kernels.three_matmuls import LN2, check, gradients, logits_, wide
 
 TILE_ROWS = 2048
-TILE = 2**20, 2**28               # logits of a tile: 4 MiB of float32 on a CPU, else 1 GiB
+TILE = 2**20, 2**28               # logits per tile: 4 MiB of float32 on a CPU, 1 GiB elsewhere
 
 
 class LogProb(NamedTuple):
-    logp: Tensor                  # [N] log-probability of the target, nats; float32 at least
-    logsumexp: Tensor             # [N] log-normaliser of the logits, nats; carries no gradient
-    entropy: Tensor | None        # [N] entropy of the distribution, nats; carries no gradient
+    logp: Tensor                  # [N] log-probability of the target, nats; float32 or wider
+    logsumexp: Tensor             # [N] log-normaliser of the logits, nats; has no gradient
+    entropy: Tensor | None        # [N] entropy of the distribution, nats; has no gradient
 
 
 def reference(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float = 1.0,
               entropy: bool = False) -> LogProb:
-    """What `fused` computes, written plainly."""
+    """Computes the same as `fused`, in the plain form."""
     logits = (hidden @ head.T).to(wide(hidden)) / temperature                           # [N, V]
     logps = logits.log_softmax(-1)
     return LogProb(logps.gather(-1, targets[:, None])[:, 0], logits.detach().logsumexp(-1),
@@ -49,12 +50,12 @@ def reference(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float 
 
 def fused(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float = 1.0,
           entropy: bool = False) -> LogProb:
-    """Log-probability of each target under softmax(hidden head^T / temperature).
+    """The log-probability of each target under softmax(hidden head^T / temperature).
 
-    hidden [N, D] and head [V, D] of one floating dtype, targets [N] int64 in [0, V), temperature >
-    0. Gradients flow from logp to hidden and head; two backward calls (with retain_graph) work.
-    Raises ValueError on what does not fit. Non-finite numbers pass through: the caller decides what
-    they mean.
+    hidden [N, D], head [V, D]: of one floating dtype. targets [N] int64 in [0, V). temperature > 0.
+    Through logp, hidden and head get gradients; a second backward call (with retain_graph) works.
+    Non-finite numbers pass through, and the caller decides what they mean. Raises ValueError when
+    shapes, dtypes or the temperature do not fit.
     """
     check(hidden, head, temperature, targets=targets)
     return LogProb(*_LinearLogProb.apply(hidden, head, targets, temperature, entropy))
@@ -82,7 +83,7 @@ class _LinearLogProb(torch.autograd.Function):
 
 def score(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float,
           entropy: bool) -> LogProb:
-    """The forward pass: one matmul, one tile of logits."""
+    """The forward pass, without gradient: one matmul, one tile of logits at a time."""
     n, v = len(hidden), len(head)
     size = min(TILE_ROWS, n)
     columns = TILE[hidden.device.type != "cpu"] // (max(size, 1) * (1 + entropy))
@@ -99,7 +100,10 @@ def score(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float,
 
 def tiles(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float, buffer: Tensor,
           spare: Tensor | None) -> tuple[Tensor, ...]:
-    """(logp, logsumexp) of n tokens in bits, [n] each; with a spare buffer their entropy too."""
+    """Returns (logp, logsumexp) of n tokens in bits, [n] each, and the entropy if `spare` is given.
+
+    buffer, spare: space for one tile of logits each.
+    """
     n, first, entropy = len(hidden), True, spare is not None
     columns = len(buffer) // n
     for start in range(0, len(head), columns):

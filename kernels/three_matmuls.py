@@ -1,27 +1,27 @@
-"""Losses of log-probabilities from hidden states, forward and backward, in three matmuls.
+"""Losses of log-probabilities from hidden states: forward and backward pass in three matmuls.
 
     z_ij   = h_i . W_j / temperature                       logits                          [N, V]
-    logp_i = z_i,y(i) - log sum_j exp z_ij                 y(i) the token that was chosen  [N]
+    logp_i = z_i,y(i) - log sum_j exp z_ij                 y(i) is the chosen token        [N]
 
-For any loss L = sum_i f_i(logp_i) the slope g_i = dL/dlogp_i is known once logp_i is (PPO's clipped
-loss, cross-entropy; anything at all in its own backward). With p_ij = exp(z_ij - logsumexp_i), q =
-p - onehot(y):
+For a loss L = sum_i f_i(logp_i), the gradient g_i = dL/dlogp_i is known as soon as logp_i is known.
+PPO's clipped loss and cross-entropy are such losses. (Any other loss knows g in its backward pass.)
+With p_ij = exp(z_ij - logsumexp_i) and q = p - onehot(y):
 
     dL/dz = -g q                                           [n, V]
     dL/dh = -g (q W) / temperature                         [n, D], the second matmul
-    dL/dW = -q^T (g h) / temperature                       [V, D], the third
-    entropy_i = -logp_i - h_i . (q W)_i / temperature      read off the second for N D work
+    dL/dW = -q^T (g h) / temperature                       [V, D], the third matmul
+    entropy_i = -logp_i - h_i . (q W)_i / temperature      from the second, for N D more operations
 
-`gradients` walks the tokens in chunks and makes all of it while a chunk's logits are there. g
-multiplies [n, D] tensors only, and so does the normaliser: a chunk [n, V] is written by its matmul,
-turned into 2^(z - max z) in place, lowered by its sum at the target, and read by two matmuls.
+`gradients` walks over the tokens in chunks and computes all of this while the logits of the chunk
+exist. g and the normaliser multiply only tensors [n, D]. A chunk [n, V] is written by its matmul,
+turned into 2^(z - max z) in place, reduced by its sum at the target, and read by two matmuls.
 
-Logits are held in bits, z / ln 2 (a factor the matmul applies for nothing): on a CPU 2^x costs a
-third of e^x. Reductions are in float32 at least, float64 stays float64.
+Logits are held in bits, z / ln 2, because on a CPU 2^x costs a third of e^x; the matmul applies the
+factor at no cost. Reductions are in float32 or wider; float64 stays float64.
 
-Cost: 3 matmuls of 2 N D V (1 without gradient). Memory: the gradients, one chunk of logits; in half
-precision also that chunk in float32 and grad_head in float32: a sum over chunks must not round at
-each.
+Cost: 3 matmuls of 2 N D V operations (1 without gradient). Memory: the gradients and one chunk of
+logits. In half precision also this chunk and grad_head in float32, because a sum over chunks must
+not be rounded after each chunk.
 """
 
 from collections.abc import Callable
@@ -30,29 +30,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LN2 = 0.6931471805599453          # nats in a bit
-CHUNK = 256                       # tokens a chunk, at least
-LOGITS = 11 * 2**17, 2**28        # logits any chunk may have: 5.5 MiB of float32, 1 GiB off a CPU
-PAD = 16                          # unused logits after a row whose bytes are a multiple of 4096, or
-                                  # a column's would meet in a few sets of the cache: 3 of 50 ms
-COLUMNS = 1024                    # CPU: vocabulary columns that one matmul writes
-CACHED = 2**20                    # CPU: logits exponentiated at once, 4 MiB of float32
+LN2 = 0.6931471805599453          # nats per bit
+CHUNK = 256                       # the fewest tokens per chunk
+LOGITS = 11 * 2**17, 2**28        # logits per chunk: 5.5 MiB of float32 on a CPU, 1 GiB elsewhere
+PAD = 16                          # unused logits after each row whose bytes are a multiple of 4096:
+                                  # otherwise a column uses few sets of the cache (3 of 50 ms)
+COLUMNS = 1024                    # on a CPU: columns of the vocabulary that one matmul writes
+CACHED = 2**20                    # on a CPU: logits exponentiated at a time, 4 MiB of float32
 
-
+# (rows, logp [n]) -> f [n], df/dlogp [n]
 Term = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 
 
 def sum_of_terms(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float,
                  term: Term) -> tuple[Tensor, Tensor, Tensor | None]:
-    """L = sum_i f_i(logp_i), with term(rows, logp [n]) -> f [n], df/dlogp [n] for a slice of the
-    tokens.
+    """Computes L = sum_i f_i(logp_i).
 
-    Returns (L with its gradient, logp [N], entropy [N]). Forward makes the gradients, the first
-    backward scales them by the number it is given and hands them over uncopied; a second one (with
-    retain_graph) makes them again.
+    term(rows, logp [n]) returns (f [n], df/dlogp [n]) for a slice of the tokens. Returns (L, which
+    has a gradient, logp [N], entropy [N]). The forward pass computes the gradients. The first
+    backward call scales them by the number it gets and returns them without a copy; a second call
+    (with retain_graph) computes them again.
     """
     if not torch.is_grad_enabled():
-        hidden, head = hidden.detach(), head.detach()            # or forward would make gradients
+        hidden, head = hidden.detach(), head.detach()            # no gradients in forward
     return _SumOfTerms.apply(hidden, head, targets, temperature, term)
 
 
@@ -84,14 +84,14 @@ class _SumOfTerms(torch.autograd.Function):
             temperature, term = ctx.others
             made = gradients(*ctx.saved_tensors, temperature,
                              lambda rows, logp: term(rows, logp)[1], ctx.needs_input_grad[:2])[2:]
-        if grad_loss.device.type != "cpu" or grad_loss != 1:    # asking an accelerator would wait
+        if grad_loss.device.type != "cpu" or grad_loss != 1:    # reading from a GPU would wait
             made = [None if x is None else x.mul_(grad_loss) for x in made]
         return *made, None, None, None
 
 
 class Gradients(NamedTuple):
     logp: Tensor                  # [N] nats
-    entropy: Tensor | None        # [N] nats; None where no gradient for hidden is asked for
+    entropy: Tensor | None        # [N] nats; None when hidden needs no gradient
     hidden: Tensor | None         # [N, D] dL/dhidden, in the dtype of hidden
     head: Tensor | None           # [V, D] dL/dhead, in the dtype of head
 
@@ -99,7 +99,10 @@ class Gradients(NamedTuple):
 @torch.no_grad()
 def gradients(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float,
               slope: Callable[[slice, Tensor], Tensor], needs: tuple[bool, bool]) -> Gradients:
-    """All of the above for slope(rows, logp[rows]) -> dL/dlogp [n]; needs: (hidden, head)."""
+    """Computes log-probabilities, entropies and gradients chunk by chunk (see the top of the file).
+
+    slope(rows, logp[rows]) returns g = dL/dlogp [n]. needs: whether hidden and head need gradients.
+    """
     n = len(hidden)
     logp = hidden.new_empty(n, dtype=wide(hidden))
     entropy = torch.empty_like(logp) if needs[0] else None
@@ -114,10 +117,10 @@ def gradients(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float,
         torch.mul(chosen - top - total.log2(), LN2, out=logp[rows, None])
         g = slope(rows, logp[rows])[:, None] / -temperature                             # [n, 1]
         bits.scatter_add_(-1, y, -total)                                                # q total
-        if bits.dtype != head.dtype:                # the range of a half may not hold `total`
+        if bits.dtype != head.dtype:                # `total` may exceed the range of float16
             bits, total = (bits / total).to(head.dtype), torch.ones_like(total)
         g = g / total
-        if needs[1]:                                # g h stands where grad hidden is to stand
+        if needs[1]:                                # grad hidden overwrites g h afterwards
             scaled = torch.mul(h, g, out=grad_hidden[rows]) if needs[0] else (h * g).to(head.dtype)
             add_(grad_head, bits.T, scaled, first=rows.start == 0)
         if needs[0]:
@@ -130,7 +133,7 @@ def gradients(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float,
 
 
 def add_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a @ b, or total = a @ b the first time; `total` may be wider than a and b."""
+    """total += a @ b, or total = a @ b if `first`. `total` may have a wider dtype than a and b."""
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
     else:
@@ -138,7 +141,7 @@ def add_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def chunks(hidden: Tensor, head: Tensor, temperature: float):
-    """(rows, logits [n, V] in bits) for about equal slices of the tokens, all in one buffer."""
+    """Yields (rows, logits [n, V] in bits) for slices of the tokens, all in the same buffer."""
     n, v = len(hidden), len(head)
     most = max(CHUNK, LOGITS[hidden.device.type != "cpu"] // v)
     size = -(-n // max(1, -(-n // most)))
@@ -153,14 +156,14 @@ def chunks(hidden: Tensor, head: Tensor, temperature: float):
 
 
 def logits_(out: Tensor, hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
-    """out [n, v] = hidden head^T / (temperature ln 2), in place."""
+    """out [n, v] = hidden head^T / (temperature ln 2): the logits in bits, in place."""
     return torch.addmm(out, hidden, head.T, beta=0, alpha=1 / (temperature * LN2), out=out)
 
 
 def exponentiate_(bits: Tensor) -> tuple[Tensor, Tensor]:
-    """bits [n, V] -> 2^(bits - top) in place, a few rows at a time to stay in the cache.
+    """Turns bits [n, V] into 2^(bits - top) in place, as many rows at a time as fit the cache.
 
-    Returns the rows' largest logits `top` and their new sums `total`, [n, 1] each.
+    Returns the largest logit of each row, `top`, and the sum of each new row, `total`, [n, 1] each.
     """
     top, total = (bits.new_empty(len(bits), 1) for _ in range(2))
     size = max(1, CACHED // bits.shape[1]) if bits.device.type == "cpu" else max(1, len(bits))
@@ -171,20 +174,26 @@ def exponentiate_(bits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """float32 at least: the dtype of every reduction."""
+    """The dtype of every reduction of `x`: float32, or the dtype of `x` if that is wider."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def check(hidden: Tensor, head: Tensor, temperature: float, **per_token: Tensor | None) -> None:
-    """Raises ValueError naming what does not fit; per_token: tensors that must be [N]."""
+    """Raises ValueError when shapes, dtypes or the temperature do not fit.
+
+    per_token: tensors by name that must be [N].
+    """
     if hidden.ndim != 2 or head.ndim != 2 or head.shape[1] != hidden.shape[1] or not len(head):
         raise ValueError(f"hidden, head: expected (N, D) and (V, D) with V > 0, got "
-                         f"{tuple(hidden.shape)} and {tuple(head.shape)}")
+                         f"{tuple(hidden.shape)} and {tuple(head.shape)}; pass one hidden state "
+                         "per token")
     if hidden.dtype != head.dtype or not hidden.is_floating_point():
         raise ValueError(f"hidden, head: expected one floating dtype, got {hidden.dtype}, "
-                         f"{head.dtype}")
+                         f"{head.dtype}; convert one of them")
     for name, x in per_token.items():
         if x is not None and x.shape != hidden.shape[:1]:
-            raise ValueError(f"{name}: expected (N,) = ({len(hidden)},), got {tuple(x.shape)}")
+            raise ValueError(f"{name}: expected (N,) = ({len(hidden)},), got {tuple(x.shape)}; "
+                             "pass one value per hidden state")
     if not temperature > 0:
-        raise ValueError(f"temperature: expected > 0, got {temperature}")
+        raise ValueError(f"temperature: expected > 0, got {temperature}; pass the temperature of "
+                         "sampling")

@@ -1,8 +1,9 @@
-"""How the benchmarks measure: in turn, within one run, and memory in a process of its own.
+"""Measures time and memory for the benchmarks.
 
-A disturbance of the machine meets all variants when they take turns; a ratio is taken within one
-round, and its median and quartiles over the rounds are reported. Peak memory is what a first call
-adds beyond its inputs, in a process that has done nothing else.
+All variants run in turn within one process, so that a disturbance of the machine hits all of them.
+Each round gives one ratio to the floor; the median and the quartiles of these ratios are reported.
+Peak memory is the memory that a first call adds to its inputs, in a process that has done nothing
+else.
 """
 
 import ctypes
@@ -19,26 +20,30 @@ import torch
 
 
 def add_flags(parser: ArgumentParser, repeats: int) -> None:
-    """The flags every benchmark has."""
-    parser.add_argument("--repeats", type=int, default=repeats, help="rounds; one more warms up")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
+    """Adds the flags that every benchmark has."""
+    parser.add_argument("--repeats", type=int, default=repeats,
+                        help="number of rounds, after one round that warms up")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"),
-                        help="cpu: this process's own time, for a shared machine and one thread")
-    parser.add_argument("--no-memory", action="store_true", help="skip the fresh processes")
-    parser.add_argument("--json", help="file to write the same figures to")
-    parser.add_argument("--peak-of", help="print the peak memory of this row alone, in MiB")
+                        help="cpu counts the time of this process only: for one thread on a shared "
+                             "machine")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--peak-of", metavar="ROW",
+                        help="print only the peak memory of one row, in MiB")
 
 
 def clock_of(options) -> Callable[[], float]:
+    """The function that returns the time of --clock, in seconds."""
     return time.process_time if options.clock == "cpu" else time.perf_counter
 
 
 def in_turn(runs: dict[str, Callable], floors: dict[str, str], repeats: int, clock) -> dict:
-    """name -> {seconds, ratio, quartiles}: rounds in which every run has its turn.
+    """Times all runs in rounds: returns name -> {seconds, ratio, quartiles}.
 
-    floors: the name of the run that a run's ratio is taken to. A run that raises becomes a row
-    {failed}: a peer that cannot do it is a result as well.
+    floors: for each run, the name of the run that its time is divided by. A run that raises gets a
+    row {failed} with the error, because it is a result when a library cannot do the work.
     """
     seconds, failed = {name: [] for name in runs}, {}
     for turn in range(repeats + 1):                             # the first round warms up
@@ -68,45 +73,50 @@ def in_turn(runs: dict[str, Callable], floors: dict[str, str], repeats: int, clo
 
 
 def wait() -> None:
-    """Until an accelerator has done all it was given."""
+    """Waits until a GPU has finished its work."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def peak_mib(run: Callable, device: str) -> float:
-    """MiB that a first call of `run` adds at its peak."""
+    """The MiB that a first call of `run` adds at its peak."""
     if device.startswith("cuda"):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    ctypes.CDLL(None).malloc_trim(0)   # or pages freed before would hide what it adds
+    ctypes.CDLL(None).malloc_trim(0)   # pages that were freed before would hide added memory
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")                                                     # peak := present
+        file.write("5")                                         # sets the peak to the present
     before = resident_mib("VmRSS")
     run()
     return resident_mib("VmHWM") - before
 
 
 def resident_mib(field: str) -> float:
+    """One field of the memory that the kernel reports for this process, in MiB."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
 
 
 def peak_in_fresh_process(module: str, flags: list[str], name: str, options) -> float | None:
-    """What `python -m module FLAGS --peak-of NAME` prints; None outside Linux, without /proc."""
+    """The MiB that `python -m module FLAGS --peak-of NAME` prints.
+
+    None with --no-memory, and on a CPU outside Linux, which has no /proc.
+    """
     if options.no_memory or (options.device == "cpu" and platform.system() != "Linux"):
         return None
     command = [sys.executable, "-m", module, *flags, "--peak-of", name, "--device", options.device,
                "--threads", str(options.threads)]
-    # large tensors on pages of their own, returned when freed: the peak is what was alive at once
+    # Large tensors then have their own pages, which are returned when the tensors are freed, so the
+    # peak is the memory in use at one time.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
     return float(subprocess.run(command, check=True, capture_output=True, text=True,
                                 env=environment).stdout)
 
 
 def machine(options) -> dict:
-    """What runs where, printed before any row; on an accelerator with its ceilings, measured."""
+    """Prints and returns a description of the machine and the run; on a GPU with its limits."""
     found = {"machine": platform.machine(), "system": platform.system(),
              "torch": torch.__version__, "command": " ".join(sys.argv[1:]), **vars(options)}
     if options.device.startswith("cuda"):
@@ -119,7 +129,7 @@ def machine(options) -> dict:
 
 
 def ceilings(options) -> dict[str, float]:
-    """What the accelerator can do: bytes a second of a copy, flops a second of a matmul."""
+    """The measured limits of a GPU: bytes per second of a copy, flops per second of a matmul."""
     found = {}
     source = torch.empty(2**28, dtype=torch.uint8, device=options.device)
     target = torch.empty_like(source)
@@ -135,7 +145,7 @@ def ceilings(options) -> dict[str, float]:
 
 
 def table_row(name: str, row: dict, memory: str = "") -> str:
-    """One line: time, its ratio to the floor, the quartiles of the ratio, memory."""
+    """One line of a table: the time, its ratio to the floor with quartiles, the memory."""
     if "failed" in row:
         return f"  {name:<25} {row['failed']}"
     low, high = row["quartiles"]

@@ -1,30 +1,32 @@
-"""Equation (4): the preference between a response and its minimal edit, put on the edited tokens.
+"""The loss of the token-level reward model on minimal edits: equation (4) (paper, section 2.2).
 
     s_b  = sum_U1+ r_t - sum_U1- r_t                        margin of pair b, changed tokens only
     L_bt = 1/P sum_b -log sigmoid(s_b)                      P pairs with at least one changed token
     L_u0 = lambda/M sum_U0 (r_i+ - r_j-)^2                  "difference", the paper's; M pairings
-           lambda/2M sum_U0 (r_i+)^2 + (r_j-)^2             "anchor": unchanged tokens are worth 0
-           lambda/2M sum_U0 -log sigmoid(r_i+) - log sigmoid(r_j-)    "kept": the editor let them
-                                                            stand; they earn as edited-in ones do
-    L_tok = w/K ( sum_U1+ -log sigmoid(r_t) + sum_U1- -log sigmoid(-r_t) )   K tokens of U1; the
-                                                            per-token variant, off at w = 0
-    loss = L_bt + L_u0 + L_tok
+           lambda/2M sum_U0 (r_i+)^2 + (r_j-)^2             "anchor" pulls their rewards to 0
+           lambda/2M sum_U0 -log sigmoid(r_i+) - log sigmoid(r_j-)    "kept" rewards them like the
+                                                            tokens that the editor wrote
+    L_token = w/K ( sum_U1+ -log sigmoid(r_t) + sum_U1- -log sigmoid(-r_t) )   K tokens of U1; each
+                                                            changed token by itself, off at w = 0
+    loss = L_bt + L_u0 + L_token
 
 U1+ / U1- are the changed tokens of the chosen / rejected response, U0 the unchanged ones in pairs.
-Gradients, each on the tokens of its own set and 0 elsewhere:
+The paper's loss is L_bt + L_u0 with "difference". Gradients, each on the tokens of its own set and
+0 elsewhere:
 
     dL_bt/dr+ = -sigmoid(-s_b) / P        dL_bt/dr- = sigmoid(-s_b) / P      (/ |U1| for "mean")
     dL_u0/dr+ = 2 lambda d / M            dL_u0/dr- = -2 lambda d / M        d = r_i+ - r_j-
                 lambda r_i+ / M                       lambda r_j- / M        for "anchor"
                 -lambda sigmoid(-r_i+) / 2M           -lambda sigmoid(-r_j-) / 2M    for "kept"
-    dL_tok/dr+ = -w sigmoid(-r) / K       dL_tok/dr- = w sigmoid(r) / K
+    dL_token/dr+ = -w sigmoid(-r) / K       dL_token/dr- = w sigmoid(r) / K
 
-An empty side (a pure insertion or deletion) counts 0 in s_b; a pair with no changed token has no
-margin and is left out of L_bt; an empty set makes its term 0. Averages run over the pairs, tokens
-and pairings of the batch (`Totals`), so no pair counts more for being long in L_bt, and none less.
+An empty side (a pure insertion or deletion) counts 0 in s_b. A pair without a changed token has no
+margin and is left out of L_bt. An empty set makes its term 0. The means are over the pairs, tokens
+and pairings of the whole minibatch (`Totals`). In L_bt every pair has the same weight, long
+or short.
 
-Cost: no matmul; the rewards are read once, their gradients (as large as they) are kept for
-backward.
+Cost: no matmul. The rewards are read once, and their gradients, of the same size, are kept for the
+backward pass.
 """
 
 from typing import NamedTuple
@@ -33,27 +35,31 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from kernels.three_matmuls import wide
+
 
 class Unchanged(NamedTuple):
-    """U0 of a batch, [M] int64 each: the m-th pairing is token chosen[m] of the chosen response of
-    pair[m] with token rejected[m] of its rejected one."""
-    pair: Tensor
-    chosen: Tensor
-    rejected: Tensor
+    """U0 of a batch: M pairings of a chosen token with a rejected token, [M] int64 each."""
+    pair: Tensor                  # the row of the batch
+    chosen: Tensor                # the token's position in the chosen response
+    rejected: Tensor              # the token's position in the rejected response
 
 
 U0_TERMS = ("difference", "anchor", "kept")
 
 
 class Options(NamedTuple):
-    reduce: str = "sum"           # "sum" (the paper) or "mean" over the U1 tokens of a side
-    u0: str = "difference"        # "difference" (the paper), "anchor" or "kept"
+    reduce: str = "sum"           # "sum" (the paper's) or "mean" over the U1 tokens of a side
+    u0: str = "difference"        # "difference" (the paper's), "anchor" or "kept"
     u0_weight: float = 1.0        # lambda >= 0
     token_weight: float = 0.0     # w >= 0; 0 is equation (4)
 
 
 class Totals(NamedTuple):
-    """The divisors; pass those of the whole minibatch and the losses of its microbatches add up."""
+    """The numbers that the terms are divided by.
+
+    With the totals of the whole minibatch, the losses of its microbatches add up.
+    """
     pairs: float                  # P: pairs with a changed token
     changed: float                # K: tokens of U1+ and U1-
     unchanged: float              # M: pairings of U0
@@ -61,14 +67,14 @@ class Totals(NamedTuple):
 
 class Preference(NamedTuple):
     loss: Tensor                  # () bt + u0 + token; the only member with a gradient
-    bt: Tensor                    # ()
-    u0: Tensor                    # () lambda included
-    token: Tensor                 # () w included
-    margin: Tensor                # [B] s_b; 0 where nothing changed
+    bt: Tensor                    # () L_bt
+    u0: Tensor                    # () L_u0, with lambda
+    token: Tensor                 # () L_token, with w
+    margin: Tensor                # [B] s_b; 0 for a pair in which nothing changed
 
 
 def totals(plus_mask: Tensor, minus_mask: Tensor, unchanged: Unchanged) -> Totals:
-    """The divisors of this batch, at least 1 each."""
+    """The totals of this batch, at least 1 each."""
     pairs = (plus_mask.any(-1) | minus_mask.any(-1)).sum()
     return Totals(max(int(pairs), 1), max(int(plus_mask.sum() + minus_mask.sum()), 1),
                   max(len(unchanged.pair), 1))
@@ -77,35 +83,37 @@ def totals(plus_mask: Tensor, minus_mask: Tensor, unchanged: Unchanged) -> Total
 def reference(rewards_chosen: Tensor, rewards_rejected: Tensor, plus_mask: Tensor,
               minus_mask: Tensor, unchanged: Unchanged, options: Options = Options(),
               divisors: Totals | None = None) -> Preference:
-    """What `fused` computes, written plainly."""
+    """Computes the same as `fused`, in the plain form."""
     by = totals(plus_mask, minus_mask, unchanged) if divisors is None else divisors
     chosen, rejected = upcast(rewards_chosen), upcast(rewards_rejected)
-    plus, minus = (torch.where(mask, r, 0.0).sum(-1) for mask, r in
-                   ((plus_mask, chosen), (minus_mask, rejected)))                       # [B]
+    plus_sum = torch.where(plus_mask, chosen, 0.0).sum(-1)                              # [B]
+    minus_sum = torch.where(minus_mask, rejected, 0.0).sum(-1)
     if options.reduce == "mean":
-        plus = plus / plus_mask.sum(-1).clamp(min=1)
-        minus = minus / minus_mask.sum(-1).clamp(min=1)
+        plus_sum = plus_sum / plus_mask.sum(-1).clamp(min=1)
+        minus_sum = minus_sum / minus_mask.sum(-1).clamp(min=1)
+    margin = plus_sum - minus_sum                                                       # (3)
     changed = plus_mask.any(-1) | minus_mask.any(-1)
-    bt = softplus(minus - plus)[changed].sum() / by.pairs
-    kept = chosen[unchanged.pair, unchanged.chosen]                                     # [M]
-    other = rejected[unchanged.pair, unchanged.rejected]
-    u0 = {"difference": (kept - other) ** 2, "anchor": (kept ** 2 + other ** 2) / 2,
-          "kept": (softplus(-kept) + softplus(-other)) / 2}[options.u0]
+    bt = softplus(-margin)[changed].sum() / by.pairs            # softplus(-s) = -log sigmoid(s)
+    plus_u0 = chosen[unchanged.pair, unchanged.chosen]                                  # [M]
+    minus_u0 = rejected[unchanged.pair, unchanged.rejected]
+    u0 = {"difference": (plus_u0 - minus_u0) ** 2, "anchor": (plus_u0 ** 2 + minus_u0 ** 2) / 2,
+          "kept": (softplus(-plus_u0) + softplus(-minus_u0)) / 2}[options.u0]
     u0 = options.u0_weight * u0.sum() / by.unchanged
     token = softplus(-chosen[plus_mask]).sum() + softplus(rejected[minus_mask]).sum()
     token = options.token_weight * token / by.changed
-    return Preference(bt + u0 + token, *(x.detach() for x in (bt, u0, token, plus - minus)))
+    return Preference(bt + u0 + token, *(x.detach() for x in (bt, u0, token, margin)))
 
 
 def fused(rewards_chosen: Tensor, rewards_rejected: Tensor, plus_mask: Tensor, minus_mask: Tensor,
           unchanged: Unchanged, options: Options = Options(),
           divisors: Totals | None = None) -> Preference:
-    """Loss (4) of B pairs and its parts; the gradient flows to both rewards.
+    """The loss (4) of B pairs, and its terms. Both rewards get gradients.
 
-    rewards_chosen [B, T1], rewards_rejected [B, T2]: reward of each token at its own position, any
-    floating dtype; plus_mask [B, T1], minus_mask [B, T2]: True = token of U1+ / U1-; positions in
-    no set (padding) may hold anything; divisors: None = those of this batch. Two backward calls
-    (with retain_graph) work. Raises ValueError on shapes that differ and on unknown options.
+    rewards_chosen [B, T1], rewards_rejected [B, T2]: the reward of each token at its own position,
+    in any floating dtype. plus_mask [B, T1], minus_mask [B, T2] bool: True on U1+ and U1-.
+    Positions in no set (padding) may hold anything. divisors: the totals of the whole minibatch,
+    None for those of this batch. A second backward call (with retain_graph) works. Raises
+    ValueError when shapes differ or an option is unknown.
     """
     check(rewards_chosen, rewards_rejected, plus_mask, minus_mask, unchanged, options)
     by = totals(plus_mask, minus_mask, unchanged) if divisors is None else divisors
@@ -165,24 +173,25 @@ class _TokenPreference(torch.autograd.Function):
 
 
 def upcast(x: Tensor) -> Tensor:
-    """float32 at least: the dtype of every reduction."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    """`x` in float32 or wider, the dtype of every reduction."""
+    return x.to(wide(x))
 
 
 def check(rewards_chosen: Tensor, rewards_rejected: Tensor, plus_mask: Tensor, minus_mask: Tensor,
           unchanged: Unchanged, options: Options) -> None:
-    """Raises ValueError naming what does not fit."""
+    """Raises ValueError when shapes differ or an option is unknown."""
     if len(rewards_chosen) != len(rewards_rejected):
-        raise ValueError(f"rewards_rejected: expected B = {len(rewards_chosen)} pairs as "
-                         f"rewards_chosen, got {len(rewards_rejected)}")
+        raise ValueError(f"rewards_rejected: expected B = {len(rewards_chosen)} rows, one per row "
+                         f"of rewards_chosen, got {len(rewards_rejected)}; pass both sides of each "
+                         "pair")
     for name, mask, r in (("plus_mask", plus_mask, rewards_chosen),
                           ("minus_mask", minus_mask, rewards_rejected)):
         if mask.shape != r.shape or mask.dtype != torch.bool:
-            raise ValueError(f"{name}: expected bool {tuple(r.shape)} as its rewards, "
-                             f"got {mask.dtype} {tuple(mask.shape)}")
+            raise ValueError(f"{name}: expected bool {tuple(r.shape)}, the shape of its rewards, "
+                             f"got {mask.dtype} {tuple(mask.shape)}; pass one flag per token")
     if len({x.shape for x in unchanged}) != 1 or unchanged.pair.ndim != 1:
-        raise ValueError(f"unchanged: expected three index lists of one length [M], "
-                         f"got {[tuple(x.shape) for x in unchanged]}")
+        raise ValueError(f"unchanged: expected three index tensors of one length [M], got "
+                         f"{[tuple(x.shape) for x in unchanged]}; pass one entry per pairing")
     if options.reduce not in ("sum", "mean") or options.u0 not in U0_TERMS:
-        raise ValueError(f"options: expected reduce sum|mean and u0 {'|'.join(U0_TERMS)}, "
-                         f"got {options}")
+        raise ValueError("options: expected reduce = sum or mean and u0 = "
+                         f"{' or '.join(U0_TERMS)}, got {options}; correct the option")

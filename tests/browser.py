@@ -1,11 +1,11 @@
-"""A real headless Chromium for the tests, over the DevTools protocol; the standard library alone.
+"""A real headless Chromium for the tests, by the DevTools protocol and the standard library.
 
     with Browser(folder) as browser:
         tab = browser.open("http://127.0.0.1:8000/")
         tab.run("document.title")
 
-The protocol runs over two pipes (--remote-debugging-pipe: the browser reads from its descriptor 3
-and writes to 4), one JSON value a message, each ended by a NUL byte.
+The protocol uses two pipes (--remote-debugging-pipe): the browser reads from its descriptor 3 and
+writes to 4. Each message is one JSON value, followed by a NUL byte.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ SECONDS = 20.0                                    # the longest wait for anythin
 
 
 def find() -> str | None:
-    """The browser's program, if there is one; CHROMIUM in the environment comes first."""
+    """Returns the path of the browser, or None. The environment variable CHROMIUM comes first."""
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
 
 
@@ -34,14 +34,14 @@ class Browser:
 
     def __init__(self, folder: Path):
         (theirs_in, self._out), (self._in, theirs_out) = os.pipe(), os.pipe()
-        # Out of the way of 3 and 4, where the shell then puts them.
+        # Descriptors above 3 and 4, to which the shell then moves them.
         passed = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (theirs_in, theirs_out)]
         command = [find(), "--headless=new", "--remote-debugging-pipe", "--no-first-run",
                    "--disable-gpu", "--disable-dev-shm-usage", "--disable-extensions",
                    "--disable-background-networking", "--disable-component-update",
                    "--disable-sync", "--lang=en", f"--user-data-dir={folder}",
-                   "--no-sandbox",                # which root and many a container lack
-                   "--host-resolver-rules=MAP *.test 127.0.0.1"]           # an attacker's DNS
+                   "--no-sandbox",                # root and many containers cannot use it
+                   "--host-resolver-rules=MAP *.test 127.0.0.1"]           # the attacker's DNS
         self.process = subprocess.Popen(
             ["bash", "-c", f'exec "$@" 3<&{passed[0]} 4>&{passed[1]}', "bash", *command],
             pass_fds=passed, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -52,7 +52,7 @@ class Browser:
         self.call("Browser.getVersion")
 
     def call(self, method: str, session: str | None = None, **parameters) -> dict:
-        """One command and its result; AssertionError for a refusal."""
+        """Sends one command and returns its result. Raises AssertionError if it is refused."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         os.write(self._out, json.dumps(message | ({"sessionId": session} if session else {}))
@@ -68,7 +68,7 @@ class Browser:
 
     def _read(self, end: float) -> dict:
         while b"\0" not in self._buffer:
-            assert select.select([self._in], [], [], max(0, end - time.monotonic()))[0], "silence"
+            assert select.select([self._in], [], [], max(0, end - time.monotonic()))[0], "no answer"
             part = os.read(self._in, 1 << 20)
             assert part, "the browser has died"
             self._buffer += part
@@ -76,7 +76,7 @@ class Browser:
         return json.loads(message)
 
     def open(self, url: str) -> "Tab":
-        """A new tab, in a window of its own: timers of hidden tabs are slow."""
+        """Opens a tab in a window of its own, because timers of hidden tabs are slow."""
         target = self.call("Target.createTarget", url="about:blank", newWindow=True)["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         tab = Tab(self, target, session)
@@ -85,7 +85,7 @@ class Browser:
         return tab
 
     def kill(self) -> None:
-        """kill -9 of the whole browser."""
+        """Kills the whole browser with SIGKILL."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -100,7 +100,7 @@ class Browser:
 
 
 class Navigated(Exception):
-    """The page went away for the next one while it was asked."""
+    """The page was replaced by the next one before it answered."""
 
 
 class Tab:
@@ -117,14 +117,14 @@ class Tab:
         self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def run(self, script: str):
-        """The JSON value of a JavaScript expression; a promise is awaited."""
+        """Returns the JSON value of a JavaScript expression, or of the promise that it gives."""
         result = self.call("Runtime.evaluate", expression=script, awaitPromise=True,
                            returnByValue=True, userGesture=True)
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
     def wait(self, script: str, seconds: float = SECONDS):
-        """The value of an expression as soon as it is true, on this page or the next one."""
+        """Returns the value of an expression as soon as it is true, on this page or the next."""
         end = time.monotonic() + seconds
         while True:
             with contextlib.suppress(Navigated):
@@ -143,7 +143,7 @@ class Tab:
         self.call("Input.dispatchKeyEvent", type="keyUp", **key)
 
     def type(self, text: str) -> None:
-        """As an input method would: into whatever has the focus."""
+        """Inserts text into the element that has the focus, as an input method does."""
         self.call("Input.insertText", text=text)
 
     def reload(self) -> None:
@@ -155,7 +155,7 @@ class Tab:
         self.browser.call("Target.closeTarget", targetId=self.target)
 
     def tree(self) -> list[tuple[str, str]]:
-        """(role, name) of everything a screen reader is told of, in its order."""
+        """Returns (role, name) of everything that a screen reader gets, in its order."""
         nodes = self.call("Accessibility.getFullAXTree")["nodes"]
         return [(node["role"]["value"], node.get("name", {}).get("value", ""))
                 for node in nodes if not node.get("ignored") and "role" in node]

@@ -1,12 +1,12 @@
-"""Resident bytes of one PPO iteration, phase by phase, in a process of its own (Linux).
+"""Measures the resident bytes of one PPO iteration, phase by phase, in a new process (Linux).
 
     python -m tests.measure_memory '{"dtype": "float32", ...}'    a JSON object on stdout
 
-Runs two iterations of train_ppo.py's own functions on random weights and reports the highest
-resident size of each phase of the second, less what the same takes with a model of nothing: torch,
-its libraries and their buffers. Before both, one layer of these sizes has been through: in bfloat16
-oneDNN compiles a kernel for every shape of a matmul and keeps it, 256 KB each, some 80 MB here
-however many layers there are.
+Runs two iterations of train_ppo.py's own functions on random weights, and reports the highest
+resident size of each phase of the second iteration. The same measurement with a tiny model (torch,
+its libraries and their buffers) is subtracted. Before both, a model with one layer of these sizes
+is run, because in bfloat16 oneDNN compiles and keeps a kernel for every shape of a matmul, 256 KB
+each: about 80 MB here, for any number of layers.
 """
 
 import json
@@ -18,14 +18,15 @@ from types import SimpleNamespace
 import torch
 
 import train_ppo
-from fgrlhf import players
-from fgrlhf import lora
+from fgrlhf.baseline import Critic
+from fgrlhf.engine import lora
+from fgrlhf.engine.players import Players, prepare
 from fgrlhf.model import LLaMAConfig, build
 from fgrlhf.reward import RewardModel
 
 SIZES = dict(dim=448, n_layers=6, n_heads=7, n_kv_heads=7, vocab_size=6000, ffn_dim=1216,
              max_seq_len=128)
-PROMPT, RESPONSE = 40, 88
+PROMPT, RESPONSE = 108, 20                           # few steps to decode, many tokens to update
 
 
 def reset_peak() -> None:
@@ -39,8 +40,8 @@ def peak() -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
-def iteration(config: train_ppo.Config, setup: players.Players, number: int) -> dict[str, int]:
-    """One iteration; the peak of each phase."""
+def iteration(config: train_ppo.Config, players: Players, number: int) -> dict[str, int]:
+    """Runs one iteration. Returns the peak of each phase."""
     peaks, sample = {}, train_ppo.sample_shared
 
     def watched(*arguments):
@@ -50,17 +51,16 @@ def iteration(config: train_ppo.Config, setup: players.Players, number: int) -> 
         reset_peak()
         return rollout
     train_ppo.sample_shared = watched
-    batch = train_ppo.collect(config, setup, number)
+    _, batch = train_ppo.make_experience(config, players, number)
     train_ppo.sample_shared = sample
     peaks["scoring"] = peak()
     reset_peak()
-    train_ppo.update(config, setup.policy, setup.critic, setup.optimizers, batch.rollout,
-                     batch.advantages, batch.values, batch.returns, number)
+    train_ppo.update(config, players, batch, number)
     return peaks | {"update": peak()}
 
 
 def measure(sizes: LLaMAConfig, options: dict, iterations: int = 2) -> dict[str, int]:
-    """Build everything, run the iterations, report the last."""
+    """Builds everything and runs the iterations. Returns the peaks of the last one."""
     config = train_ppo.Config(**dict(
         method="fine-grained", policy="", reward="", prompts="", out="", epochs=1, minibatches=1,
         max_new_tokens=RESPONSE, lr=1e-6, microbatch=4, rollouts=8) | options)
@@ -72,12 +72,11 @@ def measure(sizes: LLaMAConfig, options: dict, iterations: int = 2) -> dict[str,
     model.requires_grad_(False)
     if not rank:
         del trunk
-    critic = lora.train(players.Critic(model)) if config.method == "rlhf" else None
+    critic = lora.train(Critic(model)) if config.method == "rlhf" else None
     prompts = [[1 + (i + k) % 50 for k in range(PROMPT)] for i in range(config.rollouts)]
-    tokenizer = SimpleNamespace(eos_id=-1)                      # never: every response is whole
-    setup = players.optimise(config, players.Players(tokenizer, policy, ref, model, critic, {},
-                                                         prompts, None))
-    return [iteration(config, setup, number) for number in range(1, iterations + 1)][-1]
+    tokenizer = SimpleNamespace(eos_id=-1)                      # no response ends early
+    players = prepare(config, Players(tokenizer, policy, ref, model, critic, prompts, {}))
+    return [iteration(config, players, number) for number in range(1, iterations + 1)][-1]
 
 
 def main(options: dict) -> None:
@@ -91,7 +90,7 @@ def main(options: dict) -> None:
 
 if __name__ == "__main__":
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"              # freed memory goes back at once
-    os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "0"         # bf16 compiles a kernel a shape
+    os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "0"         # see above
     if len(sys.argv) == 2:
         os.execv(sys.executable, [sys.executable, "-m", "tests.measure_memory", sys.argv[1], "now"])
     main(json.loads(sys.argv[1]))

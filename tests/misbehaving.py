@@ -1,7 +1,7 @@
-"""A local server that speaks both protocols and, on request, badly.
+"""A local server for both protocols that makes faults on request.
 
-Each fault is one thing that real servers and networks do. `Server.behave(body)` decides which: a
-function of the decoded request and of how often that very request has come.
+Each fault is one that real servers and networks make. `behave(request, count)` chooses the answer:
+`request` is the decoded body, and `count` says how often the same request has come.
 """
 
 import json
@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 KEY = "sk-test-0123456789abcdef-never-to-be-seen"
 FAULTS = ("429", "500", "529", "hang", "truncated", "malformed", "encoding", "twice", "drop",
-          "no-answer", "html")                    # each mended by asking again
+          "no-answer", "html")                    # asking again helps against each
 
 
 def anthropic(text: str, stop: str = "end_turn") -> bytes:
@@ -46,7 +46,7 @@ class Server:
         class Quiet(ThreadingHTTPServer):
             daemon_threads, request_queue_size = True, 128
 
-            def handle_error(self, *_):           # the client went away: that is the test
+            def handle_error(self, *_):           # the tests let clients go away
                 pass
 
         self.http = Quiet(("127.0.0.1", 0), Handler)
@@ -82,7 +82,7 @@ class Server:
         elif fault == "hang":
             time.sleep(self.hang_seconds)
             handler.close_connection = True
-        elif fault == "truncated":                # fewer bytes than promised
+        elif fault == "truncated":                # fewer bytes than announced
             self._send(handler, 200, {"Content-Length": str(len(good))}, good[:len(good) // 2])
             handler.close_connection = True
         elif fault == "malformed":

@@ -1,13 +1,13 @@
-"""A port of the method to numpy: it reads the golden fixtures and nothing else of this project.
+"""A port of the method to numpy, which uses only the golden fixtures and no code of the project.
 
     python -m fgrlhf.golden write DIR
     python tests/numpy_port.py DIR [float32]        DIR/inputs -> DIR/outputs, float64 by default
     python -m fgrlhf.golden check DIR
 
-Its gradients are derived by hand, its alignment is a recurrence: where the fixtures come from loops
-and autograd, and the project from fused kernels. It doubles as the slow reference, and as an
-example of what a port to another language has to do. A function's arguments are the inputs and
-options of its case, and it returns the case's outputs.
+Its gradients are derived by hand and its alignment is a recurrence. (The fixtures come from loops
+and autograd, the project uses fused kernels.) It shows what a port to another language must do, and
+it is a slow reference of the method. Each function has the name of a case, takes the inputs and
+options of the case, and returns the outputs.
 """
 
 import functools
@@ -28,7 +28,7 @@ def tokenizer_encode(pieces, texts, bos_id, eos_id):
                if kind == "byte"}
     rows = []
     for text in texts:
-        # A literal U+2581 is (character, False): no piece may contain it.
+        # (text, may it join?): no piece may contain a literal U+2581 of the text.
         row = [(BLANK, True) if c == " " else (c, c != BLANK) for c in " " * bool(text) + text]
         while True:
             unions = [(-scores[a + b][0], k) for k, ((a, x), (b, y)) in enumerate(zip(row, row[1:]))
@@ -47,7 +47,7 @@ def tokenizer_encode(pieces, texts, bos_id, eos_id):
 
 
 def second_bytes(lead):
-    """(bytes of the character, least and largest second byte); (1, 0, 0) where none may follow."""
+    """(bytes of the character, least and largest second byte); (1, 0, 0) if no byte may follow."""
     if 0xC2 <= lead <= 0xDF:
         return 2, 0x80, 0xBF
     if 0xE0 <= lead <= 0xEF:
@@ -58,7 +58,7 @@ def second_bytes(lead):
 
 
 def utf8(data):
-    """[(code point, number of bytes)], U+FFFD for each maximal part of a broken character."""
+    """[(code point, number of bytes)]. Each maximal part of an invalid character gives U+FFFD."""
     found, at = [], 0
     while at < len(data):
         size, low, high = second_bytes(data[at])
@@ -90,7 +90,7 @@ def tokenizer_decode(pieces, ids):
                     surface = surface[1:]
             surfaces.append(surface)
         decoded = utf8(b"".join(surfaces))
-        home = [k for k, (_, size) in enumerate(decoded) for _ in range(size)]   # of each byte
+        home = [k for k, (_, size) in enumerate(decoded) for _ in range(size)]   # per byte
         at = 0
         for surface in surfaces:
             inside = home[at:at + len(surface)]
@@ -106,7 +106,7 @@ def tokenizer_decode(pieces, ids):
 # ----- alignment ----------------------------------------------------------------------------------
 
 def best_path(a, b, edit, run, substitution):
-    """The matches and the number of edits of the first of all paths by (cost, runs, moves)."""
+    """Returns (matches, number of edits) of the path that is least by (cost, runs, moves)."""
     @functools.cache
     def best(i, j, in_run):
         if i == len(a) and j == len(b):
@@ -172,7 +172,7 @@ def gap_credit(original, edited):
 
 
 def split_words(text):
-    """(key, start, end) of each word, then of the text's end."""
+    """(key, start, end) of each word, and of the end of the text as a last word."""
     words, at = [], 0
     for word in text.split():
         start = text.index(word, at)
@@ -187,7 +187,7 @@ def split_words(text):
 
 
 def words_of_pieces(spans, words):
-    """Of each piece, the first and the last word it belongs to."""
+    """(first word, last word) that each piece belongs to."""
     found = []
     for start, end in spans:
         first = next(k for k, word in enumerate(words) if word[2] > start)
@@ -229,7 +229,7 @@ def rms_norm(x, weight, eps):
 
 
 def rms_norm_backward(dy, x, weight, eps):
-    """(dx, dweight). With s = 1 / sqrt(mean x^2 + eps): dx = s (g - x s^2 mean(g x)), g = dy w."""
+    """(dx, dweight). s = 1 / sqrt(mean(x^2) + eps), g = dy weight, dx = s (g - x s^2 mean(g x))."""
     s = 1 / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
     g = dy * weight
     dx = s * (g - x * s * s * (g * x).mean(-1, keepdims=True))
@@ -243,7 +243,7 @@ def angles(positions, width, theta, dtype):
 
 
 def rotate(x, cos, sin):
-    """x [..., heads, K]; with -sin it is the inverse, and so the backward pass."""
+    """Turns the pairs of x [..., heads, K]. With -sin it is the inverse, which is the gradient."""
     y = np.empty_like(x)
     y[..., 0::2] = x[..., 0::2] * cos - x[..., 1::2] * sin
     y[..., 1::2] = x[..., 0::2] * sin + x[..., 1::2] * cos
@@ -256,7 +256,7 @@ def outer(dy, x):
 
 
 def attend(x, wq, wk, wv, wo, n_heads, n_kv_heads, turn, visible):
-    """x [B, T, D] -> (y, what backward needs); visible [B or 1, T, T]: may query t see key s."""
+    """x [B, T, D] -> (y, tape for backward). visible [B or 1, T, T]: query t may see key s."""
     B, T, D = x.shape
     K, shared = D // n_heads, n_heads // n_kv_heads
     q = rotate((x @ wq.T).reshape(B, T, n_heads, K), *turn)
@@ -272,7 +272,7 @@ def attend(x, wq, wk, wv, wo, n_heads, n_kv_heads, turn, visible):
 
 
 def attend_backward(dy, tape, wq, wk, wv, wo, n_heads, n_kv_heads):
-    """(dx, gradients of the four matrices)."""
+    """Returns (dx, the gradients of the four matrices)."""
     x, q, k, v, p, mixed, (cos, sin) = tape
     B, T, D = x.shape
     K, shared = D // n_heads, n_heads // n_kv_heads
@@ -293,7 +293,7 @@ def attend_backward(dy, tape, wq, wk, wv, wo, n_heads, n_kv_heads):
 
 
 class Model:
-    """The tiny LLaMA of the fixtures: config and weights by name."""
+    """The tiny LLaMA of the fixtures, with its config and its weights by name."""
 
     def __init__(self, config, weights):
         self.config, self.weights = config, weights
@@ -307,7 +307,7 @@ class Model:
         return rms_norm(h, self.weights[name + ".weight"], self.config["norm_eps"])
 
     def hidden(self, tokens):
-        """(final hidden states [B, S, D], what backward needs). Padding is on the right."""
+        """Returns (hidden states [B, S, D], tape for backward). Padding is on the right."""
         c, S, tape = self.config, tokens.shape[1], []
         h = self.weights["tok_embeddings.weight"][tokens]
         turn = angles(np.arange(S)[None], c["dim"] // c["n_heads"], c["rope_theta"], h.dtype)
@@ -327,7 +327,7 @@ class Model:
         return self.norm("norm", h), (tokens, tape, h)
 
     def backward(self, dy, kept):
-        """Gradients of all weights but the output matrix, by name."""
+        """The gradients of all weights except the output matrix, by name."""
         tokens, tape, last = kept
         grads = {}
 
@@ -369,7 +369,7 @@ def attention(x, key_mask, wq, wk, wv, wo, n_heads, n_kv_heads, theta):
     positions = np.maximum(key_mask.cumsum(-1) - 1, 0)
     turn = angles(positions, x.shape[-1] // n_heads, theta, x.dtype)
     visible = np.tri(T, dtype=bool) & key_mask[:, None, :]
-    visible |= np.eye(T, dtype=bool)                            # no row without a key
+    visible |= np.eye(T, dtype=bool)                            # every query needs a key
     y, _ = attend(x, wq, wk, wv, wo, n_heads, n_kv_heads, turn, visible)
     return {"y": np.where(key_mask[..., None], y, 0)}
 
@@ -381,7 +381,7 @@ def logits(model, tokens, lengths):
 
 
 def locate(prompt_lengths, response_lengths):
-    """(mask [B, T], then of each real response token: row, its position in the sequence)."""
+    """Returns mask [B, T], and row and position [N] of each real response token."""
     mask = np.arange(response_lengths.max()) < response_lengths[:, None]
     row, step = mask.nonzero()
     return mask, row, prompt_lengths[row] + step
@@ -422,7 +422,7 @@ def chosen(logps, targets):
 
 
 def logp_backward(g, logps, targets, hidden, head, temperature=1.0):
-    """Gradients of sum_i g_i logp_i: dz = g (onehot - p)."""
+    """The gradients of sum_i g_i logp_i, from dz = g (onehot - p)."""
     dz = -np.exp(logps) * g[:, None]
     dz[np.arange(len(targets)), targets] += g
     dz /= temperature
@@ -469,7 +469,7 @@ def sigmoid(x):
 
 def token_loss(rewards_chosen, rewards_rejected, plus_mask, minus_mask, unchanged, reduce, u0,
                u0_weight, token_weight):
-    shares = []                                                 # d margin / d reward, without sign
+    shares = []                                                 # |d margin / d reward|
     for mask in (plus_mask, minus_mask):
         share = mask.astype(rewards_chosen.dtype)
         if reduce == "mean":
@@ -477,7 +477,7 @@ def token_loss(rewards_chosen, rewards_rejected, plus_mask, minus_mask, unchange
         shares.append(share)
     margin = (shares[0] * rewards_chosen).sum(-1) - (shares[1] * rewards_rejected).sum(-1)
     counted = plus_mask.any(-1) | minus_mask.any(-1)
-    # int: divided by numpy's int64, float32 becomes float64 and owes its tolerance.
+    # int, because float32 divided by numpy's int64 would become float64.
     pairs, tokens, kept = (int(n) for n in (counted.sum(), plus_mask.sum() + minus_mask.sum(),
                                             len(unchanged)))
     pull = counted * sigmoid(-margin) / pairs
@@ -528,7 +528,7 @@ def reward_to_go(rewards, mask, gamma):
 
 
 def discounted(x, factor):
-    """y_t = x_t + factor y_t+1 along each row."""
+    """Solves y_t = x_t + factor y_t+1 along each row."""
     y = np.zeros_like(x)
     for t in reversed(range(x.shape[1])):
         y[:, t] = x[:, t] + (factor * y[:, t + 1] if t + 1 < x.shape[1] else 0)
@@ -545,7 +545,7 @@ def gae(rewards, values, mask, gamma, lam):
 # ----- policy -------------------------------------------------------------------------------------
 
 def surrogate(logp, logp_old, advantages, clip_eps):
-    """Equation (7) and its statistics; the slope by logp."""
+    """Returns equation (7) with its statistics, and the gradient with respect to logp."""
     ratio = np.exp(logp - logp_old)
     free = ratio * advantages
     bound = np.clip(ratio, 1 - clip_eps, 1 + clip_eps) * advantages
@@ -619,7 +619,7 @@ def ppo_step(model, tokens, prompt_lengths, response_lengths, logp_old, logp_ref
 # ----- the folder ---------------------------------------------------------------------------------
 
 def function_of(case):
-    """By the case's name; the variants of a case are its options."""
+    """Finds the function of a case by its name. Variants of a case differ only in their options."""
     for ending in ("-per-token", "-one-token", "-rms", "-mean-std"):
         case = case.removesuffix(ending)
     return globals()[case.replace("-", "_")]
@@ -633,7 +633,7 @@ def read(folder, entry, dtype):
 
 
 def answer(folder, manifest, case, dtype=np.float64):
-    """The outputs of one case of the manifest."""
+    """Computes the outputs of one case of the manifest."""
     inputs = {name: read(folder, entry, dtype) for name, entry in case["inputs"].items()}
     if case["model"]:
         own = manifest["model"]

@@ -1,9 +1,12 @@
-"""Errors to plant in tests/numpy_port.py, at least one of each kind for each golden case.
+"""Errors to plant in tests/numpy_port.py: at least one of each kind for each golden case.
 
-    {case: {what is wrong: (text that stands once in the port, what stands there instead)}}
+    {case: {the error: (a text that the port contains exactly once, its replacement)}}
 
-shift: another token, position, pair or order; mask: something counted that should not be, or the
-other way round; sign: one turned, or two sides swapped; scale: a factor or a divisor.
+There are four kinds of error:
+    shift   another token, position, pair or order
+    mask    something is counted that should not be, or the reverse
+    sign    a sign is wrong, or two sides are swapped
+    scale   a factor or a divisor is wrong
 """
 
 PLANTS = {
@@ -45,7 +48,7 @@ PLANTS = {
         "mask: runs are not counted": (
             "runs + opens, (move",
             "runs, (move"),
-        "sign: left-most": (
+        "sign: left-most path": (
             "return min(ways)",
             "return min(ways, key=lambda w: (*w[:2], [-m for m in w[2]]))"),
         "scale: substitution costs 2": (
@@ -84,7 +87,7 @@ PLANTS = {
             "run=0,"),
     },
     "rope": {
-        "shift: positions from 1": (
+        "shift: positions count from 1": (
             "angle = positions[",
             "angle = (positions + 1)["),
         "mask: halves instead of pairs": (
@@ -119,7 +122,7 @@ PLANTS = {
         "mask: padding is seen": (
             " & key_mask[:, None, :]",
             " & np.ones_like(key_mask)[:, None, :]"),
-        "mask: key heads in turn": (
+        "mask: key heads in another order": (
             "k = np.repeat(k, shared, axis=2)",
             "k = np.tile(k, (1, 1, shared, 1))"),
         "sign: scores": (
@@ -164,7 +167,7 @@ PLANTS = {
         "shift: read one early": (
             "h[row, at] @ v",
             "h[row, at - 1] @ v"),
-        "shift: the last but one": (
+        "shift: the last token but one": (
             "ends = prompt_lengths + response_lengths - 1",
             "ends = prompt_lengths + response_lengths - 2"),
         "mask: padding is calibrated": (
@@ -260,7 +263,7 @@ PLANTS = {
         "sign: the sides swapped": (
             "grads = [-pull[:, None]",
             "grads = [pull[:, None]"),
-        "scale: U0 by pairs": (
+        "scale: U0 divided by pairs": (
             '"u0": u0_weight * square / kept',
             '"u0": u0_weight * square / pairs'),
         "scale: slope of the square": (
@@ -274,7 +277,7 @@ PLANTS = {
         "mask: only U1+": (
             "token = token + np.log1p(np.exp(-sign * r[mask])).sum()",
             "token = token + (sign > 0) * np.log1p(np.exp(-sign * r[mask])).sum()"),
-        "sign: U1- is pushed up": (
+        "sign: rewards on U1- are pushed up": (
             "grads[k][mask] -= sign * token_weight",
             "grads[k][mask] -= token_weight"),
         "scale: anchor without its half": (
@@ -392,7 +395,7 @@ PLANTS = {
         "sign: the baseline is added": (
             "gamma * later - V",
             "gamma * later + V"),
-        "scale: lambda alone": (
+        "scale: lambda without gamma": (
             "- V, gamma * lam)",
             "- V, lam)"),
     },
@@ -468,7 +471,7 @@ PLANTS = {
         "shift: eps before the correction": (
             "(np.sqrt(v / (1 - beta2 ** step)) + eps)",
             "((np.sqrt(v) + eps) / np.sqrt(1 - beta2 ** step))"),
-        "shift: steps from 0": (
+        "shift: steps count from 0": (
             "size = m / (1 - beta1 ** step)",
             "size = m / (1 - beta1 ** (step - 1))"),
         "mask: no decay": (
@@ -485,13 +488,13 @@ PLANTS = {
         "shift: gradient at the token itself": (
             "np.add.at(dhidden, (row, at - 1)",
             "np.add.at(dhidden, (row, at)"),
-        "mask: tied heads share no gradient": (
+        "mask: key heads get the gradient of one query head only": (
             "summed = lambda g: g.reshape(B, T, n_kv_heads, shared, K).sum(3)",
             "summed = lambda g: g.reshape(B, T, n_kv_heads, shared, K)[..., 0, :]"),
-        "mask: the softmax's own mean": (
+        "mask: the softmax gradient without its mean": (
             "(dp - (dp * p).sum(-1, keepdims=True))",
             "dp"),
-        "sign: rotated instead of turned back": (
+        "sign: turned forwards in the backward pass": (
             "scores, k), cos, -sin)",
             "scores, k), cos, sin)"),
         "sign: norm": (

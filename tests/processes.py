@@ -32,7 +32,7 @@ class Done(NamedTuple):
 
 def _die_after(step: int) -> None:
     """SIGKILL as soon as the metrics of `step` are written: no handler, no flush, no goodbye."""
-    from fgrlhf.run import Run
+    from fgrlhf.engine.run import Run
     log = Run.log
 
     def log_and_die(self, at, metrics):

@@ -16,8 +16,9 @@ import torch
 
 import train_ppo
 import train_rm
-from fgrlhf import distributed, sft
-from fgrlhf.run import Run
+from fgrlhf import sft
+from fgrlhf.engine import distributed
+from fgrlhf.engine.run import Run
 
 STOP = 2                                # `die` ends after this step
 BF16 = "bf16-"                          # begins the names of the runs in bfloat16
@@ -39,7 +40,7 @@ def runs(folder: Path, out: Path, resume: bool = False) -> dict:
         **more))
     found = {"sft": (sft.train, sft.Config(data=data, model=model, batch=7, epochs=3, lr=1e-3,
                                            muon_lr=0.0, **common("sft"))),
-             "rm-token": rm("rm-token"),
+             "rm-token": rm("rm-token", eval_edits=data),
              "rm-sequence": rm("rm-sequence", kind="sequence", muon_lr=1e-3),
              "fine-grained": ppo("fine-grained", "fine-grained", "token", epochs=1),
              "rlhf": ppo("rlhf", "rlhf", "sequence", decode_batch=2),
@@ -60,7 +61,7 @@ def watch(how: str, part: str) -> None:
         end_step(self, step, *values, **parts)
         if step == STOP and how == "die" and distributed.rank() == distributed.size() - 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        if step == STOP and how == "whole" and self.first:
+        if step == STOP and how == "whole" and self.writes:
             shutil.copytree(self.folder, Path(part) / self.folder.name)
     Run.end_step = patched
 

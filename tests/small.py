@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from fgrlhf import edits
 from fgrlhf.checkpoint import save_model
+from fgrlhf.data import records
 from fgrlhf.model import LLaMA, LLaMAConfig, build
 from fgrlhf.reward import RewardModel, save_reward
-from fgrlhf.rollout import Sequences, pack
+from fgrlhf.sequences import Sequences, pack
 from fgrlhf.tokenizer import train
 
 
@@ -68,6 +68,6 @@ def ppo_folder(path: Path) -> Path:
         model = RewardModel(llama(seed=1, vocab_size=275, max_seq_len=48), kind)
         model.mean.fill_(0.2), model.scale.fill_(1.5)
         save_reward(model, path / kind, tokenizer)
-    edits.write_jsonl(path / "prompts.jsonl",
-                      [edits.Prompt(str(i), "name the river"[:3 + 2 * i]) for i in range(5)])
+    records.write_jsonl(path / "prompts.jsonl",
+                      [records.Prompt(str(i), "name the river"[:3 + 2 * i]) for i in range(5)])
     return path

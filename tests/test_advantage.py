@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from fgrlhf.advantage import generalised_advantage, penalise_kl, reward_to_go, standardise
+from fgrlhf.advantage import penalise_kl, reward_to_go, standardise
+from fgrlhf.baseline import generalised_advantage
 
 LENGTHS = [7, 1, 4, 6]
 MASK = torch.arange(7) < torch.tensor(LENGTHS)[:, None]

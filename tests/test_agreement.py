@@ -1,15 +1,15 @@
-"""The agreement report: numbers by hand, ambiguity against every cheapest alignment there is."""
+"""The agreement report: numbers by hand, and ambiguity against a list of all alignments."""
 
 import random
 
 import pytest
 
 from fgrlhf.align import align
-from fgrlhf.collecting.agreement import (
+from fgrlhf.collect.agreement import (
     Table, changed_words, compare, describe, in_spans, quartiles, report)
-from fgrlhf.collecting.ambiguity import ambiguity
-from fgrlhf.config import UserError
-from fgrlhf.edits import Edit, Span, write_jsonl
+from fgrlhf.collect.ambiguity import ambiguity
+from fgrlhf.data.fields import UserError
+from fgrlhf.data.records import Edit, Span, write_jsonl
 
 
 def edit(original: str, edited: str, id: str = "a", spans=None) -> Edit:
@@ -19,7 +19,7 @@ def edit(original: str, edited: str, id: str = "a", spans=None) -> Edit:
 # Ambiguity.
 
 def every_path(a, b):
-    """All paths of moves from (0, 0) to (n, m), as (cost, kept i, kept j)."""
+    """Yields every path of moves from (0, 0) to (n, m) as (cost, kept i, kept j)."""
     if not a and not b:
         yield 0, (), ()
         return
@@ -41,7 +41,7 @@ def slow_ambiguity(a, b):
                  for side, ids in ((1, a), (2, b))) + (len(cheapest) > 1,)
 
 
-def test_ambiguity_is_what_all_cheapest_paths_disagree_on():
+def test_ambiguity_finds_the_labels_on_which_cheapest_paths_disagree():
     rng = random.Random(0)
     for _ in range(300):
         a, b = ("".join(rng.choices("abc", k=rng.randrange(6))) for _ in range(2))
@@ -49,7 +49,7 @@ def test_ambiguity_is_what_all_cheapest_paths_disagree_on():
 
 
 @pytest.mark.parametrize("a, b, original, edited, several", [
-    ("abbc", "abc", [False, True, True, False], [False] * 3, True),      # either b may go
+    ("abbc", "abc", [False, True, True, False], [False] * 3, True),      # either b can be deleted
     ("abc", "axc", [False] * 3, [False] * 3, False),
     ("", "", [], [], False), ("", "ab", [], [False] * 2, False),
     ("ab", "ba", [True, True], [True, True], True)])
@@ -58,7 +58,7 @@ def test_ambiguity_by_hand(a, b, original, edited, several):
 
 
 def test_ambiguity_allows_every_label_that_align_gives():
-    """A label that is not ambiguous is the one of align's own cheapest path."""
+    """A label that is not ambiguous is the label that `align` gives."""
     rng = random.Random(1)
     for _ in range(200):
         a, b = ("".join(rng.choices("ab", k=rng.randrange(6))) for _ in range(2))
@@ -72,7 +72,7 @@ def test_ambiguity_allows_every_label_that_align_gives():
 # Two annotators.
 
 def test_table_f1_and_kappa_by_hand():
-    """The textbook's 50 items: 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no: p .7, e .5, kappa .4."""
+    """A textbook example of 50 items, with p = 0.7, e = 0.5 and kappa = 0.4."""
     table = Table()
     table.add([True] * 20 + [True] * 5 + [False] * 10 + [False] * 15,
               [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15)
@@ -84,7 +84,7 @@ def test_table_f1_and_kappa_by_hand():
     ([True, False], [True, False], 1, 1), ([True, False], [False, True], 0, -1),
     ([False, False], [False, False], None, None), ([True, True], [True, True], 1, None),
     ([], [], None, None)])
-def test_table_at_its_ends(first, second, f1, kappa):
+def test_table_at_its_limits(first, second, f1, kappa):
     table = Table()
     table.add(first, second)
     assert (table.f1, table.kappa) == (f1, kappa)
@@ -95,7 +95,7 @@ def test_table_at_its_ends(first, second, f1, kappa):
     ("a b c", "a x b c", [0, 1, 0, 0]),                    # inserted before b
     ("a b c", "a b c x", [0, 0, 0, 1]),                    # the text ended too early
     ("a b c", "a b c", [0, 0, 0, 0])])
-def test_changed_words_charge_an_insertion_to_the_word_behind_it(original, edited, changed):
+def test_changed_words_credit_the_word_behind_an_insertion(original, edited, changed):
     assert changed_words(edit(original, edited)) == [bool(c) for c in changed]
 
 
@@ -106,19 +106,20 @@ def test_in_spans_takes_every_word_that_overlaps():
 
 
 def test_compare_by_hand():
-    """Record 1 of 4 + 1 words: A changes b, B b and c. Record 2 of 2 + 1: A nothing, B the end.
+    """Record 1 has 4 + 1 words: A changes b, B changes b and c. Record 2 has 2 + 1 words: A changes
+    nothing, B changes the end. Record 3 is only in B.
 
-    Both 1, A 1, B 3, of 8 words: F1 2/4; p = 6/8, e = 1/8 * 3/8 + 7/8 * 5/8 = 38/64,
-    kappa = (48 - 38) / (64 - 38). Record 3 is B's alone.
+    Of 8 words both change 1, A 1 and B 3: F1 = 2/4, p = 6/8, e = 1/8 * 3/8 + 7/8 * 5/8 = 38/64,
+    kappa = (48 - 38) / (64 - 38).
     """
     first = [edit("a b c d", "a x c d", "1"), edit("e f", "e f", "2")]
     second = [edit("a b c d", "a x y d", "1"), edit("e f", "e f g", "2"), edit("h", "i", "3")]
     lines = "\n".join(compare(first, second))
-    assert "both: 2 records in common" in lines
+    assert "both files: 2 records in common" in lines
     assert "F1 0.500, kappa 0.385 over 8 words; A changes 12.5%, B 37.5%" in lines
-    assert "1 records by both, 0 by A alone, 1 by B alone; kappa 0.000" in lines
-    # the texts differ in c of 4 words and g of 3: (1/4 + 1/3) / 2
-    assert "0 of 2 records; the two texts differ in 29.2% of their words" in lines
+    assert "1 records by both, 0 only by A, 1 only by B; kappa 0.000" in lines
+    # the edits differ in c of 4 words and in g of 3: (1/4 + 1/3) / 2
+    assert "0 of 2 records; the two edits differ in 29.2% of their words" in lines
 
 
 def test_compare_refuses_what_cannot_be_compared():
@@ -131,32 +132,33 @@ def test_compare_refuses_what_cannot_be_compared():
 # One annotator.
 
 def test_describe_by_hand():
-    """Words: 1 of 4 substituted; 2 of 4 deleted in two stretches; 1 inserted before 4; none.
+    """Record 1: 1 of 4 words is substituted. Record 2: 2 of 4 words are deleted, in two runs.
+    Record 3: 1 word is inserted before 4. Record 4: no change.
 
-    Spans of the first: words 1 and 2 of 4, b changed; of the fourth: none of its one word.
+    The span of record 1 covers two words, one of them changed. Record 4 has one word and no span.
     """
     edits = [edit("a b c d", "a x c d", "1", spans=(Span(2, 5, "t"),)),
              edit("a b c d", "b d", "2"), edit("a b c d", "x a b c d", "3"),
              edit("e", "e", "4", spans=())]
     lines = "\n".join(describe("F", edits))
-    assert "F: 4 records, 3 edited, 1 left as they were" in lines
+    assert "F: 4 records, 3 edited, 1 left unchanged" in lines
     # shares .25, .5 and 1/5
     assert "mean 31.7%, median 25.0%, quartiles 22.5% and 37.5%" in lines
     assert "mean 1.3, median 1.0, quartiles 1.0 and 1.5" in lines
     assert "2 of 3 edits" in lines
-    assert "changed stretches           4, 1.3 an edit" in lines
-    assert "insertion                 1 (25.0%); 1 edits have no other kind" in lines
-    assert "deletion                  2 (50.0%); 1 edits have no other kind" in lines
-    assert "substitution              1 (25.0%); 1 edits have no other kind" in lines
-    assert "0 of 3 edits; with other labels 0, 0.0% of all labels" in lines
-    # of 5 words 2 in spans, 1 changed, 1 both: precision 1, recall 1/2; p 4/5, e 14/25
-    assert "2 records have them, over 40.0% of the words; the edits change 20.0%" in lines
+    assert "runs of changed words       4, 1.3 per edit" in lines
+    assert "insertion                 1 (25.0%); the only kind in 1 edits" in lines
+    assert "deletion                  2 (50.0%); the only kind in 1 edits" in lines
+    assert "substitution              1 (25.0%); the only kind in 1 edits" in lines
+    assert "0 of 3 edits; their labels differ in 0 edits, for 0.0% of all words" in lines
+    # of 5 words 2 are in spans, 1 is changed, 1 is both: precision 1, recall 1/2; p 4/5, e 14/25
+    assert "in 2 records, covering 40.0% of the words; the edits change 20.0%" in lines
     assert "precision 100.0%, recall 50.0%, F1 0.667, kappa 0.545" in lines
 
 
 def test_describe_counts_ambiguous_labels():
-    """"a a" of which one is deleted: both labels of the original are open, that of the edit not."""
-    assert "1 of 1 edits; with other labels 1, 66.7% of all labels" in "\n".join(
+    """One a of "a a" is deleted: both labels of the original are ambiguous, the edit's is not."""
+    assert "1 of 1 edits; their labels differ in 1 edits, for 66.7% of all words" in "\n".join(
         describe("F", [edit("a a", "a")]))
 
 
@@ -177,12 +179,12 @@ def test_report_reads_one_file_or_two(tmp_path):
     one, two = str(tmp_path / "A"), str(tmp_path / "B")
     assert len(report([one, two]).splitlines()) > 2 * len(report([one]).splitlines())
     for paths in ([], [one] * 3):
-        with pytest.raises(UserError, match="expected one file of edits or two"):
+        with pytest.raises(UserError, match="expected one or two files of edits"):
             report(paths)
 
 
 def test_report_on_real_corrections_agrees_with_their_error_spans(data_dir):
-    """The 400 human corrections of QA-Feedback: 395 change something; token F1 is .88, too."""
+    """The 400 human corrections of QA-Feedback; 395 of them change something."""
     lines = report([str(data_dir / "qa_feedback/edits.jsonl")])
-    assert "400 records, 395 edited, 5 left as they were" in lines
+    assert "400 records, 395 edited, 5 left unchanged" in lines
     assert "precision 87.6%, recall 89.1%, F1 0.883" in lines

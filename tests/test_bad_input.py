@@ -1,6 +1,6 @@
-"""What users get wrong, through the real command lines: one line, exit status 2, nothing written.
+"""Mistakes of users, through the real command lines: one line, exit status 2, nothing written.
 
-tests/test_edits.py has every fault a reader knows, tests/test_scripts.py damaged model folders.
+tests/test_data.py has every fault that a reader can find, tests/test_scripts.py damaged models.
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fgrlhf.edits import Edit, write_jsonl
+from fgrlhf.data.records import Edit, write_jsonl
 from tests import processes
 from tests.small import ppo_folder
 
@@ -22,7 +22,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def command(script: str, folder: Path, data: Path, out: Path) -> tuple:
-    """Each script that reads records, with everything else in order."""
+    """The command of a script that reads records, with valid values for everything else."""
     policy, reward = ("--policy", folder / "policy"), ("--reward", folder / "token")
     return {"sft": ("fgrlhf.sft", "--data", data, "--model", folder / "policy", "--out", out),
             "train_rm": ("train_rm.py", "--data", data, "--model", folder / "policy", "--out", out,
@@ -33,7 +33,8 @@ def command(script: str, folder: Path, data: Path, out: Path) -> tuple:
             "outputs": ("eval.py", "outputs", *policy, "--prompts", data, "--out", out,
                         "--max-new-tokens", 4),
             "reward-model": ("eval.py", "reward-model", *reward, "--data", data),
-            "checks": ("fgrlhf.checks", *policy, *reward, "--prompts", data)}[script]
+            "checks": ("fgrlhf.checks", *policy, *reward, "--prompts", data, "--max-new-tokens", 4)
+            }[script]
 
 
 def record(**changes) -> bytes:
@@ -45,7 +46,7 @@ def record(**changes) -> bytes:
 GOOD = record()
 FAULTS = {                              # name: (the second line of the file, the refusal)
     "invalid UTF-8": (record(id="b").replace(b"river", b"\xff"), r":2: expected UTF-8, got 0xff"),
-    "broken JSON": (record(id="b")[:-9], r":2: expected one JSON object a line"),
+    "broken JSON": (record(id="b")[:-9], r":2: expected one JSON object per line"),
     "no object": (b"[1]", r":2: record: expected an object, got \[1\]"),
     "missing field": (record(id="b", edited=None), r":2: edited: expected this field"),
     "missing prompt": (record(id="b", prompt=None), r":2: prompt: expected this field"),
@@ -84,7 +85,7 @@ def test_every_fault_of_a_record_is_refused_with_its_place(script, folder, tmp_p
 
 @pytest.mark.parametrize("script", ["sft", "train_rm", "train_ppo", "outputs", "reward-model"])
 def test_on_bad_record_skip_counts_and_lists_what_it_left_out(script, folder, tmp_path):
-    """All faults at once beside two good records: those are used, each other one is named."""
+    """A file has all faults and two good records: the good ones are used, the others are named."""
     data = tmp_path / "data.jsonl"
     faults = [line for line, _ in FAULTS.values()]
     data.write_bytes(b"\n".join([GOOD, *faults, record(id="z")]) + b"\n")
@@ -120,7 +121,7 @@ def test_a_file_without_records_a_folder_and_no_file_are_refused(script, folder,
 
 @pytest.mark.parametrize("script", ["sft", "train_rm", "train_ppo", "outputs"])
 def test_an_out_that_cannot_be_written_is_refused(script, folder, tmp_path):
-    """A file stands where a folder has to be; root may write anywhere else."""
+    """A file is in the place of a folder (root could write anywhere else)."""
     data = tmp_path / "data.jsonl"
     data.write_bytes(GOOD)
     refused(tmp_path, command(script, folder, data, data / "out"),
@@ -128,7 +129,7 @@ def test_an_out_that_cannot_be_written_is_refused(script, folder, tmp_path):
 
 
 def test_an_edit_that_changes_nothing_teaches_nothing(folder, tmp_path):
-    """Left out where preferences are wanted, imitated like any other by SFT."""
+    """It is left out where preferences are wanted; SFT imitates it like any other edit."""
     data = tmp_path / "data.jsonl"
     data.write_bytes(record(edited="it is"))
     refused(tmp_path, command("train_rm", folder, data, tmp_path / "out"),
@@ -139,7 +140,7 @@ def test_an_edit_that_changes_nothing_teaches_nothing(folder, tmp_path):
 
 @pytest.mark.parametrize("script", ["sft", "train_rm"])
 def test_a_response_that_fills_the_context_is_cut_and_trained_on(script, folder, tmp_path):
-    """As a truncated rollout it then ends without EOS."""
+    """The response then ends without EOS, like a truncated rollout."""
     write_jsonl(tmp_path / "d.jsonl", [Edit("a", "name the river", "it is " + LONG, LONG)])
     done = processes.run(tmp_path, *command(script, folder, tmp_path / "d.jsonl", tmp_path / "out"))
     assert done.status == 0 and "Traceback" not in done.err, done
@@ -164,7 +165,7 @@ FLAGS = [                               # (script, more flags, the refusal)
     ("train_ppo", ("--temperature", "nan"), "--temperature"),
     ("train_ppo", ("--world", 1), "--dev-prompts, --dev-reference and --world: expected all three"),
     ("train_ppo", ("--method", "dpo"), "argument --method: invalid choice: 'dpo'"),
-    ("checks", ("--replay", "x"), "or --replay FILE alone"),
+    ("checks", ("--replay", "x"), "or only --replay FILE"),
     ("outputs", ("--max-new-tokens", 0), "argument --max-new-tokens: expected a number of at lea"),
     ("outputs", ("--batch", 0), "argument --batch: expected a number of at least 1")]
 

@@ -1,4 +1,4 @@
-"""The benchmarks: what the floor contains, how ratios are taken, that every row still runs."""
+"""The benchmarks: the matmuls of the floor, the ratios, and that every row runs."""
 
 import json
 import time
@@ -6,10 +6,12 @@ import time
 import pytest
 import torch
 
-from fgrlhf import bench
-from fgrlhf.floor import Floor, iteration_floor
+from fgrlhf.bench import __main__ as bench
+from fgrlhf.bench import profiling, work
+from fgrlhf.bench.floor import Floor, iteration_floor
 from fgrlhf.model import LLaMAConfig, build
-from fgrlhf.rollout import pack, sample
+from fgrlhf.rollout import sample
+from fgrlhf.sequences import pack
 from kernels import timing
 
 TINY = LLaMAConfig(dim=8, n_layers=2, n_heads=2, n_kv_heads=2, vocab_size=20, ffn_dim=12)
@@ -17,7 +19,7 @@ LAYERS = 2 * (4 * 8 * 8 + 3 * 8 * 12)                            # numbers in th
 
 
 def flops(floor: Floor) -> int:
-    """2 x rows x inner x columns of everything that is multiplied."""
+    """The sum of 2 x rows x inner x columns over all products."""
     return sum(2 * a.numel() * b.shape[-1] for _, a, b, _ in floor.products)
 
 
@@ -37,7 +39,7 @@ def test_floor_counts_the_matmuls_of_a_pass_by_hand():
 
 
 def test_floor_counts_generation_a_token_at_a_time():
-    """Responses of 1 and 3 tokens to prompts of 4: at slots 5 and 6 the second row is alone."""
+    """Responses of 1 and 3 tokens to prompts of 4: only the second row uses slots 5 and 6."""
     floor = Floor(build(TINY))
     floor.generation(4, [1, 3])
     steps = sum(2 * LAYERS + 2 * 2 * 2 * 8 * slots + 2 * 8 * 20 for slots in (5, 6))
@@ -61,7 +63,7 @@ def test_iteration_floor_counts_each_pass_once(critic):
 
 
 def test_in_turn_takes_ratios_within_a_round():
-    """A machine three times as slow in one round changes no ratio; the first round warms up."""
+    """A machine that is three times slower in one round changes no ratio."""
     now, order = [0.0], []
 
     def takes(name, *seconds):
@@ -78,11 +80,11 @@ def test_in_turn_takes_ratios_within_a_round():
 
 
 def test_end_early_gives_eos_the_same_probability_everywhere():
-    model = bench.model_of(64, "cpu")
-    bench.end_early(model)
-    p = model(torch.tensor(bench.random_ids(4, 50))).softmax(-1)[..., bench.EOS]
-    assert p.mean().item() == pytest.approx(bench.END, rel=0.05) and p.std() < 0.1 * p.mean()
-    rollout = sample(model, bench.random_ids(64, 2), bench.EOS, 48, 1.0,
+    model = work.model_of(64, "cpu")
+    work.end_early(model)
+    p = model(torch.tensor(work.random_ids(4, 50))).softmax(-1)[..., work.EOS]
+    assert p.mean().item() == pytest.approx(work.END, rel=0.05) and p.std() < 0.1 * p.mean()
+    rollout = sample(model, work.random_ids(64, 2), work.EOS, 48, 1.0,
                      torch.Generator().manual_seed(0))
     assert 30 < rollout.sequences.response_lengths.float().mean() < 38
 
@@ -94,30 +96,38 @@ def test_edited_changes_one_token_in_ten():
     assert 0.07 < found.distance / 1024 < 0.13
 
 
-@pytest.mark.parametrize("name", bench.ROWS)
+@pytest.mark.parametrize("name", work.ROWS)
 def test_every_row_runs_its_work_and_its_floor(name):
-    work = bench.ROWS[name](64, "cpu")    # an iteration runs once to learn lengths
-    work.floor()
+    row = work.ROWS[name](64, "cpu")      # an iteration runs here once, for the lengths
+    row.floor()
     if name in ("training step", "generation"):
-        work.run()
+        row.run()
     whole = {"training step": 2048, "generation": 6144}.get(name, 64 * (16 + 48))
-    assert work.tokens < 0.85 * whole if name.endswith("early") else work.tokens == whole
+    assert row.tokens < 0.85 * whole if name.endswith("early") else row.tokens == whole
 
 
 def test_parts_of_finds_every_part_of_a_training_step():
-    rows, faults = bench.parts_of(bench.training_step(64, "cpu"))
-    assert rows.keys() == bench.PARTS.keys() | {
+    parts, faults = profiling.parts_of(work.training_step(64, "cpu"))
+    assert parts.keys() == profiling.PARTS.keys() | {
         "views, autograd, other operations", "Python between operations"}
-    assert all(rows[part] > 0 for part in bench.PARTS) and faults >= 0
+    assert all(parts[part] > 0 for part in profiling.PARTS) and faults >= 0
 
 
 def test_parts_of_puts_time_where_it_was_spent():
-    """A product alone is no other part's; a sleep is no operation's."""
+    """A matmul counts as a matmul only, and a sleep as no operation."""
     a = torch.ones(900, 900)
-    rows, _ = bench.parts_of(bench.Work(lambda: torch.mm(a, a), None, 0))
-    assert {part for part in bench.PARTS if rows[part] > 0} == {"matmuls"}
-    rows, _ = bench.parts_of(bench.Work(lambda: time.sleep(0.05), None, 0))
-    assert rows["Python between operations"] >= 50 and not any(rows[p] for p in bench.PARTS)
+    parts, _ = profiling.parts_of(work.Work(lambda: torch.mm(a, a), None, 0))
+    assert {part for part in profiling.PARTS if parts[part] > 0} == {"matmuls"}
+    parts, _ = profiling.parts_of(work.Work(lambda: time.sleep(0.05), None, 0))
+    assert parts["Python between operations"] >= 50 and not any(parts[p] for p in profiling.PARTS)
+
+
+def test_main_prints_a_profile(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench", "--width", "64", "--work", "training step",
+                                     "--profile"])
+    bench.main()
+    out = capsys.readouterr().out
+    assert "D 64, 6 layers" in out and "training step: " in out and "  matmuls  " in out
 
 
 def test_main_prints_and_writes_the_table(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The HTTP client against a server that misbehaves on purpose; nothing leaves this machine."""
+"""The HTTP client against a local server that misbehaves on purpose."""
 
 import itertools
 import json
@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from fgrlhf.collecting import client as module
-from fgrlhf.collecting.cache import Cache
-from fgrlhf.collecting.client import Client, Options, Stopped, Unanswered
-from fgrlhf.collecting.protocol import OPENAI, Reply, key_of, retry_after
-from fgrlhf.config import UserError
+from fgrlhf.collect import client as module
+from fgrlhf.collect.cache import Cache
+from fgrlhf.collect.client import Client, Options, Stopped, Unanswered
+from fgrlhf.collect.protocol import OPENAI, Reply, key_of, retry_after
+from fgrlhf.data.fields import UserError
 from tests.misbehaving import FAULTS, KEY, Server
 
 ASKED = [{"role": "user", "content": "Who? é漢"}]
@@ -21,7 +21,7 @@ ASKED = [{"role": "user", "content": "Who? é漢"}]
 def keys(monkeypatch):
     for name in ("ANTHROPIC_API_KEY", "OPENAI_API_KEY"):
         monkeypatch.setenv(name, KEY)
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")             # refuses; must not be used
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")         # nothing listens there
     monkeypatch.delenv("no_proxy", raising=False)
 
 
@@ -61,7 +61,7 @@ def test_ask_sends_openais_request_and_reads_its_first_choice():
     assert "x-api-key" not in seen["headers"]
 
 
-def test_ask_sends_no_key_to_a_server_of_ones_own_where_there_is_none(monkeypatch):
+def test_ask_sends_no_key_to_an_own_server_if_there_is_none(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     with Server(well()) as server:
         reach(server, api="openai").ask("sys", ASKED)
@@ -72,9 +72,9 @@ def test_ask_sends_no_key_to_a_server_of_ones_own_where_there_is_none(monkeypatc
 
 @pytest.mark.parametrize("url, key, message", [
     ("https://api.openai.com/v1", None, "expected the key in the environment"),
-    ("https://api.openai.com/v1", "sk-a\nb", "printable ASCII without blanks"),
-    ("https://api.openai.com/v1", "sk-ä", "printable ASCII without blanks"),
-    ("http://example.org/v1", "sk-abc", "would send the key in the clear"),
+    ("https://api.openai.com/v1", "sk-a\nb", "printable ASCII without spaces"),
+    ("https://api.openai.com/v1", "sk-ä", "printable ASCII without spaces"),
+    ("http://example.org/v1", "sk-abc", "send the key unencrypted"),
     ("https://me:secret@example.org", "sk-abc", "without a user or a password"),
     ("ftp://example.org", "sk-abc", "expected http"),
     ("example.org/v1", "sk-abc", "expected http")])
@@ -87,7 +87,7 @@ def test_key_of_refuses_without_a_letter_of_the_key(monkeypatch, url, key, messa
     assert "sk-" not in str(caught.value) and "secret" not in str(caught.value)
 
 
-def test_ask_strikes_out_a_key_that_the_server_echoes(tmp_path):
+def test_ask_removes_a_key_that_the_server_repeats(tmp_path):
     echo = json.dumps({"content": [{"type": "text", "text": f"your key is {KEY}"}],
                        "stop_reason": "end_turn"}).encode()
     with Server(lambda *_: (200, {}, echo)) as server:
@@ -103,7 +103,7 @@ def test_ask_strikes_out_a_key_that_the_server_echoes(tmp_path):
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_ask_does_not_follow_a_redirect_with_the_key(status):
-    """Python's own handler would: 301 to 303 as a GET with every header of the request."""
+    """Python's own handler follows 301 to 303 with a GET that has every header of the request."""
     with Server(well()) as other:
         with Server(lambda *_: (status, {"Location": other.url}, b"")) as server:
             with pytest.raises(UserError, match=f"HTTP {status}"):
@@ -115,14 +115,14 @@ def test_ask_does_not_follow_a_redirect_with_the_key(status):
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("api", ["anthropic", "openai"])
-def test_ask_gets_over_a_fault(fault, api):
+def test_ask_succeeds_after_a_fault(fault, api):
     with Server(lambda body, count: (fault if count < 3 else "ok", "a fine one"), 1.0) as server:
         client = reach(server, api=api, timeout=0.5 if fault == "hang" else 5.0)
         assert client.ask("s", ASKED) == Reply("a fine one", True)
         assert client.requests == 3
 
 
-def test_ask_is_not_led_astray_by_a_response_delivered_twice_on_the_wire():
+def test_ask_is_not_confused_by_a_response_that_is_delivered_twice():
     numbers = itertools.count()
     with Server(lambda *_: ("echo-twice", str(next(numbers)))) as server:
         client = reach(server)
@@ -131,12 +131,12 @@ def test_ask_is_not_led_astray_by_a_response_delivered_twice_on_the_wire():
 
 def test_ask_gives_up_after_its_tries_and_says_why():
     with Server(lambda *_: ("500", "")) as server:
-        with pytest.raises(Unanswered, match="6 tries, the last: HTTP 500: oops"):
+        with pytest.raises(Unanswered, match="failed 6 times, the last time: HTTP 500: oops"):
             reach(server).ask("s", ASKED)
         assert len(server.seen) == module.TRIES
 
 
-def test_ask_ends_a_body_that_drips_for_ever():
+def test_ask_ends_a_body_that_comes_too_slowly():
     def drip(handler, *_):
         handler.send_response(200)
         handler.end_headers()
@@ -146,13 +146,13 @@ def test_ask_ends_a_body_that_drips_for_ever():
     with Server(well()) as server:
         server._misbehave = drip
         start = time.monotonic()
-        with pytest.raises(Unanswered, match="no end after 0.2 s"):
+        with pytest.raises(Unanswered, match="no complete answer after 0.2 s"):
             reach(server, timeout=0.2).ask("s", ASKED)
-        assert time.monotonic() - start < 15               # to the end it would be 6 times 5 s
+        assert time.monotonic() - start < 15           # to the end it would take 6 times 5 s
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
-def test_ask_does_not_repeat_a_request_that_is_refused_for_itself(status):
+def test_ask_does_not_repeat_a_request_that_is_itself_wrong(status):
     with Server(lambda *_: (status, {}, b"too long")) as server:
         with pytest.raises(Unanswered, match=f"HTTP {status}: too long"):
             reach(server).ask("s", ASKED)
@@ -186,12 +186,12 @@ def test_ask_waits_for_retry_after_in_every_thread():
         first.start()
         while client._not_before == 0:
             time.sleep(0.005)
-        client.ask("other", ASKED)                         # nobody told this one, yet it waits
+        client.ask("other", ASKED)                     # got no 429, but waits too
         first.join()
     assert [s["time"] >= client._not_before for s in server.seen] == [False, True, True]
 
 
-def test_ask_leaves_a_question_when_the_server_wants_to_be_left_alone_for_hours():
+def test_ask_gives_up_a_question_if_the_server_asks_to_wait_for_hours():
     with Server(lambda *_: (429, {"Retry-After": "7200"}, b"quota")) as server:
         with pytest.raises(Unanswered, match="the server asks to wait 7200 s"):
             reach(server).ask("s", ASKED)
@@ -212,7 +212,7 @@ def test_ask_sends_no_more_than_max_requests_tries_included():
 def test_cache_answers_the_same_question_and_no_other(tmp_path):
     path, numbers = tmp_path / "c.jsonl", itertools.count()
     with Server(lambda *_: ("ok", str(next(numbers)))) as server:
-        for round in range(2):                             # the second reads it from the disk
+        for round in range(2):                             # the second round reads from disk
             cache = Cache(path)
             asked = [reach(server, cache, **o).ask(system, ASKED).text for system, o in (
                 ("a", {}), ("b", {}), ("a", {"model": "other"}), ("a", {"max_tokens": 5}),
@@ -249,7 +249,7 @@ def test_gather_asks_workers_at_once_and_loses_none():
     gate = threading.Barrier(4)
 
     def call(i):
-        gate.wait(5)                                       # passes only when four are inside
+        gate.wait(5)                                       # opens only for four at once
         return i * i
     with Server(well()) as server:
         assert sorted(reach(server, workers=4).gather(range(20), call)) == [
@@ -264,13 +264,13 @@ def test_gather_raises_a_user_error_and_stops_the_rest():
         assert len(server.seen) < 20
 
 
-def test_gather_that_ends_wakes_whoever_waits_to_try_again():
-    """One question is told to wait 5 minutes; another shows that the key is wrong."""
+def test_gather_that_ends_wakes_the_threads_that_wait_to_try_again():
+    """One question must wait 5 minutes; another one shows that the key is wrong."""
     def behave(body, count):
         return (429, {"Retry-After": "300"}, b"") if body["system"] == "0" else (401, {}, b"")
 
     def call(i, client):
-        while i == 1 and not client._not_before:           # the wrong key shows after the 429
+        while i == 1 and not client._not_before:           # after the 429 of the other one
             time.sleep(0.005)
         client._not_before = client._not_before if i == 0 else 0.0
         return client.ask(str(i), ASKED)

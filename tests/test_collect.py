@@ -1,8 +1,9 @@
-"""The command as a user runs it: 500 records, a server at fault, SIGKILL; exit status and files."""
+"""The command as a user runs it: 500 records, a faulty server, SIGKILL; exit status and files."""
 
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,14 +16,15 @@ import pytest
 
 import eval as evaluation
 import train_rm
-from fgrlhf import collect
 from fgrlhf.checkpoint import save_model
-from fgrlhf.collecting.store import Store
-from fgrlhf.collecting.tasks import Task
-from fgrlhf.config import UserError, parse
-from fgrlhf.edits import Provenance
-from fgrlhf.readers import read_edits
-from fgrlhf.simulate import World
+from fgrlhf.collect import __main__ as collect
+from fgrlhf.collect.store import Store
+from fgrlhf.collect.tasks import Task
+from fgrlhf.data.fields import UserError
+from fgrlhf.data.readers import read_edits
+from fgrlhf.data.records import Provenance
+from fgrlhf.engine.config import parse
+from fgrlhf.simulate.world import World
 from fgrlhf.tokenizer import train
 from tests.misbehaving import FAULTS, KEY, Server
 from tests.small import llama
@@ -43,7 +45,7 @@ def write_pairs(path: Path, count: int, **more) -> Path:
 
 
 def good(body: dict) -> str:
-    """What a faithful model answers."""
+    """The answer of a model that does what it is asked."""
     text = body["messages"][0]["content"]
     response = re.search(r"<response>\n(.*)\n</response>", text, re.DOTALL)[1]
     return json.dumps({"needs_change": True, "edited": response.replace("dog", "cat")})
@@ -77,10 +79,10 @@ def holders_of_the_key(folder: Path) -> list[Path]:
 
 
 def test_collect_loses_and_doubles_nothing_of_500_records_with_faults_and_two_kills(tmp_path):
-    """A fault in every fifth request; after the second answer each record's own answer counts.
+    """Every fifth request meets a fault, and the program is killed twice.
 
-    Every 50th record gets a blank edit and every 50th a rewrite of everything, each twice: those
-    are refused, and only those. Every 50th needs no change.
+    Of each 50 records, one always gets a blank edit and one always gets a complete rewrite; these
+    and no others are refused. One more record of each 50 needs no change.
     """
     def behave(body, count):
         behave.requests += 1
@@ -102,7 +104,7 @@ def test_collect_loses_and_doubles_nothing_of_500_records_with_faults_and_two_ki
         for kill_at in (120, 300):
             process = start(words, tmp_path)
             while written(out) < kill_at:
-                assert process.poll() is None, "ended before it was killed"
+                assert process.poll() is None, "the program ended before it was killed"
                 time.sleep(0.001)
             process.send_signal(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL
@@ -112,7 +114,7 @@ def test_collect_loses_and_doubles_nothing_of_500_records_with_faults_and_two_ki
         assert start(words, tmp_path).wait() == 0
         sent = len(server.seen)
         assert start(words, tmp_path).wait() == 0 and len(server.seen) == sent     # nothing to do
-    for count, done in kills:                              # nothing is asked, and paid, again
+    for count, done in kills:                              # no question is asked and paid for again
         assert not done & {f"r{number(seen['body'])}" for seen in server.seen[count:]}
     ids = [json.loads(line)["id"] for path in (out, tmp_path / "edits.skipped.jsonl")
            for line in path.read_text().splitlines()]
@@ -136,7 +138,7 @@ def main(tmp_path, monkeypatch):
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
 
     def call(*flags, status=0):
-        assert status == collect.main(collect.parse(collect.Config, [
+        assert status == collect.main(parse(collect.Config, argv=[
             "--pairs", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "edits.jsonl"),
             *map(str, flags)]))
     return call
@@ -150,7 +152,7 @@ def test_collect_stops_at_its_budget_and_goes_on_in_the_next_run(tmp_path, main,
             main(*flags, "--base-url", server.url)
             out = capsys.readouterr().out
             assert f"{done} of 10 records done" in out
-            assert ("stopped: --max-requests 4 are sent" in out) == (done < 10)
+            assert ("stopped: all --max-requests 4 are sent" in out) == (done < 10)
         assert len(server.seen) == 10
 
 
@@ -169,7 +171,7 @@ def test_collect_leaves_unanswered_records_to_the_next_run_and_says_so(tmp_path,
 
 
 def test_collect_takes_answers_paid_for_before_a_stricter_check(tmp_path, main, capsys):
-    """The cache knows them: a wider --max-change takes what a narrow one refused, unasked."""
+    """A wider --max-change accepts refused answers from the cache, without a new request."""
     write_pairs(tmp_path / "pairs.jsonl", 3)
     flags = ("--editor", "llm", "--model", "m")
     with Server(lambda body, count: ("ok", good(body))) as server:
@@ -180,7 +182,7 @@ def test_collect_takes_answers_paid_for_before_a_stricter_check(tmp_path, main, 
         assert "3 edited" in capsys.readouterr().out and len(server.seen) == 6
 
 
-def test_collect_by_the_simulated_editor_mends_what_the_oracle_finds_and_resumes(
+def test_collect_by_the_simulated_editor_corrects_what_the_oracle_finds_and_resumes(
         tmp_path, main, capsys):
     wrong = RIGHT.replace("Its crop is", "Its crop was")
     write_pairs(tmp_path / "pairs.jsonl", 4, prompt=f"Name the river and crop of {LAND}.",
@@ -209,7 +211,7 @@ def test_collect_simulated_draws_do_not_depend_on_where_a_run_was_stopped(tmp_pa
 
 
 def test_summary_counts_a_share_on_a_border_into_the_tenth_below(tmp_path):
-    """Of ten words one, one, two, three and all changed; an unchanged text is in no tenth."""
+    """1, 1, 2, 3 and 10 of ten words are changed; an unchanged text is not counted."""
     task, letters = Task("", "p", "c", "a b c d e f g h i j"), "abcdefghij"
     how = Provenance("human", "2026-11-21T12:00:00Z", 1, 1.0)
     with Store(tmp_path / "e.jsonl") as store:
@@ -221,7 +223,7 @@ def test_summary_counts_a_share_on_a_border_into_the_tenth_below(tmp_path):
     assert lines[0] == "  to  10%      2  " + "#" * 40 and lines[1].endswith("  " + "#" * 20)
 
 
-def test_summary_takes_an_edit_of_blanks_alone_for_no_changed_word(tmp_path):
+def test_summary_counts_an_edit_of_whitespace_only_as_no_changed_word(tmp_path):
     task = Task("1", "p", "c", "a b")
     with Store(tmp_path / "e.jsonl") as store:
         store.add(task.edit("a  b", None, Provenance("human", "2026-11-21T12:00:00Z", 1, 1.0)))
@@ -253,7 +255,7 @@ def test_collect_dry_run_leaves_out_what_is_done(tmp_path, main, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (("--editor", "llm"), "expected --model"), (("--editor", "simulated"), "expected --world"),
-    (("--editor", "llm", "--model", "m", "--base-url", "http://example.org"), "in the clear"),
+    (("--editor", "llm", "--model", "m", "--base-url", "http://example.org"), "unencrypted"),
     (("--editor", "llm", "--model", "m", "--max-change", "1.5"), "--max-change 1.5: expected")])
 def test_collect_refuses_bad_flags_before_it_writes(tmp_path, main, flags, message):
     write_pairs(tmp_path / "pairs.jsonl", 1)
@@ -266,8 +268,8 @@ def test_collect_refuses_to_write_into_its_own_pairs(tmp_path):
     path = write_pairs(tmp_path / "pairs.jsonl", 1)
     before = path.read_bytes()
     with pytest.raises(UserError, match="expected another file than --pairs"):
-        collect.main(collect.parse(collect.Config, ["--pairs", str(path), "--out", str(path),
-                                                    "--editor", "simulated", "--world", "0"]))
+        collect.main(parse(collect.Config, argv=["--pairs", str(path), "--out", str(path),
+                                                 "--editor", "simulated", "--world", "0"]))
     assert path.read_bytes() == before
 
 
@@ -279,7 +281,7 @@ def test_collect_refuses_a_second_run_on_the_same_file(tmp_path, main):
 
 
 def test_collect_interrupted_keeps_the_answers_under_way(tmp_path):
-    """Ctrl-C: what was being asked is still paid for, so it reaches the cache."""
+    """After Ctrl-C the answers to questions under way still reach the cache: they are paid for."""
     gate = threading.Event()
     write_pairs(tmp_path / "pairs.jsonl", 8)
 
@@ -290,7 +292,7 @@ def test_collect_interrupted_keeps_the_answers_under_way(tmp_path):
 
     with Server(behave) as server:
         words = command(tmp_path, server, "--workers", 4, "--timeout", 20)
-        server._mutex = threading.Semaphore(16)            # answers must be able to wait
+        server._mutex = threading.Semaphore(16)            # so that answers can wait
         process = start(words, tmp_path)
         while len(server.seen) < 8 and process.poll() is None:
             time.sleep(0.005)
@@ -305,7 +307,7 @@ def test_collect_interrupted_keeps_the_answers_under_way(tmp_path):
 
 
 def test_collected_edits_train_a_reward_model(tmp_path, main):
-    """The file as it stands: 11 edits, and one record that the editor found nothing wrong with."""
+    """train_rm.py reads the file unchanged: 11 edits, and one record that needed no change."""
     write_pairs(tmp_path / "pairs.jsonl", 12)
     save_model(llama(vocab_size=290, max_seq_len=160), tmp_path / "small",
                tokenizer=train(["The black dog sat on the mat, happily."], 290,
@@ -313,18 +315,27 @@ def test_collected_edits_train_a_reward_model(tmp_path, main):
     keep = json.dumps({"needs_change": False, "edited": None})
     with Server(lambda body, count: ("ok", keep if number(body) == 5 else good(body))) as server:
         main("--editor", "llm", "--model", "m", "--base-url", server.url)
-    train_rm.train(parse(train_rm.Config, [
+    train_rm.train(parse(train_rm.Config, argv=[
         "--data", str(tmp_path / "edits.jsonl"), "--model", str(tmp_path / "small"),
         "--epochs", "2", "--batch", "4", "--out", str(tmp_path / "rm")]))
     assert json.loads((tmp_path / "rm" / "done.json").read_text())["records"] == 11
     assert len((tmp_path / "rm" / "metrics.jsonl").read_text().splitlines()) == 6
 
 
-# The same client as judge.
+@pytest.mark.parametrize("text", [collect.__doc__, (
+    ROOT / "fgrlhf/collect/README.md").read_text()], ids=["help", "README"])
+def test_every_command_in_the_help_and_the_readme_is_understood(text):
+    lines = re.findall(r"^ *python -m fgrlhf\.collect (--pairs .*)", text.replace("\\\n", ""), re.M)
+    assert len(lines) > 3
+    for line in lines:
+        parse(collect.Config, argv=shlex.split(line))
+
+
+# The same client as a judge.
 
 def test_eval_win_rate_by_a_language_model_agrees_with_its_recorded_judgements(
-        tmp_path, monkeypatch, capsys):
-    """40 wins, 20 ties, 40 losses, a fault in every fifth request; the second time asks nobody."""
+        tmp_path, monkeypatch):
+    """40 wins, 20 ties, 40 losses, with faults; a second run asks nothing."""
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
     for name in ("system", "reference"):
         (tmp_path / f"{name}.json").write_text(json.dumps([
@@ -343,9 +354,7 @@ def test_eval_win_rate_by_a_language_model_agrees_with_its_recorded_judgements(
     behave.requests = 0
 
     def win_rate(*flags) -> dict:
-        monkeypatch.setattr(sys, "argv", ["eval.py", "win-rate", *map(str, flags)])
-        evaluation.main()
-        return json.loads(capsys.readouterr().out)
+        return evaluation.win_rate(parse(evaluation.WinRateConfig, argv=[*map(str, flags)]))
 
     with Server(behave, hang_seconds=1.5) as server:
         flags = ("--judge", "llm", "--outputs", tmp_path / "system.json", "--reference",

@@ -1,7 +1,7 @@
-"""The human editor as people and attackers meet it: the program itself, a real headless Chromium.
+"""The human editor as people and attackers use it: the program itself and a real headless Chromium.
 
-What a script does in the page it does by keys, as an annotator would. Skips without a browser; the
-attacks that need none run everywhere.
+The tests press keys in the page, as an annotator does. Without a browser these tests are skipped;
+the attacks that need no browser run everywhere.
 """
 
 import http.client
@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 
 from fgrlhf.checkpoint import save_model
-from fgrlhf.collecting.human import PAGE, usual_port
-from fgrlhf.collecting.web import LARGEST, Server
-from fgrlhf.config import UserError
-from fgrlhf.readers import read_edits
+from fgrlhf.collect.human import PAGE, usual_port
+from fgrlhf.collect.web import LARGEST, Server
+from fgrlhf.data.fields import UserError
+from fgrlhf.data.readers import read_edits
 from fgrlhf.tokenizer import Tokenizer
 from tests import browser as chromium
 from tests.browser import ALT, CTRL, Browser, Tab
@@ -47,7 +47,7 @@ class Program:
         self.start()
 
     def start(self) -> None:
-        """Start, or start again: on the same port, with a new token."""
+        """Starts the program, or starts it again: on the same port, with a new token."""
         self.process = subprocess.Popen(
             [sys.executable, "-m", "fgrlhf.collect", "--pairs", str(self.pairs), "--out",
              str(self.out), "--editor", "human", *self.flags], cwd=ROOT, text=True,
@@ -68,7 +68,7 @@ class Program:
         return by_id(self.out.with_name("edits.skipped.jsonl"))
 
     def request(self, method: str, path: str, body=None, **headers) -> tuple[int, str, dict]:
-        """Status, body and headers of the answer to a request of our own making."""
+        """Sends a request as it is; returns (status, body, headers) of the answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         try:
             connection.request(method, path, body, headers)
@@ -78,7 +78,7 @@ class Program:
             connection.close()
 
     def post(self, action: str, value, **headers) -> tuple[int, str]:
-        """What the page would send; headers replace its own."""
+        """Sends an action as the page does; `headers` replace the page's own."""
         own = {"Origin": f"http://127.0.0.1:{self.port}", "Content-Type": "application/json"}
         return self.request("POST", self.path + action, json.dumps(value), **own | headers)[:2]
 
@@ -89,7 +89,7 @@ def by_id(path: Path) -> dict[str, dict]:
 
 @pytest.fixture
 def start(tmp_path):
-    """Start programs on records and flags; whatever the test's end, they end with it."""
+    """Starts programs on records and flags. They end with the test."""
     running = []
 
     def call(records: list[dict] = RECORDS, *flags: str) -> Program:
@@ -108,7 +108,7 @@ def program(start) -> Program:
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     if chromium.find() is None:
-        pytest.skip("needs Chromium on the PATH, or its program in CHROMIUM (.ci/run installs it)")
+        pytest.skip("needs Chromium on the PATH, or the path of the browser in CHROMIUM")
     with Browser(tmp_path_factory.mktemp("browser") / "profile") as running:
         yield running
 
@@ -138,7 +138,7 @@ def showing(tab: Tab, n: int) -> Tab:
 
 
 def write(tab: Tab, text: str) -> None:
-    """Type `text` over all that the editor holds, and wait until it is kept."""
+    """Replaces the text in the editor by typing, and waits until the draft is saved."""
     tab.run("document.getElementById('text').focus(), document.getElementById('text').select()")
     tab.type(text)
     tab.wait(SAVED)
@@ -162,12 +162,12 @@ def test_an_edit_is_shown_word_by_word_and_accepted_by_keys(program, tab):
     assert tab.run("Array.from(document.querySelectorAll('#diff del, #diff ins'), "
                    "e => e.localName + ' ' + e.textContent)") == [
         "del Buzz Aldrin", "ins Neil Armstrong", "del in", "ins on 20", "del .", "ins !"]
-    assert content(tab, "share") == "56% changed: more than the 50% allowed"
+    assert content(tab, "share") == "56% changed, above the limit of 50%"
     tab.press("Enter", CTRL)
-    assert alert(tab).startswith("5 of 9 words changed, 56%; at most 50% may")
+    assert alert(tab).startswith("5 of 9 words changed (56%), at most 50% allowed")
     assert program.edits() == {}
     write(tab, "Neil Armstrong did, in July 1969.")
-    assert content(tab, "share") == "25% changed of 50% allowed"
+    assert content(tab, "share") == "25% changed (limit 50%)"
     assert content(tab, "tokens") == "2 words: 2 deleted, 2 inserted, 6 kept"
     assert tab.run("document.querySelectorAll('#guide[open] li').length") > 3
     tab.press("Enter", CTRL)
@@ -177,12 +177,12 @@ def test_an_edit_is_shown_word_by_word_and_accepted_by_keys(program, tab):
     assert (edit["original"], edit["edited"], edit["annotator"]) == (
         "Buzz Aldrin did, in July 1969.", "Neil Armstrong did, in July 1969.", "Ada")
     how = edit["provenance"]
-    assert (how["editor"], how["prompt_version"]) == ("human", "human-1")
+    assert (how["editor"], how["prompt_version"]) == ("human", "human-2")
     assert 0 < how["seconds"] < 60
     assert content(tab, "count") == "1 of 3 done"
 
 
-def test_an_edit_without_a_change_is_accepted_only_when_meant(program, tab):
+def test_an_edit_without_a_change_is_accepted_only_after_a_question(program, tab):
     tab.press("Enter", CTRL)
     tab.wait("!!document.querySelector('#ask-same[open]')")
     tab.press("Escape")
@@ -214,7 +214,7 @@ def test_skip_asks_for_a_reason_and_undo_takes_it_back(program, tab):
     showing(tab, 0)
     assert content(tab) == "Neil Aldrin did, in July 1969." and program.skipped() == {}
     tab.press("Enter", CTRL)
-    showing(tab, 1)                               # the draft it had before
+    showing(tab, 1)                               # with its draft
     assert content(tab) == "Thirteen minutes, then take it out."
     assert program.edits()["moon"]["edited"] == "Neil Aldrin did, in July 1969."
 
@@ -256,13 +256,13 @@ def test_carriage_returns_of_the_original_survive(start, browser):
 
 def test_a_reload_in_the_middle_of_an_edit_keeps_record_and_draft(program, tab):
     tab.run("document.getElementById('text').select()")
-    tab.type("Neil — “quoted” did")                # and reload before it can have been saved
+    tab.type("Neil — “quoted” did")                # and reload before it can be saved
     tab.reload()
     showing(tab, 0)
     assert content(tab) == "Neil — “quoted” did"
 
 
-def test_kill_9_of_the_server_loses_neither_edits_nor_what_is_typed_meanwhile(program, tab):
+def test_kill_9_of_the_server_loses_neither_edits_nor_text_typed_afterwards(program, tab):
     write(tab, "Neil Armstrong did, in July 1969.")
     tab.press("Enter", CTRL)
     showing(tab, 1)
@@ -274,7 +274,7 @@ def test_kill_9_of_the_server_loses_neither_edits_nor_what_is_typed_meanwhile(pr
     tab.type(" again.")
     program.start()
     assert "new address" in tab.wait("document.getElementById('alert').textContent"
-                                     ".match(/.*under a new address.*/)?.[0]")
+                                     ".match(/.*has a new address.*/)?.[0]")
     tab.go(program.url)
     showing(tab, 1)
     assert content(tab) == "Three minutes, then take it out again."
@@ -288,8 +288,8 @@ def test_kill_9_of_the_server_loses_neither_edits_nor_what_is_typed_meanwhile(pr
     assert program.edits() == {}
 
 
-def test_a_server_that_hangs_is_named_and_nothing_is_taken_for_accepted(program, tab):
-    tab.run("AbortSignal.timeout = ms => AbortSignal.abort()")     # as if 15 seconds had gone by
+def test_a_server_that_hangs_is_reported_and_nothing_counts_as_accepted(program, tab):
+    tab.run("AbortSignal.timeout = ms => AbortSignal.abort()")     # as after 15 seconds
     tab.type("Yes: ")
     tab.press("Enter", CTRL)
     assert "does not answer" in alert(tab) and content(tab, "count") == "0 of 3 done"
@@ -300,7 +300,7 @@ def test_a_server_that_hangs_is_named_and_nothing_is_taken_for_accepted(program,
     assert program.edits()["moon"]["edited"] == "Yes: " + RECORDS[0]["rejected"]
 
 
-def test_an_old_copy_in_the_browser_yields_to_a_newer_draft(program, tab):
+def test_a_newer_draft_replaces_an_old_copy_in_the_browser(program, tab):
     write(tab, "Neil Aldrin did, in July 1969.")
     tab.run("localStorage['draft Ada moon'] = JSON.stringify({known: ['older'], text: 'old'})")
     tab.reload()
@@ -313,7 +313,7 @@ def test_kill_9_of_the_browser_loses_no_draft(program, tmp_path, browser):
         tab = enter(doomed.open(program.url))
         write(tab, "Neil Armstrong did.")
         doomed.kill()
-    program.kill()                                # so that nobody need wait for the lease to end
+    program.kill()                                # otherwise the lease must end first
     program.start()
     tab = enter(browser.open(program.url))
     assert content(showing(tab, 0)) == "Neil Armstrong did."
@@ -323,11 +323,11 @@ def test_kill_9_of_the_browser_loses_no_draft(program, tmp_path, browser):
 # ----- several tabs -------------------------------------------------------------------------------
 
 def test_tabs_never_show_the_same_record(program, tab, browser):
-    second = browser.open(program.url)            # the name is remembered
+    second = browser.open(program.url)            # the browser knows the name
     showing(second, 1)
     third = showing(browser.open(program.url), 2)
     fourth = browser.open(program.url)
-    fourth.wait("document.querySelector('#finished h2').textContent === 'Nothing left to take'")
+    fourth.wait("document.querySelector('#finished h2').textContent === 'No record is free now'")
     third.close()
     fourth.run("document.getElementById('again').click()")
     showing(fourth, 2)
@@ -335,17 +335,17 @@ def test_tabs_never_show_the_same_record(program, tab, browser):
         other.close()
 
 
-def test_a_duplicated_tab_takes_the_record_over_and_the_first_says_so(tab, browser, program):
+def test_a_duplicated_tab_takes_the_record_and_the_first_tab_says_so(tab, browser, program):
     write(tab, "Neil Aldrin did, in July 1969.")
     id = tab.run("sessionStorage.tab")
     twin = showing(browser.open(program.url), 1)
-    twin.run(f"sessionStorage.tab = {json.dumps(id)}")             # as duplicating a tab does
+    twin.run(f"sessionStorage.tab = {json.dumps(id)}")             # as when a tab is duplicated
     twin.reload()
     showing(twin, 0)
     assert content(twin) == "Neil Aldrin did, in July 1969."
     tab.type("?")
     tab.wait("document.querySelector('#finished:not([hidden]) h2')?.textContent"
-             " === 'Let go of this record'")
+             " === 'This page no longer has the record'")
     tab.press("Enter", CTRL)                      # does nothing
     tab.run("document.getElementById('again').click()")
     showing(tab, 1)
@@ -374,7 +374,7 @@ def test_every_control_has_a_name_and_the_diff_reads_without_colour(tab):
                    ) == "line-through underline"
     assert content(tab, "spoken") == "0 of 3 done. Now: Who walked on the moon first?"
     tab.wait("document.getElementById('spoken').textContent === "
-             "'13% changed of 50% allowed; 1 word: 1 deleted, 1 inserted, 7 kept'")
+             "'13% changed (limit 50%); 1 word: 1 deleted, 1 inserted, 7 kept'")
 
 
 def test_the_keyboard_reaches_everything_in_reading_order(tab):
@@ -414,12 +414,12 @@ CONTRAST = """
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_from_its_ground(scheme, tab):
-    """WCAG 2.2, 1.4.3: a contrast of at least 4.5 to 1."""
+def test_text_has_enough_contrast(scheme, tab):
+    """WCAG 2.2, criterion 1.4.3, asks for a contrast of at least 4.5 to 1."""
     tab.call("Emulation.setEmulatedMedia",
              features=[{"name": "prefers-color-scheme", "value": scheme}])
     for text in ("Neil Aldrin did, in July 1969.", "Nobody ever did anything of the kind there."):
-        write(tab, text)                          # within the limit, beyond it
+        write(tab, text)                          # within the limit, above it
         tab.press("p", ALT)
         found = tab.run(CONTRAST)
         assert len(found) > 15 and min(found)[0] >= 4.5, min(found)
@@ -433,7 +433,7 @@ WHO = {"annotator": "Eve", "tab": "t", "page": "p"}
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-    """One program for all attacks that must leave it as it was."""
+    """One program for all attacks. None of them may change it."""
     running = Program(tmp_path_factory.mktemp("target"))
     yield running
     running.kill()
@@ -441,7 +441,7 @@ def target(tmp_path_factory):
 
 @pytest.fixture
 def unharmed(target):
-    """Whatever the test did: nothing was written, and the page is still served."""
+    """Checks after the test that nothing was written and that the page is still served."""
     yield
     assert target.edits() == {} and target.skipped() == {}
     assert not target.out.with_name("edits.drafts.jsonl").exists()
@@ -449,7 +449,7 @@ def unharmed(target):
     assert target.post("start", {})[0] == 200
 
 
-def test_script_in_every_text_of_a_record_stays_text(start, browser):
+def test_a_script_in_any_text_of_a_record_stays_text(start, browser):
     record = {"id": SCRIPT, "prompt": SCRIPT, "input": SCRIPT, "chosen": "x " + SCRIPT,
               "rejected": SCRIPT, "context": [{"title": SCRIPT, "text": SCRIPT}]}
     program = start([record], "--annotator", SCRIPT)
@@ -470,9 +470,9 @@ def test_script_in_every_text_of_a_record_stays_text(start, browser):
     tab.close()
 
 
-def test_another_sites_form_and_script_are_refused_by_the_browsers_own_requests(
+def test_the_form_and_the_script_of_another_site_are_refused(
         target, browser, unharmed):
-    """A page on another port that even knows the address, which it cannot."""
+    """The other site even knows the secret address."""
     accept = json.dumps(WHO | {"id": "moon", "text": "hacked did, in July 1969."})
     page = f"""<form method=post enctype=text/plain action="{target.url}accept">
         <input name='{accept[:-1]}, "reason": "' value='"}}'></form><script>
@@ -507,7 +507,7 @@ def test_a_foreign_origin_is_refused(target, unharmed, origin):
     status, text, _ = target.request(
         "POST", target.path + "next", json.dumps(WHO), **{"Content-Type": "application/json"},
         **headers)
-    assert (status, text) == (403, "another site's request\n")
+    assert (status, text) == (403, "request from another site\n")
 
 
 @pytest.mark.parametrize("host", ["evil.test:{port}", "evil.test", "127.0.0.1", "127.0.0.1:1",
@@ -515,7 +515,7 @@ def test_a_foreign_origin_is_refused(target, unharmed, origin):
                                   "192.168.0.1:{port}", "evil.test@127.0.0.1:{port}", ":{port}",
                                   ""])
 def test_a_foreign_host_is_refused(target, unharmed, host):
-    """DNS rebinding: the attacker's own name, pointed at this machine, is the page's origin."""
+    """DNS rebinding: the attacker's own name points at this machine."""
     host = host.format(port=target.port)
     for status, text, _ in (
             target.request("GET", target.path, Host=host),
@@ -524,7 +524,7 @@ def test_a_foreign_host_is_refused(target, unharmed, host):
         assert (status, text) == (403, "unknown host\n")
 
 
-def test_a_name_rebound_to_this_machine_is_refused_in_the_browser(target, browser, unharmed):
+def test_a_foreign_name_for_this_machine_is_refused_in_the_browser(target, browser, unharmed):
     tab = browser.open(f"http://evil.test:{target.port}{target.path}")
     assert tab.run("location.host + ' ' + document.body.innerText").split(maxsplit=1) == [
         f"evil.test:{target.port}", "unknown host\n"]
@@ -542,7 +542,7 @@ def test_no_other_path_is_served(target, unharmed, path):
     assert status == 404 and "root:" not in text and "<" not in text
 
 
-def test_a_body_of_100_megabytes_is_refused_unread(target, unharmed):
+def test_a_body_of_100_megabytes_is_refused_before_it_is_read(target, unharmed):
     size = 100 << 20
     with socket.create_connection(("127.0.0.1", target.port), timeout=10) as connection:
         here = f"127.0.0.1:{target.port}"
@@ -598,7 +598,7 @@ def test_every_answer_forbids_scripts_frames_and_caches(target):
         assert "Access-Control-Allow-Origin" not in sent and sent["Server"] == "fgrlhf"
 
 
-def test_the_page_names_no_other_place():
+def test_the_page_refers_to_no_other_site():
     for path in PAGE.iterdir():
         assert not re.search(r"https?:|//\w+\.|@import|url\(", path.read_text()), path
 
@@ -614,7 +614,7 @@ def test_the_token_is_new_in_every_run_and_in_no_file(program, tmp_path):
     assert program.path.strip("/") != first
 
 
-def test_a_usual_port_that_is_taken_gives_way_to_another(start, tmp_path):
+def test_another_port_is_used_if_the_usual_port_is_taken(start, tmp_path):
     usual = usual_port(tmp_path / "edits.jsonl")
     with socket.create_server(("127.0.0.1", usual)):
         program = start()
@@ -626,10 +626,10 @@ def test_a_usual_port_that_is_taken_gives_way_to_another(start, tmp_path):
 
 @pytest.mark.parametrize("host, port", [("127.0.0.1", "taken"), ("127.0.0.1", "99999"),
                                         ("no.such.host.invalid", "0")])
-def test_an_address_that_cannot_be_had_is_refused_in_a_line(host, port):
+def test_an_address_that_cannot_be_used_is_refused_in_one_line(host, port):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1] if port == "taken" else int(port)
-        with pytest.raises(UserError, match=f"--host {host} --port {port}: cannot be served"):
+        with pytest.raises(UserError, match=f"--host {host} --port {port}: cannot be used"):
             Server(PAGE, {}, host, [port], allow_remote=True)
 
 

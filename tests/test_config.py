@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from fgrlhf.config import UserError, arg, parse, parser, run, to_json
+from fgrlhf.data.fields import UserError
+from fgrlhf.engine.config import arg, parse, parser, run, to_json
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,15 @@ class Config:
 
 
 def test_parse_gives_defaults_and_typed_values():
-    assert parse(Config, ["--out", "a"]) == Config("a", 6e-4, "token", None, False)
+    assert parse(Config, argv=["--out", "a"]) == Config("a", 6e-4, "token", None, False)
     argv = "--out a --learning-rate 1e-2 --kind sequence --limit 3 --resume".split()
-    assert parse(Config, argv) == Config("a", 1e-2, "sequence", 3, True)
-    assert parse(Config, ["--out", "a", "--resume", "--no-resume"]).resume is False
+    assert parse(Config, argv=argv) == Config("a", 1e-2, "sequence", 3, True)
+    assert parse(Config, argv=["--out", "a", "--resume", "--no-resume"]).resume is False
 
 
 def test_parse_returns_a_frozen_instance():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        parse(Config, ["--out", "a"]).limit = 3
+        parse(Config, argv=["--out", "a"]).limit = 3
 
 
 @pytest.mark.parametrize("argv, text", [
@@ -41,14 +42,14 @@ def test_parse_returns_a_frozen_instance():
     (["--out", "a", "b"], "unrecognized arguments: b"), (["--out"], "expected one argument")])
 def test_parse_refuses_with_exit_status_2(argv, text, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse(Config, argv)
+        parse(Config, argv=argv)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and text in err
     assert err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_parser_help_names_every_flag_its_text_and_its_default():
-    text = parser(Config, "prog", "What it does.").format_help()
+    text = parser(Config, "What it does.").format_help()
     for part in ("What it does.", "--out STR", "--learning-rate FLOAT", "100% of it",
                  "(default: 0.0006)",
                  "{token,sequence}", "--limit INT", "--resume, --no-resume"):
@@ -59,6 +60,7 @@ def test_parser_help_names_every_flag_its_text_and_its_default():
 def test_parser_lists_what_a_config_inherits_behind_its_own():
     @dataclass(frozen=True, kw_only=True)
     class Base:
+        """What is shared"""
         depth: int = arg(1, help="of the base")
 
     @dataclass(frozen=True)
@@ -66,12 +68,12 @@ def test_parser_lists_what_a_config_inherits_behind_its_own():
         out: str = arg(help="its own")
 
     text = parser(Derived).format_help()
-    assert text.index("--out STR  ") < text.index("--depth INT  ")
-    assert parse(Derived, ["--out", "x", "--depth", "2"]) == Derived(out="x", depth=2)
+    assert text.index("--out STR  ") < text.index("What is shared:") < text.index("--depth INT  ")
+    assert parse(Derived, argv=["--out", "x", "--depth", "2"]) == Derived(out="x", depth=2)
 
 
 def test_to_json_holds_every_resolved_value():
-    config = parse(Config, ["--out", "a", "--limit", "3"])
+    config = parse(Config, argv=["--out", "a", "--limit", "3"])
     assert json.loads(to_json(config)) == {"out": "a", "learning_rate": 6e-4, "kind": "token",
                                            "limit": 3,
                                            "resume": False}
@@ -97,7 +99,7 @@ def test_run_lets_every_other_error_through():
                                       "(sys.stdin.read(), print('x'))"])
 def test_run_survives_a_reader_that_goes_away(printing, unbuffered):
     """`script | head`: no traceback, whether Python buffers its output or not."""
-    code = f"import sys\nfrom fgrlhf.config import run\nrun(lambda: {printing})"
+    code = f"import sys\nfrom fgrlhf.engine.config import run\nrun(lambda: {printing})"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           env=os.environ | {"PYTHONUNBUFFERED": unbuffered}) as process:
@@ -116,7 +118,7 @@ class Bounded:
 @pytest.mark.parametrize("argv", [["--batch", "0"], ["--share", "-0.1"], ["--share", "nan"]])
 def test_parse_refuses_a_number_below_the_least(argv, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse(Bounded, argv)
+        parse(Bounded, argv=argv)
     assert stop.value.code == 2
     assert f"argument {argv[0]}: expected a number of at least" in capsys.readouterr().err
 
@@ -124,7 +126,7 @@ def test_parse_refuses_a_number_below_the_least(argv, capsys):
 @pytest.mark.parametrize("argv", [["--batch", "1" + "0" * 30], ["--share", "inf"]])
 def test_parse_refuses_a_number_beyond_the_machine(argv, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse(Bounded, argv)
+        parse(Bounded, argv=argv)
     assert stop.value.code == 2
     assert f"argument {argv[0]}: expected a number below 2^63" in capsys.readouterr().err
 
@@ -146,7 +148,7 @@ def test_run_says_interrupted_with_status_130(capsys):
 
 
 def test_parse_takes_the_least_number_itself():
-    assert parse(Bounded, ["--batch", "1", "--share", "0"]) == Bounded(1, 0.0)
+    assert parse(Bounded, argv=["--batch", "1", "--share", "0"]) == Bounded(1, 0.0)
 
 
 def test_run_says_what_was_not_finite_with_status_1(capsys):

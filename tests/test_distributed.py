@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fgrlhf import distributed, shards
-from fgrlhf.edits import Edit, write_jsonl
+from fgrlhf.data.records import Edit, write_jsonl
+from fgrlhf.engine import distributed, shards
 from fgrlhf.rollout import sample, sample_shared
 from tests import ranks
 from tests.processes import ROOT
@@ -167,8 +167,8 @@ def test_a_rank_that_dies_ends_the_run_with_a_clear_message_and_resumes(folder, 
 
 # ----- one process: every function is the identity ------------------------------------------------
 
-def test_shares_and_spans_cover_every_row_once_on_any_number_of_ranks(monkeypatch):
-    """Every rank has as many groups; those that do not count repeat the first row."""
+def test_microbatches_and_ranges_cover_every_row_once_on_any_number_of_ranks(monkeypatch):
+    """Every rank has as many microbatches; those of weight 0 repeat the first row."""
     for count in (1, 2, 3, 4, 8):
         seen, lengths, covered = [], [], []
         for rank in range(count):
@@ -176,13 +176,22 @@ def test_shares_and_spans_cover_every_row_once_on_any_number_of_ranks(monkeypatc
             monkeypatch.setattr(distributed, "rank", lambda: rank)
             most = math.ceil(math.ceil(5 / count) / 2)                  # what the ranks agree on
             monkeypatch.setattr(distributed, "largest", lambda number: most)
-            groups = list(distributed.shares([5, 1, 4, 2, 9], 2, distributed.in_order))
-            seen += [row for rows, counts in groups if counts for row in rows]
-            assert all(rows == [5] for rows, counts in groups if not counts)
-            lengths.append(len(groups))
-            covered += list(range(*distributed.span(5)))
+            parts = list(distributed.microbatches([5, 1, 4, 2, 9], 2, distributed.in_order))
+            seen += [row for rows, weight in parts if weight == 1 for row in rows.tolist()]
+            assert all(rows.tolist() == [5] for rows, weight in parts if weight == 0)
+            lengths.append(len(parts))
+            covered += list(range(*distributed.rank_range(5)))
         assert sorted(seen) == [1, 2, 4, 5, 9] and covered == list(range(5))
         assert set(lengths) == {most}
+
+
+def test_sums_add_up_with_their_weights_and_refuse_what_is_not_finite():
+    sums = distributed.Sums()
+    for weight, value in ((1.0, 2.0), (0.0, 7.0), (1.0, 3.0)):
+        sums.add(weight, {"loss": torch.tensor(value)})
+    assert sums.over_ranks() == {"loss": 5.0}
+    with pytest.raises(FloatingPointError, match="loss is nan"):
+        sums.add(1.0, {"loss": torch.tensor(math.nan)})
 
 
 @pytest.mark.parametrize("at_once", [0, 1, 3, 100])
@@ -196,10 +205,10 @@ def test_sample_shared_draws_the_same_whatever_is_decoded_at_once(at_once):
     assert torch.equal(whole.truncated, parts.truncated)
 
 
-def test_fill_is_the_inverse_of_strip():
+def test_put_back_is_the_inverse_of_take_out():
     state = {"a": [torch.ones(2), {"b": (1, "x", None)}], 3: torch.zeros(())}
     tensors = {}
-    stripped = shards.strip(state, "s", tensors)
-    assert tensors.keys() == {"s/a/0", "s/3"} == shards.names(stripped)
-    assert stripped["a"][1] == {"b": (1, "x", None)}
-    assert shards.fill(stripped, tensors) == state
+    named = shards.take_out(state, "s", tensors)
+    assert tensors.keys() == {"s/a/0", "s/3"} == shards.names(named)
+    assert named["a"][1] == {"b": (1, "x", None)}
+    assert shards.put_back(named, tensors) == state

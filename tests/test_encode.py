@@ -2,8 +2,8 @@
 
 import pytest
 
-from fgrlhf.config import UserError
-from fgrlhf.edits import Edit, Pair, Prompt, Span
+from fgrlhf.data.fields import UserError
+from fgrlhf.data.records import Edit, Pair, Prompt, Span
 from fgrlhf.encode import encode_preference, encode_prompt, encode_response, span_types
 from fgrlhf.tokenizer import train
 

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from fgrlhf.evaluate import (Judged, auc, auc_within, bootstrap, compare, over_seeds, pair_accuracy,
-                             reward_table,
-                             t_quantile, win_rate)
+from fgrlhf.evaluate import (
+    Judged, auc, auc_within, bootstrap, compare, over_seeds, pair_accuracy, reward_table,
+    t_quantile, win_rate)
 
 
 # ----- win rate -----------------------------------------------------------------------------------

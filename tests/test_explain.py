@@ -1,4 +1,4 @@
-"""One record worked through: every printed number against its equation, computed here by hand."""
+"""One record explained: every printed number against its equation, computed here by hand."""
 
 import json
 import math
@@ -10,15 +10,17 @@ import torch
 
 import train_ppo
 import train_rm
-from fgrlhf import explain, results
-from fgrlhf.config import UserError
-from fgrlhf.edits import Edit, Span, write_jsonl
-from fgrlhf.report import page
-from fgrlhf.reporting.worked_text import visible, worked_text
-from fgrlhf.reward import RewardModel, save_reward
 from fgrlhf.checkpoint import save_model
+from fgrlhf.data.fields import UserError
+from fgrlhf.data.records import Edit, Span, write_jsonl
+from fgrlhf.explain import __main__ as explain
+from fgrlhf.explain.explained import (
+    LossSettings, UpdateSettings, explain_record, minus_log_sigmoid, settings_of)
+from fgrlhf.explain.text import explained_text, visible
+from fgrlhf.reproduce.examples import explain_edit
+from fgrlhf.reproduce.report import page
+from fgrlhf.reward import RewardModel, save_reward
 from fgrlhf.tokenizer import train
-from fgrlhf.worked import LossSettings, UpdateSettings, minus_log_sigmoid, settings_of, work
 from kernels import token_preference
 from tests.small import llama, slow_logp
 
@@ -49,9 +51,9 @@ def reward():
 
 
 @pytest.fixture(scope="module", params=["swap", "gap"])
-def worked(request, tokenizer, reward):
+def explained(request, tokenizer, reward):
     record = {"swap": SWAP, "gap": GAP}[request.param]
-    return work(record, tokenizer, reward, TRAINED, model(2), model(3), PPO)
+    return explain_record(record, tokenizer, reward, TRAINED, model(2), model(3), PPO)
 
 
 def sides(text: str) -> tuple[list[tuple], list[tuple]]:
@@ -66,7 +68,7 @@ def sides(text: str) -> tuple[list[tuple], list[tuple]]:
 
 
 def values(text: str, label: str, name: str) -> float:
-    """The value behind the last " = " of the first equation of that name under that label."""
+    """The value after the last " = " of the first equation of that name under that label."""
     lines = iter(text.splitlines())
     at = ""
     for line in lines:
@@ -80,9 +82,9 @@ def values(text: str, label: str, name: str) -> float:
     raise AssertionError(f"{label} {name} is not in the text")
 
 
-def test_worked_text_shows_rewards_that_give_the_margin_and_the_loss_by_hand(worked):
-    """Equations (1) to (4) from nothing but the printed table."""
-    text = worked_text(worked)
+def test_explained_text_shows_rewards_that_give_the_margin_and_the_loss_by_hand(explained):
+    """Equations (1) to (4), computed from the printed table only."""
+    text = explained_text(explained)
     minus, plus = sides(text)
     assert values(text, "(1)", "R(y-)") == pytest.approx(sum(r for _, r in minus), abs=1e-3)
     assert values(text, "(1)", "R(y+)") == pytest.approx(sum(r for _, r in plus), abs=1e-3)
@@ -107,31 +109,31 @@ def test_worked_text_shows_rewards_that_give_the_margin_and_the_loss_by_hand(wor
         assert values(text, label, name) == pytest.approx(expected, abs=2e-3), (label, name)
 
 
-def test_worked_loss_is_the_kernels(worked):
-    """The same rewards and sets given to the kernel's plain reference, without a tokenizer."""
-    sets = {"rejected": worked.rejected, "chosen": worked.chosen}
+def test_explained_loss_is_the_kernels(explained):
+    """The plain reference of the kernel gets the same rewards and sets, without a tokenizer."""
+    sets = {"rejected": explained.rejected, "chosen": explained.chosen}
     tensors = {k: torch.tensor([s.rewards]) for k, s in sets.items()}
     masks = {k: torch.tensor([[name in ("U1", "gap") for name in s.sets]]) for k, s in sets.items()}
     unchanged = token_preference.Unchanged(
-        *(torch.tensor(x) for x in ([0] * len(worked.pairs), [j for _, j in worked.pairs],
-                                    [i for i, _ in worked.pairs])))
-    for loss in (worked.loss, worked.paper):
+        *(torch.tensor(x) for x in ([0] * len(explained.pairs), [j for _, j in explained.pairs],
+                                    [i for i, _ in explained.pairs])))
+    for loss in (explained.loss, explained.paper):
         expected = token_preference.reference(
             tensors["chosen"], tensors["rejected"], masks["chosen"], masks["rejected"], unchanged,
             loss.options)
         assert loss[1:] == pytest.approx([expected.margin.item(), expected.bt.item(),
                                           expected.u0.item(), expected.token.item(),
                                           expected.loss.item()], rel=1e-5, abs=1e-7)
-    assert worked.paper.options == token_preference.Options()
+    assert explained.paper.options == token_preference.Options()
 
 
 @pytest.mark.parametrize("u0", token_preference.U0_TERMS)
 @pytest.mark.parametrize("how", ["sum", "mean"])
-def test_worked_text_fills_every_option_of_the_loss_with_numbers_that_give_it(u0, how, tokenizer,
+def test_explained_text_fills_every_option_of_the_loss_with_numbers_that_give_it(u0, how, tokenizer,
                                                                               reward):
-    """The right-hand side of L_u0, computed as it is printed, is the kernel's value."""
-    shown = work(SWAP, tokenizer, reward, LossSettings(u0=u0, u0_weight=0.3, reduce=how))
-    text = worked_text(shown)
+    """The right-hand side of L_u0 as it is printed gives the kernel's value."""
+    shown = explain_record(SWAP, tokenizer, reward, LossSettings(u0=u0, u0_weight=0.3, reduce=how))
+    text = explained_text(shown)
     numbers = re.search(r"L_u0 (?:= .*\n? *)*?= ([\d.]+) / (\d+) \* ([\d.e-]+) = (\S+)$", text,
                         re.M)
     lam, count, total, value = map(float, numbers.groups())
@@ -151,12 +153,12 @@ def token_rows(text: str) -> list[dict]:
     return rows
 
 
-def test_worked_text_shows_kl_advantage_ratio_and_clip_that_follow_by_hand(worked):
+def test_explained_text_shows_kl_advantage_ratio_and_clip_that_follow_by_hand(explained):
     """Equations (5) to (7) from the printed rows, rounded to three decimals."""
-    text = worked_text(worked)
+    text = explained_text(explained)
     rows, eps = token_rows(text), 0.2
-    assert len(rows) == len(worked.rejected.pieces)
-    for row, raw in zip(rows, worked.rejected.rewards):
+    assert len(rows) == len(explained.rejected.pieces)
+    for row, raw in zip(rows, explained.rejected.rewards):
         assert row["r_t"] == pytest.approx((raw - 0.25) / 0.5, abs=1e-3)
         assert row["kl"] == pytest.approx(row["old"] - row["ref"], abs=2e-3)
         assert row["penalised"] == pytest.approx(row["r_t"] - 0.5 * row["kl"], abs=2e-3)
@@ -174,19 +176,19 @@ def test_worked_text_shows_kl_advantage_ratio_and_clip_that_follow_by_hand(worke
     assert clips > 0
     mean = lambda name: sum(row[name] for row in rows) / len(rows)
     assert values(text, "(7)", "L before the update") == pytest.approx(-mean("A"), abs=2e-3)
-    assert values(text, "(7)", "L after it") == pytest.approx(-mean("term"), abs=3e-3)
-    assert worked.update.loss < worked.update.loss_before          # the step goes downhill
+    assert values(text, "(7)", "L after the update") == pytest.approx(-mean("term"), abs=3e-3)
+    assert explained.update.loss < explained.update.loss_before          # the step goes downhill
 
 
-def test_worked_log_probabilities_are_those_of_a_slow_loop(worked, tokenizer):
+def test_explained_log_probabilities_are_those_of_a_slow_loop(explained, tokenizer):
     prompt = tokenizer.encode("red or blue ->", bos=True)
-    response = tokenizer.encode("".join(worked.rejected.texts[:-1]), eos=True)
-    assert worked.update.logp_old == pytest.approx(slow_logp(model(2), prompt, response), abs=1e-4)
-    assert worked.update.logp_ref == pytest.approx(slow_logp(model(3), prompt, response), abs=1e-4)
+    response = tokenizer.encode("".join(explained.rejected.texts[:-1]), eos=True)
+    for found, seed in ((explained.update.logp_old, 2), (explained.update.logp_ref, 3)):
+        assert found == pytest.approx(slow_logp(model(seed), prompt, response), abs=1e-4)
 
 
-def test_worked_text_marks_what_changed_without_colour(tokenizer, reward):
-    swap, gap = (worked_text(work(r, tokenizer, reward, TRAINED)) for r in (SWAP, GAP))
+def test_explained_text_marks_what_changed_without_colour(tokenizer, reward):
+    swap, gap = (explained_text(explain_record(r, tokenizer, reward, TRAINED)) for r in (SWAP, GAP))
     assert re.search(r"^y-  a \[-.*red.*-\] cat</s>$", swap, re.M)
     assert re.search(r"^y\+  a \{\+.*blue.*\+\} cat</s>$", swap, re.M)
     assert re.search(r"^y-  a red\(\^</s>\^\)$", gap, re.M)
@@ -194,31 +196,31 @@ def test_worked_text_marks_what_changed_without_colour(tokenizer, reward):
     assert "\x1b" not in swap and "equations (5)" not in swap
 
 
-def test_worked_text_in_colour_says_the_same(worked):
-    coloured = worked_text(worked, colour=True)
+def test_explained_text_in_colour_says_the_same(explained):
+    coloured = explained_text(explained, colour=True)
     assert "\x1b[" in coloured
-    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == worked_text(worked)
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == explained_text(explained)
 
 
 def test_visible_spells_out_what_a_terminal_would_act_on():
     assert visible("a\x1b[31mb\nc") == "a\\x1b[31mb\u21b5c"
 
 
-def test_worked_texts_join_to_the_response_when_bytes_share_a_character(tokenizer, reward):
+def test_explained_texts_join_to_the_response_when_bytes_share_a_character(tokenizer, reward):
     record = Edit("bytes", "red or blue", "a \u20ac cat", "a red cat")       # three byte pieces
-    shown = work(record, tokenizer, reward, TRAINED)
+    shown = explain_record(record, tokenizer, reward, TRAINED)
     assert "".join(shown.rejected.texts) == "a \u20ac cat</s>"
-    assert "[-\u20ac-]" in worked_text(shown)
+    assert "[-\u20ac-]" in explained_text(shown)
 
 
-def test_report_shows_the_same_numbers_and_escapes_texts(worked, tokenizer, reward):
-    html = page({"examples": {"worked": [worked]}}).replace("\N{MINUS SIGN}", "-")
-    for number in re.findall(r"= (-?\d\.\d{4})$", worked_text(worked), re.M):
+def test_report_shows_the_same_numbers_and_escapes_texts(explained, tokenizer, reward):
+    html = page({"examples": {"explained": [explained]}}).replace("\N{MINUS SIGN}", "-")
+    for number in re.findall(r"= (-?\d\.\d{4})$", explained_text(explained), re.M):
         assert f">{number}</td>" in html
     assert "<del" in html and "<ins" in html and html.count(">clip</td>") == sum(
-        worked.update.clipped)
+        explained.update.clipped)
     nasty = Edit("n", "<script>", "a <b> cat", "a red cat")
-    html = page({"examples": {"worked": [work(nasty, tokenizer, reward, TRAINED)]}})
+    html = page({"examples": {"explained": [explain_record(nasty, tokenizer, reward, TRAINED)]}})
     assert "<script>" not in html and "<b> cat" not in html
 
 
@@ -231,7 +233,7 @@ def test_minus_log_sigmoid_far_out_does_not_overflow():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, tokenizer, reward):
-    """A reward model and a policy as runs leave them, and edits."""
+    """The folders that runs leave: a reward model and a policy, and a file of edits."""
     root = tmp_path_factory.mktemp("runs")
     save_model(model(3), root / "sft/policy", tokenizer=tokenizer)
     save_reward(reward, root / "rm/reward", tokenizer)
@@ -254,16 +256,17 @@ def config(folders, **changed) -> explain.Config:
 def test_explain_takes_settings_and_reference_from_the_runs(folders, tokenizer, reward, capsys):
     explain.main(config(folders, policy=str(folders / "ppo/best"), html=str(folders / "a.html")))
     printed = capsys.readouterr().out
-    expected = worked_text(work(GAP, tokenizer, reward, TRAINED, model(2), model(3), PPO))
+    expected = explained_text(
+        explain_record(GAP, tokenizer, reward, TRAINED, model(2), model(3), PPO))
     assert printed.endswith("\n\n" + expected) and f"reference {folders}/sft/policy\n" in printed
-    assert "One edit through the whole method" in (folders / "a.html").read_text()
+    assert "One edit in every equation" in (folders / "a.html").read_text()
 
 
 def test_explain_without_a_policy_takes_the_reward_models_start_and_kl_is_0(folders):
-    worked, used = explain.explain(config(folders, record=str(folders / "edits.jsonl")))
-    assert worked.id == "swap" and used["policy"] == used["reference"] == f"{folders}/sft/policy"
-    assert worked.update.kl == [0.0] * len(worked.rejected.pieces)
-    assert worked.update.settings == UpdateSettings()               # not SFT's learning rate
+    explained, used = explain.explain(config(folders, record=str(folders / "edits.jsonl")))
+    assert explained.id == "swap" and used["policy"] == used["reference"] == f"{folders}/sft/policy"
+    assert explained.update.kl == [0.0] * len(explained.rejected.pieces)
+    assert explained.update.settings == UpdateSettings()               # not SFT's learning rate
 
 
 def test_explain_without_any_policy_stops_at_equation_4(folders, tmp_path, tokenizer, reward,
@@ -272,11 +275,11 @@ def test_explain_without_any_policy_stops_at_equation_4(folders, tmp_path, token
     explain.main(config(folders, reward=str(tmp_path / "reward")))
     printed = capsys.readouterr().out
     assert "(4) " in printed and "(4) paper" not in printed         # the defaults are the paper's
-    assert printed.endswith("give its folder by --policy.\n")
+    assert printed.endswith("give its folder with --policy.\n")
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"record": "nowhere.jsonl:a"}, "nowhere.jsonl:a: no such file"),
+    ({"record": "nowhere.jsonl:a"}, "nowhere.jsonl:a: expected FILE or FILE:ID, found no such"),
     ({"record": "edits.jsonl:other"}, "no record 'other'"),
     ({"record": "edits.jsonl:same"}, "no record 'same' with two different texts"),
     ({"reward": "sft/policy"}, "expected a reward model folder"),
@@ -294,7 +297,7 @@ def test_explain_refuses_bad_input_in_one_line(folders, change, message, tokeniz
 def test_explain_refuses_another_tokenizer(folders, tmp_path):
     other = train(["a red cat or a blue one"] * 9, VOCABULARY - 1, tmp_path / "t.model")
     save_model(llama(0, VOCABULARY - 1), tmp_path / "policy", tokenizer=other)
-    with pytest.raises(UserError, match="its tokenizer is not the one"):
+    with pytest.raises(UserError, match="expected the tokenizer of --reward"):
         explain.explain(config(folders, policy=str(tmp_path / "policy")))
 
 
@@ -304,20 +307,22 @@ def test_settings_are_named_and_defaulted_as_the_scripts_flags():
         assert name in defaults
         if name not in ("policy", "gamma"):
             assert defaults[name] == value, name
-    assert train_ppo.Config("fine-grained", "p", "r", "x", "o").gamma == UpdateSettings().gamma
+    config = train_ppo.Config(method="fine-grained", policy="p", reward="r", prompts="x", out="o")
+    assert config.gamma == UpdateSettings().gamma
     assert set(LossSettings._fields) <= set(train_rm.Config.__dataclass_fields__)
     assert settings_of(LossSettings, "/nowhere/reward").options == token_preference.Options()
 
 
-def test_results_work_the_first_edit_that_mends_two_errors(folders, tmp_path, tokenizer, reward):
-    """The record of the report: from folders named as reproduce.py names them."""
+def test_report_explains_the_first_edit_that_repairs_two_errors(folders, tmp_path, tokenizer,
+                                                                reward):
+    """The folders are named as `python -m fgrlhf.reproduce` names them."""
     spans = (Span(2, 5, "value"), Span(6, 9, "value"))
     two = Edit("two", "red or blue", "a red cat", "a blue one", spans=spans)
     for name, source in (("sft/policy", "sft/policy"), ("rm-token", "rm"), ("fine-grained", "ppo")):
         shutil.copytree(folders / source, tmp_path / name)
     write_jsonl(tmp_path / "held-out/edits.jsonl", [SWAP, two])
-    [shown] = results.work_edit(tmp_path, tokenizer, reward)
+    [shown] = explain_edit(tmp_path, tokenizer, reward)
     assert shown.id == "two" and shown.loss.options == TRAINED.options
     assert shown.update.settings.lr == 0.03 and shown.update.kl == [0.0] * len(shown.update.kl)
     write_jsonl(tmp_path / "held-out/edits.jsonl", [SWAP])
-    assert results.work_edit(tmp_path, tokenizer, reward) == []
+    assert explain_edit(tmp_path, tokenizer, reward) == []

@@ -1,7 +1,7 @@
-"""Mutated records through every reader: a UserError with its place or a record, nothing else.
+"""Mutated records through every reader: each gives a record, or a UserError with its place.
 
-20,000 records a reader in JSONL files, each refusal looked at; 600 more as whole files, JSON arrays
-among them, where one byte can spoil everything.
+Each reader gets 20,000 records in JSONL files, and every refusal is checked. 600 more records are
+files of their own, some of them JSON arrays, where one byte can damage everything.
 """
 
 import json
@@ -10,18 +10,18 @@ import time
 
 import pytest
 
-from fgrlhf.config import UserError
-from fgrlhf.readers import (
-    read_annotations, read_demonstrations, read_edits, read_outputs, read_pairs, read_prompts,
-    read_qa_feedback_pairs)
-from tests.test_edits import EDIT, JUDGED, OUTPUT, PAIR
+from fgrlhf.data.fields import UserError
+from fgrlhf.data.qa_feedback import read_qa_feedback_pairs
+from fgrlhf.data.readers import (
+    read_annotations, read_demonstrations, read_edits, read_outputs, read_pairs, read_prompts)
+from tests.test_data import EDIT, JUDGED, OUTPUT, PAIR
 
 RANKED = EDIT | {"preferences": [1, 2, 0, 1, 2, 0]}
 CANDIDATES = {"id": "e1", "candidates": {"2": "a", "3": "b", "4": "c"}}
 
 
-def beside(path, record: dict):
-    """A sound file next to `path`."""
+def valid(path, record: dict):
+    """A valid file in the folder of `path`."""
     other = path.with_name("fuzz-other")
     other.write_text(json.dumps(record))
     return other
@@ -29,8 +29,8 @@ def beside(path, record: dict):
 
 READERS = [read_edits, read_pairs, read_prompts, read_demonstrations, read_outputs,
            read_annotations,
-           lambda path, bad="stop": read_qa_feedback_pairs(path, beside(path, CANDIDATES), bad),
-           lambda path, bad="stop": read_qa_feedback_pairs(beside(path, RANKED), path, bad)]
+           lambda path, bad="stop": read_qa_feedback_pairs(path, valid(path, CANDIDATES), bad),
+           lambda path, bad="stop": read_qa_feedback_pairs(valid(path, RANKED), path, bad)]
 SEEDS = [EDIT, PAIR, OUTPUT, JUDGED, {"id": "d", "prompt": "p", "output": "o"},
          {"prompt": [{"role": "user", "content": "p"}], "chosen": "c", "rejected": "r"},
          RANKED, CANDIDATES]
@@ -39,7 +39,7 @@ JUNK = [None, True, 0, -1, 10**400, 1e308, "", " ", "\ud800", "x" * 200, [], {},
 
 
 def mutate(value, rng: random.Random):
-    """One field left out, spoilt, added or taken from another kind of record; or junk."""
+    """Leaves out, damages or adds a field, takes one from another format, or returns junk."""
     if isinstance(value, dict) and value and rng.random() < 0.8:
         key = rng.choice(list(value))
         rest = {k: v for k, v in value.items() if k != key}
@@ -50,8 +50,8 @@ def mutate(value, rng: random.Random):
     return rng.choice(JUNK)
 
 
-def spoilt(rng: random.Random, arrays: bool) -> bytes:
-    """A mutated record as JSON; in 4 of 10, one to three bytes of it are random."""
+def damaged(rng: random.Random, arrays: bool) -> bytes:
+    """A mutated record as JSON. In 4 of 10 records one to three bytes are random."""
     record = mutate(rng.choice(SEEDS), rng)
     if isinstance(record, dict) and rng.random() < 0.3:
         record |= {"id": str(rng.random())}
@@ -64,11 +64,11 @@ def spoilt(rng: random.Random, arrays: bool) -> bytes:
 
 @pytest.mark.parametrize("number", range(len(READERS)))
 def test_readers_survive_20000_mutated_records(number, tmp_path, capsys):
-    """In "skip" mode: records, or one line each with the place of what is refused."""
+    """With "skip" a reader gives records, and one line with the place for each refused one."""
     rng, path, reader = random.Random(number), tmp_path / "fuzz.jsonl", READERS[number]
     started, made, refused = time.perf_counter(), 0, 0
     for _ in range(40):
-        records = [spoilt(rng, arrays=False) for _ in range(500)]
+        records = [damaged(rng, arrays=False) for _ in range(500)]
         path.write_bytes(b'{"id": "x"}\n' + b"\n".join(records) + b"\n")      # never an array
         try:
             made += len(reader(path, "skip"))
@@ -88,7 +88,7 @@ def test_readers_survive_20000_mutated_records(number, tmp_path, capsys):
 def test_readers_survive_mutated_files(tmp_path):
     rng, path, survived = random.Random(99), tmp_path / "fuzz", 0
     for _ in range(600):
-        path.write_bytes(spoilt(rng, arrays=True))
+        path.write_bytes(damaged(rng, arrays=True))
         for reader in READERS:
             try:
                 assert reader(path)

@@ -1,4 +1,4 @@
-"""Generation: llama2.c's golden text, batches against single texts, ends, the command."""
+"""Generation: llama2.c's golden text, batches against single texts, ends of texts, the command."""
 
 import copy
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fgrlhf.checkpoint import load_model, save_model
-from fgrlhf.config import parse, run
+from fgrlhf.checkpoint import load_model, load_tokenizer, save_model
+from fgrlhf.engine.config import parse, run
 from fgrlhf.generate import Config, continue_batch, generate, next_token
 from fgrlhf.model import LLaMAConfig, build
 from fgrlhf.tokenizer import train
@@ -60,7 +60,7 @@ def test_continue_batch_equals_the_slow_loop(model):
     assert added(model, [prompt], temperature=0.0) == [expected]
 
 
-def test_continue_batch_gives_each_prompt_what_it_gets_alone(model):
+def test_continue_batch_gives_each_prompt_what_it_gets_by_itself(model):
     prompts = [[5], [9, 200, 3, 77, 5, 6], [9, 8], [1, 2, 3]]
     alone = [added(model, [prompt], temperature=0.0)[0] for prompt in prompts]
     assert added(model, prompts, temperature=0.0) == alone
@@ -85,7 +85,7 @@ def test_continue_batch_repeats_with_a_seed(model):
 
 def test_next_token_samples_the_softmax_at_the_temperature():
     logits = torch.tensor([1.0, 0.0, 2.0, -1.0])
-    uniform = (torch.arange(20000) + 0.5) / 20000                       # every quantile once
+    uniform = (torch.arange(20000) + 0.5) / 20000                       # evenly spaced
     tokens = next_token(logits.expand(20000, 4), 0.7, 1.0, uniform.double())
     expected = torch.softmax(logits.double() / 0.7, 0)
     assert (torch.bincount(tokens, minlength=4) / 20000 - expected).abs().max() < 1e-4
@@ -106,11 +106,11 @@ def test_next_token_takes_the_argmax_at_temperature_0():
 
 
 def printed(capsysbinary, *flags: str) -> bytes:
-    generate(parse(Config, list(flags)))
+    generate(parse(Config, argv=list(flags)))
     return capsysbinary.readouterr().out
 
 
-def test_generate_prints_prompt_and_continuation_alone(folder, capsysbinary):
+def test_generate_prints_only_prompt_and_continuation(folder, capsysbinary):
     text = "hello 😀\n  there▁"
     flags = ("--model", str(folder), "--prompt", text, "--seed", "3", "--top-p", "0.9")
     first = printed(capsysbinary, *flags, "--max-new-tokens", "5")
@@ -128,23 +128,34 @@ def test_generate_continues_each_line_of_a_file(folder, tmp_path, capsysbinary):
                        "--batch", batch) == b"".join(alone)
 
 
+def test_generate_takes_a_dtype_and_by_default_that_of_the_checkpoint(model, folder, tmp_path,
+                                                                      capsysbinary):
+    flags = ("--temperature", "0", "--max-new-tokens", "9", "--prompt", "hello")
+    save_model(copy.deepcopy(model).bfloat16(), tmp_path / "half", tokenizer=load_tokenizer(folder))
+    half = printed(capsysbinary, "--model", str(tmp_path / "half"), *flags)
+    assert half == printed(capsysbinary, "--model", str(folder), "--dtype", "bfloat16", *flags)
+    assert len(half) > len("hello\n")
+
+
 @pytest.mark.parametrize("flags, message", [
-    (("--temperature", "-1"), "--temperature: out of range"),
+    (("--temperature", "-1"), "--temperature: expected a number of at least 0"),
     (("--temperature", "nan"), "--temperature: expected a number"),
-    (("--top-p", "0"), "--top-p: out of range"),
-    (("--max-new-tokens", "-1"), "--max-new-tokens: out of range"),
-    (("--prompt", "hello " * 40), "the model's context is 32"),
+    (("--temperature", "inf"), "--temperature: expected a number"),
+    (("--top-p", "0"), "--top-p 0.0: expected a number above 0 and at most 1"),
+    (("--max-new-tokens", "-1"), "--max-new-tokens: expected a number of at least 0"),
+    (("--batch", "0"), "--batch: expected a number of at least 1"),
+    (("--prompt", "hello " * 40), "expected at most 32 tokens, the model's context, got"),
     (("--prompts-file", "nowhere.txt"), "nowhere.txt"),
 ])
 def test_generate_refuses_in_one_line(flags, message, folder, capsysbinary):
     with pytest.raises(SystemExit) as stopped:
-        run(lambda: generate(parse(Config, ["--model", str(folder), *flags])))
+        run(lambda: generate(parse(Config, argv=["--model", str(folder), *flags])))
     out, err = capsysbinary.readouterr()
     assert stopped.value.code == 2 and out == b""
     assert message in err.decode() and err.count(b"\n") == 1
 
 
-def test_stories260k_reads_alike_from_our_own_folders(data_dir, tmp_path):
+def test_stories260k_continues_alike_from_our_own_folders(data_dir, tmp_path):
     model = load_model(data_dir / "stories260K")
     expected = added(model, [[1]], count=64, temperature=0.0)
     for layout in ("meta", "hf"):

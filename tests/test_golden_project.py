@@ -1,8 +1,8 @@
 """The project's own code against the golden fixtures, in float64 and in float32.
 
-The fixtures come from loops and autograd that import none of it, so they pin the project as they
-pin a port. What the project computes in float32 whatever its weights (rewards) is compared as such.
-Not here: the tokenizer, whose wrapper made the expected ids; the numpy port is its other opinion.
+The fixtures come from loops and autograd that import none of the project's code, so the project is
+checked like any port. Rewards are float32 even when the weights are float64, and are compared as
+float32. The tokenizer is left out, because it made the expected ids; the numpy port checks them.
 """
 
 import json
@@ -11,15 +11,18 @@ import numpy
 import pytest
 import torch
 
-from fgrlhf import advantage, align, golden, ppo
-from fgrlhf.fixtures.compare import check
-from fgrlhf.model import LLaMA, LLaMAConfig, RMSNorm, rotary_table
-from fgrlhf.model import rotate as rotated
-from fgrlhf.optimizer import Optimizer
-from fgrlhf.reward import RewardModel
-from fgrlhf.rollout import Sequences, inverse_cdf as drawn, score
-from kernels import (clipped_surrogate, exact_kl as divergence, linear_cross_entropy,
-                     linear_logp as likelihood, linear_ppo as surrogate, token_preference)
+from fgrlhf import advantage, align, baseline, ppo
+from fgrlhf.encode import PreferenceIds
+from fgrlhf.engine.optimizer import Optimizer
+from fgrlhf.golden import __main__ as golden
+from fgrlhf.golden.compare import check
+from fgrlhf.model import LLaMA, LLaMAConfig, RMSNorm, rotary_table, rotate as rotated
+from fgrlhf.reward import PreferenceBatch, RewardModel, sequence_loss as pair_loss
+from fgrlhf.rollout import inverse_cdf as drawn
+from fgrlhf.sequences import Sequences, score
+from kernels import (
+    clipped_surrogate, exact_kl as divergence, linear_cross_entropy, linear_logp as likelihood,
+    linear_ppo as surrogate, token_preference)
 from tests.numpy_port import function_of
 
 SIZES = {"dim": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 20, "ffn_dim": 14}
@@ -33,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 def with_gradients(loss, **leaves) -> dict:
-    """{"grad_NAME": ...} by backward, through whatever the project computes."""
+    """{"grad_NAME": ...}: the gradients of the project's own backward pass."""
     loss.backward()
     return {f"grad_{name}": leaf.grad for name, leaf in leaves.items()}
 
@@ -47,16 +50,18 @@ def flags_and_pairs(rows) -> dict:
                                    for pair in pairs])}
 
 
-def align_token(original, edited):
-    made = [align.align(a, b) for a, b in zip(original, edited)]
+def with_distances(made: list[align.Alignment]) -> dict:
     return flags_and_pairs([row[:3] for row in made]) \
         | {"distance": torch.tensor([row.distance for row in made])}
+
+
+def align_token(original, edited):
+    return with_distances([align.align(a, b) for a, b in zip(original, edited)])
 
 
 def align_word(original, edited, original_spans, edited_spans):
-    made = [align.align_words(*row) for row in zip(original, edited, original_spans, edited_spans)]
-    return flags_and_pairs([row[:3] for row in made]) \
-        | {"distance": torch.tensor([row.distance for row in made])}
+    return with_distances([align.align_words(*row) for row in
+                           zip(original, edited, original_spans, edited_spans)])
 
 
 def gap_credit(original, edited):
@@ -82,7 +87,7 @@ def rmsnorm(x, weight, eps):
 
 
 def attention(x, key_mask, wq, wk, wv, wo, n_heads, n_kv_heads, theta):
-    """The first layer's attention inside a forward pass, which is given x and its output read."""
+    """Runs a forward pass in which the first layer's attention gets x, and reads its output."""
     model = LLaMA(LLaMAConfig(**SIZES, rope_theta=theta)).to(x.dtype)
     layer, seen = model.layers[0].attention, []
     for module, weight in ((layer.wq, wq), (layer.wk, wk), (layer.wv, wv), (layer.wo, wo)):
@@ -154,21 +159,19 @@ def token_loss(rewards_chosen, rewards_rejected, plus_mask, minus_mask, unchange
 
 
 class Given(torch.nn.Module):
-    """A reward model whose R(x, y) are given: what fgrlhf.reward.sequence_loss asks of one."""
+    """Stands in for a reward model whose rewards R(x, y) are known."""
 
     def __init__(self, rewards):
         super().__init__()
-        self.rewards, self.head = rewards, torch.nn.Linear(1, 1)
+        self.rewards = rewards
 
     def sequence_rewards(self, sequences):
         return self.rewards
 
 
 def sequence_loss(chosen, rejected):
-    from fgrlhf.encode import PreferenceIds
-    from fgrlhf.reward import sequence_loss
-    pairs = [PreferenceIds([1], [2], [2], [], [], [])] * len(chosen)
-    loss, margin = sequence_loss(Given(torch.cat([chosen, rejected])), pairs)
+    batch = PreferenceBatch.of([PreferenceIds([1], [2], [2], [], [], [])] * len(chosen))
+    loss, margin = pair_loss(Given(torch.cat([chosen, rejected])), batch)
     return {"loss": loss, "margin": margin} | with_gradients(loss, chosen=chosen,
                                                              rejected=rejected)
 
@@ -188,7 +191,7 @@ def reward_to_go(rewards, mask, gamma):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    made = advantage.generalised_advantage(rewards, values, mask, gamma, lam)
+    made = baseline.generalised_advantage(rewards, values, mask, gamma, lam)
     return dict(zip(("advantages", "returns"), made))
 
 
@@ -203,12 +206,12 @@ def linear_ppo(hidden, head, targets, logp_old, advantages, clip_eps, temperatur
 
 
 def value_loss(values, values_old, returns, mask, clip_eps):
-    loss = ppo.value_loss(values, values_old, returns, mask, clip_eps, int(mask.sum()))
+    loss = baseline.value_loss(values, values_old, returns, mask, clip_eps, int(mask.sum()))
     return {"loss": loss} | with_gradients(loss, values=values)
 
 
 def clip_gradients(g, max_norm):
-    """torch's own, which the project clips with; each row as two parameters."""
+    """torch's clipping, which the project uses. Each row is given as two parameters."""
     norms, clipped = [], []
     for row in g.detach():
         both = [torch.nn.Parameter(torch.zeros_like(part)) for part in row.split(4)]
@@ -220,7 +223,7 @@ def clip_gradients(g, max_norm):
 
 
 def adamw(x, g, m, v, lr, beta1, beta2, eps, weight_decay, step):
-    """torch's own, which the project steps with."""
+    """torch's AdamW, which the project uses."""
     weight = torch.nn.Parameter(x)
     optimizer = torch.optim.AdamW([weight], lr, (beta1, beta2), eps, weight_decay)
     weight.grad = g
@@ -232,7 +235,7 @@ def adamw(x, g, m, v, lr, beta1, beta2, eps, weight_decay, step):
 
 def ppo_step(model, tokens, prompt_lengths, response_lengths, logp_old, logp_ref, rewards, beta,
              standardise_eps, clip_eps, temperature, max_norm, lr, weight_decay, **adam):
-    """As train_ppo.py's `update`, on one minibatch. Optimizer has torch's betas and eps 1e-5."""
+    """The steps of train_ppo.py's `update` on one minibatch. The optimizer fixes betas and eps."""
     assert adam == {"beta1": 0.9, "beta2": 0.999, "eps": 1e-5}
     sequences = Sequences(tokens, prompt_lengths, response_lengths)
     mask = sequences.response_mask
@@ -252,7 +255,7 @@ def ppo_step(model, tokens, prompt_lengths, response_lengths, logp_old, logp_ref
 # ----- all of them --------------------------------------------------------------------------------
 
 def answer(folder, manifest, case, dtype) -> dict:
-    """What the project makes of a case's inputs."""
+    """The project's outputs for one case."""
     def read(entry):
         if entry["dtype"] == "json":
             return json.loads((folder / entry["file"]).read_text())
@@ -280,6 +283,6 @@ def test_the_project_passes_every_fixture(folder, dtype):
     verdicts = [v for v in check(folder) if not v.case.startswith("tokenizer")]
     assert len(verdicts) == len(cases) > 25
     assert [v for v in verdicts if v.verdict != "pass"] == []
-    if dtype == torch.float64:              # no case passes by float32's tolerance alone
+    if dtype == torch.float64:              # only rewards are float32
         loose = {v.case for v in verdicts if v.relative > 1e-12}
         assert loose == {"token-rewards"}

@@ -1,7 +1,7 @@
-"""Steps of fixed shape draw what `sample` draws, and are fit to be captured.
+"""Steps of fixed shape draw the same responses as `sample`, and can be captured.
 
-No GPU is needed: what a CUDA graph relies on is that the operations of one step, done again on the
-very same tensors, are the next step. Here a recorder notes them and a loop does them again.
+No GPU is needed. A CUDA graph relies on one property: the operations of one step, repeated on the
+same tensors, are the next step. Here a recorder records these operations and a loop repeats them.
 """
 
 import contextlib
@@ -11,10 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from fgrlhf import graph, lora, rollout
-from fgrlhf.graph import Decoder
+from fgrlhf.engine import graph, lora
+from fgrlhf.engine.graph import Decoder, sample_by_graph
 from fgrlhf.model import KVCache
-from fgrlhf.rollout import choose, lay_out, prefill, sample, sample_by_graph
+from fgrlhf.rollout import choose, lay_out, prefill, sample
 from tests.small import ids, llama
 
 EOS = 2
@@ -27,7 +27,7 @@ def generator(seed: int = 3) -> torch.Generator:
 
 
 def by_graph(policy, prompts, eos, T, temperature=1.0, seed=3):
-    """`sample` by the other path, from the same random numbers."""
+    """Calls `sample_by_graph` with the random numbers of `sample`."""
     tokens, lengths = lay_out(prompts, T, policy.config.max_seq_len, "cpu")
     uniform = torch.rand(len(prompts), T, generator=generator(seed), dtype=torch.float64)
     uniform = uniform[:, :tokens.shape[1] - int(lengths.max())]
@@ -35,7 +35,7 @@ def by_graph(policy, prompts, eos, T, temperature=1.0, seed=3):
 
 
 def decoder(policy, T=6, prompts=PROMPTS) -> tuple[Decoder, torch.Tensor]:
-    """A decoder behind its prefill, and the hidden states to start from."""
+    """Returns a prefilled decoder, and the hidden states to start from."""
     tokens, lengths = lay_out(prompts, T, policy.config.max_seq_len, "cpu")
     cache = KVCache(policy.config, len(prompts), tokens.shape[1], dtype=policy.head.dtype)
     hidden = prefill(policy, tokens, lengths, torch.arange(len(prompts)), cache)
@@ -46,7 +46,7 @@ def decoder(policy, T=6, prompts=PROMPTS) -> tuple[Decoder, torch.Tensor]:
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.7])
 @pytest.mark.parametrize("prompts", [PROMPTS * 3, [ids(4, 1)], [ids(3, i) for i in range(5)]])
 def test_sample_by_graph_draws_the_tokens_and_logp_of_sample(temperature, prompts):
-    """Unequal prompts, rows that end at once and rows that are cut; one row; equal prompts."""
+    """Three batches: unequal prompts with early and no ends; one row; equal prompts."""
     policy = llama(dtype=torch.float64)
     plain = sample(policy, prompts, EOS, 20, temperature, generator())
     fixed = by_graph(policy, prompts, EOS, 20, temperature)
@@ -80,7 +80,7 @@ def test_sample_by_graph_draws_the_same_with_adapters_and_in_float32():
 
 
 def test_run_stops_soon_after_every_row_has_ended(monkeypatch):
-    """Looks at t = 16, 32, ...: rows whose first token is EOS cost 15 steps of 30, no more."""
+    """It checks at t = 16, 32, ..., so rows whose first token is EOS cost 15 steps of 30."""
     made, steps = decoder(llama(), T=30)
     monkeypatch.setattr(made, "draw", lambda logits, u: (torch.full((8,), EOS), u.float()))
     step = made.step
@@ -92,7 +92,7 @@ def test_run_stops_soon_after_every_row_has_ended(monkeypatch):
 
 
 class Recorder(TorchDispatchMode):
-    """Every operation, with its arguments and its result."""
+    """Records every operation with its arguments and its result."""
 
     def __init__(self):
         super().__init__()
@@ -111,7 +111,7 @@ def recorded(made: Decoder) -> list[tuple]:
 
 
 def described(operations: list[tuple]) -> list[str]:
-    """Operations with shapes, strides and types in place of tensors, and all plain numbers."""
+    """Describes operations; tensors are replaced by their shapes, strides and dtypes."""
     about = lambda x: ((tuple(x.shape), x.stride(), x.storage_offset(), x.dtype)
                        if isinstance(x, torch.Tensor) else x)
     return [f"{function} {tree_map(about, (args, kwargs, result))}"
@@ -132,7 +132,7 @@ def test_a_step_asks_the_device_nothing_and_is_the_same_operations_each_time(dty
 
 
 def test_operations_of_the_dynamic_path_change_from_step_to_step():
-    """What the test above would find: the very same recorder on `sample`'s own cache."""
+    """The recorder finds the difference that the test above looks for."""
     policy, cache = llama(), KVCache(llama().config, 1, 8)
     steps = []
     for _ in range(2):
@@ -143,7 +143,7 @@ def test_operations_of_the_dynamic_path_change_from_step_to_step():
 
 
 def replay(operations: list[tuple]) -> None:
-    """Do recorded operations again, on the same tensors, into the same results."""
+    """Repeats recorded operations on the same tensors, into the same results."""
     for function, args, kwargs, result in operations:
         again = function(*args, **kwargs)
         for old, new in zip(*((x if isinstance(x, (tuple, list)) else [x])
@@ -158,14 +158,14 @@ class Stream:
 
 
 class Graph:
-    """In the place of a CUDA graph: notes the operations of a capture, and does them again."""
+    """Replaces a CUDA graph: keeps the operations of a capture, and repeats them."""
 
     def replay(self):
         replay(self.operations)
 
 
 def test_captured_draws_the_same_when_its_operations_are_replayed(monkeypatch):
-    """`captured` itself with a recorder for CUDA: warm-up leaves no trace, capture runs nothing."""
+    """Runs `captured` with a recorder instead of CUDA. The warm-up must not change the result."""
     policy = llama(dtype=torch.float64)
     (plain, hidden), (made, _) = decoder(policy, T=9), decoder(policy, T=9)
     expected = plain.run(hidden, -1)
@@ -191,5 +191,5 @@ def test_captured_draws_the_same_when_its_operations_are_replayed(monkeypatch):
 
 
 def test_sample_on_a_cpu_takes_no_steps_of_fixed_shape(monkeypatch):
-    monkeypatch.setattr(rollout, "sample_by_graph", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(graph, "sample_by_graph", lambda *arguments: 1 / 0)
     assert len(sample(llama(), PROMPTS, EOS, 3, 1.0, generator()).truncated) == 8

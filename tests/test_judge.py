@@ -6,18 +6,18 @@ import re
 import pytest
 import torch
 
-from fgrlhf import edits
-from fgrlhf.collecting.client import Unanswered
-from fgrlhf.collecting.protocol import Reply
-from fgrlhf.config import UserError
-from fgrlhf.edits import Output, Prompt
+from fgrlhf.collect.client import Unanswered
+from fgrlhf.collect.judge import by_llm
+from fgrlhf.collect.protocol import Reply
+from fgrlhf.data import records
+from fgrlhf.data.fields import UserError
+from fgrlhf.data.records import Output, Prompt
 from fgrlhf.encode import encode_prompt
-from fgrlhf.judge import (
-    OracleJudge, answers, by_annotations, by_llm, by_oracle, by_reward, preferences_of,
-    same_prompts)
+from fgrlhf.judge import answers, by_annotations, by_reward, check_same_prompts, preferences_of
 from fgrlhf.reward import RewardModel
-from fgrlhf.rollout import pack
-from fgrlhf.simulate import World
+from fgrlhf.sequences import pack
+from fgrlhf.simulate.oracle import OracleJudge, by_oracle
+from fgrlhf.simulate.world import World
 from fgrlhf.tokenizer import train
 from tests.small import llama
 
@@ -51,8 +51,8 @@ def test_by_oracle_refuses_prompts_of_another_world():
 
 
 def test_oracle_judge_reads_its_reference_once_and_compares(tmp_path):
-    edits.write_jsonl(tmp_path / "dev.jsonl", [Prompt("a", ASKED), Prompt("b", ASKED)])
-    edits.write_outputs(tmp_path / "ref.json", outputs(ONE_WRONG, ALL_WRONG))
+    records.write_jsonl(tmp_path / "dev.jsonl", [Prompt("a", ASKED), Prompt("b", ASKED)])
+    records.write_outputs(tmp_path / "ref.json", outputs(ONE_WRONG, ALL_WRONG))
     judge = OracleJudge.load(0, str(tmp_path / "dev.jsonl"), str(tmp_path / "ref.json"))
     assert judge.reference_errors == [2, 3]
     assert judge.compare(outputs(RIGHT, ALL_WRONG)) == {"eval/win_rate": 0.75, "eval/errors": 1.5}
@@ -62,9 +62,9 @@ def test_oracle_judge_reads_its_reference_once_and_compares(tmp_path):
 
 def test_same_prompts_refuses_another_order():
     first, second = Output("a", "", "m"), Output("b", "", "m")
-    same_prompts([first, second], [first, second])
+    check_same_prompts([first, second], [first, second])
     with pytest.raises(UserError, match="same order"):
-        same_prompts([first, second], [second, first])
+        check_same_prompts([first, second], [second, first])
 
 
 def test_by_annotations_gives_the_second_outputs_share(tmp_path):
@@ -113,7 +113,7 @@ def test_answers_are_a_function_of_seed_and_purpose(tokenizer):
 # A language model.
 
 class Judge:
-    """Stands in for Client: answers by a function of the two texts shown, one after the other."""
+    """Replaces Client: answers by a function of the two texts shown, one after another."""
     model, stopped_by = "m", ""
 
     def __init__(self, decide):
@@ -147,7 +147,7 @@ def judged(decide, ours="ours", theirs="theirs"):
 @pytest.mark.parametrize("decide, preference, winner", [
     (lambda a, b: better("second" if b == "ours" else "first"), 2, 2),
     (lambda a, b: better("first" if b == "ours" else "second"), 1, 1),
-    (lambda a, b: better("first"), 1.5, None),             # favours a place: contradicts itself
+    (lambda a, b: better("first"), 1.5, None),             # favours a place: contradiction
     (lambda a, b: better("tie"), 1.5, None),
     (lambda a, b: better("second" if b == "ours" else "tie"), 1.75, 2),
     (lambda a, b: better("first" if b == "ours" else "tie"), 1.25, 1)])
@@ -159,7 +159,7 @@ def test_by_llm_asks_in_both_orders_and_takes_the_mean(decide, preference, winne
     assert preferences_of([annotation]) == [{1: 0, None: 0.5, 2: 1}[winner]]
 
 
-def test_by_llm_ties_equal_answers_unasked():
+def test_by_llm_calls_equal_answers_a_tie_without_a_question():
     annotation, judge = judged(None, "same", "same")
     assert annotation.preference == 1.5 and judge.asked == []
 
@@ -182,8 +182,8 @@ def test_by_llm_shows_instruction_input_and_answers_and_keeps_their_order():
     assert found[0].input == "with this"
 
 
-def test_by_llm_gives_no_win_rate_over_a_part():
+def test_by_llm_gives_no_judgements_if_a_question_stays_unanswered():
     def decide(a, b):
         raise Unanswered("HTTP 500")
-    with pytest.raises(UserError, match=r"1 of 1 pairs are left unanswered \(HTTP 500\)"):
+    with pytest.raises(UserError, match=r"all 1 pairs, got none on 1 \(HTTP 500\)"):
         by_llm(Judge(decide), outputs("a"), outputs("b"))

@@ -1,4 +1,4 @@
-"""The kernels on hidden states: against their plain forms, finite differences and counts."""
+"""The kernels on hidden states: against their references, finite differences, matmul counts."""
 
 import itertools
 import math
@@ -10,20 +10,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import exact_kl, linear_cross_entropy, linear_logp, linear_ppo, three_matmuls
 
-# N, D, V; the last two: rows of logits that are padded, and several chunks of them
-SIZES = [(1, 1, 1), (1, 3, 2), (37, 13, 101), (7, 5, 1031), (257, 3, 11), (523, 2, 4099),
-         (7, 5, 1024), (523, 2, 4096)]
+# N, D, V. Rows of 1024 or 4096 logits are padded.
+SMALL = [(1, 1, 1), (1, 3, 2), (37, 13, 101), (7, 5, 1031), (257, 3, 11), (7, 5, 1024)]
+LARGE = [(523, 2, 4099), (523, 2, 4096)]                                  # several chunks
 
 
 def problem(n, d, v, dtype=torch.float64, scale=1.0, temperature=1.0):
-    """hidden, head (requiring gradients), targets, logp_old, advantages, the reference's two."""
+    """hidden and head (with gradients), targets, logp_old, advantages, the reference's two."""
     hidden = (scale * torch.randn(n, d, dtype=dtype)).requires_grad_()
     head = torch.randn(v, d, dtype=dtype).requires_grad_()
     targets = torch.randint(v, (n,))
     wide = torch.promote_types(dtype, torch.float32)
     with torch.no_grad():
         logp = linear_logp.reference(hidden.double(), head.double(), targets, temperature).logp
-    # log-ratios well inside or outside of log(1 +- 0.2): no rounding moves a token across the clip
+    # log-ratios far from log(1 +- 0.2), so that rounding moves no token across the clip
     moved = torch.tensor([-0.5, -0.05, 0.05, 0.5], dtype=wide)[torch.randint(4, (n,))]
     logp_old = logp.to(wide) + moved
     return (hidden, head, targets, logp_old, torch.randn(n, dtype=wide),
@@ -31,7 +31,7 @@ def problem(n, d, v, dtype=torch.float64, scale=1.0, temperature=1.0):
 
 
 def losses(module_form, temperature=1.0):
-    """name -> f(problem) -> (scalar of every differentiable output, tuple of all outputs)."""
+    """name -> f(problem), which returns (a scalar to differentiate, all outputs)."""
     def logp(h, w, y, old, adv, hr, wr):
         out = getattr(linear_logp, module_form)(h, w, y, temperature, True)
         return (out.logp * adv).sum(), out
@@ -55,7 +55,7 @@ NAMES = list(losses("fused"))
 
 @pytest.fixture(params=["one chunk", "small pieces"])
 def chunking(request, monkeypatch):
-    """Once as shipped, once with chunks, tiles and pieces so small that every seam is crossed."""
+    """First the shipped sizes, then chunks and tiles so small that every boundary is crossed."""
     if request.param == "small pieces":
         for name, value in (("CHUNK", 3), ("LOGITS", (40, 40)), ("COLUMNS", 4), ("CACHED", 30)):
             monkeypatch.setattr(three_matmuls, name, value)
@@ -77,11 +77,11 @@ def assert_close(got, expected, tol):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size, chunking", [
+    *((size, "one chunk") for size in SMALL + LARGE), *((size, "small pieces") for size in SMALL)],
+    ids=str, indirect=["chunking"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_fused_equals_reference_at_odd_sizes(name, size, temperature, chunking):
-    if size[0] * size[2] > 10**5 and three_matmuls.CHUNK == 3:
-        pytest.skip("this size runs as shipped; thousands of tiny pieces would add nothing")
     inputs = problem(*size)
     expected, expected_out = losses("reference", temperature)[name](*inputs)
     got, got_out = losses("fused", temperature)[name](*inputs)
@@ -92,7 +92,7 @@ def test_fused_equals_reference_at_odd_sizes(name, size, temperature, chunking):
 @pytest.mark.parametrize("name", NAMES)
 def test_fused_gradient_equals_finite_differences(name, chunking):
     hidden, head, *rest = problem(5, 3, 7)
-    # PPO's loss has kinks: keep each ratio away from 1 +- eps by more than the step of gradcheck.
+    # PPO's loss has kinks, so each ratio is kept away from 1 +- eps.
     rest[1] = linear_logp.reference(hidden, head, rest[0]).logp.detach() + torch.tensor(
         [0.1, -0.1, 0.5, -0.5, 0.0], dtype=torch.float64)
     assert gradcheck(lambda h, w: losses("fused")[name](h, w, *rest)[0], (hidden, head))
@@ -117,7 +117,7 @@ def test_fused_gives_gradient_to_exactly_the_inputs_that_require_it(name, needs,
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fused_is_as_close_to_float32_as_the_plain_form_in_half_precision(name, dtype, monkeypatch):
-    """|fused - fp32| <= |plain - fp32| + tol, in the 2-norm, over several chunks."""
+    """|fused - float32| <= |plain - float32| + tolerance, in the 2-norm, over several chunks."""
     monkeypatch.setattr(three_matmuls, "LOGITS", (0, 0))                      # three chunks of 256
     hidden, head, y, old, adv, hr, wr = problem(599, 64, 307, dtype, scale=0.3, temperature=0.7)
 
@@ -129,14 +129,14 @@ def test_fused_is_as_close_to_float32_as_the_plain_form_in_half_precision(name, 
 
     exact = run("reference", torch.Tensor.float)
     for got, plain, true in zip(run("fused", lambda x: x), run("reference", lambda x: x), exact):
-        # One number is one draw of the rounding noise: only over many does the bound mean much.
+        # A scalar has only one rounding error, so its tolerance is wider.
         slack = 0.1 * (plain - true).norm() + (2e-3 if true.ndim else 2e-2) * true.norm() + 1e-6
         assert (got - true).norm() <= (plain - true).norm() + slack
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_fused_is_finite_in_float16_when_the_vocabulary_exceeds_its_range(name):
-    """Equal logits over 70,000 words sum to more than float16's largest number, 65,504."""
+    """Equal logits over 70,000 tokens: the sum of exponentials exceeds float16's 65,504."""
     hidden, head, y, old, adv, hr, wr = problem(3, 2, 70_000, torch.float16)
     with torch.no_grad():
         hidden *= 0
@@ -147,7 +147,7 @@ def test_fused_is_finite_in_float16_when_the_vocabulary_exceeds_its_range(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_fused_equals_reference_on_extreme_logits(name, chunking):
-    """Logits to +-1e4: probabilities underflow to 0, log-probabilities stay finite."""
+    """Logits up to +-1e4: probabilities underflow to 0, log-probabilities stay finite."""
     hidden, head, y, old, adv, hr, wr = problem(11, 2, 13)
     with torch.no_grad():
         hidden *= 1e4 / (hidden @ head.T).abs().max()
@@ -163,7 +163,7 @@ def test_fused_equals_reference_on_extreme_logits(name, chunking):
     assert_close(gradients_of(got, inputs[:2]), gradients_of(expected, inputs[:2]), 1e-7)
 
 
-def test_fused_logp_is_finite_in_float32_where_the_probability_is_zero():
+def test_fused_logp_is_finite_in_float32_when_the_probability_is_zero():
     hidden, head = torch.tensor([[1e4]]), torch.tensor([[1.0], [-1.0]])
     out = linear_logp.fused(hidden, head, torch.tensor([1]), entropy=True)
     assert out.logp.item() == pytest.approx(-2e4, rel=1e-6)
@@ -243,7 +243,7 @@ def test_exact_kl_of_equal_models_is_exactly_zero(chunking):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_fused_accumulates_into_a_head_tied_to_the_embedding(name):
-    """One leaf is embedding and head: its gradient is the sum of both uses, over two losses."""
+    """One tensor is embedding and head. Its gradient is the sum over both uses and two losses."""
     head, y, old, adv, hr, wr = problem(37, 5, 23)[1:]
     ids = torch.randint(23, (37,))
 
@@ -273,8 +273,8 @@ def test_second_backward_is_refused_without_retain_graph(name):
 
 
 @pytest.mark.parametrize("name", ["ppo", "cross_entropy"])
-def test_first_backward_hands_the_gradients_over_uncopied(name):
-    """The tensor forward filled becomes .grad itself: no copy of [V, D] is ever made."""
+def test_first_backward_returns_the_gradients_without_a_copy(name):
+    """The tensor that the forward pass filled becomes .grad; [V, D] is never copied."""
     hidden, head, *rest = problem(7, 3, 5)
     out = (linear_ppo.fused(hidden, head, *rest[:3], 0.2).loss if name == "ppo" else
            linear_cross_entropy.fused(hidden, head, rest[0]).loss)
@@ -284,7 +284,7 @@ def test_first_backward_hands_the_gradients_over_uncopied(name):
 
 
 class Matmuls(TorchDispatchMode):
-    """Counts matmul work in units of 2 N D V: what ran, however it was called and cut up."""
+    """Counts the work of all matmuls, whole or in pieces, in units of 2 N D V operations."""
 
     def __init__(self, unit):
         super().__init__()
@@ -310,7 +310,7 @@ class Matmuls(TorchDispatchMode):
 @pytest.mark.parametrize("name, forward, total", [
     ("logp", 1, 4), ("ppo", 3, 3), ("cross_entropy", 3, 3), ("kl", 2, 6)])
 def test_fused_matmul_count_and_no_tensor_beyond_a_chunk(name, forward, total, monkeypatch):
-    """Backward runs in autograd's calling thread on a CPU, so one mode sees both halves."""
+    """On a CPU the backward pass runs in the calling thread, so one mode counts both passes."""
     monkeypatch.setattr(three_matmuls, "LOGITS", (0, 0))                      # chunks of 256
     n, d, v = 1024, 8, 701
     inputs = problem(n, d, v)

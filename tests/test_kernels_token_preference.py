@@ -36,7 +36,7 @@ def log_sigmoid(x):
 
 
 def by_loop(chosen, rejected, plus, minus, u0_pairs, options):
-    """The definition, one number at a time."""
+    """The three terms by definition, one number at a time."""
     bt, token, pairs, changed = 0.0, 0.0, 0, 0
     for b in range(len(chosen)):
         up = [chosen[b, t].item() for t in range(chosen.shape[1]) if plus[b, t]]
@@ -57,7 +57,7 @@ def by_loop(chosen, rejected, plus, minus, u0_pairs, options):
 
 
 def test_fused_by_hand():
-    """r+ = 2 on its one changed token, r- = -1 on its one: margin 3; U0: (0.5, 0.25); lambda 4."""
+    """One changed token on each side, r+ = 2, r- = -1: margin 3. U0 is (0.5, 0.25), lambda is 4."""
     chosen, rejected = torch.tensor([[0.5, 2.0]]), torch.tensor([[-1.0, 0.25]])
     out = token_preference.fused(
         chosen, rejected, torch.tensor([[False, True]]), torch.tensor([[True, False]]),
@@ -94,8 +94,8 @@ def test_fused_gradient_equals_finite_differences_and_reference(options):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("b", [0, 1, 2])
 def test_fused_is_finite_when_sides_or_pairs_are_empty(options, b):
-    """b = 0: no pair; 1: a pure deletion; 2: and a pair in which nothing changed."""
-    chosen, rejected, plus, minus, u0 = problem(b if b != 2 else 2) if b else (
+    """b = 0: no pair. 1: a pure deletion. 2: also a pair in which nothing changed."""
+    chosen, rejected, plus, minus, u0 = problem(b) if b else (
         torch.zeros(0, 3, requires_grad=True), torch.zeros(0, 2, requires_grad=True),
         torch.zeros(0, 3, dtype=torch.bool), torch.zeros(0, 2, dtype=torch.bool), unchanged([]))
     out = token_preference.fused(chosen, rejected, plus, minus, u0, options)
@@ -106,8 +106,8 @@ def test_fused_is_finite_when_sides_or_pairs_are_empty(options, b):
     if b == 2:
         assert out.margin[1].item() == 0.0
         first = [x[:1] for x in (chosen, rejected, plus, minus)]
-        alone = token_preference.fused(*first, unchanged([]), options)
-        assert out.bt.item() == alone.bt.item()            # the unchanged pair is left out
+        changed_only = token_preference.fused(*first, unchanged([]), options)
+        assert out.bt.item() == changed_only.bt.item()
 
 
 def test_pair_without_any_set_gives_loss_and_gradient_zero():
@@ -120,7 +120,7 @@ def test_pair_without_any_set_gives_loss_and_gradient_zero():
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -1e30])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_positions_in_no_set_are_inert(garbage, options):
+def test_positions_in_no_set_change_nothing(garbage, options):
     chosen, rejected, plus, minus, u0 = problem()
     clean = token_preference.fused(chosen, rejected, plus, minus, u0, options)
     padding = torch.full((5, 2), garbage, dtype=torch.float64)
@@ -190,7 +190,7 @@ def test_two_backward_calls_and_strided_rewards():
     torch.testing.assert_close(first.T, expected)
 
 
-def test_fused_refuses_what_does_not_fit():
+def test_fused_refuses_wrong_shapes_and_unknown_options():
     chosen, rejected, plus, minus, u0 = problem()
     with pytest.raises(ValueError, match=r"plus_mask: expected bool \(5, 7\)"):
         token_preference.fused(chosen, rejected, plus[:, :6], minus, u0)
@@ -198,7 +198,7 @@ def test_fused_refuses_what_does_not_fit():
         token_preference.fused(chosen, rejected, plus, minus.int(), u0)
     with pytest.raises(ValueError, match="rejected: expected B = 5"):
         token_preference.fused(chosen, rejected[:4], plus, minus, u0)
-    with pytest.raises(ValueError, match="unchanged: expected three index lists"):
+    with pytest.raises(ValueError, match="unchanged: expected three index tensors"):
         token_preference.fused(chosen, rejected, plus, minus, u0._replace(pair=u0.pair[:-1]))
     with pytest.raises(ValueError, match="options: expected reduce"):
         token_preference.fused(chosen, rejected, plus, minus, u0, Options(reduce="max"))

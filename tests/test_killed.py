@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fgrlhf import edits
+from fgrlhf.data import records
 from tests import processes
 from tests.small import ppo_folder
 
@@ -21,8 +21,8 @@ from tests.small import ppo_folder
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = ppo_folder(tmp_path_factory.mktemp("killed"))
-    edits.write_jsonl(path / "edits.jsonl", [
-        edits.Edit(str(i), "name the river"[:3 + i % 9], "it is the river"[:4 + i], "it is red")
+    records.write_jsonl(path / "edits.jsonl", [
+        records.Edit(str(i), "name the river"[:3 + i % 9], "it is the river"[:4 + i], "it is red")
         for i in range(12)])
     return path
 

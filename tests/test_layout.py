@@ -1,6 +1,8 @@
 """How the project is put together: who may import whom, which packages, what every flag is for."""
 
 import ast
+import dataclasses
+import importlib
 import sys
 from pathlib import Path
 
@@ -8,62 +10,25 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"torch", "sentencepiece", "numpy", "tqdm", "pytest"}
-RIVALS = {"kernels/bench.py": {"liger_kernel", "trl"}}        # measured beside ours where installed
-# One tuple a rank; inside a rank from left to right. A module imports only from what stands before
-# its own group, and from any kernel.
-RANKS = (
-    ("config align padding", "fields", "files", "tokenizer edits", "readers",
-     "collecting.change collecting.tasks collecting.lines collecting.protocol collecting.ambiguity",
-     "collecting.store collecting.cache",
-     "collecting.segments collecting.desk collecting.web collecting.client",
-     "collecting.human collecting.llm collecting.agreement"),
-    ("encode model", "lora graph", "distributed"),
-    ("safetensors layouts.stored", "layouts.huggingface_tokenizer layouts.llama2c layouts.meta",
-     "layouts.huggingface", "checkpoint world", "simulate"),
-    ("states shards", "rollout run optimizer", "reward"),
-    ("advantage ppo floor", "worked monitor replay rules"),
-    ("evaluate reporting.markup reporting.table reporting.equations",
-     "judge results reporting.chart reporting.excerpts reporting.worked_text",
-     "reporting.worked_page", "report"),
-    ("sft generate plan pipeline train_rm explain", "checks", "players", "train_ppo",
-     "eval reproduce collect bench"),
-    ("fixtures.case fixtures.compare",
-     "fixtures.text fixtures.transformer fixtures.preference fixtures.advantage",
-     "fixtures.alignment fixtures.likelihood", "fixtures.policy", "golden"),
-)
-KERNELS = ("three_matmuls clipped_surrogate token_preference timing memory", "linear_logp exact_kl",
-           "linear_ppo linear_cross_entropy", "bench")
-HANDED_TO = {"Run": "fgrlhf/run.py", "optimise": "fgrlhf/players.py"}      # with the whole Config
-SCRIPTS = ("train_rm", "train_ppo", "eval")
-OWN = {"fgrlhf", "kernels", *SCRIPTS}
+RIVALS = {"kernels/bench.py": {"liger_kernel", "trl"}}        # measured where they are installed
+SCRIPTS = ("train_rm.py", "train_ppo.py", "eval.py")
+OWN = {"fgrlhf", "kernels", "train_rm", "train_ppo", "eval"}
 FILES = sorted([*ROOT.glob("fgrlhf/**/*.py"), *ROOT.glob("kernels/*.py"),
-                *(ROOT / f"{s}.py" for s in SCRIPTS)])
+                *(ROOT / name for name in SCRIPTS)])
 MODULES = [path for path in FILES if path.name != "__init__.py"]
+METHOD = [path for path in ROOT.glob("fgrlhf/*.py") if not path.name.startswith("__")]
+# A reader of the method may skip these folders: no file of the method imports from them.
+ROOMS = ("bench", "checks", "collect", "explain", "golden", "plan", "reproduce", "simulate")
 
 
-def ladder() -> dict[str, int]:
-    """Module -> its rung. kernels are below everything."""
-    rungs = [["kernels." + name for name in group.split()] for group in KERNELS]
-    rungs += [[name if name in SCRIPTS else "fgrlhf." + name for name in group.split()]
-              for rank in RANKS for group in rank]
-    return {name: number for number, rung in enumerate(rungs) for name in rung}
-
-
-def module_name(path: Path) -> str:
+def name_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-def packages(path: Path) -> set[str]:
-    """The third-party packages a file imports."""
-    used = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
-    rivals = RIVALS.get(path.relative_to(ROOT).as_posix(), set())
-    return used - rivals - {*OWN, "tests"}
-
-
-def imports(path: Path) -> set[str]:
-    """Every module a file imports, in functions too; `from package import module` names both."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(path: Path, in_functions: bool = True) -> set[str]:
+    """Every module a file imports; `from package import module` names the module."""
+    tree, found = ast.parse(path.read_text()), set()
+    for node in ast.walk(tree) if in_functions else tree.body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -74,15 +39,60 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_every_module_imports_only_from_lower_ranks():
-    rungs, wrong = ladder(), []
-    for path in MODULES:
-        name = module_name(path)
-        assert name in rungs, f"{name} has no rank: give it one in tests/test_layout.py"
-        for other in imports(path):
-            if other.split(".")[0] in OWN and not rungs.get(other, 99) < rungs[name]:
-                wrong.append(f"{name} imports {other}")
-    assert not wrong
+def closure(path: Path) -> set[Path]:
+    """The files of the project that are read when `path` is imported."""
+    seen, todo = {path}, [path]
+    while todo:
+        for module in imports(todo.pop(), in_functions=False):
+            file = ROOT / (module.replace(".", "/") + ".py")
+            if file.exists() and file not in seen:
+                seen.add(file)
+                todo.append(file)
+    return seen
+
+
+def packages(path: Path) -> set[str]:
+    """The third-party packages a file imports."""
+    used = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
+    return used - RIVALS.get(path.relative_to(ROOT).as_posix(), set()) - {*OWN, "tests"}
+
+
+# ----- imports ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("path", METHOD, ids=lambda path: path.stem)
+def test_the_method_imports_from_no_other_room(path):
+    rooms = tuple(f"fgrlhf.{room}." for room in ROOMS)
+    assert not [name for name in imports(path) if f"{name}.".startswith(rooms)]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("fgrlhf/data/*.py")), ids=lambda path: path.stem)
+def test_data_imports_nothing_of_the_rest(path):
+    own = {name for name in imports(path) if name.split(".")[0] in OWN}
+    assert all(name.startswith("fgrlhf.data.") for name in own)
+
+
+@pytest.mark.parametrize("script", ["train_ppo.py", "train_rm.py", "fgrlhf/sft.py"])
+def test_training_imports_no_client_no_page_and_no_graph_decoder(script):
+    files = closure(ROOT / script)
+    assert not [path for path in files if "collect" in path.parts or path.stem == "graph"]
+    used = set().union(*(imports(path, in_functions=False) for path in files))
+    assert not used & {"http.client", "http.server", "urllib.request", "socket"}
+
+
+def test_no_two_modules_import_each_other():
+    graph = {name_of(path): {n for n in imports(path, in_functions=False)
+                             if n.split(".")[0] in OWN} for path in MODULES}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above[above.index(name):], name])
+        if name in done:
+            return
+        for other in graph.get(name, ()):
+            visit(other, (*above, name))
+        done.add(name)
+    for name in graph:
+        visit(name, ())
 
 
 def test_only_the_five_packages_and_the_standard_library_are_imported():
@@ -91,9 +101,10 @@ def test_only_the_five_packages_and_the_standard_library_are_imported():
         assert "pytest" not in packages(path) or path.parent.name == "tests", path
 
 
-def test_kernels_import_torch_alone():
+def test_kernels_import_torch_only():
     for path in ROOT.glob("kernels/*.py"):
         assert packages(path) <= {"torch"}, path
+        assert not {n for n in imports(path) if n.split(".")[0] in OWN - {"kernels"}}, path
 
 
 def test_requirements_pin_the_five_packages():
@@ -102,10 +113,7 @@ def test_requirements_pin_the_five_packages():
     assert all("==" in line for line in lines)
 
 
-def test_init_files_are_empty():
-    inits = [path for path in FILES if path.name == "__init__.py"]
-    assert inits and all(path.read_bytes() == b"" for path in inits)
-
+# ----- habits -------------------------------------------------------------------------------------
 
 def test_every_module_says_what_it_is():
     silent = [path for path in MODULES if not ast.get_docstring(ast.parse(path.read_text()))]
@@ -115,15 +123,6 @@ def test_every_module_says_what_it_is():
 def test_no_line_is_longer_than_100_columns():
     long = [f"{path.relative_to(ROOT)}:{number}" for path in [*FILES, *ROOT.glob("tests/*.py")]
             for number, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100]
-    assert not long
-
-
-def test_no_function_is_longer_than_60_lines():
-    """Decorators aside, from `def` to the last line; tests are free to be as long as they need."""
-    long = [f"{path.relative_to(ROOT)}:{node.lineno} {node.name}" for path in MODULES
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-            and node.end_lineno - node.lineno > 60]
     assert not long
 
 
@@ -143,41 +142,37 @@ def test_nothing_unpickles_code():
 # ----- flags --------------------------------------------------------------------------------------
 
 def configs() -> list:
-    """(file, class node) of every dataclass whose fields are made by config.arg."""
+    """The dataclass of every command."""
     found = []
     for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef) and path.name != "config.py" and any(
-                    isinstance(s, ast.AnnAssign) and isinstance(s.value, ast.Call)
-                    and ast.unparse(s.value.func) == "arg" for s in node.body):
-                found.append(pytest.param(path, node, id=f"{path.stem}.{node.name}"))
+        if "__main__" in path.read_text():
+            module = importlib.import_module(name_of(path))
+            found += [pytest.param(value, id=f"{name_of(path)}.{name}")
+                      for name, value in vars(module).items()
+                      if dataclasses.is_dataclass(value) and value.__module__ == module.__name__
+                      and (name == "Config" or name.endswith("Config"))
+                      and any("help" in field.metadata for field in dataclasses.fields(value))]
     return found
 
 
-def reads(tree: ast.AST, of: set[str]) -> set[str]:
-    """Attributes read from the names in `of`."""
-    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
-            and isinstance(node.ctx, ast.Load) and ast.unparse(node.value) in of}
+def reads(path: Path) -> set[str]:
+    """The attributes that a file reads from its configuration."""
+    return {node.attr for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+            and ast.unparse(node.value) in ("config", "self.config", "self.options", "options")}
 
 
-@pytest.mark.parametrize("path, config", configs())
-def test_every_field_of_a_config_is_read(path, config):
-    """In a function that takes `config: ThatConfig`, or by the module it is handed to."""
-    tree, read = ast.parse(path.read_text()), set()
-    for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
-        names = {a.arg for a in function.args.args if a.annotation
-                 and ast.unparse(a.annotation) == config.name}
-        if names:
-            read |= reads(function, names)
-            called = {ast.unparse(n.func) for n in ast.walk(function) if isinstance(n, ast.Call)}
-            for name in called & HANDED_TO.keys():
-                read |= reads(ast.parse((ROOT / HANDED_TO[name]).read_text()), {"config"})
-    fields = {s.target.id for s in config.body if isinstance(s, ast.AnnAssign)}
-    assert fields - read == set()
+@pytest.mark.parametrize("config", configs())
+def test_every_flag_is_read(config):
+    """In the module of the configuration, or where the project hands the whole of it."""
+    own = ROOT / (config.__module__.replace(".", "/") + ".py")
+    handed = [path for path in closure(own) if path.parent.name in ("engine", "checks", "collect")]
+    read = set().union(*map(reads, [own, *handed]))
+    assert {field.name for field in dataclasses.fields(config)} - read == set()
 
 
-def test_every_script_is_found_to_have_a_config():
-    stems = {parameter.id for parameter in configs()}
-    assert {"train_rm.Config", "train_ppo.Config", "sft.Config", "generate.Config",
-            "eval.OutputsConfig",
-            "eval.WinRateConfig", "eval.RewardModelConfig", "simulate.WorldConfig"} <= stems
+def test_every_script_is_found_to_have_flags():
+    ids = {parameter.id for parameter in configs()}
+    assert {"train_rm.Config", "train_ppo.Config", "fgrlhf.sft.Config", "fgrlhf.generate.Config",
+            "eval.OutputsConfig", "eval.WinRateConfig", "eval.RewardModelConfig",
+            "fgrlhf.simulate.__main__.WorldConfig"} <= ids

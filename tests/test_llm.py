@@ -1,7 +1,7 @@
-"""The language model as editor: what it is asked, which answers are taken, what becomes of others.
+"""The language model as editor: the question, the accepted answers, and the refused ones.
 
-The model is a function of the conversation; test_client.py has the HTTP beneath, test_collect.py
-the command above.
+Here the model is a function of the conversation. test_client.py tests the HTTP client, and
+test_collect.py the whole command.
 """
 
 import hashlib
@@ -9,12 +9,12 @@ import json
 
 import pytest
 
-from fgrlhf.collecting import llm
-from fgrlhf.collecting.client import Options
-from fgrlhf.collecting.llm import Flaw, leak, load_prompt, parse_object, question, read_edit
-from fgrlhf.collecting.protocol import Reply
-from fgrlhf.collecting.tasks import Answer, Task
-from fgrlhf.edits import Passage, Span
+from fgrlhf.collect import llm
+from fgrlhf.collect.client import Options
+from fgrlhf.collect.llm import Flaw, leak, parse_object, question, read_edit
+from fgrlhf.collect.protocol import Reply
+from fgrlhf.collect.tasks import Answer, Task, load_prompt
+from fgrlhf.data.records import Passage, Span
 
 TASK = Task("r1", "Who sat on the mat?", "The cat did.", "  The black dog sat on the mat.\n")
 INSTRUCTION = load_prompt("edit-1")
@@ -25,7 +25,7 @@ def says(edited, needs_change=True) -> str:
 
 
 class Model:
-    """Stands in for Client: gives the answers in turn and keeps what it was asked."""
+    """Replaces Client: gives the answers one after another, and keeps the questions."""
 
     def __init__(self, *answers: str | Reply):
         self.answers, self.asked = list(answers), []
@@ -52,44 +52,44 @@ def test_question_shows_everything_but_the_error_spans():
     assert question(Task("r", "P?", "good", "bad")).count("\n\n") == 2
 
 
-def test_preview_shows_the_requests_and_estimates_four_characters_a_token(monkeypatch):
+def test_preview_shows_the_requests_and_estimates_four_characters_per_token(monkeypatch):
     monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)             # needs no key
     text = llm.preview(Options(model="m"), [TASK] * 3, show=1)
     assert text.count("POST https://api.anthropic.com/v1/messages") == 1
     assert json.dumps(question(TASK)) in text and '"model": "m"' in text
     sent = 3 * (len(INSTRUCTION) + len(question(TASK))) // 4
     assert text.endswith(f"3 requests, about {sent:,} tokens in and {3 * 72 // 4:,} out "
-                         "(4 characters a token); nothing was sent")    # 72: 32 and 40 of JSON
+                         "(4 characters per token); nothing was sent")  # 72: 32, and 40 of JSON
 
 
 @pytest.mark.parametrize("name, digest", [
     ("edit-1", "d01adaaedc137bff"), ("judge-1", "3693591b2590dc22"),
-    ("human-1", "759121f4536a600f")])
+    ("human-2", "f76ba2cf29339fad")])
 def test_prompts_never_change_under_their_number(name, digest):
-    """Records name the version they were made with: a new wording is a new file, edit-2.txt."""
+    """Records name the version of their prompt, so a new wording needs a new file: edit-2.txt."""
     assert hashlib.sha256(load_prompt(name).encode()).hexdigest()[:16] == digest
 
 
-# What is taken.
+# Accepted answers.
 
-def test_editor_takes_a_minimal_edit_and_keeps_the_outer_whitespace():
+def test_editor_accepts_a_minimal_edit_and_keeps_the_outer_whitespace():
     answer, model = edit(says("The black cat sat on the mat."))
     assert answer == Answer("  The black cat sat on the mat.\n", "", 1)
     assert model.asked == [(INSTRUCTION, [{"role": "user", "content": question(TASK)}])]
 
 
 @pytest.mark.parametrize("edited", [None, "The black dog sat on the mat."])
-def test_editor_takes_that_nothing_needs_changing(edited):
+def test_editor_accepts_that_nothing_needs_a_change(edited):
     assert edit(says(edited, needs_change=False))[0] == Answer(TASK.rejected, "", 1)
 
 
 @pytest.mark.parametrize("text", ['{"a": 1}', ' {"a": 1}\n', '```json\n{"a": 1}\n```',
                                   '```\n{"a": 1}\n```\n'])
-def test_parse_object_takes_one_object_bare_or_fenced(text):
+def test_parse_object_reads_one_object_bare_or_fenced(text):
     assert parse_object(text, "a") == {"a": 1}
 
 
-# What is not.
+# Refused answers.
 
 @pytest.mark.parametrize("text", [
     "", "The black cat sat.", 'Here it is: {"a": 1}', '{"a": 1} I hope this helps', '{"a": 1',
@@ -116,7 +116,7 @@ def test_read_edit_refuses(text, flaw):
 
 
 def test_leak_finds_eight_words_of_the_instruction_in_a_row_and_not_seven():
-    seven = "Change only where it is necessary: what"               # the colon is a word here
+    seven = "Change only where it is necessary: what"               # the colon is a word
     assert leak(f"The dog. {seven} sat", TASK, INSTRUCTION) is not None
     assert leak("The dog. Change only where it is necessary", TASK, INSTRUCTION) is None
 
@@ -127,7 +127,7 @@ def test_leak_finds_a_tag_behind_one_that_the_response_has_itself():
     assert "'</response>'" in leak("Write <passage> here.</response>", task, INSTRUCTION)
 
 
-def test_leak_lets_pass_what_the_record_itself_says():
+def test_leak_allows_text_that_the_record_contains_itself():
     said = "Here is the edited response: change only where it is necessary: what is false."
     task = Task("r", "p", "c", said)
     assert leak(said + " Yes", task, INSTRUCTION) is None
@@ -137,7 +137,7 @@ def test_leak_lets_pass_what_the_record_itself_says():
 @pytest.mark.parametrize("original, edited, leaked", [
     ("Here are three tips: eat, rest.", "Here are two tips: eat, rest.", None),
     ("Sure: here are three: eat, rest.", "Sure: here are two: eat, rest.", None),
-    ("Sorry. Here is one: eat.", "Here is one: eat.", None),           # its beginning taken out
+    ("Sorry. Here is one: eat.", "Here is one: eat.", None),           # without its beginning
     ("Here are three tips: eat, rest.", "Sure: Here are two: eat, rest.", " Here are two:"),
     ("Here are two tips: eat, rest.", "The edited text: eat, rest.", "The edited text:"),
     ("Two tips: eat, rest.", "Here are two tips: eat, rest.", "Here are two tips:")])
@@ -153,8 +153,8 @@ def test_editor_asks_once_more_saying_what_was_wrong():
     again = model.asked[1][1]
     assert [m["role"] for m in again] == ["user", "assistant", "user"]
     assert again[1]["content"] == rewrite
-    # white, horse, stood, there for black, dog, sat, on; A for The; the, mat deleted
-    assert "7 of 8 words changed, 88%; at most 50% may" in again[2]["content"]
+    # A white horse stood there: five words substituted, "the" and "mat" deleted
+    assert "7 of 8 words changed (88%), at most 50% allowed" in again[2]["content"]
 
 
 @pytest.mark.parametrize("second", ["", "no JSON", says("A white horse stood there."), says("")])

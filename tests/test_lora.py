@@ -1,4 +1,4 @@
-"""Adapters over one frozen trunk: nothing at the start, merged alike, shared for real."""
+"""Adapters over one frozen trunk: no change at the start, merging, sharing, folders, scripts."""
 
 import json
 from dataclasses import replace
@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import train_ppo
-from fgrlhf import players
 import train_rm
-from fgrlhf import lora, sft
+from fgrlhf import sft
 from fgrlhf.checkpoint import load_adapted, load_model, save_model
-from fgrlhf.config import UserError
+from fgrlhf.data.fields import UserError
+from fgrlhf.engine import lora, players
+from fgrlhf.engine.states import TrainableState
 from fgrlhf.reward import RewardModel, load_reward, save_reward
-from fgrlhf.rollout import score
+from fgrlhf.sequences import score
 from fgrlhf.tokenizer import train as train_tokenizer
 from tests.small import llama, ragged
 
@@ -21,7 +22,7 @@ RANK = 3
 
 
 def adapted(seed: int = 0, dtype=torch.float32, spread: float = 0.0) -> lora.LLaMA:
-    """A small model with adapters; spread > 0 moves B away from 0."""
+    """A small model with adapters. spread: the standard deviation of B."""
     model = lora.adapt(llama(dtype=dtype), RANK, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -95,17 +96,17 @@ def test_train_leaves_a_shared_trunk_frozen():
     assert all(p.requires_grad for p in lora.train(llama().requires_grad_(False)).parameters())
 
 
-def test_own_state_is_the_adapters_and_the_head_alone():
+def test_trainable_state_is_only_the_adapters_and_the_head():
     reward = RewardModel(adapted(spread=0.1), "token")
-    state = lora.Own(reward).state_dict()
+    state = TrainableState(reward).state_dict()
     assert {n for n in state if n.startswith("trunk.")} == {
         "trunk." + n for n in lora.adapters(reward.trunk)}
     other = RewardModel(adapted(seed=1), "token")
-    lora.Own(other).load_state_dict(state)
+    TrainableState(other).load_state_dict(state)
     assert torch.equal(other.token_rewards(ragged()), reward.token_rewards(ragged()))
-    assert lora.Own(llama()).state_dict().keys() == llama().state_dict().keys()
+    assert TrainableState(llama()).state_dict().keys() == llama().state_dict().keys()
     with pytest.raises(UserError, match="--lora-rank"):
-        lora.Own(llama()).load_state_dict(state)
+        TrainableState(llama()).load_state_dict(state)
 
 
 # ----- folders ------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_adapters_are_saved_alone_and_load_over_their_trunk(folder, tmp_path):
+def test_only_adapters_are_saved_and_they_load_over_their_trunk(folder, tmp_path):
     model = load_adapted(folder / "policy", rank=RANK)
     with torch.no_grad():
         for p in lora.adapters(model).values():
@@ -150,17 +151,17 @@ def test_load_adapted_shares_a_trunk_and_refuses_another_rank_or_another_trunk(f
     save_model(llama(5, vocab_size=280), tmp_path / "other")
     about = json.loads((tmp_path / "a/adapters.json").read_text())
     (tmp_path / "a/adapters.json").write_text(json.dumps(about | {"base": str(tmp_path / "other")}))
-    with pytest.raises(UserError, match="belong to other weights"):
+    with pytest.raises(UserError, match="expected the weights that these adapters were trained"):
         load_model(tmp_path / "a")
     (tmp_path / "a/adapters.json").write_text("{}")
-    with pytest.raises(UserError, match="adapters.json: damaged"):
+    with pytest.raises(UserError, match="adapters.json: base: expected str, got None: damaged"):
         load_model(tmp_path / "a")
 
 
 # ----- the scripts --------------------------------------------------------------------------------
 
 def test_the_scripts_train_adapters_over_one_trunk(folder, tmp_path):
-    """SFT on adapters, a reward model from them, PPO of either kind: one trunk in memory."""
+    """SFT with adapters, reward models from them, and both kinds of PPO share one trunk."""
     base, before = folder / "policy", (folder / "policy/consolidated.00.pth").read_bytes()
     sft.train(sft.Config(data=str(folder / "edits.jsonl"), model=str(base), lora_rank=RANK,
                          out=str(tmp_path / "sft"), batch=4, warmup=0))

@@ -1,4 +1,4 @@
-"""keep_freed, by the page faults of a process of its own."""
+"""keep_freed saves page faults, which are counted in a separate process."""
 
 import subprocess
 import sys
@@ -23,16 +23,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(how: str, mib: int) -> int:
-    """Page faults of making and freeing two blocks twenty times, the first time left out."""
+    """The page faults of allocating and freeing two blocks 20 times, after a first time."""
     done = subprocess.run([sys.executable, "-c", SCRIPT.replace("MIB", str(mib)), how], cwd=ROOT,
                           capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not list(Path("/lib").glob("**/libc.so.6")),
-                    reason="a matter of glibc")
+                    reason="needs glibc")
 def test_keep_freed_saves_the_page_faults_of_blocks_up_to_32_mib():
     pages = 20 * 2 * 20 * 2**20 // 4096
     assert faults("given back", 20) > 0.9 * pages
     assert faults("kept", 20) < 0.01 * pages
-    assert faults("kept", 33) > 0.9 * pages * 33 / 20           # those still go back
+    assert faults("kept", 33) > 0.9 * pages * 33 / 20           # larger blocks are returned

@@ -1,12 +1,12 @@
-"""LLaMA against a slow loop and itself (cache, padding, checkpointing), and published sizes."""
+"""LLaMA against a slow loop, against itself (cache, padding, checkpointing), published sizes."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from fgrlhf.model import (PRESETS, KVCache, LLaMA, LLaMAConfig, RMSNorm, build, parameter_count,
-                          rotary_table, rotate)
+from fgrlhf.model import (
+    PRESETS, KVCache, LLaMA, LLaMAConfig, RMSNorm, build, parameter_count, rotary_table, rotate)
 
 SMALL = LLaMAConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=50, ffn_dim=48,
                     norm_eps=1e-6, rope_theta=100.0, max_seq_len=64)
@@ -31,14 +31,14 @@ def tokens() -> torch.Tensor:
 
 
 def slow_logits(model: LLaMA, ids: list[int]) -> torch.Tensor:
-    """The module's equations, one position and one head at a time, with complex rotation."""
+    """Computes the equations of model.py for one position and one head at a time."""
     c, K = model.config, model.config.head_dim
     p = dict(model.named_parameters())
 
     def norm(x, weight):
         return weight * x / (x.square().mean() + c.norm_eps).sqrt()
 
-    def turned(x, position):                            # neighbours as one complex number
+    def turned(x, position):                            # neighbours are one complex number
         pairs = torch.view_as_complex(x.view(K // 2, 2))
         angles = torch.tensor([position / c.rope_theta ** (2 * i / K) for i in range(K // 2)],
                               dtype=torch.float64)
@@ -83,7 +83,7 @@ def test_forward_equals_the_slow_loop(kv_heads, tied):
 @GROUPS
 @torch.no_grad()
 def test_forward_is_the_same_with_a_cache(kv_heads, tokens):
-    """Prefill of every length, then one token at a time, or several."""
+    """Prefills 1, 5 or 11 tokens, then decodes one or three tokens at a time."""
     model = model_of(kv_heads)
     expected = model(tokens)
     for start in (1, 5, 11):
@@ -99,11 +99,11 @@ def test_forward_is_the_same_with_a_cache(kv_heads, tokens):
 @GROUPS
 @torch.no_grad()
 def test_forward_with_a_cache_decodes_prompts_of_unequal_length(kv_heads, tokens):
-    """Padding between a prompt and slot 7, where every row goes on, is left out by key_mask."""
+    """key_mask hides the padding between a prompt and slot 7, where all rows continue."""
     model = model_of(kv_heads)
     lengths = torch.tensor([7, 3, 5])
     cache = KVCache(model.config, 3, 12, dtype=torch.float64)
-    first = model(tokens[:, :7], cache=cache)               # rows 1 and 2: garbage on the right
+    first = model(tokens[:, :7], cache=cache)               # rows 1 and 2 have garbage on the right
     for row, length in enumerate(lengths):
         alone = model(tokens[row:row + 1, :length])
         assert (first[row, :length] - alone[0]).abs().max() < TIGHT
@@ -121,7 +121,7 @@ def test_forward_with_a_cache_decodes_prompts_of_unequal_length(kv_heads, tokens
 @GROUPS
 @torch.no_grad()
 def test_forward_with_a_cache_takes_left_padding(kv_heads, tokens):
-    """A mask over all slots in the prefill and in every later step of one or two tokens."""
+    """The mask covers all slots, in the prefill and in every later step."""
     model = model_of(kv_heads)
     real = torch.arange(12) >= torch.tensor([4, 0, 7])[:, None]
     positions = (real.long().cumsum(1) - 1).clamp(min=0)
@@ -174,7 +174,7 @@ def test_forward_is_the_same_padded_and_unpadded(kv_heads, side, tokens):
 
 
 def test_padding_gets_no_gradient(tokens):
-    """Garbage in left padding changes no gradient of a loss on real tokens."""
+    """Other ids in left padding change no gradient of a loss on real tokens."""
     model = model_of()
     mask = torch.arange(12)[None] >= torch.tensor([4, 0, 7])[:, None]
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
@@ -208,7 +208,7 @@ def test_activation_checkpointing_changes_no_gradient(tokens):
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
-def test_activation_checkpointing_keeps_the_blocks_inputs_alone(tokens):
+def test_activation_checkpointing_keeps_only_the_inputs_of_the_blocks(tokens):
     kept = []
     for switch in (False, True):
         model, sizes = model_of(), []
@@ -234,7 +234,7 @@ def test_rotate_by_hand():
     assert (rotate(x, table).flatten() - torch.stack(expected)).abs().max() < 1e-15
 
 
-def test_rotate_makes_scores_depend_on_the_distance_alone():
+def test_rotate_makes_scores_depend_only_on_the_distance():
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
 
     def score(i, j):
@@ -291,8 +291,8 @@ def test_config_refuses_sizes_that_do_not_divide(changes, message):
         replace(SMALL, **changes)
 
 
-# The LLaMA paper's "6.7B 13.0B 32.5B 65.2B" and the others' published sizes, in full: V D (twice
-# unless tied) + layers (2 D D + 2 D G K + 3 D F + 2 D) + D, worked out by hand.
+# The published sizes ("6.7B 13.0B 32.5B 65.2B" in the LLaMA paper) to the last digit, by hand:
+# V D (twice unless tied) + layers (2 D D + 2 D G K + 3 D F + 2 D) + D.
 PUBLISHED = {
     "stories15M": 15_191_712, "stories42M": 41_689_600, "stories110M": 109_529_856,
     "TinyLlama-1.1B": 1_100_048_384, "OpenLLaMA-3B": 3_426_473_600,

@@ -1,4 +1,4 @@
-"""Our logits and greedy texts against transformers' own, kept in fixtures/transformers.json."""
+"""Logits and greedy texts against those of transformers, stored in fixtures/transformers.json."""
 
 import json
 import struct
@@ -17,14 +17,14 @@ CASES = range(len(FIXTURE["cases"]))
 
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The formula of make_transformers_fixture.txt."""
+    """Computes a weight by the formula in make_transformers_fixture.txt."""
     n = np.arange(np.prod(shape), dtype=np.float64) + zlib.crc32(name.encode()) % 1000
     numbers = 0.5 * np.sin(n * n * 0.7 + n)
     return (numbers + (len(shape) == 1)).reshape(shape).astype(np.float32)
 
 
 def write_hf_folder(folder: Path, case: dict) -> Path:
-    """config.json and model.safetensors, spelled out here: our own writer is not to be trusted."""
+    """Writes config.json and model.safetensors, without the writer that is tested."""
     header, data = {}, b""
     for name, shape in case["names"].items():
         raw = weight(name, tuple(shape)).tobytes()
@@ -51,7 +51,7 @@ def test_logits_equal_transformers(number, side, tmp_path):
         logits = model(tokens, positions=positions, key_mask=mask)[mask]
         expected = torch.tensor(case[side])
         assert (logits - expected).abs().max() <= 2e-5 * expected.abs().max()
-        if side == "right":                                     # causality alone does it
+        if side == "right":                                     # causality is enough
             assert (model(tokens)[mask] - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 

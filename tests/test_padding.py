@@ -1,11 +1,11 @@
-"""Right-padded batches computed without their padding: the same numbers, fewer rows."""
+"""Right-padded batches computed without their padding: the same numbers from fewer rows."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fgrlhf.lora import adapt, adapters
-from fgrlhf.padding import Padding
+from fgrlhf.engine.lora import adapt, adapters
+from fgrlhf.model import Padding
 from tests.small import gradients, llama, ragged, with_garbage
 
 LENGTHS = torch.tensor([3, 1, 5, 2])
@@ -18,20 +18,20 @@ def test_strip_takes_the_real_tokens_row_after_row():
     assert padding.positions.tolist() == [[0, 1, 2, 0, 0, 1, 2, 3, 4, 0, 1]]
 
 
-def test_restore_puts_them_back_and_zeros_behind_them():
+def test_restore_puts_them_back_and_sets_the_padding_to_0():
     padding, x = Padding(LENGTHS, 6), torch.randn(4, 6, 3)
     real = (torch.arange(6) < LENGTHS[:, None])[..., None]
     assert torch.equal(padding.restore(padding.strip(x)), torch.where(real, x, 0.0))
 
 
 @pytest.mark.parametrize("shape, move", [((4, 6, 2), Padding.strip), ((1, 11, 2), Padding.restore)])
-def test_each_is_the_gradient_of_the_other(shape, move):
+def test_strip_and_restore_are_each_others_gradients(shape, move):
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: move(Padding(LENGTHS, 6), x), x)
 
 
 def both(model, batch):
-    """Hidden states at the real tokens and all gradients, padded and without padding."""
+    """Yields hidden states and all gradients: first with padding, then without."""
     real = torch.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
     weights = torch.randn(16, dtype=torch.float64)
     for more in ({}, {"lengths": batch.lengths}):
@@ -57,19 +57,19 @@ def test_hidden_states_and_gradients_are_those_of_the_padded_batch(rank, checkpo
         torch.testing.assert_close(found[name], expected[name], atol=1e-11, rtol=1e-11)
 
 
-def test_a_batch_without_padding_is_computed_as_it_stands():
+def test_a_batch_without_padding_is_computed_unchanged():
     model, tokens = llama(), torch.randint(3, 24, (3, 7))
     assert torch.equal(model.hidden(tokens, lengths=torch.full((3,), 7)), model.hidden(tokens))
 
 
-def test_lengths_go_with_nothing_else_that_says_where_tokens_are():
+def test_hidden_refuses_lengths_together_with_positions():
     tokens = torch.randint(3, 24, (3, 7))
     with pytest.raises(ValueError, match="lengths: expected without positions"):
         llama().hidden(tokens, torch.arange(7)[None], lengths=torch.tensor([7, 3, 2]))
 
 
 class Rows(TorchDispatchMode):
-    """Notes how many rows every matmul has."""
+    """Records the number of rows of every matmul."""
 
     def __init__(self):
         super().__init__()
@@ -81,7 +81,7 @@ class Rows(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_no_matmul_of_the_trunk_works_on_padding():
+def test_no_matmul_of_the_trunk_computes_padding():
     model, batch = llama(), ragged()
     with torch.no_grad(), Rows() as rows:
         model.hidden(batch.tokens, lengths=batch.lengths)

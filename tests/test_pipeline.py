@@ -1,11 +1,16 @@
-"""Stages as small commands: what runs, in which order, what is skipped, what a failure says."""
+"""Stages as small commands: which of them run, in which order, and how a failure is reported."""
 
+import ast
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
-from fgrlhf.config import UserError
-from fgrlhf.pipeline import Stage, finished, run_stages
+from fgrlhf.data.fields import UserError
+from fgrlhf.reproduce.pipeline import Stage, finished, run_stages
+from tests.test_layout import ROOT
 
 SCRIPT = """
 import sys, time
@@ -44,19 +49,19 @@ def stage(folder, name: str, *needs: str, action: str = "") -> Stage:
 
 
 def ran(folder, stages: list[Stage], workers: int = 1) -> list[str]:
-    """The stages that run when they are called for, by the order of their starts."""
+    """The names of the stages that this call runs, in the order of their starts."""
     return [note[1:] for note in notes(folder, stages, workers) if note[0] == "+"]
 
 
 def notes(folder, stages: list[Stage], workers: int = 1) -> list[str]:
-    """+name where a stage starts and -name where it ends, of this call."""
+    """What the stages of this call wrote: +name at the start and -name at the end of each."""
     (folder / "notes").write_text("")
     run_stages(stages, folder / "out", workers)
     return (folder / "notes").read_text().split()
 
 
 def test_run_stages_starts_a_stage_only_when_its_needs_have_ended(folder):
-    """A diamond with room for all of it at once."""
+    """A diamond of four stages, with enough workers for all of them at once."""
     stages = [stage(folder, "top", action="slow"), stage(folder, "left", "top", action="slow"),
               stage(folder, "right", "top", action="slow"), stage(folder, "end", "left", "right")]
     seen = notes(folder, stages, workers=4)
@@ -83,8 +88,8 @@ def test_run_stages_skips_what_is_done(folder):
     assert record["command"] == stages[1].text and record["seconds"] > 0
 
 
-def test_run_stages_reruns_a_stage_whose_command_changed_and_whatever_needs_it(folder):
-    """d needs it through b, c not at all."""
+def test_run_stages_reruns_a_stage_whose_command_changed_and_the_stages_that_need_it(folder):
+    """d needs a through b; c does not need a."""
     rest = [stage(folder, "b", "a"), stage(folder, "c"), stage(folder, "d", "b")]
     assert ran(folder, [stage(folder, "a"), *rest]) == ["a", "b", "c", "d"]
     changed = [stage(folder, "a", action="slow"), *rest]
@@ -93,7 +98,7 @@ def test_run_stages_reruns_a_stage_whose_command_changed_and_whatever_needs_it(f
 
 
 def test_run_stages_remembers_what_is_stale_when_a_call_stops_half_way(folder):
-    """a ran anew, then c failed before b's turn: b is still to be run by the next call."""
+    """a ran again, then c failed before b had its turn. The next call still runs b."""
     a, b, c = stage(folder, "a"), stage(folder, "b", "a"), stage(folder, "c")
     assert ran(folder, [a, c, b]) == ["a", "c", "b"]
     changed = stage(folder, "a", action="slow")
@@ -108,7 +113,7 @@ def test_run_stages_runs_a_stage_again_when_its_need_is_new(folder):
 
 
 def test_run_stages_names_the_log_and_its_last_line_when_a_stage_fails(folder):
-    """In one line; nothing that needs the stage starts, and the next call takes it up again."""
+    """The error is one line. No stage that needs the failed one starts; the next call runs it."""
     stages = [stage(folder, "a"), stage(folder, "b", "a", action="fail"), stage(folder, "c", "b")]
     with pytest.raises(UserError) as caught:
         ran(folder, stages)
@@ -117,8 +122,8 @@ def test_run_stages_names_the_log_and_its_last_line_when_a_stage_fails(folder):
         f"stage b failed with exit status 1: no such thing as b (see {log})")
     assert log.read_text() == f"$ {stages[1].text}\nloading\nno such thing as b\n"
     assert [finished(s, folder / "out") for s in stages] == [True, False, False]
-    mended = [stages[0], stage(folder, "b", "a"), stages[2]]
-    assert ran(folder, mended) == ["b", "c"]
+    corrected = [stages[0], stage(folder, "b", "a"), stages[2]]
+    assert ran(folder, corrected) == ["b", "c"]
 
 
 def test_run_stages_names_the_command_when_a_stage_fails_without_a_word(folder):
@@ -127,15 +132,15 @@ def test_run_stages_names_the_command_when_a_stage_fails_without_a_word(folder):
         run_stages([silent], folder / "out", 1)
 
 
-def test_run_stages_keeps_the_success_of_a_stage_that_ran_beside_a_failing_one(folder):
-    beside = stage(folder, "beside", action="wait +bad")
+def test_run_stages_keeps_the_success_of_a_stage_that_ran_during_a_failure(folder):
+    good = stage(folder, "good", action="wait +bad")
     with pytest.raises(UserError, match="stage bad failed"):
-        ran(folder, [beside, stage(folder, "bad", action="fail")], workers=2)
-    assert ran(folder, [beside, stage(folder, "bad")]) == ["bad"]
+        ran(folder, [good, stage(folder, "bad", action="fail")], workers=2)
+    assert ran(folder, [good, stage(folder, "bad")]) == ["bad"]
 
 
 def test_a_stage_that_fails_is_not_finished_though_it_was_before(folder):
-    """Its need has changed, so it runs again, and this time it fails."""
+    """A stage that it needs has changed, so it runs again, and this time it fails."""
     flag = folder / "broken"
     code = f"import os; assert not os.path.exists({str(flag)!r})"
     fragile = Stage("b", ("-c", code), ("a",))
@@ -152,3 +157,46 @@ def test_a_stage_runs_on_one_thread_and_its_text_can_be_typed(folder):
     run_stages([one], folder / "out", 1)
     assert one.text == "python -c 'import os; print(os.environ['\"'\"'OMP_NUM_THREADS'\"'\"'])'"
     assert (folder / "out/logs/one.log").read_text() == f"$ {one.text}\n1\n"
+
+
+@pytest.mark.parametrize("given, found", [({}, "passive"), ({"OMP_WAIT_POLICY": "active"},
+                                                             "active")])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(given, found):
+    kept = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    code = "import sys, fgrlhf, os; print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
+    done = subprocess.run([sys.executable, "-c", code], env=kept | given, cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.stdout.split() == ["False", found]
+
+
+@pytest.mark.parametrize("script", ["train_rm.py", "train_ppo.py", "eval.py"])
+def test_scripts_import_fgrlhf_before_torch(script):
+    """The waiting policy is read when torch loads its OpenMP."""
+    names = [name for node in ast.parse((ROOT / script).read_text()).body
+             for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else
+                          [node.module] if isinstance(node, ast.ImportFrom) else [])]
+    assert names.index("fgrlhf") < min(i for i, name in enumerate(names)
+                                       if name.split(".")[0] in ("torch", "kernels"))
+
+
+def test_run_stages_finds_scripts_and_modules_of_the_project_from_any_folder(folder, monkeypatch):
+    """A relative --out is in the folder of the caller. PYTHONPATH keeps its other entries."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    (folder / "mine").mkdir()
+    (folder / "mine" / "own.py").write_text("print('own module')")
+    run_stages([Stage("script", ("eval.py", "--help")), Stage("own", ("-m", "own")),
+                Stage("module", ("-m", "fgrlhf.simulate", "world", "--out", "world", "--train", "2",
+                                 "--dev", "2", "--test", "2", "--demonstrations", "40",
+                                 "--vocab-size", "340"))], folder / "out", 1)
+    log = (folder / "out/logs/script.log").read_text()
+    assert log.startswith("$ python eval.py --help\n") and "eval.py win-rate" in log
+    assert (folder / "out/logs/own.log").read_text() == "$ python -m own\nown module\n"
+    assert (folder / "world" / "train.jsonl").is_file()
+
+
+def test_run_stages_names_a_missing_script_before_any_stage_runs(folder):
+    stages = [stage(folder, "a"), Stage("b", ("gone.py", "--fast"), ("a",))]
+    with pytest.raises(UserError, match="stage b: expected the script .*/gone.py, found no such"):
+        run_stages(stages, folder / "out", 1)
+    assert not (folder / "notes").exists() and not (folder / "out").exists()

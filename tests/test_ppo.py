@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fgrlhf.advantage import penalise_kl, standardise
-from fgrlhf.ppo import check_first_ratio, kl_estimates, policy_loss, value_loss
+from fgrlhf.baseline import value_loss
+from fgrlhf.ppo import check_first_ratio, kl_estimates, policy_loss
 from fgrlhf.rollout import sample
 from kernels import linear_ppo
 from tests.small import gradients, ids, llama, ragged

@@ -1,8 +1,7 @@
-"""The README's commands, run as they stand but for names of files and, at the end, smaller sizes.
+"""The commands of the pages are run, with other names of files and with smaller sizes.
 
-"Your own data" and "From the laptop to a real checkpoint" run here, and so does the one command of
-`explain`. `make test` is what runs this; the stages of `make reproduce` and of both other profiles
-are parsed by their own scripts, and tests/test_pipeline.py and tests/test_scripts.py run each kind.
+Those of the main page for a real model and one's own data, those of the engine's page for a larger
+model, and the command of `explain`. The scripts parse the stages of every profile of reproduce.
 """
 
 import json
@@ -12,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from fgrlhf import reproduce
 from fgrlhf.checkpoint import load_tokenizer, save_model
-from fgrlhf.config import parser
-from fgrlhf.edits import Demonstration, Edit, write_jsonl
+from fgrlhf.data.records import Demonstration, Edit, write_jsonl
+from fgrlhf.engine.config import parser
+from fgrlhf.reproduce import __main__ as reproduce
 from fgrlhf.tokenizer import train
 from tests import processes
 from tests.small import llama
-from tests.test_readme import TEXT, config_of
+from tests.test_readme import GLOSSARY, TEXTS, config_of
 
 VOCABULARY = 300
 SMALLER = {"train_ppo.py": ["--iterations", "2", "--rollouts", "4", "--minibatches", "1",
@@ -29,10 +28,9 @@ SMALLER = {"train_ppo.py": ["--iterations", "2", "--rollouts", "4", "--minibatch
 FRUIT = ("apple", "pear", "plum", "grape", "lemon")
 
 
-def block_of(section: str, first: str) -> list[list[str]]:
-    """The commands, as words, of the block in `section` that begins with `first`."""
-    text = TEXT.split(f"\n## {section}\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"```\n(.*?)```", text, re.S)
+def block_of(page: str, first: str) -> list[list[str]]:
+    """The commands, as words, of the block on `page` that begins with `first`."""
+    blocks = re.findall(r"```\w*\n(.*?)```", TEXTS[page], re.S)
     block = next(block for block in blocks if block.startswith(first))
     lines = block.replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.startswith("python")]
@@ -81,7 +79,7 @@ def keys_in(folder: Path) -> set[str]:
 
 
 def test_own_data_goes_from_twenty_edits_to_a_win_rate(folder):
-    outputs = [run(folder, words) for words in block_of("Your own data", "MODEL=")]
+    outputs = [run(folder, words) for words in block_of("README.md", "MODEL=")]
     assert len(outputs) == 8
     assert 0 <= json.loads((folder / "runs/mine/folds/done.json").read_text())["pair_accuracy"] <= 1
     assert "equations (5) to (7)" in outputs[3].out                     # explain found the policy
@@ -92,27 +90,27 @@ def test_own_data_goes_from_twenty_edits_to_a_win_rate(folder):
 
 def test_a_checkpoint_is_read_tuned_and_answers(folder):
     told, needs = [run(folder, words) for words in block_of(
-        "From the laptop to a real checkpoint", "python -m fgrlhf.generate")]
+        "README.md", "python -m fgrlhf.generate")]
     assert told.out.startswith("Once upon a time") and "weights" in needs.out
-    for words in block_of("From the laptop to a real checkpoint", "python -m fgrlhf.sft"):
+    for words in block_of("fgrlhf/engine/README.md", "python -m fgrlhf.sft"):
         run(folder, words)
     assert json.loads((folder / "outputs.json").read_text())[0]["instruction"] == "Name a fruit."
 
 
 def test_glossary_has_every_metric_that_these_runs_left(folder):
     """What is really written, however its name is put together in the code."""
-    glossary = TEXT.split("\n## Metrics\n")[1].split("\n## ")[0]
     metrics = metrics_in(folder / "runs")
     assert len(metrics) > 20
-    assert not {name for name in metrics if f"`{name}`" not in glossary
+    assert not {name for name in metrics if f"`{name}`" not in GLOSSARY
+                and f"`{name.removeprefix('rm/')}`" not in GLOSSARY
                 and not re.match("rm/(train_|minimal/)", name)}
     assert not {key for key in keys_in(folder / "runs")
-                if f"`{key}`" not in glossary and f"`rm/{key}`" not in glossary
+                if f"`{key}`" not in GLOSSARY and f"`rm/{key}`" not in GLOSSARY
                 and not re.search("^train_|^minimal/|_sd$", key)}
 
 
 def test_explain_command_of_the_readme_names_what_the_quick_profile_leaves():
-    [words] = block_of("One record through every equation", "python -m fgrlhf.explain")
+    words = block_of("fgrlhf/explain/README.md", "python -m fgrlhf.explain")[0]
     config = config_of(words)(**vars(parser(config_of(words)).parse_args(words[3:])))
     seed = reproduce.Seed(0, Path("runs/quick/seed0"), reproduce.SCALES["quick"], "cpu")
     reproduce.start(seed), reproduce.compare_systems(seed)
@@ -159,16 +157,10 @@ def test_make_reproduce_is_the_quick_profile():
 
 def test_generate_reads_a_real_checkpoint_as_the_readme_says(data_dir, tmp_path):
     """stories260K in place of LLAMA_DIR, and its tokenizer survives twenty edits' training."""
-    words = block_of("From the laptop to a real checkpoint", "python -m fgrlhf.generate")[0]
+    words = block_of("README.md", "python -m fgrlhf.generate")[0]
     words = [str(data_dir / "stories260K") if word == "LLAMA_DIR" else word for word in words]
     done = processes.run(tmp_path, *words[2:])
     golden = (data_dir / "stories260K" / "greedy_200.txt").read_text()
     assert done.status == 0 and done.out.startswith("Once upon a time")
     assert golden.startswith(done.out.rstrip()[:60])
     assert load_tokenizer(data_dir / "stories260K").vocab_size == 512
-
-
-@pytest.mark.parametrize("workers, seeds, threads", [(2, 1, 2), (1, 1, 1), (2, 2, 1), (8, 2, 2)])
-def test_scaled_gives_sft_no_more_threads_than_a_seed_has_workers(workers, seeds, threads):
-    config = reproduce.Config("runs/x", "quick", seeds=seeds, workers=workers)
-    assert reproduce.scaled(config).sft_threads == threads

@@ -7,12 +7,12 @@ import re
 
 import pytest
 
-from fgrlhf.config import UserError
-from fgrlhf.report import page, write_report
-from fgrlhf.reporting.chart import Curve, line_chart, mean_curve, spread, strip, ticks
-from fgrlhf.reporting.excerpts import before_after, edits, heat_maps
-from fgrlhf.reporting.markup import tag
-from fgrlhf.reporting.table import number, ratio, text_table
+from fgrlhf.data.fields import UserError
+from fgrlhf.reproduce.chart import Curve, line_chart, mean_curve, spread, strip, ticks
+from fgrlhf.reproduce.excerpts import before_after, edits, heat_maps
+from fgrlhf.reproduce.markup import tag
+from fgrlhf.reproduce.report import page, write_report
+from fgrlhf.reproduce.table import number, ratio, text_table
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 NASTY = '<script>alert("1")</script> & \'it\''
@@ -38,13 +38,13 @@ def curve(key: str, label: str, seed: int, y: list[float], metric: str = "win_ra
 
 @pytest.fixture
 def results() -> dict:
-    """As large and as nasty as real ones: two seeds, missing metrics, NaN, markup in texts."""
+    """Results like real ones, with all difficulties: missing metrics, NaN, markup in texts."""
     tokens = ["The", " cap", "ital", " of", " Toran", " is", " Vepolis", ".", "</s>"]
     wrong = [False] * 6 + [True] + [False] * 2
     return {
         "profile": "full", "command": "python -m fgrlhf.reproduce --profile full", "seeds": [0, 1],
         "machine": "2 cores, torch 2.13.0", "seconds": 1431.2,
-        "notes": ["The world is ours.", NASTY],
+        "notes": ["The world is built in.", NASTY],
         "systems": {
             "sft": system("SFT", "start", 0.497, seconds=cell(0.0)),
             "rlhf": system("PPO-RLHF: sequence RM on pairs, critic, GAE", "baseline", 0.655,
@@ -82,7 +82,7 @@ def results() -> dict:
 
 
 class Reader(html.parser.HTMLParser):
-    """Checks nesting while reading; keeps every tag and every text outside <style>."""
+    """Checks the nesting of the tags; collects every tag and every text outside <style>."""
 
     def __init__(self, source: str):
         super().__init__()
@@ -113,7 +113,7 @@ class Reader(html.parser.HTMLParser):
 
 # ----- the page ---------------------------------------------------------------------------------
 
-def test_page_is_balanced_and_holds_every_section(results):
+def test_page_is_balanced_and_has_every_section(results):
     reader = Reader(page(results))
     assert len(reader.all("h1")) == 1
     for part in ("Systems", "Differences", "Reward models", "Speed", "What the paper reports",
@@ -123,7 +123,7 @@ def test_page_is_balanced_and_holds_every_section(results):
         assert part in reader.text
 
 
-def test_page_names_no_outside_resource_and_no_script(results):
+def test_page_needs_no_other_file_and_no_script(results):
     source = page(results)
     reader = Reader(source)
     assert not re.search(r"https?:|//[a-z]|@import|url\(", source)
@@ -141,7 +141,7 @@ def test_page_shows_markup_in_texts_as_text(results):
 @pytest.mark.parametrize("part", [
     "profile", "command", "seeds", "machine", "seconds", "systems", "paper", "reward_models",
     "comparisons", "speed", "curves", "examples", "notes", "commands"])
-def test_page_and_text_table_do_without_any_one_part(results, part):
+def test_page_and_text_table_work_without_any_part(results, part):
     without = {key: value for key, value in results.items() if key != part}
     empty = results | {part: None}
     assert Reader(page(without)).text == Reader(page(empty)).text
@@ -153,7 +153,7 @@ def test_page_of_nothing_is_a_page():
     assert text_table({}) == ""
 
 
-def test_page_shows_what_is_missing_or_nan_as_a_dash(results):
+def test_page_shows_a_missing_value_or_nan_as_a_dash(results):
     source = page(results)
     text = Reader(source).text
     assert not re.search(r"\b(nan|inf|None)\b", text, re.IGNORECASE)
@@ -162,7 +162,7 @@ def test_page_shows_what_is_missing_or_nan_as_a_dash(results):
     assert Reader(row).texts == ["Sequence-level on pairs", "88.4", " [86.4, 90.4]", "–", "–"]
 
 
-def test_page_gives_every_table_headers_and_every_picture_a_text(results):
+def test_page_has_headers_in_every_table_and_a_text_for_every_picture(results):
     reader = Reader(page(results))
     assert len(reader.all("caption")) == len(reader.all("table")) == 7
     assert all(a.get("scope") in ("row", "col") for a in reader.all("th"))
@@ -171,7 +171,7 @@ def test_page_gives_every_table_headers_and_every_picture_a_text(results):
             assert svg["role"] == "img" and "ends at" in svg["aria-label"]
 
 
-def test_page_accepts_a_sweep_that_has_dev_win_rates_alone():
+def test_page_accepts_a_sweep_that_has_dev_win_rates_only():
     sweep = {"systems": {"rlhf-0.1": {"label": "rlhf-0.1", "role": "baseline", "metrics": {
         "best_dev_win_rate": cell(0.6)}}}}
     text = Reader(page(sweep)).text
@@ -179,13 +179,13 @@ def test_page_accepts_a_sweep_that_has_dev_win_rates_alone():
     assert text_table(sweep).splitlines()[2].split() == ["rlhf-0.1", "60.0"]
 
 
-def test_page_leaves_the_results_as_they_are(results):
+def test_page_does_not_change_the_results(results):
     before = copy.deepcopy(results)
     page(results)
     assert repr(results) == repr(before)
 
 
-def test_write_report_writes_utf8_even_of_lone_surrogates(tmp_path):
+def test_write_report_writes_utf8_even_for_lone_surrogates(tmp_path):
     write_report(tmp_path / "new" / "report.html", {"notes": ["caf\u00e9 \ud800"]})
     assert "café ?" in (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
 
@@ -198,12 +198,12 @@ def test_write_report_refuses_a_folder(tmp_path):
 # ----- charts -----------------------------------------------------------------------------------
 
 def points(source: str, kind: str) -> list[list[tuple[float, float]]]:
-    """The corners of every polyline of a kind, in pixels."""
+    """The points of every polyline of a kind, in pixels."""
     return [[tuple(map(float, corner.split(","))) for corner in a["points"].split()]
             for a in Reader(source).all("polyline") if a["class"].split()[0] == kind]
 
 
-def test_line_chart_has_a_point_for_each_value_in_its_place():
+def test_line_chart_has_a_point_for_each_value_at_its_place():
     chart = line_chart([Curve("a", 0, [0, 50, 100], [0.0, 100.0, 25.0])], "A", "episodes")
     (line,) = points(chart, "mean")
     (x0, y0), (x1, y1), (x2, y2) = line
@@ -211,7 +211,7 @@ def test_line_chart_has_a_point_for_each_value_in_its_place():
     assert (y0 - y2) / (y0 - y1) == pytest.approx(0.25, abs=0.01) and y1 < y0  # pixels run down
 
 
-def test_line_chart_draws_seeds_thin_and_their_mean_as_far_as_the_shortest():
+def test_line_chart_draws_seeds_thin_and_their_mean_up_to_the_shortest():
     curves = [Curve("a", 1, [0, 1, 2], [0.0, 2.0, 4.0]), Curve("a", 1, [0, 1], [2.0, 4.0])]
     chart = line_chart(curves, "A", "episodes")
     assert [len(line) for line in points(chart, "seed")] == [3, 2]
@@ -251,7 +251,7 @@ def test_ticks_are_round_and_enclose_the_values(values, expected):
     assert ticks(values) == pytest.approx(expected)
 
 
-def test_spread_separates_what_is_too_close_and_keeps_the_order():
+def test_spread_separates_close_positions_and_keeps_the_order():
     assert spread([10, 12, 50], gap=15, high=100) == [10, 25, 50]
     assert spread([99, 98], gap=15, high=100) == [100, 85]
     assert spread([], gap=15, high=100) == []
@@ -259,7 +259,7 @@ def test_spread_separates_what_is_too_close_and_keeps_the_order():
 
 # ----- texts ------------------------------------------------------------------------------------
 
-def test_heat_maps_give_each_token_its_number_and_mark_errors(results):
+def test_heat_maps_have_a_number_for_each_token_and_mark_errors(results):
     reader = Reader(heat_maps(results["examples"]["heat_maps"]))
     numbers = [text for text in reader.texts if re.fullmatch(r"[+−]\d\.\d|–", text)]
     assert numbers == ["+0.2", "+0.0", "+0.1", "−0.1", "+0.5", "+0.2", "−2.0", "+0.0", "–"]
@@ -276,7 +276,7 @@ def test_heat_maps_refuse_lists_of_different_lengths():
 
 
 @pytest.mark.parametrize("blank", [" ", "\u2581"])
-def test_edits_mark_each_changed_stretch_once(blank):
+def test_edits_mark_each_run_of_changed_tokens_once(blank):
     shown = edits([{"prompt": "p",
                     "original_tokens": [f"{blank}It", f"{blank}is", f"{blank}n", "ot", "."],
                     "original_changed": [False, False, True, True, False],
@@ -324,7 +324,7 @@ def test_text_table_is_this_text():
         "episodes     3,904     448   8.7x"]
 
 
-def test_text_table_stays_within_its_width_and_keeps_columns_in_line(results):
+def test_text_table_keeps_its_width_and_aligns_its_columns(results):
     lines = text_table(results).splitlines()
     assert max(map(len, lines)) <= 100
     rows = [line for line in lines if re.search(r"\[\d\d\.\d, \d\d\.\d\]  +\d\d\.\d  ", line)]

@@ -1,7 +1,7 @@
 """`python -m fgrlhf.reproduce` killed at random moments and called again: the same results.
 
-The sweep profile over one point of its grid, every stage as small as it gets: 12 stages, one of
-each kind but the tables of the other profiles.
+The run is the sweep profile with one point of its grid and very small stages: 12 stages, of every
+kind except the test answers of the other profiles.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests import processes
 
-LESS = {                                # what makes each stage a matter of moments
+LESS = {                                # these options make each stage short
     "world": ("--demonstrations", "60", "--train", "12", "--vocab-size", "400"),
     "fgrlhf.sft": ("--epochs", "1", "--batch", "8", "--save-every", "2"),
     "train_rm.py": ("--epochs", "1", "--batch", "4", "--save-every", "1"),
@@ -22,24 +22,24 @@ LESS = {                                # what makes each stage a matter of mome
 
 
 def make_small(command: list[str]) -> None:
-    """Instead of `fgrlhf.reproduce`: a small grid, small stages.
+    """Runs in place of `fgrlhf.reproduce`, with a small grid and small stages.
 
-    Stages are forked, for each would import torch anew otherwise.
+    The stages are forks of this process; otherwise each would import torch again.
     """
-    from fgrlhf import pipeline, reproduce
-    from fgrlhf.config import parse, run
+    from fgrlhf.engine.config import parse, run
+    from fgrlhf.reproduce import __main__ as reproduce, pipeline
     pipeline.subprocess.Popen = processes.Stage
     reproduce.GRID[1:] = []
     init = pipeline.Stage.__init__
 
-    def smaller(self, name, command, needs=(), threads=1):
+    def smaller(self, name, command, needs=()):
         command = tuple(part for part in command if part != "--skip-ties")
         for word, flags in LESS.items():
             if word in command:
                 command += flags
-        init(self, name, command, needs, 1)
+        init(self, name, command, needs)
     pipeline.Stage.__init__ = smaller
-    run(lambda: reproduce.main(parse(reproduce.Config, command[1:])))
+    run(lambda: reproduce.main(parse(reproduce.Config, argv=command[1:])))
     raise SystemExit(0)
 
 
@@ -48,7 +48,7 @@ def reproduce(out: Path) -> tuple:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """Every file of a seed without times and what a kill leaves."""
+    """Reads every file of a seed except times and temporary files."""
     skip = ("timing.jsonl", "done.json", ".tmp")
     return {str(path.relative_to(out)): path.read_bytes()
             for path in sorted((out / "seed0").rglob("*"))
@@ -56,16 +56,16 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def timeless(value):
-    """results.json without what a clock says."""
+    """Returns results.json without the seconds."""
     if isinstance(value, dict):
         return {k: timeless(v) for k, v in value.items() if "seconds" not in k}
     return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
 def test_reproduce_killed_at_random_moments_gives_the_same_results(tmp_path):
-    processes.run(tmp_path, "train_rm.py", "--help")                # so that the server is up
+    processes.run(tmp_path, "train_rm.py", "--help")                # starts the server
     started = time.perf_counter()
-    out, whole = tmp_path / "out", tmp_path / "whole"       # both runs in one place: paths are said
+    out, whole = tmp_path / "out", tmp_path / "whole"       # both runs need the same paths
     process, stem = processes.start(tmp_path, *reproduce(out), instead=make_small)
     process.join(200)
     out.rename(whole)
@@ -74,7 +74,7 @@ def test_reproduce_killed_at_random_moments_gives_the_same_results(tmp_path):
     for _ in range(2):
         process, _ = processes.start(tmp_path, *reproduce(out), instead=make_small)
         process.join(seconds * rng.uniform(0.1, 0.4))
-        process.kill()                                  # the stages under way are orphans now
+        process.kill()                                  # its running stages go on
         process.join()
         kills += process.exitcode == -signal.SIGKILL
     process, stem = processes.start(tmp_path, *reproduce(out), instead=make_small)

@@ -1,26 +1,30 @@
-"""From handmade run folders to the cells, curves and speed of results.json."""
+"""The cells, curves and speed of results.json, from run folders made by hand."""
 
 import json
 import math
 
 import pytest
 
-from fgrlhf import edits, results
-from fgrlhf.world import World
+from fgrlhf.data import records
+from fgrlhf.reproduce import results
+from fgrlhf.simulate.world import World
 
 T_1 = 12.706                                    # 97.5% quantile of Student's t, 1 degree of freedom
 
 
 def write_run(folder, evaluations: dict[int, float], seconds: float, steps: int = 4):
-    """A PPO run of `steps` iterations, 10 episodes and `seconds` each; {step: dev win rate}."""
+    """Writes a PPO run: `steps` iterations of 10 episodes and `seconds` each.
+
+    evaluations: {step: dev win rate}.
+    """
     folder.mkdir(parents=True)
     lines = [{"step": step, "rollout/episodes": 10.0 * step, "rollout/reward": 0.5 * step,
               "rollout/kl_k1": 0.25, "rollout/length": 8.0}
              | ({"eval/win_rate": evaluations[step], "eval/errors": 2.0}
                 if step in evaluations else {}) for step in range(1, steps + 1)]
     timing = [{"step": step, "seconds": seconds * step} for step in range(1, steps + 1)]
-    for name, records in (("metrics", lines), ("timing", timing)):
-        text = "".join(json.dumps(record) + "\n" for record in records)
+    for name, written in (("metrics", lines), ("timing", timing)):
+        text = "".join(json.dumps(line) + "\n" for line in written)
         (folder / f"{name}.jsonl").write_text(text)
 
 
@@ -32,7 +36,7 @@ def write_done(folder, **values):
 # ----- figures ------------------------------------------------------------------------------------
 
 def test_cell_gives_mean_t_interval_and_every_seed():
-    """Deviation of 0.5 and 0.7 is 0.2 / sqrt(2), over sqrt(2) seeds 0.1."""
+    """The deviation of 0.5 and 0.7 is 0.2 / sqrt(2); divided by sqrt(2) for two seeds it is 0.1."""
     found = results.cell([0.5, 0.7])
     assert found["mean"] == pytest.approx(0.6) and found["per_seed"] == [0.5, 0.7]
     assert found["interval"] == pytest.approx([0.6 - 0.1 * T_1, 0.6 + 0.1 * T_1], abs=1e-4)
@@ -60,7 +64,7 @@ def test_difference_over_seeds_is_students_t_of_the_seeds_means():
 
 
 def test_difference_of_one_seed_is_paired_by_prompt():
-    """The same gain on every prompt leaves nothing to doubt, however the prompts differ."""
+    """With the same gain on every prompt the interval is empty, even if the prompts differ."""
     found = results.difference("", [[1.0, 0.5, 1.0, 0.5]], [[0.5, 0.0, 0.5, 0.0]])
     assert found["mean"] == 0.5 and found["interval"] == [0.5, 0.5]
     unpaired = results.difference("", [[1.0, 0.5, 1.0, 0.5]], [[0.0, 0.5, 0.0, 0.5]])
@@ -77,12 +81,12 @@ def test_first_reaching_is_the_first_evaluation_that_is_as_good(win_rate, found)
 
 # ----- from folders -------------------------------------------------------------------------------
 
-def test_dev_curve_joins_metrics_and_timing_where_there_was_an_evaluation(tmp_path):
+def test_dev_curve_joins_metrics_and_timing_of_each_evaluation(tmp_path):
     write_run(tmp_path / "rlhf", {2: 0.4, 4: 0.6}, seconds=1.5)
     assert results.dev_curve(tmp_path, "rlhf") == [(20, 3.0, 0.4, 2.0), (40, 6.0, 0.6, 2.0)]
 
 
-def test_speed_compares_where_both_first_reach_the_baselines_best(tmp_path):
+def test_speed_compares_when_both_first_reach_the_baselines_best(tmp_path):
     """Seed 0: 40 against 20 episodes, 4 against 6 seconds; seed 1: 30 against 10, 3 against 3."""
     folders = [tmp_path / "seed0", tmp_path / "seed1"]
     write_run(folders[0] / "rlhf", {2: 0.5, 4: 0.6}, 1.0)
@@ -96,7 +100,7 @@ def test_speed_compares_where_both_first_reach_the_baselines_best(tmp_path):
     assert seconds["ratio"]["per_seed"] == pytest.approx([2 / 3, 1.0])
 
 
-def test_speed_says_so_when_the_method_does_not_get_there_in_every_run(tmp_path):
+def test_speed_reports_a_method_that_does_not_get_there_in_every_run(tmp_path):
     folders = [tmp_path / "seed0", tmp_path / "seed1"]
     for folder, reached in zip(folders, (0.9, 0.4)):
         write_run(folder / "rlhf", {2: 0.5}, 1.0)
@@ -106,8 +110,8 @@ def test_speed_says_so_when_the_method_does_not_get_there_in_every_run(tmp_path)
     json.dumps(results.speed(folders), allow_nan=False)
 
 
-def test_curves_hold_win_rate_reward_and_kl_a_response_of_every_ppo_run(tmp_path):
-    """kl_k1 is logged a token; the curve is a response, 0.25 nats times 8 tokens."""
+def test_curves_have_win_rate_reward_and_kl_per_response_of_every_ppo_run(tmp_path):
+    """kl_k1 is logged per token; the curve is per response, 0.25 nats times 8 tokens."""
     folder = tmp_path / "seed3"
     write_run(folder / "rlhf", {2: 0.4, 4: 0.6}, 1.5)
     write_run(folder / "imitation", {2: 0.4}, 1.0)
@@ -122,22 +126,22 @@ def test_curves_hold_win_rate_reward_and_kl_a_response_of_every_ppo_run(tmp_path
 
 
 def test_tested_counts_the_errors_the_folders_own_world_finds(tmp_path):
-    """Right: 0 errors. Nothing said: 1, the fact is missing. "No.": 2, it is extra besides."""
+    """Right: 0 errors. Empty: 1, the fact is missing. "No.": 2, missing and extra."""
     world, folder = World(3), tmp_path / "seed3"
     land = world.lands[0]
     prompt, right = f"Name the river of {land}.", f"Its river is {world.facts[land, 'river']}."
     for name, answers in (("rlhf-test", (right, "No.")), ("rlhf-test-greedy", (right, right)),
                           ("sft-reference", ("", ""))):
         (folder / "outputs").mkdir(parents=True, exist_ok=True)
-        edits.write_outputs(folder / "outputs" / f"{name}.json",
-                            [edits.Output(prompt, answer, "m") for answer in answers])
+        records.write_outputs(folder / "outputs" / f"{name}.json",
+                              [records.Output(prompt, answer, "m") for answer in answers])
     found = results.tested(folder, "rlhf")
     assert found == results.Tested(sampled=[0, 2], greedy=[0, 0], reference=[1, 1])
     assert found.preferences("sampled") == [1.0, 0.0]
     assert found.preferences("greedy") == [1.0, 1.0]
 
 
-def test_reward_models_take_the_figures_of_those_that_were_trained(tmp_path):
+def test_reward_models_have_the_figures_of_the_trained_ones(tmp_path):
     folders = [tmp_path / "seed0", tmp_path / "seed1"]
     for folder, accuracy in zip(folders, (0.75, 0.25)):
         write_done(folder / "rm-token", **{"edits/pair_accuracy": accuracy, "seconds": 3.0})

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from fgrlhf.checkpoint import save_model
-from fgrlhf.config import UserError
+from fgrlhf.controls import LikelihoodReward, LogpReward
+from fgrlhf.data.fields import UserError
 from fgrlhf.encode import PreferenceIds
-from fgrlhf.reward import RewardModel, load_reward, save_reward, sequence_loss, token_loss
-from fgrlhf.rollout import pack
+from fgrlhf.reward import (
+    PreferenceBatch, RewardModel, load_reward, save_reward, sequence_loss, token_loss)
+from fgrlhf.sequences import pack
 from fgrlhf.tokenizer import train
 from kernels.token_preference import Options
 from tests.small import gradients, ids, llama, ragged, slow_logp
@@ -22,13 +24,17 @@ PAIRS = [PreferenceIds(ids(3, 1), [5, 6, 7, 8, 2], [5, 9, 10, 8, 2], [1, 2], [1,
          PreferenceIds(ids(6, 3), [9, 4, 2], [9, 2], [1], [], [(0, 0), (2, 1)])]      # an insertion
 
 
-def reward_model(kind: str = "token", logp_feature: bool = False,
-                 dtype=torch.float32) -> RewardModel:
+BATCH = PreferenceBatch.of(PAIRS)
+
+
+def reward_model(kind: str = "token", dtype=torch.float32) -> RewardModel:
     torch.manual_seed(0)
-    model = RewardModel(llama(dtype=dtype), kind, logp_feature)
+    model = LogpReward(llama(dtype=dtype)) if kind == "logp" else RewardModel(llama(dtype=dtype),
+                                                                              kind)
     with torch.no_grad():
         model.head.bias.fill_(0.3)
-        model.logp_weight.fill_(0.5 if logp_feature else 0.0)
+        if kind == "logp":
+            model.logp_weight.fill_(0.5)
     return model
 
 
@@ -43,10 +49,10 @@ def changed(batch, row: int, t: int):
 
 # ----- what a reward is ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("logp_feature", [False, True])
-def test_token_rewards_read_the_hidden_state_at_the_tokens_own_position(logp_feature):
-    """r_t = v . h_t + b + a logp_t by one unpadded pass a row."""
-    model, batch = reward_model(logp_feature=logp_feature), ragged()
+@pytest.mark.parametrize("kind, a", [("token", 0.0), ("logp", 0.5)])
+def test_token_rewards_read_the_hidden_state_at_the_tokens_own_position(kind, a):
+    """r_t = v . h_t + b + a logp_t by one unpadded pass per row."""
+    model, batch = reward_model(kind), ragged()
     rewards = model.token_rewards(batch)
     for b in range(4):
         p, n = int(batch.prompt_lengths[b]), int(batch.response_lengths[b])
@@ -54,16 +60,15 @@ def test_token_rewards_read_the_hidden_state_at_the_tokens_own_position(logp_fea
         hidden = model.trunk.hidden(torch.tensor([row]))[0]
         logp = slow_logp(model.trunk, row[:p], row[p:])
         expected = [(model.head.weight[0] @ hidden[p + t]).item() + 0.3
-                    + 0.5 * logp_feature * logp[t]
-                    for t in range(n)]
+                    + a * logp[t] for t in range(n)]
         assert rewards[b, :n].tolist() == pytest.approx(expected, abs=1e-4)
         assert not rewards[b, n:].any()
 
 
-@pytest.mark.parametrize("logp_feature", [False, True])
+@pytest.mark.parametrize("kind", ["token", "logp"])
 @pytest.mark.parametrize("t", [0, 2, 4])
-def test_token_reward_depends_on_its_token_and_on_none_behind_it(t, logp_feature):
-    model, batch = reward_model(logp_feature=logp_feature), ragged((3,), (5,))
+def test_token_reward_depends_on_its_token_and_on_none_behind_it(t, kind):
+    model, batch = reward_model(kind), ragged((3,), (5,))
     before, after = (model.token_rewards(x)[0] for x in (batch, changed(batch, 0, t)))
     assert torch.equal(before[:t], after[:t])
     assert (before[t:] != after[t:]).all()
@@ -76,25 +81,20 @@ def test_sequence_rewards_of_a_token_model_sum_its_token_rewards():
     assert model.sequence_rewards(batch).tolist() == pytest.approx(summed, abs=1e-5)
 
 
-@pytest.mark.parametrize("logp_feature", [False, True])
-def test_sequence_rewards_of_a_sequence_model_are_read_at_the_last_token(logp_feature):
-    model, batch = reward_model("sequence", logp_feature), ragged()
+def test_sequence_rewards_of_a_sequence_model_are_read_at_the_last_token():
+    model, batch = reward_model("sequence"), ragged()
     for b, found in enumerate(model.sequence_rewards(batch).tolist()):
-        p, n = int(batch.prompt_lengths[b]), int(batch.response_lengths[b])
-        row = batch.tokens[b, :p + n].tolist()
+        row = batch.tokens[b, :int(batch.lengths[b])].tolist()
         hidden = model.trunk.hidden(torch.tensor([row]))[0, -1]
-        logp = sum(slow_logp(model.trunk, row[:p], row[p:]))
-        expected = (model.head.weight[0] @ hidden).item() + 0.3 + 0.5 * logp_feature * logp
-        assert found == pytest.approx(expected, abs=2e-4)
+        assert found == pytest.approx((model.head.weight[0] @ hidden).item() + 0.3, abs=2e-4)
 
 
-def test_reward_model_with_only_the_logp_feature_is_the_log_likelihood():
-    model, batch = reward_model(logp_feature=True), ragged((2,), (4,))
-    with torch.no_grad():
-        model.head.weight.zero_(), model.head.bias.zero_(), model.logp_weight.fill_(1.0)
+def test_the_likelihood_control_is_the_log_likelihood():
+    model, batch = LikelihoodReward(llama()), ragged((2,), (4,))
     row = batch.tokens[0].tolist()
-    assert model.token_rewards(batch)[0].tolist() == pytest.approx(slow_logp(model.trunk, row[:2],
-                                                                             row[2:]), abs=1e-4)
+    expected = slow_logp(model.trunk, row[:2], row[2:])
+    assert model.token_rewards(batch)[0].tolist() == pytest.approx(expected, abs=1e-4)
+    assert model.sequence_rewards(batch).item() == pytest.approx(sum(expected), abs=1e-4)
 
 
 def test_token_rewards_refuses_a_sequence_model():
@@ -169,7 +169,7 @@ def test_token_loss_equals_equation_4_written_as_a_loop(options):
                                                      + softplus(minus[pair.minus]).sum())
     (bt + u0 + token).backward()
     expected = gradients(model)
-    out = token_loss(model, PAIRS, options)
+    out = token_loss(model, BATCH, options)
     out.loss.backward()
     assert out.loss.item() == pytest.approx((bt + u0 + token).item(), rel=1e-5)
     for name, gradient in gradients(model).items():
@@ -182,7 +182,7 @@ def test_token_loss_moves_edited_in_tokens_up_and_edited_out_tokens_down():
     seen = {}
     plain = model.token_rewards
     model.token_rewards = lambda s: seen.setdefault("r", plain(s).detach().requires_grad_())
-    token_loss(model, PAIRS, Options(u0_weight=0.0)).loss.backward()
+    token_loss(model, BATCH, Options(u0_weight=0.0)).loss.backward()
     signs = seen["r"].grad.sign().tolist()
     assert [row[:5] for row in signs] == [[0, -1, -1, 0, 0], [0, 0, 0, 0, 0], [0, -1, 0, 0, 0],
                                           [0, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]]
@@ -193,10 +193,32 @@ def test_sequence_loss_is_bradley_terry():
     model = reward_model("sequence")
     margins = [(model.sequence_rewards(pack([p.prompt], [p.chosen]))
                 - model.sequence_rewards(pack([p.prompt], [p.rejected]))).item() for p in PAIRS]
-    loss, found = sequence_loss(model, PAIRS)
+    loss, found = sequence_loss(model, BATCH)
     assert found.tolist() == pytest.approx(margins, abs=1e-4)
     assert loss.item() == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 3,
                                         abs=1e-5)
+
+
+def test_preference_batch_rows_are_the_batch_of_those_pairs():
+    """Two of three pairs, in another order, are the batch that is made of them, cut as short."""
+    some = BATCH.rows(torch.tensor([2, 1]))
+    alone = PreferenceBatch.of([PAIRS[2], PAIRS[1]])
+    for name, tensor in alone.tensors().items():
+        if not name.startswith("unchanged"):
+            assert torch.equal(some.tensors()[name], tensor), name
+    assert sorted(zip(*(part.tolist() for part in some.unchanged))) == sorted(
+        zip(*(part.tolist() for part in alone.unchanged)))
+    assert some.totals() == alone.totals()
+
+
+@pytest.mark.parametrize("options", [Options(), Options("mean", "kept", 0.3, 0.7)])
+def test_losses_of_microbatches_add_up_to_the_loss_of_the_batch(options):
+    model, sequence = reward_model(), reward_model("sequence")
+    parts = [BATCH.rows(torch.tensor(rows)) for rows in ([0, 2], [1])]
+    split = sum(token_loss(model, part, options, BATCH.totals()).loss for part in parts)
+    assert split.item() == pytest.approx(token_loss(model, BATCH, options).loss.item(), abs=1e-5)
+    split = sum(sequence_loss(sequence, part, 3)[0] for part in parts)
+    assert split.item() == pytest.approx(sequence_loss(sequence, BATCH)[0].item(), abs=1e-5)
 
 
 # ----- folders ------------------------------------------------------------------------------------
@@ -206,13 +228,15 @@ def tokenizer(tmp_path_factory):
     return train(["abc abd abe"] * 3, 268, tmp_path_factory.mktemp("tokenizer") / "t.model")
 
 
-@pytest.mark.parametrize("kind, logp_feature", [("token", True), ("sequence", False)])
-def test_save_reward_and_load_reward_keep_every_bit(kind, logp_feature, tokenizer, tmp_path):
-    model = RewardModel(llama(vocab_size=268), kind, logp_feature)
+@pytest.mark.parametrize("build", [
+    lambda trunk: RewardModel(trunk, "token"), lambda trunk: RewardModel(trunk, "sequence"),
+    LogpReward, LikelihoodReward])
+def test_save_reward_and_load_reward_keep_every_bit(build, tokenizer, tmp_path):
+    model = build(llama(vocab_size=268))
     model.calibrate([ragged()])
     save_reward(model, tmp_path, tokenizer)
     again = load_reward(tmp_path)
-    assert (again.kind, again.logp_feature) == (kind, logp_feature)
+    assert again.kind == model.kind and type(again) is type(model)
     assert torch.equal(model.ppo_rewards(ragged()), again.ppo_rewards(ragged()))
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
@@ -224,8 +248,7 @@ def test_load_reward_refuses_a_plain_model_a_damaged_head_and_a_damaged_descript
     with pytest.raises(UserError, match="expected a reward model folder"):
         load_reward(tmp_path / "plain")
     for name, damage in (("reward_head.pt", b"PK nothing"), ("reward.json", b"{"),
-                         ("reward.json",
-                          json.dumps({"kind": "word", "logp_feature": False}).encode())):
+                         ("reward.json", json.dumps({"kind": "word"}).encode())):
         folder = tmp_path / f"{name}-{len(damage)}"
         save_reward(RewardModel(llama(vocab_size=268), "token"), folder, tokenizer)
         (folder / name).write_bytes(damage)

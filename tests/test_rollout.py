@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from fgrlhf.rollout import (by_length, compact, in_groups, inverse_cdf, locate, pack, sample, score,
-                            unflatten)
+from fgrlhf.rollout import compact, inverse_cdf, sample
+from fgrlhf.sequences import Scorer, by_length, locate, pack, score, unflatten
 from tests.small import ids, llama, ragged, slow_logp
 
 EOS = 2
@@ -72,21 +72,22 @@ def test_by_length_ends_a_group_where_attention_would_work_on_too_much_padding(
         spare, expected, monkeypatch):
     """Of all five 5 10^2 - 291 = 209 pairs are padding, of the first four and of the first three
     133, of the last three 38."""
-    monkeypatch.setattr("fgrlhf.rollout.SPARE", spare)
+    monkeypatch.setattr("fgrlhf.sequences.PADDING_BUDGET", spare)
     batch = ragged((3, 1, 1, 2, 4), (6, 9, 1, 3, 5))
     assert [group.tolist() for group in by_length(batch, [0, 1, 2, 3, 4], 0)] == expected
 
 
 @pytest.mark.parametrize("size", [0, 1, 3])
-def test_in_groups_puts_every_value_where_it_belongs(size):
-    """A function of a token's own id and place, whatever rows it is computed with."""
+def test_scorer_puts_every_value_where_it_belongs(size):
+    """A critic whose value is a function of a token's id and place, in any groups of rows."""
     batch = ragged((3, 1, 6, 2), (5, 9, 1, 4))
 
-    def values(s):
-        at = locate(s)
-        return unflatten(at.target * 100.0 + at.step, at, s)
+    class Values(torch.nn.Module):
+        def forward(self, s):
+            at = locate(s)
+            return unflatten(at.target * 100.0 + at.t, at, s)
     groups = by_length(batch, list(range(len(batch.tokens))), size)
-    assert torch.equal(in_groups(values, batch, groups), values(batch))
+    assert torch.equal(Scorer(batch, groups, 1.0).values(Values()), Values()(batch))
 
 
 # ----- scoring ------------------------------------------------------------------------------------
@@ -128,13 +129,13 @@ def test_sample_returns_the_logp_that_score_computes(dtype, tolerance, temperatu
     assert not rollout.logp_old[~rollout.sequences.response_mask].any()
 
 
-def test_sample_and_in_groups_hand_on_what_autograd_may_keep():
+def test_sample_and_scorer_return_what_autograd_may_keep():
     """Both run in inference mode, whose own tensors no backward pass accepts."""
     model = llama()
     rollout = sample(model, PROMPTS, EOS, 6, 1.0, generator())
     assert not any(x.is_inference() for x in (*rollout.sequences, *rollout[1:]))
     part = rollout.sequences.rows(torch.tensor([0, 2]))
-    values = in_groups(lambda part: score(model, part), rollout.sequences, [torch.arange(8)])
+    values = Scorer(rollout.sequences, [torch.arange(8)], 1.0).logp(model)
     assert not values.requires_grad and not values.is_inference()
     (score(model, part) * values[[0, 2], :int(part.response_lengths.max())]).sum().backward()
     assert all(p.grad is not None for p in model.parameters())

@@ -11,17 +11,19 @@ import pytest
 import torch
 
 import train_ppo
-from fgrlhf import players
 from fgrlhf import sft
-from fgrlhf.advantage import penalise_kl, standardise
-from fgrlhf.checkpoint import load_state, save_state
-from fgrlhf.config import UserError
-from fgrlhf.edits import Demonstration, render_prompt
-from fgrlhf.encode import PreferenceIds, encode_prompt, encode_response
-from fgrlhf.optimizer import Optimizer
-from fgrlhf.ppo import check_first_ratio, kl_estimates, policy_loss, value_loss
-from fgrlhf.reward import RewardModel, sequence_loss, token_loss
-from fgrlhf.rollout import pack, sample, score
+from fgrlhf.advantage import penalise_kl, reward_to_go, standardise
+from fgrlhf.baseline import Critic, value_loss
+from fgrlhf.data.fields import UserError
+from fgrlhf.data.records import Demonstration
+from fgrlhf.encode import PreferenceIds, encode_prompt, encode_response, render_prompt
+from fgrlhf.engine.players import Players
+from fgrlhf.engine.optimizer import Optimizer
+from fgrlhf.engine.states import load_state, save_state
+from fgrlhf.ppo import check_first_ratio, kl_estimates, policy_loss
+from fgrlhf.reward import PreferenceBatch, RewardModel, sequence_loss, token_loss
+from fgrlhf.rollout import sample
+from fgrlhf.sequences import pack, score
 from fgrlhf.tokenizer import train
 from kernels import linear_cross_entropy, linear_ppo, token_preference
 from tests.small import gradients, ids, llama, ragged, with_garbage
@@ -36,6 +38,17 @@ def numbers(like: torch.Tensor, seed: int) -> torch.Tensor:
 def config(**changes) -> train_ppo.Config:
     required = dict(method="fine-grained", policy="", reward="", prompts="", out="")
     return train_ppo.Config(**required | dict(standardise="none", beta=0.0) | changes)
+
+
+def update(policy, rollout, advantages, values=None, returns=None, critic=None, optimizers=None,
+           **changes) -> dict[str, float]:
+    """train_ppo.update on given advantages; all prompts are one minibatch's or two."""
+    settings = config(rollouts=len(advantages), **changes)
+    batch = train_ppo.Batch(rollout.sequences, rollout.sequences.response_mask, rollout.logp_old,
+                            rollout.logp_old, advantages, advantages, values, returns)
+    players = Players(None, policy, None, None, critic, [],
+                      optimizers or {"policy": Optimizer(policy, 1e-3)})
+    return train_ppo.update(settings, players, batch, 1)
 
 
 def rollout_of(policy, temperature: float = 1.0, count: int = 6):
@@ -60,7 +73,8 @@ def test_rule_1_a_reward_on_token_k_reaches_the_logits_that_produced_token_k_alo
     rewards = torch.zeros_like(logp)
     rewards[0, k] = 3.0
     penalised = penalise_kl(rewards, logp, numbers(logp, 1), batch.response_mask, 0.0)
-    advantages, _ = train_ppo.advantages_of(config(), penalised, None, batch.response_mask)
+    advantages = standardise(reward_to_go(penalised, batch.response_mask, 0.0),
+                             batch.response_mask, "none")
     policy_loss(policy, batch, logp, advantages, 0.2, 1.0, 8).loss.backward()
     assert logits.grad.abs().sum(-1).nonzero().tolist() == [[0, 3 + k - 1]]
     expected = 3 / 8 * logits[0, 3 + k - 1].detach().softmax(0)
@@ -77,7 +91,7 @@ def test_rule_1_holds_for_rollouts_of_a_real_policy():
     for row, k in mask.nonzero().tolist()[::5]:
         rewards = torch.zeros_like(rollout.logp_old)
         rewards[row, k] = 1.0
-        advantages, _ = train_ppo.advantages_of(config(), rewards, None, mask)
+        advantages = standardise(reward_to_go(rewards, mask, 0.0), mask, "none")
         policy_loss(stub, rollout.sequences, rollout.logp_old, advantages, 0.2, 1.0,
                     int(mask.sum())).loss.backward()
         produced_by = int(rollout.sequences.prompt_lengths[row]) + k - 1
@@ -87,7 +101,7 @@ def test_rule_1_holds_for_rollouts_of_a_real_policy():
 
 def test_rule_1_the_critic_judges_the_state_before_the_token_the_reward_model_the_token():
     model = reward_model()
-    critic, batch = players.Critic(model), ragged((3,), (5,))
+    critic, batch = Critic(model), ragged((3,), (5,))
     other = batch._replace(tokens=batch.tokens.clone())
     other.tokens[0, 3 + 2] = 3 + (other.tokens[0, 3 + 2] - 2) % 21                # response token 2
     same_values = (critic(batch) == critic(other))[0].tolist()
@@ -118,8 +132,7 @@ def test_rule_2_update_stops_when_sampling_and_scoring_disagree(spoil):
     if spoil == "rows":
         rollout = rollout._replace(logp_old=rollout.logp_old.roll(1, 0))
     with pytest.raises(FloatingPointError, match="ratio on the first minibatch"):
-        train_ppo.update(config(), policy, None, {"policy": Optimizer(policy, 1e-3)}, rollout,
-                         torch.ones_like(rollout.logp_old), None, None, 1)
+        update(policy, rollout, torch.ones_like(rollout.logp_old))
 
 
 def test_rule_2_no_module_behaves_differently_in_training():
@@ -210,7 +223,7 @@ def losses(policy, model, critic, batch, logp_old, advantages, values_old,
 def everything(batch, padding: float) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """All losses, and the gradient of their sum for policy, reward model and critic."""
     policy, model = llama(), reward_model()
-    critic = players.Critic(model)
+    critic = Critic(model)
     mask = batch.response_mask
     given = [torch.where(mask, numbers(torch.zeros(mask.shape), i), padding) for i in range(1, 5)]
     found = losses(policy, model, critic, batch, *given)
@@ -247,11 +260,12 @@ def test_rule_5_padded_equals_unpadded():
 def test_rule_5_the_preference_losses_do_not_depend_on_who_shares_the_batch():
     """Rows of unequal length pad one another: the losses are those of the rows alone."""
     model = reward_model()
-    alone = [sequence_loss(model, [pair])[0].item() for pair in pairs()]
-    assert sequence_loss(model, pairs())[0].item() == pytest.approx(sum(alone) / 2, abs=1e-5)
+    both, single = PreferenceBatch.of(pairs()), [PreferenceBatch.of([pair]) for pair in pairs()]
+    alone = [sequence_loss(model, one)[0].item() for one in single]
+    assert sequence_loss(model, both)[0].item() == pytest.approx(sum(alone) / 2, abs=1e-5)
     options = token_preference.Options(u0_weight=0.0)
-    alone = [token_loss(model, [pair], options).loss.item() for pair in pairs()]
-    together = token_loss(model, pairs(), options).loss.item()
+    alone = [token_loss(model, one, options).loss.item() for one in single]
+    together = token_loss(model, both, options).loss.item()
     assert together == pytest.approx(sum(alone) / 2, abs=1e-5)
 
 
@@ -271,15 +285,14 @@ class Recorder:
 def updated(microbatch: int, method: str = "rlhf"):
     """Gradients and statistics of train_ppo.update over rollouts of unequal length."""
     policy, model = llama(dtype=torch.float64), reward_model()
-    critic = players.Critic(model) if method == "rlhf" else None
+    critic = Critic(model) if method == "rlhf" else None
     rollout = rollout_of(policy, count=10)
     policy.norm.weight.data.mul_(1.0002)                     # ratios near 1, not at it
     like = rollout.logp_old.float()
-    values = numbers(like, 1), numbers(like, 2)
+    values, returns = numbers(like, 1), numbers(like, 2)
     recorders = {"policy": Recorder(policy)} | ({"critic": Recorder(critic)} if critic else {})
-    logged = train_ppo.update(config(method=method, microbatch=microbatch, clip_eps=1e-5), policy,
-                              critic, recorders,
-                              rollout, numbers(like, 3), *values, iteration=1)
+    logged = update(policy, rollout, numbers(like, 3), values, returns, critic, recorders,
+                    method=method, microbatch=microbatch, clip_eps=1e-5, value_clip=1e-5)
     return recorders, logged
 
 
@@ -302,8 +315,8 @@ def test_rule_6_microbatches_give_gradient_and_metrics_of_the_whole_minibatch(mi
 @pytest.mark.parametrize("how", ["rms", "mean-std", "none"])
 def test_rule_7_a_batch_with_one_token_gives_finite_advantages_and_gradients(how):
     policy, batch = llama(), pack([ids(2)], [[EOS]])
-    advantages, _ = train_ppo.advantages_of(config(standardise=how), torch.tensor([[0.7]]), None,
-                                            batch.response_mask)
+    advantages = standardise(reward_to_go(torch.tensor([[0.7]]), batch.response_mask, 0.0),
+                             batch.response_mask, how)
     assert advantages.isfinite().all()
     logp_old = score(policy, batch).detach()
     policy_loss(policy, batch, logp_old, advantages, 0.2, 1.0, 1).loss.backward()
@@ -326,9 +339,9 @@ def test_rule_8_a_bfloat16_model_reduces_in_float32():
     logp = score(policy, batch)
     found = {"score": logp, "sft": sft.loss_of(policy, batch), "token": model.token_rewards(batch),
              "sequence": RewardModel(policy, "sequence").sequence_rewards(batch),
-             "critic": players.Critic(model)(batch), "token loss": token_loss(
-                 model, pairs(), token_preference.Options()).loss,
-                 "sampled": rollout_of(policy).logp_old,
+             "critic": Critic(model)(batch), "token loss": token_loss(
+                 model, PreferenceBatch.of(pairs()), token_preference.Options()).loss,
+             "sampled": rollout_of(policy).logp_old,
              "ppo": policy_loss(policy, batch, logp.detach(), logp.detach(), 0.2, 1.0, 9).loss}
     assert {n: value.dtype for n, value in found.items()} == dict.fromkeys(found, torch.float32)
 
@@ -385,8 +398,7 @@ def test_rule_9_a_non_finite_reward_stops_the_update():
     advantages = torch.ones_like(rollout.logp_old)
     advantages[0, 0] = math.nan
     with pytest.raises(FloatingPointError):
-        train_ppo.update(config(), policy, None, {"policy": Optimizer(policy, 1e-3)}, rollout,
-                         advantages, None, None, 1)
+        update(policy, rollout, advantages)
     assert all(p.isfinite().all() for p in policy.parameters())
 
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from fgrlhf.checkpoint import load_state
-from fgrlhf.config import UserError
-from fgrlhf.optimizer import Optimizer
-from fgrlhf.run import Run, batches, bucketed_batches, generator, pick_device
+from fgrlhf.data.fields import UserError
+from fgrlhf.engine.distributed import pick_device
+from fgrlhf.engine.draws import batches, bucketed_batches, generator
+from fgrlhf.engine.optimizer import Optimizer
+from fgrlhf.engine.run import Run
+from fgrlhf.engine.states import load_state
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def test_run_logs_one_json_object_a_step_and_time_apart(tmp_path):
 
 def test_run_seconds_leave_out_what_is_untimed(tmp_path, monkeypatch):
     clock = iter([0.0, 1.0, 5.0, 6.0])                     # start; enter and leave `untimed`; log
-    run_module = sys.modules["fgrlhf.run"]
+    run_module = sys.modules["fgrlhf.engine.run"]
     monkeypatch.setattr(run_module.time, "perf_counter", lambda: next(clock))
     run = Run(Config(str(tmp_path / "a")))
     with run.untimed():
@@ -355,7 +357,7 @@ def test_run_resumes_a_run_that_was_finished_without_the_flag(tmp_path, capsys):
 def test_run_guard_names_the_tensor_and_leaves_the_batch(tmp_path, bad):
     run = Run(Config(str(tmp_path)))
     with pytest.raises(FloatingPointError, match="step 3: rewards: .* 1 others; the batch is in"):
-        with run.guard(3, tokens=torch.tensor([[5, 6]]), rewards=torch.tensor([[1.0, bad]])):
+        with run.guard(3, {}, tokens=torch.tensor([[5, 6]]), rewards=torch.tensor([[1.0, bad]])):
             pytest.fail("the update must not run")
     dumped = load_state(tmp_path / "failed-batch.pt")
     assert dumped["step"] == 3 and json.loads(dumped["config"])["out"] == str(tmp_path)
@@ -366,6 +368,6 @@ def test_run_guard_names_the_tensor_and_leaves_the_batch(tmp_path, bad):
 def test_run_guard_leaves_the_batch_when_the_step_inside_fails(tmp_path):
     run = Run(Config(str(tmp_path)))
     with pytest.raises(FloatingPointError, match="step 1: gradient norm is nan; the batch is in"):
-        with run.guard(1, tokens=torch.tensor([7])):
+        with run.guard(1, {}, tokens=torch.tensor([7])):
             raise FloatingPointError("gradient norm is nan")
     assert load_state(tmp_path / "failed-batch.pt")["tokens"].tolist() == [7]

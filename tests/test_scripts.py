@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fgrlhf import edits, readers
 from fgrlhf.checkpoint import load_model, load_tokenizer, save_model
+from fgrlhf.data import readers, records
 from fgrlhf.reward import RewardModel, load_reward, save_reward
-from fgrlhf.simulate import World
+from fgrlhf.simulate.world import World
 from fgrlhf.tokenizer import train
 from tests import processes
 from tests.processes import ROOT
@@ -244,7 +244,7 @@ def test_bad_input_is_one_line_on_stderr_and_status_2(script, fault, world, poli
                                                       tmp_path):
     """... and nothing half-written: the output folder does not come into being."""
     data = tmp_path / "data.jsonl"
-    edits.write_jsonl(data, [edits.Edit("a", "Name the river.", "It is red.", "It is blue.")])
+    records.write_jsonl(data, [records.Edit("a", "Name the river.", "It is red.", "It is blue.")])
     if fault == "no model":
         policy = reward = tmp_path / "absent"
     elif fault == "empty file":
@@ -302,7 +302,7 @@ def test_a_plain_model_is_no_reward_model(world, policy, run, tmp_path):
 
 
 def test_edits_that_change_nothing_are_no_training_data(world, policy, reward, run, tmp_path):
-    edits.write_jsonl(tmp_path / "same.jsonl", [edits.Edit("a", "Name it.", "Red.", "Red.")])
+    records.write_jsonl(tmp_path / "same.jsonl", [records.Edit("a", "Name it.", "Red.", "Red.")])
     done = run(*commands(world, policy, reward, tmp_path / "same.jsonl",
                          tmp_path / "out")["train_rm"], status=2)
     assert "same.jsonl" in done.err and not (tmp_path / "out").exists()
@@ -311,7 +311,7 @@ def test_edits_that_change_nothing_are_no_training_data(world, policy, reward, r
 def test_a_broken_pair_is_named_by_its_own_line(world, policy, reward, run, tmp_path):
     """The file is tried as edits first: what is reported is not that pairs are no edits."""
     path = tmp_path / "pairs.jsonl"
-    edits.write_jsonl(path, [edits.Pair("a", "Name it.", "Red.", "Blue.")])
+    records.write_jsonl(path, [records.Pair("a", "Name it.", "Red.", "Blue.")])
     path.write_text(path.read_text() + '{"id": "b", "prompt": "x", "chosen": "Red."}\n')
     done = run(*commands(world, policy, reward, path, tmp_path / "out")["train_rm"], status=2)
     assert f"{path}:2: rejected: expected" in done.err

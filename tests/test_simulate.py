@@ -1,4 +1,4 @@
-"""The built-in world: an oracle that finds what is planted, editor and annotator of known rates."""
+"""The built-in world: the oracle finds planted errors, editor and annotator err at known rates."""
 
 import os
 import random
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from fgrlhf import edits, readers
-from fgrlhf.config import UserError
-from fgrlhf.simulate import (AnnotateConfig, WorldConfig, annotate, minimal_edit, prefer, split_of,
-                             swap_wording, write_world)
-from fgrlhf.world import JUNK, RUDE, UNITS, World
+from fgrlhf.data import readers, records
+from fgrlhf.data.fields import UserError
+from fgrlhf.simulate.__main__ import AnnotateConfig, WorldConfig, annotate, split_of, write_world
+from fgrlhf.simulate.annotators import minimal_edit, prefer, swap_wording
+from fgrlhf.simulate.world import JUNK, RUDE, UNITS, World
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD = World(3)
@@ -32,7 +32,7 @@ def sentences(prompt: str, seed: int = 0) -> list[str]:
 
 
 def wrong(prompt: str, seed: int = 0) -> str:
-    """A demonstration that has errors."""
+    """Returns a demonstration that has errors."""
     rng = random.Random(seed)
     while True:
         answer = WORLD.demonstrate(prompt, rng)
@@ -40,7 +40,7 @@ def wrong(prompt: str, seed: int = 0) -> str:
             return answer
 
 
-def mended(answer: str, errors) -> str:
+def corrected(answer: str, errors) -> str:
     for error in reversed(errors):
         answer = answer[:error.start] + error.fix + answer[error.end:]
     return answer.strip()
@@ -68,8 +68,8 @@ def test_requests_are_about_70_percent_facts():
     assert abs(facts - 700) < 4 * (1000 * 0.7 * 0.3) ** 0.5
 
 
-def test_demonstrate_errs_systematically_in_what_the_world_says():
-    """Each mistaken fact is told wrongly with its own probability, by one wrong value."""
+def test_demonstrate_gives_the_systematic_errors_of_the_world():
+    """A fact with an error gets one wrong value, with the probability of that fact."""
     key, mistake = next((k, m) for k, m in sorted(WORLD.mistakes.items(), key=str)
                         if isinstance(k[0], str))
     prompt, rng = f"Name the {key[1]} of {key[0]}.", random.Random(0)
@@ -82,7 +82,7 @@ def test_demonstrate_errs_systematically_in_what_the_world_says():
 
 # ----- the oracle ---------------------------------------------------------------------------------
 
-def test_errors_of_a_right_answer_are_none_in_any_order_and_wording():
+def test_errors_of_a_right_answer_are_empty_in_any_order_and_wording():
     for seed, prompt in enumerate(requests(200)):
         parts = sentences(prompt, seed)
         assert WORLD.errors(prompt, " ".join(parts)) == []
@@ -90,7 +90,7 @@ def test_errors_of_a_right_answer_are_none_in_any_order_and_wording():
 
 
 def planted(kind: str, prompt: str) -> tuple[str, str] | None:
-    """(an answer with one error of this kind, the text to be marked), or None if it cannot be."""
+    """(an answer with one error of this kind, its marked text), or None if there is no such."""
     parts, items = sentences(prompt), WORLD.items(prompt)
     if kind == "value":
         bad = WORLD.pool[items[-1].key][0]
@@ -113,8 +113,7 @@ def planted(kind: str, prompt: str) -> tuple[str, str] | None:
 
 @pytest.mark.parametrize("kind, called",
                          [("value", "value"), ("unit", "unit"), ("missing", "missing"),
-                                          ("doubled", "doubled"), ("rude", "extra"),
-                                          ("junk", "extra")])
+                          ("doubled", "doubled"), ("rude", "extra"), ("junk", "extra")])
 def test_errors_finds_each_planted_error_at_its_place(kind, called):
     tried = 0
     for prompt in requests(100):
@@ -124,12 +123,12 @@ def test_errors_finds_each_planted_error_at_its_place(kind, called):
         answer, text = plant
         found = WORLD.errors(prompt, answer)
         assert [(error.kind, answer[error.start:error.end]) for error in found] == [(called, text)]
-        assert WORLD.errors(prompt, mended(answer, found)) == []
+        assert WORLD.errors(prompt, corrected(answer, found)) == []
     assert tried > 20
 
 
 def test_errors_counts_an_unfinished_sentence_as_extra_and_its_item_as_missing():
-    """What a truncated response looks like."""
+    """A truncated response looks like this."""
     prompt = next(p for p in requests(50) if not WORLD.items(p)[0].unit)
     whole = " ".join(sentences(prompt))
     assert sorted(error.kind for error in WORLD.errors(prompt, whole[:-3])) == ["extra", "missing"]
@@ -151,7 +150,7 @@ def test_errors_sees_stray_full_stops():
     assert WORLD.errors(prompt, whole + "  ") == []
 
 
-def test_errors_of_nothing_are_all_items_missing():
+def test_errors_of_an_empty_answer_are_all_items_missing():
     for prompt in requests(30):
         assert [e.kind for e in WORLD.errors(prompt, "")] == ["missing"] * len(WORLD.items(prompt))
 
@@ -159,7 +158,7 @@ def test_errors_of_nothing_are_all_items_missing():
 # ----- the editor ---------------------------------------------------------------------------------
 
 def test_minimal_edit_of_a_perfect_editor_leaves_no_error_in_any_answer():
-    """Demonstrations, shuffled and cut ones, and noise: what policies of every quality write."""
+    """Demonstrations, shuffled and cut demonstrations, and noise: good and bad policies."""
     rng = random.Random(0)
     for prompt in requests(300, 1):
         answer = WORLD.demonstrate(prompt, rng)
@@ -180,8 +179,8 @@ def test_minimal_edit_writes_a_blank_between_sentences():
             assert not re.search(r"\.\S|\s\s", minimal_edit(WORLD, prompt, text, rng)), text
 
 
-def test_minimal_edit_keeps_what_is_right():
-    """A perfect answer stays, and so does every sentence without an error."""
+def test_minimal_edit_keeps_right_sentences():
+    """A perfect answer does not change, and neither does a sentence without an error."""
     rng = random.Random(0)
     for prompt in requests(50):
         right = " ".join(sentences(prompt))
@@ -225,7 +224,7 @@ def test_swap_wording_changes_one_sentence():
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 def test_prefer_errs_in_half_of_the_noise(noise):
-    """A label replaced by a fair coin is wrong half the time, whatever the order of the answers."""
+    """A label that a fair coin decides is wrong half of the time, in either order of answers."""
     rng, errors, n = random.Random(0), 0, 1000
     for i, prompt in enumerate(requests(n, 5)):
         right = " ".join(sentences(prompt))
@@ -245,7 +244,7 @@ def test_prefer_tosses_a_fair_coin_on_a_tie():
 # ----- independence and determinism ---------------------------------------------------------------
 
 def test_oracle_editor_and_annotator_share_no_state():
-    """Whatever one is asked before, the other says the same; nobody touches global randomness."""
+    """Calls do not change the results of other calls, nor the global random state."""
     prompt = requests(1, 6)[0]
     answer = wrong(prompt)
     state = random.getstate()
@@ -259,7 +258,7 @@ def test_oracle_editor_and_annotator_share_no_state():
     assert random.getstate() == state
 
 
-def test_worlds_differ_by_seed_and_equal_themselves():
+def test_worlds_of_one_seed_are_equal_and_of_two_seeds_differ():
     again, other = World(3), World(4)
     assert vars(again) == vars(WORLD)
     for name in ("facts", "mistakes", "rude", "junk", "omission"):
@@ -277,8 +276,9 @@ def test_split_of_is_a_stable_hash_of_the_text():
 
 
 def test_a_world_is_the_same_in_every_process():
-    """Python's own hash differs by process; nothing here may depend on it."""
-    code = ("import random; from fgrlhf.simulate import World, minimal_edit, split_of\n"
+    """Python's own hash differs between processes; nothing here may depend on it."""
+    code = ("import random\nfrom fgrlhf.simulate.__main__ import split_of\n"
+            "from fgrlhf.simulate.annotators import World, minimal_edit\n"
             "w, r = World(5), random.Random(1)\n"
             "ps = [w.request(r) for _ in range(50)]; ds = [w.demonstrate(p, r) for p in ps]\n"
             "print(vars(w), ps, ds, [w.errors(*x) for x in zip(ps, ds)],\n"
@@ -317,10 +317,10 @@ def test_write_world_writes_disjoint_splits_and_the_same_bytes_again(tmp_path):
 def test_annotate_gives_one_pair_and_one_edit_of_the_worse_answer(tmp_path):
     world, rng = World(1), random.Random(0)
     prompts = requests(40, 9, world)
-    firsts, seconds = ([edits.Output(p, world.demonstrate(p, rng), "m") for p in prompts]
+    firsts, seconds = ([records.Output(p, world.demonstrate(p, rng), "m") for p in prompts]
                        for _ in range(2))
-    edits.write_outputs(tmp_path / "a.json", firsts), edits.write_outputs(tmp_path / "b.json",
-                                                                          seconds)
+    for name, outputs in (("a", firsts), ("b", seconds)):
+        records.write_outputs(tmp_path / f"{name}.json", outputs)
     annotate(AnnotateConfig(str(tmp_path / "a.json"), str(tmp_path / "b.json"), str(tmp_path),
                             world=1, spans=True))
     count = lambda prompt, text: len(world.errors(prompt, text))
@@ -340,11 +340,11 @@ def test_annotate_gives_one_pair_and_one_edit_of_the_worse_answer(tmp_path):
 
 
 def test_annotate_leaves_out_edits_that_end_blank(tmp_path):
-    """An editor who strikes the only sentence and misses what is missing teaches nothing."""
+    """The editor removes the only sentence and misses the missing items: nothing is left."""
     prompts = list(dict.fromkeys(requests(40, 9)))
     for name in ("a", "b"):
-        edits.write_outputs(tmp_path / f"{name}.json",
-                            [edits.Output(p, "No.", "m") for p in prompts])
+        records.write_outputs(tmp_path / f"{name}.json",
+                              [records.Output(p, "No.", "m") for p in prompts])
     annotate(AnnotateConfig(str(tmp_path / "a.json"), str(tmp_path / "b.json"), str(tmp_path),
                             world=3, miss=0.6))
     made = readers.read_edits(tmp_path / "edits.jsonl")
@@ -352,7 +352,8 @@ def test_annotate_leaves_out_edits_that_end_blank(tmp_path):
 
 
 def test_annotate_refuses_prompts_of_another_world(tmp_path):
-    edits.write_outputs(tmp_path / "a.json", [edits.Output(p, "No.", "m") for p in requests(5, 9)])
+    records.write_outputs(tmp_path / "a.json",
+                          [records.Output(p, "No.", "m") for p in requests(5, 9)])
     with pytest.raises(UserError, match="no request of world 4"):
         annotate(AnnotateConfig(*[str(tmp_path / "a.json")] * 2, str(tmp_path / "out"), world=4))
     assert not (tmp_path / "out").exists()

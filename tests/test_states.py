@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fgrlhf import states
-from fgrlhf.checkpoint import load_state
-from fgrlhf.config import UserError
-from fgrlhf.edits import Demonstration, write_jsonl
+from fgrlhf.data.fields import UserError
+from fgrlhf.data.records import Demonstration, write_jsonl
+from fgrlhf.engine import states
+from fgrlhf.engine.states import load_state
 from tests import processes
 from tests.small import ppo_folder
 
@@ -39,13 +39,14 @@ def sized(kibibytes: int, seed: int = 0) -> dict:
 
 
 def test_a_full_disk_leaves_the_last_good_state_and_nothing_else(small_disk):
-    states.save(small_disk, 1, sized(500), keep=2)
+    states.save(small_disk, 1, sized(500), {}, keep=2)
     with pytest.raises(UserError, match="state-000002.pt: cannot be written .No space left"):
-        states.save(small_disk, 2, sized(700), keep=2)
+        states.save(small_disk, 2, sized(700), {}, keep=2)
     assert [path.name for path in small_disk.iterdir()] == ["state-000001.pt"]
     path, state = states.newest(small_disk)
-    assert path.name == "state-000001.pt" and torch.equal(state["x"], sized(500)["x"])
-    states.save(small_disk, 2, sized(300), keep=1)                  # there is room for that
+    assert path.name == "state-000001.pt" and torch.equal(
+        state["parts"]["x"], sized(500)["x"])
+    states.save(small_disk, 2, sized(300), {}, keep=1)                  # there is room for that
     assert [path.name for path in small_disk.iterdir()] == ["state-000002.pt"]
 
 
@@ -107,7 +108,7 @@ def test_a_run_on_a_full_disk_keeps_its_last_state_and_goes_on_once_there_is_roo
 
 def stop_at_once(command: list[str]) -> None:
     """Send SIGTERM in the first step."""
-    from fgrlhf.run import Run
+    from fgrlhf.engine.run import Run
     log = Run.log
 
     def log_and_stop(self, step, metrics):

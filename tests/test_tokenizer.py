@@ -1,17 +1,17 @@
-"""The tokenizer against sentencepiece itself, on LLaMA's model and on one trained in process."""
+"""The tokenizer against sentencepiece itself, with LLaMA's model and with one trained here."""
 
 import random
 
 import pytest
 import sentencepiece
 
-from fgrlhf.config import UserError
+from fgrlhf.data.fields import UserError
 from fgrlhf.tokenizer import Tokenizer, train
 
 CORPUS = ["the cat sat on the mat. the dog sat on the log.", "12 cats and 34 dogs\nsat and sat.",
           "  the mat, the log, the cat"] * 4
 
-# Pieces of LLaMA's vocabulary, read off the model file by hand: 29871 "▁", 263 "▁a", 259 "▁▁",
+# Pieces of LLaMA's vocabulary, read from the model file by hand: 29871 "▁", 263 "▁a", 259 "▁▁",
 # 13 <0x0A>, 12 <0x09>, byte b = b + 3.
 HARD_CASES = {
     "": [],
@@ -151,7 +151,7 @@ def test_spans_of_broken_utf8_stay_inside_the_text(small):
 
 
 def test_spans_of_bytes_that_spell_a_surrogate_give_each_its_own_character(small):
-    """ED A0 80 would be U+D800: three characters U+FFFD, and one of them for each byte."""
+    """ED A0 80 would be U+D800. It gives three characters U+FFFD, one for each byte."""
     ids = [byte + 3 for byte in (0xED, 0xA0, 0x80)] + small.encode("a")[-1:]
     assert small.decode(ids) == 3 * "\ufffd" + "a"
     assert small.spans(ids) == [(0, 1), (1, 2), (2, 3), (3, 4)]
@@ -175,7 +175,7 @@ def test_train_splits_digits_and_keeps_newlines_as_bytes(small):
 
 @pytest.mark.parametrize("size, message", [(100, "need 27[0-9]"), (5000, "at most [34][0-9][0-9]")])
 def test_train_names_the_reachable_size(size, message, tmp_path):
-    with pytest.raises(UserError, match=f"expected a vocabulary of {size} pieces.*{message}"):
+    with pytest.raises(UserError, match=f"vocabulary: expected {size} pieces, got.*{message}"):
         train(CORPUS, size, tmp_path / "t.model")
 
 
@@ -186,7 +186,7 @@ def test_train_takes_texts_of_a_few_characters_and_of_many(tmp_path):
 
 
 def test_train_refuses_no_text(tmp_path):
-    with pytest.raises(UserError, match="no text"):
+    with pytest.raises(UserError, match="expected text"):
         train(["", "\n"], 300, tmp_path / "t.model")
 
 
@@ -194,10 +194,10 @@ def test_train_refuses_no_text(tmp_path):
 def test_tokenizer_refuses_a_corrupt_file(content, tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="tokenizer.model: not a sentencepiece model"):
+    with pytest.raises(UserError, match="tokenizer.model: expected a sentencepiece model, got"):
         Tokenizer(path)
 
 
 def test_tokenizer_refuses_a_missing_file(tmp_path):
-    with pytest.raises(UserError, match="no such tokenizer file"):
+    with pytest.raises(UserError, match="tokenizer.model: expected a sentencepiece model"):
         Tokenizer(tmp_path / "tokenizer.model")

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import train_ppo
-from fgrlhf import players
 from fgrlhf.checkpoint import load_model, load_tokenizer
-from fgrlhf.config import UserError
+from fgrlhf.data.fields import UserError
+from fgrlhf.engine import players
 from fgrlhf.reward import load_reward
-from fgrlhf.rollout import score
+from fgrlhf.sequences import score
 from kernels import linear_logp, linear_ppo
 from tests.small import ppo_folder, slow_logp
 
@@ -28,28 +28,27 @@ def config(folder, **changes) -> train_ppo.Config:
     return train_ppo.Config(**fields | changes)
 
 
-def updates(monkeypatch, config) -> list[tuple]:
-    """Run the loop; the arguments of each update, which still happens."""
+def updates(monkeypatch, config) -> list[train_ppo.Batch]:
+    """Runs the loop and returns the batch of each update; the updates still happen."""
     seen, update = [], train_ppo.update
 
-    def watched(config, policy, critic, optimizers, *rest):
-        *batch, iteration = rest
-        seen.append(batch)                                 # rollout, advantages, values, returns
-        return update(config, policy, critic, optimizers, *batch, iteration)
+    def watched(config, players, batch, iteration):
+        seen.append(batch)
+        return update(config, players, batch, iteration)
     monkeypatch.setattr(train_ppo, "update", watched)
     train_ppo.train(config)
     return seen
 
 
-def penalised(folder, kind: str, rollout, beta: float) -> list[list[float]]:
+def penalised(folder, kind: str, batch, beta: float) -> list[list[float]]:
     """r_t - beta (logp_old - logp_ref), row by row, the reference scored one token at a time."""
     ref, model = load_model(folder / "policy"), load_reward(folder / kind)
-    rewards = model.ppo_rewards(rollout.sequences)
+    rewards = model.ppo_rewards(batch.sequences)
     result = []
-    for row, (p, n) in enumerate(zip(*(part.tolist() for part in rollout.sequences[1:]))):
-        tokens = rollout.sequences.tokens[row].tolist()
+    for row, (p, n) in enumerate(zip(*(part.tolist() for part in batch.sequences[1:]))):
+        tokens = batch.sequences.tokens[row].tolist()
         logp_ref = slow_logp(ref, tokens[:p], tokens[p:p + n], 0.9)
-        kl = [rollout.logp_old[row, t].item() - logp_ref[t] for t in range(n)]
+        kl = [batch.logp_old[row, t].item() - logp_ref[t] for t in range(n)]
         result.append([rewards[row, t].item() - beta * kl[t] for t in range(n)])
     return result
 
@@ -57,34 +56,32 @@ def penalised(folder, kind: str, rollout, beta: float) -> list[list[float]]:
 def test_train_hands_the_update_rewards_less_kl_over_their_rms(folder, tmp_path, monkeypatch):
     """Equations (5) and (6), also once the policy has left the reference."""
     seen = updates(monkeypatch, config(folder, out=str(tmp_path / "a"), beta=0.7))
-    for rollout, advantages, values, returns in seen:
-        expected = penalised(folder, "token", rollout, 0.7)
+    for batch in seen:
+        expected = penalised(folder, "token", batch, 0.7)
         flat = [x for row in expected for x in row]
         rms = (sum(x * x for x in flat) / len(flat)) ** 0.5
         for row, numbers in enumerate(expected):
-            assert advantages[row, :len(numbers)].tolist() == pytest.approx(
+            assert batch.advantages[row, :len(numbers)].tolist() == pytest.approx(
                 [x / rms for x in numbers], abs=1e-4)
-        assert values is None and returns is None
+        assert batch.values is None and batch.returns is None
     assert len(seen) == 2
-    sequences, logp_old, _ = seen[1][0]
-    logp_ref = score(load_model(folder / "policy"), sequences, 0.9)
-    assert (logp_old - logp_ref).abs().max() > 0.01                          # it has left it
+    logp_ref = score(load_model(folder / "policy"), seen[1].sequences, 0.9)
+    assert (seen[1].logp_old - logp_ref).abs().max() > 0.01                  # it has left it
 
 
 def test_train_hands_the_update_gae_of_the_terminal_reward(folder, tmp_path, monkeypatch):
     """The baseline: returns are A + V by the double sum, advantages have mean 0 and deviation 1."""
     settings = dict(method="rlhf", reward=str(folder / "sequence"), beta=0.3, gamma=1.0,
                     gae_lambda=0.8)
-    for rollout, advantages, values, returns in updates(
-            monkeypatch, config(folder, out=str(tmp_path / "a"), **settings)):
-        rows = penalised(folder, "sequence", rollout, 0.3)
+    for batch in updates(monkeypatch, config(folder, out=str(tmp_path / "a"), **settings)):
+        rows = penalised(folder, "sequence", batch, 0.3)
         for row, r in enumerate(rows):
-            v = values[row, :len(r)].tolist() + [0.0]
+            v = batch.values[row, :len(r)].tolist() + [0.0]
             delta = [r[t] + v[t + 1] - v[t] for t in range(len(r))]
             expected = [sum(0.8 ** (k - t) * delta[k] for k in range(t, len(r))) + v[t]
                         for t in range(len(r))]
-            assert returns[row, :len(r)].tolist() == pytest.approx(expected, abs=1e-4)
-        real = advantages[rollout.sequences.response_mask]
+            assert batch.returns[row, :len(r)].tolist() == pytest.approx(expected, abs=1e-4)
+        real = batch.advantages[batch.mask]
         assert real.mean().abs() < 1e-5 and real.std(correction=0) == pytest.approx(1, abs=1e-3)
 
 
@@ -92,9 +89,9 @@ def test_train_lets_learning_rates_fall_to_0_with_lr_decay(folder, tmp_path, mon
     """12 steps, 4 an iteration: the last of each works at 9/12, 5/12 and 1/12 of the rate."""
     rates, update = [], train_ppo.update
 
-    def watched(config, policy, critic, optimizers, *rest):
-        result = update(config, policy, critic, optimizers, *rest)
-        rates.append([optimizers[name].parts[0].param_groups[0]["lr"]
+    def watched(config, players, batch, iteration):
+        result = update(config, players, batch, iteration)
+        rates.append([players.optimizers[name].parts[0].param_groups[0]["lr"]
                       for name in ("policy", "critic")])
         return result
     monkeypatch.setattr(train_ppo, "update", watched)
@@ -106,6 +103,13 @@ def test_train_lets_learning_rates_fall_to_0_with_lr_decay(folder, tmp_path, mon
     assert sum(rates, []) == pytest.approx(sum(expected, []))
 
 
+@pytest.mark.parametrize("rollouts, parts, sizes", [(6, 2, [3, 3]), (5, 4, [1, 1, 1, 2])])
+def test_minibatches_are_as_many_as_asked_for_and_hold_every_row_once(folder, rollouts, parts,
+                                                                      sizes):
+    cut = train_ppo.minibatches(config(folder, rollouts=rollouts, minibatches=parts), 3, 1)
+    assert [len(rows) for rows in cut] == sizes and sorted(sum(cut, [])) == list(range(rollouts))
+
+
 def test_train_leaves_reference_and_reward_model_as_they_were(folder, tmp_path):
     before = {path: path.read_bytes() for path in folder.rglob("*.pt*")}
     train_ppo.train(config(folder, out=str(tmp_path / "a"), iterations=1))
@@ -113,15 +117,15 @@ def test_train_leaves_reference_and_reward_model_as_they_were(folder, tmp_path):
     assert load_tokenizer(tmp_path / "a/policy").sha256 == load_tokenizer(folder / "policy").sha256
 
 
-def test_episode_prompts_takes_every_prompt_once_before_any_twice(folder):
+def test_prompts_of_takes_every_prompt_once_before_any_twice(folder):
     """5 prompts, 6 episodes an iteration: passes run on across them, each in its own order."""
-    rows = [row for i in range(1, 6) for row in train_ppo.episode_prompts(5, config(folder), i)]
+    rows = [row for i in range(1, 6) for row in train_ppo.prompts_of(config(folder), 5, i)]
     passes = [rows[i:i + 5] for i in range(0, 30, 5)]
     assert all(sorted(p) == list(range(5)) for p in passes) and len({tuple(p) for p in passes}) > 1
 
 
 @pytest.mark.parametrize("changes, flag", [
-    ({"minibatches": 7}, "--minibatches"), ({"minibatches": 0}, "--minibatches"),
+    ({"minibatches": 7}, "--minibatches"),
     ({"temperature": 0.0}, "--temperature"), ({"world": 1}, "--dev-prompts")])
 def test_flags_that_contradict_one_another_are_refused(changes, flag, folder, tmp_path):
     with pytest.raises(UserError, match=flag):

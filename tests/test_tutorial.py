@@ -12,7 +12,7 @@ import pytest
 from tests import processes
 from tests.test_layout import ROOT
 
-TEXT = (ROOT / "TUTORIAL.md").read_text()
+TEXT = (ROOT / "fgrlhf/TUTORIAL.md").read_text()
 # (commands, output) of each block; a command may run over several lines within double quotes.
 BLOCKS = re.findall(r"```sh\n(.*?)```(?:\n\n```text\n(.*?)```)?", TEXT, re.S)
 
@@ -56,7 +56,6 @@ def test_tutorial_is_seven_steps_of_command_notice_exercise_and_answer():
     for step in steps:
         for part in ("```sh\n", "```text\n", "**Notice.**", "**Exercise.**", "<summary>Answer<"):
             assert part in step, (step[:40], part)
-    assert len(TEXT.splitlines()) <= 300
 
 
 def test_tutorial_has_no_command_outside_of_the_blocks_that_are_run():
@@ -71,14 +70,23 @@ def test_tutorial_prints_what_it_says_where_nothing_is_trained(outputs):
 
 
 def test_tutorial_prints_what_it_says_about_training_in_kind(outputs):
-    """Every other output: the same words in the same places, the numbers left out."""
-    shape = lambda text: [re.sub(r"-?\d[\d.e+-]*", "#", line).split() for line in text.splitlines()]
+    """Outputs of training: the same words in the same lines, whatever the numbers."""
+    words = lambda text: [re.sub(r"-?\d[\d.e+-]*", "#", line).split() for line in text.splitlines()]
+    compared = 0
     for (block, said), printed in zip(BLOCKS, outputs):
-        if "--data" in block or "win-rate" in block or "metrics.jsonl" in block:
-            told, found = shape(said), shape(printed)
-            if "explain" in block:                                 # signs and clips vary
-                told, found = ([line[:3] for line in x if line] for x in (told, found))
-            assert len(told) == len(found), block
+        if "win-rate" in block or "metrics.jsonl" in block:
+            assert words(said) == words(printed), block
+            compared += 1
+    assert compared == 2
+
+
+def test_tutorial_explains_every_equation_as_it_says(outputs):
+    """The record is sampled, so its tokens differ from machine to machine; the equations do not."""
+    labels = lambda text: re.findall(r"^\(\d\)(?: paper)?", text, re.M)
+    found = [(labels(said), labels(printed)) for (block, said), printed in zip(BLOCKS, outputs)
+             if "explain" in block]
+    assert all(said == printed for said, printed in found)
+    assert {label[1] for said, _ in found for label in said} == set("1234567")
 
 
 def test_tutorial_ends_better_than_it_began(outputs):

@@ -1,9 +1,9 @@
 """Hugging Face's layout: config.json with model.safetensors or pytorch_model.bin, or shards.
 
-The same numbers as Meta's under other names, but for q and k: Hugging Face rotates component i of
-a head with component i + K/2, Meta (and this project) neighbours, so the rows of each head are
-permuted. What the project's LLaMA does not compute (scaled rope, biases, other architectures,
-quantised weights) is refused by name.
+The numbers are those of Meta's layout under other names, except in q and k. Hugging Face rotates
+component i of a head together with component i + K/2; Meta and this project rotate neighbours. The
+rows of each head are therefore permuted. Settings that the project's LLaMA does not compute (scaled
+rope, biases, other architectures, quantised weights) are refused by name.
 """
 
 import json
@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fgrlhf.config import UserError
-from fgrlhf.fields import check
-from fgrlhf.layouts.stored import Stored, Weights, make_config, open_pickle, read_object
+from fgrlhf.data.fields import UserError, check, show
+from fgrlhf.data.files import read_object
+from fgrlhf.layouts.safetensors import Planned, SafeTensors
+from fgrlhf.layouts.stored import Stored, Weights, damaged, make_config, open_pickle
 from fgrlhf.model import LLaMAConfig
-from fgrlhf.safetensors import Planned, SafeTensors
 from fgrlhf.tokenizer import Tokenizer
 
 HF_NAMES = {
@@ -40,7 +40,7 @@ OUR_NAMES = {ours: theirs for theirs, ours in HF_NAMES.items()}
 
 
 def from_hf_name(name: str) -> str:
-    """model.layers.3.mlp.up_proj.weight -> layers.3.feed_forward.w3.weight; unknown names stay."""
+    """model.layers.3.mlp.up_proj.weight -> layers.3.feed_forward.w3.weight. Others stay as is."""
     layer = re.fullmatch(r"model\.(layers\.\d+\.)(.*)", name)
     prefix, rest = (layer[1], layer[2]) if layer else ("", name)
     return prefix + HF_NAMES[rest] if rest in HF_NAMES else name
@@ -53,24 +53,27 @@ def to_hf_name(name: str) -> str:
 
 
 def interleave(weight: Tensor, heads: int) -> Tensor:
-    """q or k [heads * K, D]: rows i and i + K/2 of each head, a pair, become rows 2i and 2i + 1."""
+    """Makes the rotary pair of rows i and i + K/2 of each head the rows 2i and 2i + 1.
+
+    weight: q or k, [heads * K, D].
+    """
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def deinterleave(weight: Tensor, heads: int) -> Tensor:
-    """The inverse of `interleave`: our rotary pairs to Hugging Face's."""
+    """The inverse of `interleave`: from the project's order to Hugging Face's."""
     return weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def rotary_heads(name: str, config: LLaMAConfig) -> int:
-    """The number of heads when `name` is a q or k matrix, else 0."""
+    """Returns the number of heads of a q or k matrix, and 0 for any other name."""
     if name.endswith("attention.wq.weight"):
         return config.n_heads
     return config.n_kv_heads if name.endswith("attention.wk.weight") else 0
 
 
 def to_hf(parameters: Mapping[str, Tensor], config: LLaMAConfig) -> dict[str, Planned]:
-    """Our parameters under Hugging Face's names, q and k permuted when they are written."""
+    """Plans the parameters under Hugging Face's names. q and k are permuted when written."""
     def planned(name: str, parameter: Tensor) -> Planned:
         heads = rotary_heads(name, config)
         return Planned(parameter.dtype, tuple(parameter.shape),
@@ -79,7 +82,7 @@ def to_hf(parameters: Mapping[str, Tensor], config: LLaMAConfig) -> dict[str, Pl
 
 
 def read(folder: Path) -> Weights:
-    """The sizes and tensors of a folder with config.json and weights."""
+    """Describes the sizes and tensors of a folder with config.json and weights."""
     config = _read_config(folder / "config.json")
     tensors = {}
     for file, opened in _open_files(folder).items():
@@ -89,7 +92,8 @@ def read(folder: Path) -> Weights:
                     ours == "output.weight" and config.tie_embeddings):
                 continue                                # a table; a second copy of the embedding
             if ours in tensors:
-                raise UserError(f"{file}: tensor {name}: {tensors[ours].file.name} has it too")
+                raise damaged(file, f"tensor {name}: expected it in one file only, got it in "
+                                    f"{tensors[ours].file.name} too")
             tensors[ours] = Stored(file, name, tuple(opened[name].shape), opened[name].dtype,
                                    _reader(opened, name, rotary_heads(ours, config)))
     return config, tensors
@@ -104,38 +108,39 @@ def _reader(opened: Mapping[str, Tensor], name: str, heads: int) -> Callable:
 
 
 def _open_files(folder: Path) -> dict[Path, Mapping[str, Tensor]]:
-    """The weight files, opened: one, or all that an index lists."""
+    """Opens the weight files: one file, or all files that an index lists."""
     for name, open_file in (("model.safetensors", SafeTensors), ("pytorch_model.bin", open_pickle)):
         index = folder / f"{name}.index.json"
         if index.exists():
             return _open_index(index, open_file)
         if (folder / name).exists():
             return {folder / name: open_file(folder / name)}
-    raise UserError(f"{folder}: expected model.safetensors or pytorch_model.bin, or the index of "
-                    "its shards (model.safetensors.index.json)")
+    raise damaged(folder, "expected model.safetensors, pytorch_model.bin, or the index of their "
+                          "shards (model.safetensors.index.json), got none")
 
 
 def _open_index(index: Path, open_file: Callable) -> dict[Path, Mapping[str, Tensor]]:
     place_of = read_object(index).get("weight_map")
     if not isinstance(place_of, dict) or not place_of or not all(
             isinstance(file, str) and Path(file).name == file for file in place_of.values()):
-        raise UserError(f"{index}: weight_map: expected tensor names with files of this folder")
+        raise damaged(index, "weight_map: expected tensor names with files of this folder, got "
+                             f"{show(place_of)}")
     opened = {}
     for file in sorted(set(place_of.values())):
         path = index.parent / file
         if not path.is_file():
-            raise UserError(f"{path}: this shard is missing; {index.name} lists it")
+            raise damaged(path, f"this shard is missing, but {index.name} lists it")
         opened[path] = open_file(path)
     for name, file in place_of.items():
         if name not in opened[index.parent / file]:
-            raise UserError(f"{index.parent / file}: tensor {name} is missing; {index.name} "
-                            "places it here")
+            raise damaged(index.parent / file, f"tensor {name} is missing, but {index.name} "
+                                               "lists it")
     return opened
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes in config.json; what is absent has transformers' default."""
+    """The sizes in config.json. An absent field has the default of transformers."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -151,9 +156,9 @@ class Sizes:
 
 def _read_config(path: Path) -> LLaMAConfig:
     values = read_object(path)
-    rope = values.get("rope_parameters") or {}              # transformers 5; before it: rope_theta
+    rope = values.get("rope_parameters") or {}              # transformers 5; 4 has rope_theta
     if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_parameters: expected an object, got {rope!r}")
+        raise damaged(path, f"rope_parameters: expected an object, got {rope!r}")
     llama = ["LlamaForCausalLM"]
     for key, expected, got in (
             ("model_type", "llama", values.get("model_type")),
@@ -166,7 +171,7 @@ def _read_config(path: Path) -> LLaMAConfig:
             ("quantization_config", None, values.get("quantization_config"))):
         if got != expected:
             raise UserError(f"{path}: {key}: expected {json.dumps(expected)}, got "
-                            f"{json.dumps(got)}, which is not supported")
+                            f"{json.dumps(got)}, which is not supported; choose another model")
     values |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     sizes = check(Sizes, values, str(path), also=values)
     config = make_config(
@@ -177,12 +182,13 @@ def _read_config(path: Path) -> LLaMAConfig:
         rope_theta=sizes.rope_theta, max_seq_len=sizes.max_position_embeddings)
     if sizes.head_dim not in (None, config.head_dim):
         raise UserError(f"{path}: head_dim: expected hidden_size / num_attention_heads = "
-                        f"{config.head_dim}, got {sizes.head_dim}, which is not supported")
+                        f"{config.head_dim}, got {sizes.head_dim}, which is not supported; "
+                        "choose another model")
     return config
 
 
 def write_config(config: LLaMAConfig, dtype: torch.dtype, tokenizer: Tokenizer | None) -> dict:
-    """config.json, in the names that transformers 4 and 5, vLLM and llama.cpp's converter read."""
+    """Returns config.json, as transformers 4 and 5, vLLM and llama.cpp's converter read it."""
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama",
         "hidden_size": config.dim, "num_hidden_layers": config.n_layers,

@@ -1,22 +1,22 @@
-"""tokenizer.json and tokenizer_config.json: our sentencepiece model for Hugging Face's tokenizers.
+"""tokenizer.json and tokenizer_config.json: a sentencepiece model for Hugging Face's tokenizers.
 
-transformers converts a bare tokenizer.model itself, but not to the same ids: 4.57 and 5.23 lose the
-blank before " a" and split double blanks otherwise. So the conversion is written down here.
+transformers converts a tokenizer.model by itself, but the ids differ: 4.57 and 5.23 lose the blank
+before " a" and split double blanks differently. The conversion is therefore done here.
 
-sentencepiece's BPE joins, again and again, the neighbours whose union is the piece of the highest
-score. Hugging Face's BPE joins by a list of pairs. The list is therefore every way to cut every
-piece in two pieces, in order of the whole piece's score.
+sentencepiece's BPE repeatedly joins the two neighbours whose union is the piece with the highest
+score. Hugging Face's BPE joins pairs in the order of a list. The list therefore holds every way to
+cut every piece into two pieces, in the order of the score of the whole piece.
 """
 
 from fgrlhf.tokenizer import BLANK, Tokenizer
 
 
 def merge_list(tokenizer: Tokenizer) -> list[list[str]]:
-    """All pairs of pieces that make a piece, the first to be joined first."""
+    """Lists all pairs of pieces that make a piece, in the order in which they are joined."""
     ids = {piece.text: id for id, piece in enumerate(tokenizer.pieces)}
     merges = []                             # (rank of the union, left id, right id)
     for piece in tokenizer.pieces:
-        if not piece.ordinary:              # "<s>" in a text is three characters, never BOS
+        if not piece.ordinary:              # "<s>" in a text is three characters, not BOS
             continue
         for cut in range(1, len(piece.text)):
             left, right = piece.text[:cut], piece.text[cut:]
@@ -27,7 +27,7 @@ def merge_list(tokenizer: Tokenizer) -> list[list[str]]:
 
 
 def write_tokenizer(tokenizer: Tokenizer) -> dict:
-    """tokenizer.json: ids and texts are those of `tokenizer`, but for the character U+2581."""
+    """Returns tokenizer.json. It gives the ids of `tokenizer` for all text without U+2581."""
     def special(id: int) -> dict:
         return {"id": id, "content": tokenizer.pieces[id].text, "special": True,
                 "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
@@ -60,9 +60,9 @@ def write_tokenizer(tokenizer: Tokenizer) -> dict:
 
 
 def write_tokenizer_config(tokenizer: Tokenizer, max_seq_len: int) -> dict:
-    """tokenizer_config.json for the tokenizer.json beside it."""
+    """Returns tokenizer_config.json, which transformers reads together with tokenizer.json."""
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",           # take tokenizer.json as it is
+        "tokenizer_class": "PreTrainedTokenizerFast",           # use tokenizer.json as it is
         "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False,
         "bos_token": tokenizer.pieces[tokenizer.bos_id].text,
         "eos_token": tokenizer.pieces[tokenizer.eos_id].text,

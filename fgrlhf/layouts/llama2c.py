@@ -2,8 +2,9 @@
 
     dim, ffn_dim, n_layers, n_heads, n_kv_heads, +-vocab_size, max_seq_len
 
-A negative vocabulary size marks an output matrix of its own, stored last; positive, it is the
-embedding. run.c fixes the norm's epsilon at 1e-5 and the rope base at 10000.
+A negative vocabulary size means that the output matrix is stored, as the last tensor. With a
+positive size it is the embedding. run.c fixes the epsilon of the norms at 1e-5 and the rope base at
+10000.
 """
 
 import struct
@@ -11,21 +12,21 @@ from pathlib import Path
 
 import torch
 
-from fgrlhf.config import UserError
-from fgrlhf.layouts.stored import Stored, Weights, make_config
+from fgrlhf.data.fields import UserError
+from fgrlhf.layouts.stored import Stored, Weights, damaged, make_config
 
 
 def read(path: Path) -> Weights:
-    """The sizes and tensors of one file."""
+    """Describes the sizes and tensors of one file."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         header = file.read(28)
     if len(header) < 28:
-        raise UserError(f"{path}: not a llama2.c file: expected at least 28 bytes, got {size}")
+        raise damaged(path, f"expected a llama2.c file of at least 28 bytes, got {size}")
     dim, ffn_dim, layers, heads, kv_heads, vocabulary, length = struct.unpack("<7i", header)
     if header[:4] == b"24ka":                           # the magic number of version 1 and later
-        raise UserError(f"{path}: a llama2.c export of version 1 or 2; only the legacy version 0 "
-                        "(export.py --version 0) is supported")
+        raise UserError(f"{path}: expected llama2.c's legacy version 0, got version 1 or 2; export "
+                        "the model with export.py --version 0")
     config = make_config(
         f"{path}: read as llama2.c's", vocabulary > 0, dim=dim, n_layers=layers, n_heads=heads,
         n_kv_heads=kv_heads, vocab_size=abs(vocabulary), ffn_dim=ffn_dim, norm_eps=1e-5,
@@ -45,8 +46,8 @@ def read(path: Path) -> Weights:
     ] + [("output.weight", 0, (config.vocab_size, dim))] * (vocabulary < 0)
     count = sum(max(n, 1) * torch.Size(shape).numel() for _, n, shape in blocks)
     if size != 28 + 4 * count:
-        raise UserError(f"{path}: expected {28 + 4 * count} bytes for its sizes, got {size}; "
-                        "the file is truncated or not a llama2.c checkpoint")
+        raise damaged(path, f"expected {28 + 4 * count} bytes for the sizes in it, got {size}: it "
+                            "is truncated, or not a llama2.c file")
     numbers = torch.from_file(str(path), shared=False, size=7 + count, dtype=torch.float32)[7:]
     tensors, offset = {}, 0
     for name, n, shape in blocks:

@@ -1,10 +1,12 @@
-"""Meta's layout, and the project's own: params.json and consolidated.NN.pth.
+"""Meta's layout, which is also the project's own: params.json and consolidated.NN.pth.
 
-A model-parallel checkpoint has one file a rank, each matrix cut along its output, `wo` and `w2`
-along their input, the embedding along its width (LLaMA 1 and 2) or its rows (3); norms are copied.
+A model-parallel checkpoint has one file per rank. `wo` and `w2` are cut along their input, other
+matrices along their output, the embedding along its width (LLaMA 1, 2) or its rows (LLaMA 3). Norms
+are copied.
 
-The project's own folders have one file, and two keys in params.json that Meta's lack: "max_seq_len"
-(absent: 2048) and "tie_embeddings" (absent: false). Meta's own code reads them without these two.
+The project writes one file, and two keys in params.json that Meta's files lack: "max_seq_len" (2048
+when absent) and "tie_embeddings" (false when absent). Meta's own code reads the folder once these
+two keys are removed.
 """
 
 from collections.abc import Mapping
@@ -14,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fgrlhf.config import UserError
-from fgrlhf.fields import check
-from fgrlhf.layouts.stored import Stored, Weights, make_config, open_pickle, read_object
+from fgrlhf.data.fields import UserError, check
+from fgrlhf.data.files import read_object
+from fgrlhf.layouts.stored import Stored, Weights, damaged, make_config, open_pickle
 from fgrlhf.model import LLaMAConfig
 
 ROW_PARALLEL = ("wo.weight", "w2.weight")
@@ -24,7 +26,7 @@ ROW_PARALLEL = ("wo.weight", "w2.weight")
 
 @dataclass(frozen=True)
 class Params:
-    """The fields of params.json; any other is refused."""
+    """The fields of params.json. Any other field is refused."""
 
     dim: int
     n_layers: int
@@ -39,7 +41,7 @@ class Params:
 
 
 def ffn_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
-    """F as Meta computes it: two thirds of 4 D, times the multiplier, rounded up to a multiple."""
+    """Returns F as Meta computes it: 2/3 of 4 D, times the multiplier, rounded up to a multiple."""
     width = int(2 * (4 * dim) / 3)
     if multiplier is not None:
         width = int(multiplier * width)
@@ -47,15 +49,15 @@ def ffn_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
 
 
 def read(folder: Path) -> Weights:
-    """The sizes and tensors of a folder with params.json and one or more consolidated.NN.pth."""
+    """Describes the sizes and tensors of a folder with params.json and consolidated.NN.pth."""
     place = folder / "params.json"
     values = read_object(place)
     params = check(Params, values, str(place), also=("tie_embeddings", "use_scaled_rope"))
     if values.get("use_scaled_rope"):
-        raise UserError(f"{place}: use_scaled_rope: expected false, got true: not supported")
+        raise UserError(f"{place}: use_scaled_rope: expected false, got true, which is not "
+                        "supported; choose another model")
     if params.multiple_of < 1:
-        raise UserError(f"{place}: multiple_of: expected a positive number, "
-                        f"got {params.multiple_of}")
+        raise damaged(place, f"multiple_of: expected a positive number, got {params.multiple_of}")
     shards = _open_shards(folder, params.dim)
     config = make_config(
         place, bool(values.get("tie_embeddings")), dim=params.dim, n_layers=params.n_layers,
@@ -68,40 +70,40 @@ def read(folder: Path) -> Weights:
     for path, shard in shards.items():
         for name, elsewhere in names.items():
             if name not in shard:
-                raise UserError(f"{path}: tensor {name} is missing; {elsewhere.name} has it")
+                raise damaged(path, f"tensor {name} is missing, but {elsewhere.name} has it")
     return config, {name: _merge(name, shards, params.dim) for name in names}
 
 
 def _open_shards(folder: Path, dim: int) -> dict[Path, Mapping[str, Tensor]]:
-    """All shards in order; the first one's share of a matrix tells how many there must be."""
+    """Opens all shards in order. The first one's part of a matrix tells how many there must be."""
     count = max(1, len(list(folder.glob("consolidated.*.pth"))))
     shards = {}
     for path in [folder / f"consolidated.{number:02d}.pth" for number in range(count)]:
         if not path.is_file():
-            raise UserError(f"{path}: this shard is missing")
+            raise damaged(path, "this shard is missing")
         shards[path] = open_pickle(path)
     query = shards[folder / "consolidated.00.pth"].get("layers.0.attention.wq.weight")
     rows = query.shape[0] if query is not None and query.dim() == 2 else 0
     if rows and dim % rows == 0 and dim // rows > count:
-        raise UserError(f"{folder / f'consolidated.{count:02d}.pth'}: this shard is missing; "
-                        f"consolidated.00.pth holds 1/{dim // rows} of each matrix")
+        raise damaged(folder / f"consolidated.{count:02d}.pth", "this shard is missing, because "
+                      f"consolidated.00.pth holds only 1/{dim // rows} of each matrix")
     return shards
 
 
 def _vocab_size(params: Params, shards: Mapping[Path, Mapping[str, Tensor]]) -> int:
-    """V. LLaMA's first files say -1, "as the tokenizer says": there the embedding tells."""
+    """Returns V. When params.json says -1 (LLaMA 1: "see the tokenizer"), the embedding tells V."""
     if params.vocab_size != -1:
         return params.vocab_size
     path, shard = next(iter(shards.items()))
     embedding = shard.get("tok_embeddings.weight")
     if embedding is None or embedding.dim() != 2:
-        raise UserError(f"{path}: tensor tok_embeddings.weight is missing or no matrix")
+        raise damaged(path, "tensor tok_embeddings.weight is missing or not a matrix")
     cut_by_rows = len(shards) > 1 and embedding.shape[1] == params.dim
     return embedding.shape[0] * (len(shards) if cut_by_rows else 1)
 
 
 def _merge(name: str, shards: Mapping[Path, Mapping[str, Tensor]], dim: int) -> Stored:
-    """The parts of a tensor as one."""
+    """Describes the parts of a tensor, one per shard, as one tensor."""
     file, first = next((path, shard[name]) for path, shard in shards.items())
     if len(shards) == 1 or first.dim() != 2:
         return Stored(file, name, tuple(first.shape), first.dtype,
@@ -111,8 +113,8 @@ def _merge(name: str, shards: Mapping[Path, Mapping[str, Tensor]], dim: int) -> 
     parts = [shard[name] for shard in shards.values()]
     for path, part in zip(shards, parts):
         if part.shape != first.shape or part.dtype != first.dtype:
-            raise UserError(f"{path}: tensor {name}: expected {first.dtype} {tuple(first.shape)} "
-                            f"as in {file.name}, got {part.dtype} {tuple(part.shape)}")
+            raise damaged(path, f"tensor {name}: expected {first.dtype} {tuple(first.shape)} as in "
+                                f"{file.name}, got {part.dtype} {tuple(part.shape)}")
     shape = list(first.shape)
     shape[along] *= len(parts)
     return Stored(file, name, tuple(shape), first.dtype,
@@ -120,7 +122,7 @@ def _merge(name: str, shards: Mapping[Path, Mapping[str, Tensor]], dim: int) -> 
 
 
 def write_params(config: LLaMAConfig) -> dict:
-    """params.json of `config`. Meta derives F from two keys; these values give back ours."""
+    """Returns params.json. Meta derives F from two keys, whose values here give F back exactly."""
     params = {
         "dim": config.dim, "n_layers": config.n_layers, "n_heads": config.n_heads,
         "n_kv_heads": config.n_kv_heads, "vocab_size": config.vocab_size,

@@ -1,0 +1,29 @@
+"""Lists the commands of the project, one line each.
+
+    python -m fgrlhf
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+SCRIPTS = ("train_rm.py", "train_ppo.py", "eval.py")
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Yields each command as one types it, with the first line of its docstring."""
+    files = [PACKAGE.parent / name for name in SCRIPTS]
+    files += sorted(path for path in PACKAGE.glob("*.py")
+                    if path.stem != "__main__" and '__name__ == "__main__"' in path.read_text())
+    files += sorted(PACKAGE.glob("*/__main__.py"))
+    for path in files:
+        name = path.parent.name if path.stem == "__main__" else path.stem
+        command = path.name if path.name in SCRIPTS else f"-m {PACKAGE.name}.{name}"
+        line = ast.get_docstring(ast.parse(path.read_text())).split("\n")[0]
+        yield f"python {command}", line
+
+
+if __name__ == "__main__":
+    for command, line in commands():
+        print(f"{command:30}{line}")

@@ -1,0 +1,65 @@
+"""What the fine-grained method deletes from PPO-RLHF: the critic, GAE and the value loss.
+
+    V_t     the critic's estimate of the return before token t is chosen
+    GAE     d_t = r~_t + gamma V_{t+1} - V_t,   A_t = d_t + gamma lambda A_{t+1},   G_t = A_t + V_t
+    L_V     1/2 mean over tokens of max((V_t - G_t)^2, (clip(V_t, V_old_t +- eps_V) - G_t)^2)
+
+GAE: Schulman et al. 2016 (arXiv 1506.02438). The baseline of the paper's section 3.1.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from fgrlhf.engine import lora
+from fgrlhf.reward import RewardModel
+from fgrlhf.sequences import Sequences, hidden_before, locate, unflatten
+
+
+class Critic(nn.Module):
+    """V_t: a copy of the reward model, read one position before token t."""
+
+    def __init__(self, reward: RewardModel):
+        super().__init__()
+        self.trunk, self.head = lora.clone(reward.trunk), copy.deepcopy(reward.head)
+        self.register_buffer("mean", reward.mean.clone())
+        self.register_buffer("scale", reward.scale.clone())
+
+    def forward(self, sequences: Sequences) -> Tensor:
+        """Values [B, T] in calibrated reward. values[:, t] is known before token t is chosen."""
+        at = locate(sequences)
+        hidden = hidden_before(self.trunk, sequences, at)                            # [N, D]
+        values = (self.head(hidden.to(self.head.weight.dtype))[:, 0] - self.mean) / self.scale
+        return unflatten(values, at, sequences)
+
+
+def generalised_advantage(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
+                          lam: float) -> tuple[Tensor, Tensor]:
+    """GAE: returns (advantages, returns = advantages + values), each [B, T].
+
+    values[:, t] is the critic's estimate before token t is chosen. After the last token the value
+    is 0, also in a truncated response, because the reward model has already judged it.
+    """
+    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+    advantages = torch.zeros_like(rewards)
+    later_advantage = later_value = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * later_value - values[:, t]
+        later_advantage = torch.where(mask[:, t], delta + gamma * lam * later_advantage, 0.0)
+        later_value = values[:, t]
+        advantages[:, t] = later_advantage
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def value_loss(values: Tensor, values_old: Tensor, returns: Tensor, mask: Tensor, clip_eps: float,
+               denominator: int) -> Tensor:
+    """The clipped loss L_V of the critic. Every tensor is [B, T].
+
+    `denominator` is the number of response tokens of the whole minibatch (rule 6).
+    """
+    # Masked before the arithmetic: otherwise a NaN in the padding is a NaN in the backward pass.
+    values, values_old, returns = (torch.where(mask, x, 0.0) for x in (values, values_old, returns))
+    clipped = values_old + (values - values_old).clamp(-clip_eps, clip_eps)
+    worse = torch.maximum((values - returns).square(), (clipped - returns).square())
+    return 0.5 * worse.sum() / max(denominator, 1)

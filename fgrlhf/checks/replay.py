@@ -1,0 +1,50 @@
+"""A look at the batch that stopped a run: which tensor is not finite, and where.
+
+`Run.guard` leaves OUT/failed-batch.pt when a number is not finite. The file holds every tensor of
+the step, the weights of the models as they were, and the configuration.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from fgrlhf.data.fields import UserError
+from fgrlhf.engine.states import load_state
+
+
+def report(path: str | Path) -> Iterator[str]:
+    """Yields one line per tensor of the batch, then one per weight that is not finite."""
+    dump = load_state(path)
+    if not {"step", "config", "models"} <= set(dump):
+        raise UserError(f"{path}: expected the failed-batch.pt of a stopped run, got a state with "
+                        f"the fields {', '.join(map(str, dump))}")
+    tensors = {name: value for name, value in dump.items() if isinstance(value, Tensor)}
+    yield f"step {dump['step']} of {json.loads(dump['config'])['out']}"
+    for name, tensor in tensors.items():
+        yield f"{name:18} {str(tuple(tensor.shape)):12} {place(tensor, tensors)}"
+    for name, saved in dump["models"].items():
+        bad = {key: place(weight) for key, weight in saved["weights"].items()
+               if weight.is_floating_point() and not weight.isfinite().all()}
+        yield from (f"{name}: weight {key}: {where}" for key, where in bad.items())
+        yield f"{name}: {len(saved['weights'])} weights, {len(bad)} of them not finite"
+
+
+def place(tensor: Tensor, tensors: dict[str, Tensor] = {}) -> str:
+    """Says "finite", or how many numbers are not and where the first is.
+
+    For a [B, T] tensor of a batch, `tensors`, the place is a row, a token and the token's id.
+    """
+    if not tensor.is_floating_point() or tensor.isfinite().all():
+        return "finite"
+    bad = (~tensor.isfinite()).nonzero()
+    first, value = bad[0].tolist(), tensor[tuple(bad[0])].item()
+    where = f"at {first}"
+    if len(first) == 2 and "prompt_lengths" in tensors:
+        row, step = first
+        at = int(tensors["prompt_lengths"][row]) + step
+        where = f"at row {row}, token {step}"
+        if at < tensors["tokens"].shape[1]:
+            where += f" (id {int(tensors['tokens'][row, at])})"
+    return f"NOT FINITE: {len(bad)} of {tensor.numel()}, the first {value} {where}"

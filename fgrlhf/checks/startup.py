@@ -1,0 +1,118 @@
+"""The startup checks: every rule that keeps the method correct, tried on the user's own models.
+
+Eight responses are sampled, and each check prints `pass` or `FAIL` with the number that decided.
+The first failure raises UserError with what to do. The checks leave no random draw and no gradient
+behind: training starts exactly as it would have started without them. rules.py has the rules.
+"""
+
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from fgrlhf.checks import rules
+from fgrlhf.checks.rules import Check, Subject
+from fgrlhf.data.fields import UserError
+from fgrlhf.engine.draws import generator
+from fgrlhf.engine.players import Players
+from fgrlhf.plan import memory
+from fgrlhf.rollout import sample
+
+ROWS, TOKENS = 8, 64                    # responses sampled, and their longest length
+
+
+def subject(config, players: Players) -> Subject:
+    """What the checks need of a PPO run; `config` is that of train_ppo.py."""
+    return Subject(players.policy, players.ref, players.reward_model, players.tokenizer,
+                   players.prompts, config.max_new_tokens, config.temperature, config.beta,
+                   config.rollouts, config.microbatch, players.critic)
+
+
+def tokenizer_fits(s: Subject) -> Check:
+    """Checks that every id of the tokenizer and of the prompts has a row in both embeddings."""
+    sizes = {s.tokenizer.vocab_size, s.policy.config.vocab_size,
+             s.reward_model.trunk.config.vocab_size}
+    highest = max(max(ids) for ids in s.prompts)
+    special = {s.tokenizer.bos_id, s.tokenizer.eos_id}
+    passed = len(sizes) == 1 and highest < min(sizes) and s.tokenizer.pad_id not in special
+    return Check(passed, f"pieces {sorted(sizes)}, highest prompt id {highest}, BOS, EOS, PAD "
+                 f"{s.tokenizer.bos_id}, {s.tokenizer.eos_id}, {s.tokenizer.pad_id}",
+                 "give policy and reward model one vocabulary: train both from one SFT model")
+
+
+def lengths_fit(s: Subject) -> Check:
+    """Checks that the longest prompt and the longest response together fit both contexts."""
+    lengths = sorted(len(ids) for ids in s.prompts)
+    context = min(s.policy.config.max_seq_len, s.reward_model.trunk.config.max_seq_len)
+    return Check(lengths[-1] + s.max_new_tokens <= context,
+                 f"prompts of {lengths[0]} to {lengths[-1]} tokens (median "
+                 f"{lengths[len(lengths) // 2]}) + {s.max_new_tokens} new <= context {context}",
+                 "lower --max-new-tokens, shorten the prompts or use a model of longer context")
+
+
+def memory_suffices(s: Subject) -> Check:
+    """Compares gradients, Adam's moments, KV cache and activations with the memory that is free."""
+    config, head = s.policy.config, s.policy.head
+    trainable = sum(p.numel() for p in s.policy.parameters() if p.requires_grad)
+    if s.critic is not None:
+        trainable += sum(p.numel() for p in s.critic.parameters() if p.requires_grad)
+    length = max(len(ids) for ids in s.prompts) + s.max_new_tokens
+    part = min(s.microbatch or s.rollouts, s.rollouts)
+    per_weight = 12 if head.itemsize >= 4 else 16       # gradient, two moments, and a master copy
+    needed = per_weight * trainable + memory.cache_bytes(config, s.rollouts, length, head.itemsize)
+    again = s.policy.activation_checkpointing
+    needed += memory.activation_bytes(config, part, length, head.itemsize, again)
+    needed += again * part * length * memory.block_bytes(config, head.itemsize)
+    there = free_bytes(head.device)
+    known = "unknown" if there is None else f"{there / 2**30:.2f}"
+    return Check(there is None or needed <= there,
+                 f"at most {needed / 2**30:.2f} GiB more, {known} GiB free",
+                 "lower --microbatch, then --rollouts or --max-new-tokens, or take a smaller model")
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Returns the bytes that are free on `device`, or None when the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":") for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+BEFORE_SAMPLING = {"tokenizer and vocabulary": tokenizer_fits, "lengths": lengths_fit,
+                   "memory": memory_suffices}
+RULES = {"masks": rules.masks_count, "sampling = scoring": rules.sampling_equals_scoring,
+         "ratio 1, KL 0": rules.ratio_is_one, "rewards and values": rules.rewards_belong,
+         "planted reward": rules.planted_reward_stays, "padding is inert": rules.padding_is_inert,
+         "microbatches": rules.microbatches_agree, "reward and KL scale": rules.scales_side_by_side}
+
+
+def run_all(s: Subject, seed: int = 0) -> Iterator[tuple[str, Check]]:
+    """Yields (name, result) of every check in order.
+
+    When models, prompts and memory do not fit together, nothing is sampled.
+    """
+    for name, check in BEFORE_SAMPLING.items():
+        found = check(s)
+        yield name, found
+        if not found.passed:
+            return
+    order = sorted(range(len(s.prompts)), key=lambda i: len(s.prompts[i]))
+    rows = [s.prompts[order[i * (len(order) - 1) // (ROWS - 1)]] for i in range(ROWS)]
+    rollout = sample(s.policy, rows, s.tokenizer.eos_id, min(s.max_new_tokens, TOKENS),
+                     s.temperature, generator(seed, "checks"))
+    for name, check in RULES.items():
+        yield name, check(s, rollout)
+
+
+def require(s: Subject, seed: int = 0, file=None) -> None:
+    """Runs every check, one line each to `file` (stderr). A failure raises UserError."""
+    for name, check in run_all(s, seed):
+        print(f"{'pass' if check.passed else 'FAIL'}  {name:24}  {check.number}",
+              file=file or sys.stderr)
+        if not check.passed:
+            raise UserError(f"startup check failed: {name}: {check.number}; {check.advice} "
+                            "(--skip-checks starts without the checks)")

@@ -1,0 +1,356 @@
+// The page of fgrlhf/collect/human.py. The server measures the edit, keeps drafts and hands out
+// records. This file shows them, and never builds markup from text.
+"use strict";
+
+const SAVE_AFTER = 250;                 // ms between two drafts while somebody types
+const PATIENCE = 15000;                 // ms until a silent server counts as stopped
+const RENEW_AFTER = 20000;              // ms; each message keeps the record for 90 s more
+const SPEAK_AFTER = 1200;               // ms without typing until a screen reader reads the measure
+
+const $ = id => document.getElementById(id);
+const text = $("text");
+const onMac = /Mac|iPhone|iPad/.test(navigator.platform);
+const page = newId();                   // names this load of the page; `tab` survives a reload
+let tab = sessionStorage.tab ||= newId();
+let annotator = "", limit = 1;
+let record = null;                      // the record in the editor, as the server sent it
+let known = [];                         // texts of the record, sent or confirmed, that the server may have
+let queue = Promise.resolve();          // messages about the record go one after another
+let moving = false, asking = false, saveTimer = 0, speakTimer = 0, lookTimer = 0;
+
+function newId() {
+  return Array.from(crypto.getRandomValues(new Uint32Array(4)), n => n.toString(36)).join("");
+}
+
+// ----- talking to the server
+
+class Refusal extends Error {           // the server refused, or did not answer (status 0)
+  constructor(status, message) { super(message); this.status = status; }
+}
+
+async function call(action, fields = {}, options = {}) {
+  const body = JSON.stringify({annotator, tab, page, ...fields});
+  let answer;
+  try {
+    answer = await fetch(action, {method: "POST", body, signal: AbortSignal.timeout(PATIENCE),
+                                  headers: {"Content-Type": "application/json"}, ...options});
+  } catch {
+    throw new Refusal(0, "The program does not answer. Your text is kept in this browser. " +
+      "Start fgrlhf.collect again and open the address that it prints.");
+  }
+  if (answer.headers.get("Content-Type").startsWith("text/plain")) {
+    throw new Refusal(answer.status, "The program has a new address. Open the address that " +
+      "fgrlhf.collect printed last. Your drafts are there.");
+  }
+  const result = await answer.json();
+  if (!answer.ok) throw new Refusal(answer.status, result.error);
+  return result;
+}
+
+function complain(error) {
+  if (error.status === 409) return lose(error.message);
+  if (!(error instanceof Refusal)) console.error(error);
+  $("alert").textContent = error.message;
+  $("alert").hidden = false;
+  if (error.status === 0 && record) saveTimer ||= setTimeout(save, 2000);
+}
+
+// A textarea drops carriage returns. The edit gets them back if the original has them.
+const plain = words => words.replace(/\r\n?/g, "\n");
+
+function edited() {
+  if (text.value === plain(record.rejected)) return record.rejected;
+  return record.rejected.includes("\r\n") ? text.value.replaceAll("\n", "\r\n") : text.value;
+}
+
+// ----- drafts: sent while typing; the browser keeps a copy until the server has confirmed
+
+const copyName = () => `draft ${annotator} ${record.id}`;
+
+function typed() {
+  $("saved").textContent = "Saving…";
+  saveTimer ||= setTimeout(save, SAVE_AFTER);
+  localStorage[copyName()] = JSON.stringify({known, text: edited()});      // last: throws if full
+}
+
+function begin() {                      // with the browser's copy, if it is newer than the draft
+  const copy = JSON.parse(localStorage[copyName()] ?? "null");
+  known = [record.text];
+  text.value = copy?.known.includes(record.text) ? copy.text : record.text;
+  if (edited() !== record.text) typed();
+}
+
+function save() {
+  clearTimeout(saveTimer);
+  saveTimer = 0;
+  return queue = queue.then(() => record && send(record, edited()));
+}
+
+async function send(about, value) {
+  if (!known.includes(value)) known = [...known.slice(0, 7), value];
+  try {
+    const change = await call("save", {id: about.id, text: value});
+    known = [value];
+    if (edited() === value) {
+      localStorage.removeItem(copyName());
+      $("saved").textContent = "Draft saved";
+    }
+    $("alert").hidden = true;
+    show(change);
+  } catch (error) {
+    $("saved").textContent = "Not saved";
+    complain(error);
+  }
+}
+
+setInterval(() => record && !moving && !saveTimer && save(), RENEW_AFTER);
+addEventListener("pagehide", () => {
+  if (record) call("leave", {id: record.id, text: edited()}, {keepalive: true}).catch(() => {});
+});
+addEventListener("pageshow", event => event.persisted && location.reload());
+
+// ----- showing
+
+function show(change) {
+  const parts = change.segments.flatMap(([kind, words], i, all) => {
+    if (kind === "keep") return [words];
+    const [, before, marked, after] = words.match(/^(\s*)(.*?)(\s*)$/s);   // no mark on spaces
+    const mark = document.createElement(kind === "delete" ? "del" : "ins");
+    mark.textContent = marked;
+    mark.className = kind === "insert" && all[i - 1]?.[0] === "delete" ? "instead" : "";
+    return [before, mark, after];
+  });
+  $("diff").replaceChildren(...parts);
+  const over = change.share > limit;
+  const percent = share => `${Math.round(share * 100)}%`;
+  const changed = over && percent(change.share) === percent(limit)
+    ? `${(change.share * 100).toFixed(1)}%` : percent(change.share);
+  const strong = document.createElement("strong");
+  strong.textContent = changed;
+  $("share").replaceChildren(strong, over ? ` changed, above the limit of ${percent(limit)}`
+                                          : ` changed (limit ${percent(limit)})`);
+  const same = edited() === record.rejected ? "nothing changed yet" : "only spaces changed";
+  $("tokens").textContent = change.changed === 0 ? same
+    : `${change.changed} ${change.changed === 1 ? "word" : "words"}: ` +
+      `${change.deleted} deleted, ${change.inserted} inserted, ${change.kept} kept`;
+  $("measure").classList.toggle("over", over);
+  const bar = document.querySelector(".bar");
+  bar.firstElementChild.style.width = `${Math.min(change.share, 1) * 100}%`;
+  bar.lastElementChild.style.left = `${limit * 100}%`;
+  $("accept").setAttribute("aria-disabled", over);
+  clearTimeout(speakTimer);
+  speakTimer = setTimeout(() => {
+    $("spoken").textContent = `${$("share").textContent}; ${$("tokens").textContent}`;
+  }, SPEAK_AFTER);
+}
+
+function open(view) {
+  record = view.record;
+  clearTimeout(lookTimer);
+  $("alert").hidden = true;
+  $("saved").textContent = "";
+  $("undo").disabled = !view.undo;
+  $("count").textContent = `${view.done} of ${view.total} done`;
+  $("progress").setAttribute("aria-valuemax", view.total);
+  $("progress").setAttribute("aria-valuenow", view.done);
+  $("progress").firstElementChild.style.width = `${100 * view.done / view.total}%`;
+  $("guide").open &&= !view.undo;        // open until the first record is done
+  if (!record) return rest(view);
+  showOnly("record");
+  $("prompt-text").textContent = record.prompt;
+  $("input").hidden = !record.input;
+  $("input-text").textContent = record.input ?? "";
+  $("context").hidden = !record.context.length;
+  $("context").open = false;
+  $("context").replaceChildren($("context").firstElementChild, ...record.context.map(passage));
+  $("context").firstElementChild.textContent =
+    record.context.length === 1 ? "1 passage" : `${record.context.length} passages`;
+  $("preferred-text").textContent = record.chosen;
+  compare(false);
+  text.rows = 8 + record.rejected.length / 80;      // for browsers without field-sizing
+  begin();
+  show(record.change);
+  clearTimeout(speakTimer);
+  $("spoken").textContent = `${$("count").textContent}. Now: ${record.prompt}`;
+  scrollTo(0, 0);
+  text.focus();
+  text.setSelectionRange(0, 0);
+}
+
+function passage({title, text: words}) {
+  const part = document.createElement("div"), heading = document.createElement("h3");
+  part.className = "prose";
+  heading.textContent = title;
+  part.append(heading, words);
+  return part;
+}
+
+function guide(instruction) {           // a paragraph, then numbered lines
+  const [head, ...rules] = instruction.trim().split(/\n+/);
+  $("guide").children[1].textContent = head;
+  $("guide").children[2].append(...rules.map(rule => {
+    const item = document.createElement("li");
+    item.textContent = rule.replace(/^\d+\. /, "");
+    return item;
+  }));
+}
+
+function showOnly(id) {
+  document.querySelector("header").hidden = false;
+  for (const other of ["record", "finished"]) $(other).hidden = other !== id;
+  document.querySelector("footer").hidden = id !== "record";
+}
+
+function pause(title, words, label, action) {
+  record = null;
+  showOnly("finished");
+  const [heading, paragraph, button] = $("finished").children;
+  heading.textContent = title;
+  paragraph.textContent = words;
+  button.textContent = label;
+  button.onclick = () => action().catch(complain);
+  $("finished").focus();
+}
+
+function rest(view) {                   // no record is free
+  const elsewhere = view.total - view.done;
+  if (elsewhere) {
+    lookTimer = setTimeout(() => next().catch(complain), 5000);
+    pause("No record is free now",
+          `${elsewhere} of ${view.total} records ${elsewhere === 1 ? "is" : "are"} open in other ` +
+          "tabs. A record that becomes free is shown here.", "Look again", next);
+  } else {
+    pause(view.total === 1 ? "The record is done" : `All ${view.total} records are done`,
+          "You can still undo the last record. If you are finished, stop the program.",
+          "Stop the program", async () => {
+            await call("finish");
+            pause("Thank you!", "You can close this page.", "", async () => {});
+            $("again").hidden = true;
+          });
+  }
+}
+
+function lose(reason) {                 // another page has the record: continue as a new tab
+  tab = sessionStorage.tab = newId();
+  pause("This page no longer has the record", reason, "Take another record", next);
+}
+
+// ----- the annotator's actions
+
+async function next() { open(await call("next")); }
+
+async function move(action, fields = {}) {        // an action that leaves this record
+  if (moving) return;
+  moving = text.readOnly = true;
+  clearTimeout(saveTimer);
+  saveTimer = 0;
+  await queue;
+  const copy = record && copyName();
+  try {
+    const view = await call(action, record ? {id: record.id, text: edited(), ...fields} : fields);
+    if (copy) localStorage.removeItem(copy);
+    open(view);
+  } catch (error) {
+    complain(error);
+  }
+  moving = text.readOnly = false;
+}
+
+const acts = {
+  async accept() {
+    if (!record || (edited() === record.rejected && !await ask("ask-same"))) return;
+    await move("accept");
+  },
+  async skip() {
+    if (!record || !await ask("ask-reason")) return;
+    const reason = new FormData($("ask-reason").firstElementChild).get("reason");
+    await move("skip", {reason: reason || $("other").value});
+  },
+  async undo() {
+    if ($("undo").disabled) return;
+    await save();
+    await move("undo");
+  },
+  revert() {
+    text.focus();
+    text.select();
+    document.execCommand("insertText", false, record.rejected);      // the browser can undo this
+  },
+  compare() { compare($("preferred").hidden); },
+  help() { ask("shortcuts"); },
+  edit() { text.focus(); },
+  async name() {
+    await save();
+    if (await askName(annotator)) await move("next");
+  },
+};
+
+function compare(shown) {
+  $("preferred").hidden = !shown;
+  $("compare").setAttribute("aria-expanded", shown);
+  $("compare").firstElementChild.textContent = `${shown ? "Hide" : "Show"} preferred`;
+}
+
+async function ask(id) {                // true if the main button was chosen
+  if (asking) return false;             // a dialog is open, or its close event is still to come
+  asking = true;
+  const dialog = $(id);
+  dialog.returnValue = "";
+  dialog.showModal();
+  await new Promise(resolve => { dialog.onclose = resolve; });
+  asking = false;
+  return dialog.returnValue === "ok";
+}
+
+async function askName(name) {
+  $("annotator").value = name;
+  if (!await ask("ask-name")) return false;
+  annotator = localStorage.annotator = $("annotator").value.trim();
+  $("name").textContent = `Annotator: ${annotator}`;
+  return true;
+}
+
+// ----- keys and buttons
+
+const KEYS = {p: "compare", r: "revert", k: "skip", z: "undo", e: "edit", "/": "help", "?": "help"};
+
+addEventListener("keydown", event => {
+  if (asking) return;
+  const withLetter = onMac ? event.ctrlKey && event.shiftKey && !event.altKey && !event.metaKey
+                           : event.altKey && !event.ctrlKey && !event.metaKey;
+  const name = event.key === "Enter" ? (event.ctrlKey || event.metaKey) && "accept"
+                                     : withLetter && KEYS[event.key.toLowerCase()];
+  if (!name) return;
+  event.preventDefault();
+  const ready = record || (annotator && ["undo", "help"].includes(name));
+  if (ready && !event.repeat) acts[name]();
+});
+
+for (const kbd of document.querySelectorAll("kbd")) {
+  const key = kbd.dataset.key, accept = key === "Enter";
+  kbd.textContent = accept ? (onMac ? "⌘ Enter" : "Ctrl Enter") : `${onMac ? "⌃⇧" : "Alt "}${key}`;
+  const button = kbd.closest("button");
+  if (!button) continue;
+  kbd.ariaHidden = "true";              // a screen reader gets the key from the next attribute
+  button.setAttribute("aria-keyshortcuts", accept ? (onMac ? "Meta+Enter" : "Control+Enter")
+                                                  : `${onMac ? "Control+Shift" : "Alt"}+${key}`);
+}
+for (const name of ["accept", "skip", "undo", "revert", "compare", "help", "name"]) {
+  $(name).onclick = acts[name];
+}
+for (const cancel of document.querySelectorAll(".cancel")) {
+  cancel.onclick = () => cancel.closest("dialog").close();
+}
+$("other").onfocus = () => { $("other").closest("label").querySelector("[type=radio]").checked = true; };
+text.oninput = typed;
+
+(async () => {
+  const options = await call("start");
+  limit = options.limit;
+  annotator = options.annotator ?? localStorage.annotator ?? "";
+  guide(options.instruction);
+  $("name").disabled = options.annotator !== null;
+  $("name").textContent = `Annotator: ${annotator}`;
+  while (!annotator) await askName("");
+  await next();
+})().catch(complain);

@@ -1,0 +1,187 @@
+"""One frozen dataclass per script: its fields become the command line and config.json.
+
+    @dataclass(frozen=True)
+    class Config(Machinery):
+        out: str = arg(help="folder for the results")              # no default: required
+        lr: float = arg(6e-4, help="Adam's learning rate")
+        kind: str = arg("token", choices=("token", "sequence"), help="...")
+
+    if __name__ == "__main__":
+        run(lambda: train(parse(Config, __doc__)))
+
+Flags are the names of the fields, with dashes. A bool becomes `--flag / --no-flag`. An unknown flag
+is an error. Inherited fields come last in --help, in a group that has the docstring of the base
+class as its title.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import sys
+import types
+import typing
+from collections.abc import Callable
+
+from fgrlhf.data.fields import UserError
+
+
+def arg(default=dataclasses.MISSING, *, help: str, choices: tuple | None = None,
+        least: float | None = None):
+    """Returns a dataclass field with its help text. Without a default the flag is required.
+
+    least: the smallest number that makes sense. A smaller number is refused like a wrong type.
+    """
+    return dataclasses.field(default=default,
+                             metadata={"help": help, "choices": choices, "least": least})
+
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Computation:
+    """Where and how it is computed"""
+
+    device: str = arg("auto", help="auto, cpu, cuda, ...; auto is cuda if there is one")
+    dtype: str = arg("float32", choices=DTYPES, help="of weights and activations; bfloat16 trains "
+                                                     "with float32 master weights")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machinery(Computation):
+    """The machinery, the same in every training script"""
+
+    seed: int = arg(0, help="seed of every random draw")
+    lora_rank: int = arg(0, least=0, help="train adapters of this rank over frozen weights; 0 "
+                         "trains all weights")
+    checkpoint_activations: bool = arg(False, help="keep one activation per block and compute the "
+                                       "others again in the backward pass: less memory, more time")
+    save_every: int = arg(200, least=1, help="steps between training states for --resume")
+    keep: int = arg(2, least=1, help="number of training states to keep")
+    resume: bool = arg(False, help="continue the unfinished run in --out")
+
+
+def at_least(kind: type, least: float | None):
+    """Returns an argparse type: a number of `kind`, not below `least` and below 2^63."""
+    def number(text: str):
+        value = kind(text)
+        if not (least is None or value >= least):                   # refuses NaN as well
+            raise argparse.ArgumentTypeError(f"expected a number of at least {least}, got {text}")
+        if not abs(value) < 2 ** 63:
+            raise argparse.ArgumentTypeError(f"expected a number below 2^63, got {text}")
+        return value
+    number.__name__ = kind.__name__                                # argparse names it in its errors
+    return number
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that refuses in one line. The flags are in --help."""
+
+    def error(self, message: str):
+        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def program() -> str:
+    """The command that started this program, as one types it, without its arguments."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None:
+        return f"python -m {spec.name.removesuffix('.__main__')}"
+    return shlex.join(["python", sys.argv[0]])
+
+
+def parser(config: type, description: str = "", prog: str | None = None) -> argparse.ArgumentParser:
+    """Builds an argument parser with one flag for each field of the dataclass `config`."""
+    result = OneLineParser(
+        prog=prog or program(), description=description, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints = typing.get_type_hints(config)
+    for owner, fields in _by_owner(config).items():
+        group = result if owner is config else result.add_argument_group(owner.__doc__)
+        for field in fields:
+            _add_flag(group, field, hints[field.name])
+    return result
+
+
+def _by_owner(config: type) -> dict[type, list[dataclasses.Field]]:
+    """The fields by the class they come from: the script's own first, then those of each base."""
+    owners: dict[type, list[dataclasses.Field]] = {config: []}
+    for field in dataclasses.fields(config):
+        bases = [base for base in config.__bases__ if dataclasses.is_dataclass(base)
+                 and field.name in {inherited.name for inherited in dataclasses.fields(base)}]
+        owners.setdefault(bases[0] if bases else config, []).append(field)
+    return owners
+
+
+def _add_flag(group, field: dataclasses.Field, kind: type) -> None:
+    required = field.default is dataclasses.MISSING
+    text = field.metadata["help"]
+    if not required and field.default is not None:
+        text += f" (default: {field.default})"
+    options = {"help": text.replace("%", "%%"), "required": required, "dest": field.name}
+    if not required:
+        options["default"] = field.default
+    if isinstance(kind, types.UnionType):                           # `int | None`
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        least, choices = field.metadata["least"], field.metadata["choices"]
+        options |= {"type": at_least(kind, least) if kind in (int, float) else kind,
+                    "choices": choices, "metavar": None if choices else kind.__name__.upper()}
+    group.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def parse(config: type, description: str = "", argv: list[str] | None = None,
+          prog: str | None = None):
+    """Turns argv into an instance of `config`. A bad flag ends the program with status 2."""
+    return config(**vars(parser(config, description, prog).parse_args(argv)))
+
+
+def dispatch(commands: dict[str, tuple[type, Callable]], description: str):
+    """Runs the command that the first argument names: {name: (its Config, its function)}."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
+        print(description)
+        return
+    if name not in commands:
+        raise UserError(f"expected one of {', '.join(commands)}, got {name!r}; "
+                        f"see {program()} --help")
+    config, action = commands[name]
+    action(parse(config, description, sys.argv[2:], f"{program()} {name}"))
+
+
+def to_json(config) -> str:
+    """The resolved configuration, as it is saved beside the results."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def resume_command() -> str:
+    """The command that was typed, with --resume."""
+    resume = [] if "--resume" in sys.argv else ["--resume"]
+    return " ".join([program(), shlex.join([*sys.argv[1:], *resume])])
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls `main`. A UserError becomes one line on stderr and status 2, a non-finite number 1."""
+    try:
+        main()
+        sys.stdout.flush()                      # a reader that has gone away shows here
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except FloatingPointError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except BrokenPipeError:                     # otherwise Python flushes again at exit, and fails
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; check path, "
+              "permissions and free space", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,34 @@
+"""Random draws as functions of (seed, purpose, step).
+
+No state of a random number generator is carried from step to step or saved. A resumed run therefore
+draws what the run would have drawn without the stop, and so does any number of ranks.
+"""
+
+import hashlib
+
+import torch
+
+
+def generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
+    """Returns a CPU generator that depends on nothing but its arguments."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def batches(count: int, size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Cuts a seeded permutation of range(count) into batches of `size`; the last may be shorter."""
+    order = torch.randperm(count, generator=generator(seed, "order", epoch)).tolist()
+    return [order[i:i + size] for i in range(0, count, size)]
+
+
+def bucketed_batches(lengths: list[int], size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Like `batches`, but sequences of similar length share a batch, so that little is padding.
+
+    Windows of 16 batches of the permutation are sorted by length; the batches are then shuffled.
+    """
+    result = []
+    for window in batches(len(lengths), 16 * size, seed, epoch):
+        window.sort(key=lambda i: lengths[i])
+        result += [window[i:i + size] for i in range(0, len(window), size)]
+    order = torch.randperm(len(result), generator=generator(seed, "batches", epoch)).tolist()
+    return [result[i] for i in order]

@@ -1,0 +1,111 @@
+"""Shows one record in every equation of the method, with all numbers (paper, sections 2.1, 2.2).
+
+    python -m fgrlhf.explain --reward runs/quick/seed0/rm-token/reward \
+        --record runs/quick/seed0/held-out/edits.jsonl:edit-2 \
+        --policy runs/quick/seed0/fine-grained/best
+
+The first part has both texts with the changes marked, every token with its reward, and equations
+(1) to (4) with their numbers. The second part takes the original as a response of the policy. It
+has equations (5) to (7) for each token: KL, advantage, ratio and clip, before and after one update
+on this response only.
+
+The settings of the loss and of PPO come from the runs that wrote the two folders (config.json in
+the folder above). Without --policy, the policy is the model from which the reward model was
+trained; the KL is then 0.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fgrlhf.checkpoint import load_model, load_tokenizer
+from fgrlhf.data.fields import UserError
+from fgrlhf.data.records import Edit, Pair
+from fgrlhf.encode import TEMPLATES, read_preferences
+from fgrlhf.engine.config import arg, parse, run
+from fgrlhf.explain.explained import (
+    Explained, LossSettings, UpdateSettings, explain_record, settings_of)
+from fgrlhf.explain.text import explained_text
+from fgrlhf.reproduce.report import write_report
+from fgrlhf.reward import load_reward
+
+
+@dataclass(frozen=True)
+class Config:
+    reward: str = arg(help="folder of a token-level reward model")
+    record: str = arg(help="FILE or FILE:ID, a file of edits or pairs; without ID the first record")
+    policy: str | None = arg(None, help="model folder of the policy (default: the model from "
+                                        "which the reward model was trained)")
+    reference: str | None = arg(None, help="model folder of the frozen reference (default: the "
+                                           "model from which the policy was trained, or the "
+                                           "policy itself)")
+    template: str | None = arg(None, choices=tuple(TEMPLATES),
+                               help="template of the prompt (default: that of the reward model)")
+    html: str | None = arg(None, help="also write an HTML page with the same contents to this file")
+
+
+def find(place: str, normalise: bool) -> Edit | Pair:
+    """Finds the record of "FILE" or "FILE:ID". Both parts may contain colons."""
+    parts = place.split(":")
+    cuts = [k for k in range(len(parts), 0, -1) if Path(":".join(parts[:k])).is_file()]
+    if not cuts:
+        raise UserError(f"--record {place}: expected FILE or FILE:ID, found no such file; "
+                        "check the path")
+    path, wanted = ":".join(parts[:cuts[0]]), ":".join(parts[cuts[0]:])
+    records = read_preferences(path, normalise)
+    if not wanted:
+        return records[0]
+    for record in records:
+        if record.id == wanted:
+            return record
+    raise UserError(f"--record {path}: found no record {wanted!r} with two different texts; choose "
+                    f"one of its {len(records)} ids, the first is {records[0].id!r}")
+
+
+def policy_folders(config: Config, settings: LossSettings) -> tuple[str, str] | None:
+    """Finds the folders (policy, reference). None: flags and runs name no policy that exists."""
+    policy = config.policy or settings.model
+    if policy is None or config.policy is None and not Path(policy).exists():
+        return None
+    start = settings_of(UpdateSettings, policy).policy
+    return policy, config.reference or (start if start and Path(start).exists() else policy)
+
+
+def explain(config: Config) -> tuple[Explained, dict[str, str]]:
+    """Explains the record. Returns the explanation and the folders used, by name."""
+    reward = load_reward(config.reward, "cpu", torch.float32).requires_grad_(False)
+    if reward.kind != "token":
+        raise UserError(f"--reward {config.reward}: expected a token-level reward model, got a "
+                        "sequence-level one; train one with train_rm.py --kind token")
+    settings, tokenizer = settings_of(LossSettings, config.reward), load_tokenizer(config.reward)
+    if config.template:
+        settings = settings._replace(template=config.template)
+    record, used = find(config.record, settings.normalise), {"reward": config.reward}
+    if (folders := policy_folders(config, settings)) is None:
+        return explain_record(record, tokenizer, reward, settings), used
+    used |= dict(zip(("policy", "reference"), folders))
+    for name, folder in used.items():
+        if load_tokenizer(folder).sha256 != tokenizer.sha256:
+            raise UserError(f"--{name} {folder}: expected the tokenizer of --reward "
+                            f"{config.reward}, got another; choose models of the same run")
+    policy, reference = (load_model(folder, "cpu", torch.float32) for folder in folders)
+    update = settings_of(UpdateSettings, folders[0])
+    return explain_record(record, tokenizer, reward, settings, policy, reference, update), used
+
+
+def main(config: Config) -> None:
+    explained, used = explain(config)
+    if config.html:
+        write_report(config.html, {"examples": {"explained": [explained]}})
+    sys.stdout.reconfigure(encoding="utf-8")
+    print("\n".join(f"{name:10}{folder}" for name, folder in used.items()) + "\n")
+    print(explained_text(explained, sys.stdout.isatty() and "NO_COLOR" not in os.environ), end="")
+    if explained.update is None:
+        print("\nEquations (5) to (7) need a policy; give its folder with --policy.")
+
+
+if __name__ == "__main__":
+    run(lambda: main(parse(Config, __doc__)))

@@ -1,0 +1,80 @@
+"""Chooses the texts that the report shows, from one seed: rewards of tokens, edits, answers."""
+
+from pathlib import Path
+
+import torch
+
+from fgrlhf.align import align
+from fgrlhf.checkpoint import load_model, load_tokenizer
+from fgrlhf.data.readers import read_edits, read_outputs
+from fgrlhf.data.records import Edit, Output, Prompt
+from fgrlhf.encode import encode_prompt
+from fgrlhf.explain.explained import (
+    Explained, LossSettings, UpdateSettings, explain_record, settings_of)
+from fgrlhf.reward import RewardModel, load_reward
+from fgrlhf.sequences import pack
+from fgrlhf.simulate.oracle import count_errors
+from fgrlhf.simulate.world import World
+from fgrlhf.tokenizer import Tokenizer
+
+
+def examples(folder: Path, count: int = 6) -> dict:
+    """Returns the examples of the report (report.py has their form), at most `count` of each."""
+    world = World(int(folder.name.removeprefix("seed")))
+    tokenizer = load_tokenizer(folder / "sft/policy")
+    model = load_reward(folder / "rm-token/reward")
+    before = read_outputs(folder / "outputs/sft-reference.json")
+    after = read_outputs(folder / "outputs/fine-grained-test.json")
+    errors, errors_after = count_errors(world, before), count_errors(world, after)
+    bad = [output for output, n in zip(before, errors) if n >= 2][:count]
+    edits = read_edits(folder / "annotations/edits.jsonl")[:count]
+    both = [{"prompt": a.instruction, "before": a.output, "before_errors": n, "after": b.output,
+             "after_errors": m, "label": "fine-grained"}
+            for a, b, n, m in zip(before, after, errors, errors_after) if n][:count]
+    return {"heat_maps": [heat_map(world, tokenizer, model, output) for output in bad],
+            "edits": [changes(tokenizer, edit) for edit in edits],
+            "explained": explain_edit(folder, tokenizer, model), "before_after": both}
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """The text of each token, with its blank in front."""
+    text = tokenizer.decode(ids)
+    return [" EOS" if i == tokenizer.eos_id else text[start:end] or " "
+            for i, (start, end) in zip(ids, tokenizer.spans(ids))]
+
+
+def heat_map(world: World, tokenizer: Tokenizer, model: RewardModel, output: Output) -> dict:
+    """One answer with the calibrated reward of each token, and the tokens inside an error."""
+    prompt = encode_prompt(tokenizer, Prompt("test", output.instruction), "plain", 10 ** 6)
+    ids = tokenizer.encode(output.output, eos=True)
+    with torch.no_grad():
+        rewards = model.ppo_rewards(pack([prompt], [ids]))[0].tolist()
+    errors = world.errors(output.instruction, output.output)
+    wrong = [any(max(e.start, start) < min(e.end, end) for e in errors)
+             for start, end in tokenizer.spans(ids)]
+    return {"prompt": output.instruction, "tokens": pieces(tokenizer, ids), "rewards": rewards,
+            "errors": wrong}
+
+
+def changes(tokenizer: Tokenizer, edit: Edit) -> dict:
+    """One edit with the tokens that the alignment calls changed."""
+    original, edited = (tokenizer.encode(text, eos=True) for text in (edit.original, edit.edited))
+    aligned = align(original, edited)
+    return {"prompt": edit.prompt, "original_tokens": pieces(tokenizer, original),
+            "original_changed": aligned.original_changed,
+            "edited_tokens": pieces(tokenizer, edited), "edited_changed": aligned.edited_changed}
+
+
+def explain_edit(folder: Path, tokenizer: Tokenizer, model: RewardModel) -> list[Explained]:
+    """Explains the first held-out edit that repairs two errors, as `python -m fgrlhf.explain` does.
+
+    The list is empty when there is no such edit.
+    """
+    edit = next((e for e in read_edits(folder / "held-out/edits.jsonl") if len(e.spans or ()) > 1),
+                None)
+    if edit is None:
+        return []
+    loss = settings_of(LossSettings, folder / "rm-token/reward")
+    update = settings_of(UpdateSettings, folder / "fine-grained/best")
+    policy, reference = (load_model(folder / "sft/policy") for _ in range(2))
+    return [explain_record(edit, tokenizer, model, loss, policy, reference, update)]

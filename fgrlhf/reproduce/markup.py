@@ -1,0 +1,53 @@
+"""Builds HTML that is always escaped: `tag` escapes every text that is not from another `tag`."""
+
+import html
+from typing import Sequence
+
+
+class Html(str):
+    """Text that is already markup."""
+
+
+def tag(name: str, *children, **attributes) -> Html:
+    """Returns <name attributes>children</name>, with every attribute and other text escaped.
+
+    Children and attributes that are None are left out, and lists are joined. In the name of an
+    attribute a trailing underscore is dropped (`class_`) and any other becomes a hyphen.
+    """
+    shown = "".join(f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+                    for key, value in attributes.items() if value is not None)
+    return Html(f"<{name}{shown}>{join(children)}</{name}>")
+
+
+def join(children: Sequence) -> Html:
+    """Joins the children, flattens lists, and escapes what is not Html."""
+    parts = []
+    for child in children:
+        if isinstance(child, (list, tuple)):
+            parts.append(join(child))
+        elif child is not None:
+            parts.append(child if isinstance(child, Html) else html.escape(str(child)))
+    return Html("".join(parts))
+
+
+def section(title: str, *children) -> Html:
+    return tag("section", tag("h2", title), *children)
+
+
+def table(caption: str | None, header: Sequence, groups: Sequence[Sequence[Html]],
+          text: bool = False) -> Html:
+    """Returns a table. Its first column has the names of the rows.
+
+    groups: lists of rows, with a fine line between them. text: the columns have prose, not numbers.
+    """
+    head = [cell if isinstance(cell, Html) else
+            tag("th", cell, scope="col", class_="number" if n and not text else None)
+            for n, cell in enumerate(header)]
+    body = [tag("tbody", *rows) for rows in groups]
+    return tag("div", tag("table", tag("caption", caption), tag("thead", tag("tr", *head)), body),
+               class_="scroll")
+
+
+def typeset(number: str) -> str:
+    """Gives a number of the terminal a real minus sign. A single "-" (no value) becomes a dash."""
+    return "\N{EN DASH}" if number == "-" else number.replace("-", "\N{MINUS SIGN}")

@@ -1,0 +1,221 @@
+"""Writes the results as one HTML page that needs no other file.
+
+`results` has the contents of results.json, and the texts to show:
+
+    profile command seeds machine seconds notes commands      of the run; the last two are lists
+    systems        {key: {label, role, metrics: {name: cell}}}      role: method, baseline, ...
+    reward_models  {key: {label, metrics: {name: cell}}}
+    comparisons    [{label, mean, interval, per_seed}]              differences of win rates
+    speed          {label, rows: [{label, baseline, method, ratio}]}    ratio: a cell or a number
+    paper          [{label, value}]                                 the figures of the paper
+    curves         [{system, label, seed, metric, x_episodes, x_seconds, y}]
+    examples       {heat_maps: [{prompt, tokens, rewards, errors}],
+                    edits: [{prompt, original_tokens, original_changed,
+                             edited_tokens, edited_changed}],
+                    explained: [explained.Explained],
+                    before_after: [{prompt, before, before_errors, after, after_errors, label}]}
+
+table.py describes a cell. If a part is missing, the page has no section for it. The page needs no
+network, no script and no colour: signs, numbers, dashes and underlines carry the same information.
+"""
+
+from itertools import groupby
+from pathlib import Path
+from typing import Sequence
+
+from fgrlhf.data.files import write_atomic
+from fgrlhf.explain.page import explained_page
+from fgrlhf.reproduce import excerpts
+from fgrlhf.reproduce.chart import Curve, line_chart, strip, strip_axis, ticks
+from fgrlhf.reproduce.markup import Html, section, table, tag, typeset
+from fgrlhf.reproduce.table import (
+    DIFFERENCE, ERRORS, GREEDY_ERRORS, REWARD_MODELS, TRAINING, WIN_RATES, Column, cell_texts,
+    interval_of, is_number, number, present, ratio, text_table)
+
+STYLE = Path(__file__).parent / "style.css"
+# With this policy the browser refuses everything that is not on the page.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+CURVES = {"win_rate": ("Win rate on dev prompts, %", 100),
+          "reward": ("Reward per response, each system on its own scale", 1),
+          "kl_k1": ("KL from the SFT policy, nats per response", 1)}
+
+
+def write_report(path: str | Path, results: dict) -> None:
+    """Writes the page completely or not at all. Raises UserError if the file cannot be written."""
+    write_atomic(path, page(results).encode("utf-8", "replace"))
+
+
+def page(results: dict) -> str:
+    """Returns the whole HTML document."""
+    get, examples = results.get, results.get("examples") or {}
+    systems = get("systems") or {}
+    is_method = lambda curve: systems.get(curve["system"], {}).get("role") == "method"
+    curves = sorted(get("curves") or [], key=is_method, reverse=True)  # the method gets style s0
+    parts = [(_systems, systems), (_comparisons, get("comparisons")),
+             (_reward_models, get("reward_models")), (_speed, get("speed")), (_paper, get("paper")),
+             (_training, systems), (_curves, curves),
+             (excerpts.heat_maps, examples.get("heat_maps")),
+             (excerpts.edits, examples.get("edits")), (explained_page, examples.get("explained")),
+             (excerpts.before_after, examples.get("before_after")), (_again, results)]
+    sections = [shown for show, part in parts if part and (shown := show(part))]
+    title = f"Token-level RLHF from minimal edits, {get('profile') or 'a'} run"
+    return "\n".join([
+        '<!doctype html>', '<html lang="en">', '<head>', '<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">', tag("title", title),
+        tag("style", Html(STYLE.read_text(encoding="utf-8"))), '</head>', '<body>', '<main>',
+        _header(results), *sections, '</main>', '</body>', '</html>', ''])
+
+
+def _header(results: dict) -> Html:
+    seeds, seconds = results.get("seeds") or [], results.get("seconds")
+    facts = [f"{results['profile']} profile" if results.get("profile") else None,
+             f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else None,
+             results.get("machine"), _duration(seconds) if is_number(seconds) else None]
+    parts = [tag("h1", "Token-level RLHF from minimal edits"),
+             tag("p", " \N{MIDDLE DOT} ".join(filter(None, facts)), class_="muted")]
+    if command := results.get("command"):
+        parts.append(tag("p", tag("code", command)))
+    for first in (results.get("comparisons") or [])[:1]:
+        mean, interval = map(typeset, cell_texts(first, DIFFERENCE))
+        parts.append(tag("p", tag("b", mean, " points"), " ", interval, " ", first["label"],
+                         class_="headline"))
+    if notes := results.get("notes"):
+        parts.append(tag("ul", [tag("li", note) for note in notes], class_="notes"))
+    return tag("header", parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+# ----- tables -----------------------------------------------------------------------------------
+
+def _systems(systems: dict[str, dict]) -> Html | None:
+    columns = present(systems, (*WIN_RATES, *ERRORS, *GREEDY_ERRORS))
+    if not columns:
+        return None
+    head, strips = _strips([s["metrics"].get("win_rate") or {} for s in systems.values()], 50)
+    rows = [tag("tr", _name(s), drawn, _numbers(s, columns), class_=s.get("role"))
+            for s, drawn in zip(systems.values(), strips)]
+    return section("Systems", table(
+        "Win rates on test prompts against one fixed sample of the SFT policy (50: no better), "
+        "with sampled and with greedy answers, and the oracle's errors per response. PPO runs are "
+        "tested with the checkpoint that is best on dev prompts; SFT and imitation with the last "
+        "one. Brackets and lines are 95% intervals, discs are means, ticks are seeds.",
+        ["system", head, *(c.header for c in columns)], _by_role(systems, rows)))
+
+
+def _training(systems: dict[str, dict]) -> Html | None:
+    columns = present(systems, TRAINING)
+    if not columns:
+        return None
+    rows = [tag("tr", _name(s), _numbers(s, columns), class_=s.get("role"))
+            for s in systems.values()]
+    return section("Training", table(
+        "The cost of each system, as means over seeds. Episodes are sampled responses. Seconds "
+        "count training only, without evaluation.",
+        ["system", *(c.header for c in columns)], _by_role(systems, rows)))
+
+
+def _comparisons(comparisons: Sequence[dict]) -> Html:
+    head, strips = _strips(comparisons, 0)
+    rows = [tag("tr", tag("th", c["label"], scope="row"), drawn, _number(c, DIFFERENCE))
+            for c, drawn in zip(comparisons, strips)]
+    return section("Differences", table(
+        "Differences of win rates in percentage points, with 95% intervals.",
+        ["difference", head, DIFFERENCE.header], [rows]))
+
+
+def _reward_models(models: dict[str, dict]) -> Html:
+    columns = present(models, REWARD_MODELS)
+    rows = [tag("tr", _name(model), _numbers(model, columns)) for model in models.values()]
+    return section("Reward models", table(
+        "How often the better side of a held-out preference gets the higher reward, on edit pairs "
+        "and on ordinary pairs (chance: 50). AUC: how well low token rewards find the oracle's "
+        "error spans, over all tokens and within a response (chance: .5).",
+        ["reward model", *(c.header for c in columns)], [rows]))
+
+
+def _speed(speed: dict) -> Html:
+    rows = [tag("tr", tag("th", row["label"], scope="row"),
+                [tag("td", typeset(text), class_="number") for text in
+                 (number(row.get("baseline")), number(row.get("method")), ratio(row.get("ratio")))])
+            for row in speed["rows"]]
+    return section("Speed", table(speed.get("label"), ["measure", "baseline", "method", "ratio"],
+                                  [rows]))
+
+
+def _paper(paper: Sequence[dict]) -> Html:
+    rows = [tag("tr", tag("th", row["label"], scope="row"), tag("td", row["value"]))
+            for row in paper]
+    return section("What the paper reports", table(
+        "Xu et al., ACL 2024. Their data and the size of their model differ, so these figures are "
+        "context and not a target.",
+        ["figure", "value"], [rows], text=True))
+
+
+def _name(row: dict) -> Html:
+    role = row.get("role")
+    return tag("th", row["label"], tag("span", role, class_="role") if role else None, scope="row")
+
+
+def _numbers(row: dict, columns: Sequence[Column]) -> list[Html]:
+    return [_number(row["metrics"].get(column.metric), column) for column in columns]
+
+
+def _number(cell: dict | None, column: Column) -> Html:
+    mean, interval = map(typeset, cell_texts(cell, column))
+    return tag("td", mean, tag("span", " ", interval, class_="interval") if interval else None,
+               class_="number")
+
+
+def _by_role(systems: dict[str, dict], rows: Sequence[Html]) -> list[list[Html]]:
+    """Groups the rows: neighbours with the same role are together."""
+    pairs = groupby(zip(systems.values(), rows), key=lambda pair: pair[0].get("role"))
+    return [[row for _, row in group] for _, group in pairs]
+
+
+def _strips(cells: Sequence[dict], reference: float) -> tuple[Html, list[Html]]:
+    """Draws a column of intervals on one scale, in percent. Returns its head and its cells."""
+    percent = lambda values: [100 * value for value in values or () if is_number(value)]
+    rows = [(percent([c.get("mean")]), percent(interval_of(c)), percent(c.get("per_seed")))
+            for c in cells]
+    scale = ticks([reference, *(value for row in rows for part in row for value in part)])
+    head = tag("th", tag("span", "drawn", class_="hidden"), strip_axis(scale, reference),
+               scope="col")
+    return head, [tag("td", strip(mean[0] if mean else None, interval, seeds, scale, reference))
+                  for mean, interval, seeds in rows]
+
+
+# ----- the rest ---------------------------------------------------------------------------------
+
+def _curves(curves: Sequence[dict]) -> Html:
+    """Draws the win rate over episodes and over seconds, and other metrics over episodes."""
+    style = {key: n % 8 for n, key in enumerate(dict.fromkeys(c["system"] for c in curves))}
+    figures = []
+    for metric in dict.fromkeys(c["metric"] for c in curves):
+        name, factor = CURVES.get(metric, (metric, 1))
+        reference = (50, "the SFT sample itself") if metric == "win_rate" else ()
+        for axis in ("episodes", "seconds") if metric == "win_rate" else ("episodes",):
+            drawn = [Curve(c["label"], style[c["system"]], c[f"x_{axis}"],
+                           [factor * y if is_number(y) else None for y in c["y"]])
+                     for c in curves if c["metric"] == metric and c.get(f"x_{axis}")]
+            if drawn:
+                chart = line_chart(drawn, name, axis, *reference)
+                figures.append(tag("figure", tag("figcaption", tag("b", name), f", over {axis}"),
+                                   tag("div", chart, class_="scroll")))
+    return section("Learning curves", tag(
+        "p", "Each system has one line. With several seeds, each thin line is a seed, and the "
+        "thick line is their mean up to the end of the shortest.", class_="muted"), figures)
+
+
+def _again(results: dict) -> Html | None:
+    """Shows the commands and the figures as plain text, to be copied."""
+    commands, text = results.get("commands") or [], text_table(results)
+    parts = [(f"The {len(commands)} commands of this run", "\n".join(commands)),
+             ("The figures as plain text", text)]
+    folded = [tag("details", tag("summary", summary), tag("pre", body))
+              for summary, body in parts if body]
+    return section("Commands and figures to copy", folded) if folded else None

@@ -1,0 +1,232 @@
+"""Collects the figures of finished runs for results.json (paper, section 3.2).
+
+Each figure is a cell: the mean over seeds, its 95% interval by Student's t, the 95% interval in
+which one more seed is expected (`one_more`), and the value of every seed. With a single seed a
+figure has no interval, and a difference has a paired bootstrap over prompts. The reference of every
+win rate is one fixed sample of the SFT model's answers.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from fgrlhf.data.readers import read_outputs
+from fgrlhf.evaluate import bootstrap, compare, over_seeds
+from fgrlhf.reproduce.examples import examples
+from fgrlhf.simulate.oracle import count_errors
+from fgrlhf.simulate.world import World
+
+SYSTEMS = {
+    "sft": ("SFT", "start"),
+    "rlhf": ("PPO-RLHF (sequence RM on pairs)", "baseline"),
+    "sequence-edits": ("PPO, sequence RM on edits", "ablation"),
+    "fine-grained": ("Fine-grained token-level PPO", "method"),
+    "imitation": ("SFT on the edits", "control"),
+    "fine-grained-imperfect": ("Fine-grained PPO, imperfect editor", "control"),
+    "imitation-imperfect": ("SFT on the edits, imperfect editor", "control"),
+    "likelihood": ("Log-likelihood as token reward", "control"),
+    "fine-grained-paper-loss": ("Fine-grained PPO, paper's token loss", "ablation"),
+    "fine-grained-logp-feature": ("Fine-grained PPO, logp in the head", "ablation"),
+}
+REWARD_MODELS = {
+    "rm-sequence": "Sequence-level on pairs",
+    "rm-sequence-edits": "Sequence-level on edits",
+    "rm-token": "Token-level on edits",
+    "rm-token-imperfect": "Token-level, imperfect editor",
+    "rm-likelihood": "Untrained log-likelihood",
+    "rm-token-paper-loss": "Token-level, paper's loss",
+    "rm-token-logp-feature": "Token-level, logp in the head",
+}
+REWARD_METRICS = {"edits/pair_accuracy": "edit_accuracy", "pairs/pair_accuracy": "pair_accuracy",
+                  "edits/token_auc": "token_auc", "edits/token_auc_within": "token_auc_within",
+                  "edits/position_auc_within": "position_auc_within", "seconds": "seconds"}
+PAPER = [{"label": "win rate gain over PPO-RLHF (LLaMA-7B, AlpacaFarm)",
+          "value": "up to 5.1 points"},
+         {"label": "reward model accuracy", "value": "about 85.2%"},
+         {"label": "time to converge against PPO-RLHF", "value": "half"}]
+NOTES = ["The world is built in: it shows the mechanism, not that a 7B model gains as much.",
+         "An edit carries more information than a label, so the same number of annotations is not "
+         "the same amount of information.",
+         "A win rate compares the answers to test prompts with one fixed sample of the SFT model. "
+         "The oracle of the world judges: fewer errors win, and a tie counts one half.",
+         "PPO runs are tested with the checkpoint that was best on dev prompts; SFT and imitation "
+         "with the last one.",
+         "The imperfect editor misses 30% of the errors and makes a needless edit in 10% of the "
+         "answers."]
+
+
+class Tested(NamedTuple):
+    """The errors of one system on each test prompt of one seed."""
+
+    sampled: list[int]                  # of the answers at temperature 1
+    greedy: list[int]                   # of the greedy answers
+    reference: list[int]                # of the fixed sample of the SFT model
+
+    def preferences(self, decoding: str) -> list[float]:
+        """1 (win), 0.5 (tie) or 0 (loss) per prompt, for "sampled" or "greedy" answers."""
+        return compare(getattr(self, decoding), self.reference)
+
+
+def seed_of(folder: Path) -> int:
+    """The seed of the folder "seed3" is 3. It is also the seed of the world."""
+    return int(folder.name.removeprefix("seed"))
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Reads a .jsonl file that a run of this project wrote."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def tested(folder: Path, system: str) -> Tested:
+    """Counts the errors of a system's test answers, and of the reference's, by the oracle."""
+    world, outputs = World(seed_of(folder)), folder / "outputs"
+    return Tested(*(count_errors(world, read_outputs(outputs / f"{name}.json"))
+                    for name in (f"{system}-test", f"{system}-test-greedy", "sft-reference")))
+
+
+def cell(values: list[float]) -> dict:
+    """Makes a cell of the values of all seeds.
+
+    The intervals of a single seed are None. NaN is the value of a seed without data; it becomes
+    None, and so do the mean and the intervals.
+    """
+    values = [None if math.isnan(value) else value for value in values]
+    if None in values:
+        return {"mean": None, "interval": None, "one_more": None, "per_seed": values}
+    interval, one_more = over_seeds(values), over_seeds(values, more=1)
+    shown = lambda i: None if math.isnan(i.low) else [i.low, i.high]
+    return {"mean": interval.mean, "interval": shown(interval), "one_more": shown(one_more),
+            "per_seed": values}
+
+
+def difference(label: str, ours: list[list[float]], theirs: list[list[float]]) -> dict:
+    """Returns the paired difference of two win rates.
+
+    ours, theirs: the preferences of each seed, prompt by prompt. The interval is over seeds; for a
+    single seed it is over the prompts.
+    """
+    by_prompt = [[a - b for a, b in zip(x, y)] for x, y in zip(ours, theirs)]
+    per_seed = [sum(d) / len(d) for d in by_prompt]
+    interval = over_seeds(per_seed) if len(per_seed) > 1 else bootstrap(by_prompt[0])
+    return {"label": label, "mean": interval.mean, "interval": [interval.low, interval.high],
+            "per_seed": per_seed}
+
+
+def dev_curve(folder: Path, system: str) -> list[tuple[int, float, float, float]]:
+    """Reads (episodes, training seconds, dev win rate, dev errors) of each dev evaluation."""
+    seconds = {t["step"]: t["seconds"] for t in read_lines(folder / system / "timing.jsonl")}
+    return [(int(m["rollout/episodes"]), seconds[m["step"]], m["eval/win_rate"], m["eval/errors"])
+            for m in read_lines(folder / system / "metrics.jsonl") if "eval/win_rate" in m]
+
+
+def first_reaching(curve: list[tuple], win_rate: float) -> tuple[float, float]:
+    """Finds (episodes, seconds) when the curve first reaches `win_rate`; infinite if never."""
+    return next(((e, s) for e, s, w, _ in curve if w >= win_rate), (math.inf, math.inf))
+
+
+def speed(folders: list[Path]) -> dict:
+    """Compares the episodes and seconds that baseline and method need, averaged over seeds.
+
+    Both are measured when a run first reaches the best dev win rate of the baseline of its seed.
+    """
+    rows = {"episodes": ([], []), "seconds": ([], [])}
+    for folder in folders:
+        baseline = dev_curve(folder, "rlhf")
+        best = max(point[2] for point in baseline)
+        for curve, side in ((baseline, 0), (dev_curve(folder, "fine-grained"), 1)):
+            for unit, value in zip(("episodes", "seconds"), first_reaching(curve, best)):
+                rows[unit][side].append(value)
+    table = []
+    for unit, (baseline, method) in rows.items():
+        row = {"label": unit, "baseline": sum(baseline) / len(baseline),
+               "method": "not in every run", "ratio": None}
+        if math.inf not in method:
+            row["method"] = sum(method) / len(method)
+            row["ratio"] = cell([a / b for a, b in zip(baseline, method)])
+        table.append(row)
+    return {"label": "To the baseline's best dev win rate", "rows": table}
+
+
+def curves(folders: list[Path], systems: list[str]) -> list[dict]:
+    """Reads the dev win rate of the PPO runs, and their reward and KL per response."""
+    result = []
+    trained = [system for system in systems if not system.startswith(("imitation", "sft"))]
+    for folder in folders:
+        for system in trained:
+            if not (folder / system / "metrics.jsonl").exists():
+                continue
+            head = {"system": system, "label": SYSTEMS[system][0], "seed": seed_of(folder)}
+            episodes, seconds, win_rates, _ = map(list, zip(*dev_curve(folder, system)))
+            result.append(head | {"metric": "win_rate", "x_episodes": episodes,
+                                  "x_seconds": seconds, "y": win_rates})
+            lines = read_lines(folder / system / "metrics.jsonl")
+            for metric, unit in (("reward", 1), ("kl_k1", "rollout/length")):
+                result.append(head | {"metric": metric, "y": [
+                    line[f"rollout/{metric}"] * line.get(unit, 1) for line in lines],
+                    "x_episodes": [int(line["rollout/episodes"]) for line in lines]})
+    return result
+
+
+def reward_models(folders: list[Path]) -> dict:
+    """Reads the accuracies and AUCs of the reward models on held-out edits and ordinary pairs."""
+    table = {}
+    for name, label in REWARD_MODELS.items():
+        if (folders[0] / name / "done.json").exists():
+            done = [json.loads((folder / name / "done.json").read_text()) for folder in folders]
+            table[name] = {"label": label, "metrics": {
+                new: cell([d[old] for d in done])
+                for old, new in REWARD_METRICS.items() if old in done[0]}}
+    return table
+
+
+def sweep_table(folders: list[Path]) -> dict:
+    """Reads the best dev win rate of every point of the sweep."""
+    runs = sorted({run.name for folder in folders for run in folder.iterdir()
+                   if run.name.startswith(("rlhf-", "fine-grained-"))})
+    table = {}
+    for run in runs:
+        done = [json.loads((folder / run / "done.json").read_text()) for folder in folders]
+        best = cell([d["best_dev_win_rate"] for d in done])
+        table[run] = {"label": run, "role": "baseline" if run.startswith("rlhf") else "method",
+                      "metrics": {"best_dev_win_rate": best}}
+    return table
+
+
+def figures(folders: list[Path], system: str, runs: list[Tested]) -> dict[str, list[float]]:
+    """The figures of one system by name, one value per seed."""
+    mean = lambda values: sum(values) / len(values)
+    metrics = {"win_rate": [mean(t.preferences("sampled")) for t in runs],
+               "win_rate_greedy": [mean(t.preferences("greedy")) for t in runs],
+               "errors": [mean(t.sampled) for t in runs],
+               "errors_greedy": [mean(t.greedy) for t in runs]}
+    done = [json.loads(path.read_text()) for folder in folders
+            if (path := folder / system / "done.json").exists()]
+    for name in ("best_dev_win_rate", "best_iteration", "episodes", "seconds"):
+        if len(done) == len(folders) and name in done[0]:
+            metrics[name] = [d[name] for d in done]
+    return metrics
+
+
+def collect(profile: str, folders: list[Path]) -> dict:
+    """Collects everything that the table and the report show."""
+    head = {"profile": profile, "seeds": [seed_of(folder) for folder in folders], "notes": NOTES}
+    if profile == "sweep":
+        return head | {"systems": sweep_table(folders), "reward_models": reward_models(folders)}
+    present = [s for s in SYSTEMS if (folders[0] / "outputs" / f"{s}-test.json").exists()]
+    tests = {system: [tested(folder, system) for folder in folders] for system in present}
+    systems = {}
+    for system, runs in tests.items():
+        label, role = SYSTEMS[system]
+        metrics = {name: cell(values) for name, values in figures(folders, system, runs).items()}
+        systems[system] = {"label": label, "role": role, "metrics": metrics}
+    by = lambda system, decoding: [t.preferences(decoding) for t in tests[system]]
+    comparisons = [difference(f"{a} minus {b}, {decoding}", by(a, decoding), by(b, decoding))
+                   for a, b in (("fine-grained", "rlhf"), ("sequence-edits", "rlhf"),
+                                ("fine-grained", "sequence-edits"), ("fine-grained", "imitation"),
+                                ("fine-grained-imperfect", "imitation-imperfect"),
+                                ("likelihood", "sft"))
+                   for decoding in ("sampled", "greedy")]
+    return head | {"systems": systems, "reward_models": reward_models(folders),
+                   "comparisons": comparisons, "speed": speed(folders), "paper": PAPER,
+                   "curves": curves(folders, present), "examples": examples(folders[0])}

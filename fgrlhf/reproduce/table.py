@@ -1,0 +1,135 @@
+"""Shows results as text: the form of each figure, and the table that `make reproduce` prints.
+
+A cell is {"mean", "interval": [low, high] or None, "per_seed": [...]}. Rates are shares in [0, 1]
+and are shown in percent. A value that is missing or not finite is shown as "-".
+"""
+
+import math
+from numbers import Real
+from typing import NamedTuple, Sequence
+
+
+class Column(NamedTuple):
+    """The form of a metric: multiplied by `scale`, with `digits` decimals, perhaps an interval."""
+
+    metric: str
+    header: str
+    scale: float
+    digits: int
+    with_interval: bool = True
+    sign: str = ""                      # "+" for differences
+
+
+WIN_RATES = (Column("win_rate", "win rate %", 100, 1),
+             Column("win_rate_greedy", "greedy %", 100, 1))
+ERRORS = (Column("errors", "errors", 1, 2, False),)
+GREEDY_ERRORS = (Column("errors_greedy", "errors, greedy", 1, 2, False),)
+BEST = (Column("best_iteration", "best it.", 1, 0, False),)
+TRAINING = (Column("best_dev_win_rate", "best dev win rate %", 100, 1, False), *BEST,
+            Column("episodes", "episodes", 1, 0, False), Column("seconds", "seconds", 1, 0, False))
+REWARD_MODELS = (Column("edit_accuracy", "edit pairs %", 100, 1),
+                 Column("pair_accuracy", "pairs %", 100, 1),
+                 Column("token_auc", "token AUC", 1, 3, False),
+                 Column("token_auc_within", "AUC within", 1, 3, False))
+RATIO = Column("", "ratio", 1, 1)
+DIFFERENCE = Column("", "points", 100, 1, sign="+")
+
+
+def is_number(value) -> bool:
+    """Returns True for a finite number, and False for None, NaN, an infinity or a text."""
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def number(value, scale: float = 1, digits: int | None = None, sign: str = "") -> str:
+    """Returns the value as text, and "-" for None, NaN and infinities. A text stays as it is.
+
+    digits None: no decimal for whole numbers and for numbers from 100 on, otherwise one decimal.
+    """
+    if isinstance(value, str):
+        return value
+    if not is_number(value):
+        return "-"
+    value *= scale
+    if digits is None:
+        digits = 0 if abs(value) >= 100 or value == int(value) else 1
+    return f"{round(value, digits) + 0.0:{sign},.{digits}f}"          # + 0.0: never "-0.0"
+
+
+def ratio(value) -> str:
+    """Returns a factor, given as a number or as a cell, as text with its interval if any."""
+    mean, interval = cell_texts(value if isinstance(value, dict) else {"mean": value}, RATIO)
+    return f"{mean}x {interval}".rstrip() if mean[0].isdigit() else mean
+
+
+def interval_of(cell: dict) -> list[float]:
+    """Returns the interval of the cell, and [] if it has none (a single seed)."""
+    interval = cell.get("interval") or []
+    return list(interval) if all(map(is_number, interval)) else []
+
+
+def cell_texts(cell: dict | None, column: Column) -> tuple[str, str]:
+    """Returns (mean, interval) as text. The interval is "" if there is none to show."""
+    cell = cell or {}
+    mean, *interval = (number(value, column.scale, column.digits, column.sign) for value in
+                       (cell.get("mean"), *(interval_of(cell) if column.with_interval else ())))
+    return mean, f"[{', '.join(interval)}]" if interval else ""
+
+
+def present(rows: dict[str, dict], columns: Sequence[Column]) -> list[Column]:
+    """Returns the columns in which at least one row has a value."""
+    return [c for c in columns
+            if any(cell_texts(row["metrics"].get(c.metric), c)[0] != "-" for row in rows.values())]
+
+
+def text_table(results: dict, width: int = 100) -> str:
+    """Writes systems, reward models, differences, speed and the paper's figures as aligned text.
+
+    results: see report.py. A missing part is left out. No line is longer than `width`.
+    """
+    systems, models = results.get("systems") or {}, results.get("reward_models") or {}
+    columns = (*WIN_RATES, *ERRORS, *BEST) if present(systems, WIN_RATES) else TRAINING
+    parts = [_metrics("system", systems, columns, width),
+             _metrics("reward model", models, REWARD_MODELS, width)]
+    comparisons = results.get("comparisons") or []
+    parts.append(_aligned(["difference of win rates", *(c["label"] for c in comparisons)],
+                          [_cells(DIFFERENCE, comparisons)], width))
+    speed = results.get("speed") or {}
+    rows = speed.get("rows") or []
+    parts.append(_aligned([speed.get("label") or "speed", *(row["label"] for row in rows)],
+                          [["baseline", *(number(row.get("baseline")) for row in rows)],
+                           ["method", *(number(row.get("method")) for row in rows)],
+                           ["ratio", *(ratio(row.get("ratio")) for row in rows)]], width))
+    paper = results.get("paper") or []
+    parts.append(_aligned(["the paper", *(row["label"] for row in paper)],
+                          [["value", *(row["value"] for row in paper)]], width))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _metrics(title: str, rows: dict[str, dict], columns: Sequence[Column], width: int) -> str:
+    cells = [_cells(c, [row["metrics"].get(c.metric) for row in rows.values()])
+             for c in present(rows, columns)]
+    return _aligned([title, *(row["label"] for row in rows.values())], cells, width)
+
+
+def _cells(column: Column, cells: Sequence[dict | None]) -> list[str]:
+    """Returns the header, then "mean [low, high]" with the means aligned."""
+    texts = [cell_texts(cell, column) for cell in cells]
+    left, right = (max((len(text[side]) for text in texts), default=0) for side in (0, 1))
+    return [column.header, *(f"{mean:>{left}} {interval:<{right}}" if right else mean
+                             for mean, interval in texts)]
+
+
+def _aligned(labels: list[str], columns: list[list[str]], width: int) -> str:
+    """Sets labels on the left, cut to the free width, and columns on the right, two blanks apart.
+
+    The first entry of each is its header, with a line below. Returns "" if there are only headers.
+    """
+    if len(labels) < 2:
+        return ""
+    widths = [max(map(len, column)) for column in columns]
+    room = max(8, width - sum(w + 2 for w in widths))
+    first = min(room, max(map(len, labels)))
+    labels = [label if len(label) <= first else label[:first - 3] + "..." for label in labels]
+    lines = [label.ljust(first) + "".join(f"  {cell:>{w}}" for cell, w in zip(cells, widths))
+             for label, *cells in zip(labels, *columns, strict=True)]
+    return "\n".join(line.rstrip() for line in [lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,0 +1,118 @@
+"""Writes the built-in world to files, and annotates answers (paper, sections 2.1 and 3.1).
+
+    python -m fgrlhf.simulate world    --world 0 --seed 0 --out DIR
+    python -m fgrlhf.simulate annotate --world 0 --seed 0 --outputs A.json --others B.json --out DIR
+
+`world` writes requests, demonstrations for SFT and a tokenizer. `annotate` takes two answers to
+each request: it writes which answer is preferred, and a minimal edit of the other answer.
+"""
+
+import random
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from fgrlhf import tokenizer
+from fgrlhf.data import readers, records
+from fgrlhf.data.fields import UserError
+from fgrlhf.encode import render_prompt
+from fgrlhf.engine.config import arg, dispatch, run
+from fgrlhf.simulate.annotators import compare_errors, minimal_edit, prefer
+from fgrlhf.simulate.world import World
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    out: str = arg(help="folder for demonstrations.jsonl, train.jsonl, dev.jsonl, test.jsonl "
+                         "and tokenizer.model")
+    world: int = arg(0, help="seed of the world: its facts, habits and systematic errors")
+    seed: int = arg(0, help="seed of the requests and demonstrations")
+    demonstrations: int = arg(12000, least=1, help="number of demonstrations, on train prompts")
+    train: int = arg(3000, least=1, help="number of train prompts, for annotation and PPO")
+    dev: int = arg(300, least=1, help="number of dev prompts, to choose settings and checkpoints")
+    test: int = arg(600, least=1, help="number of test prompts, for the final evaluation only")
+    vocab_size: int = arg(640, help="size of the tokenizer; 259 pieces are bytes and control "
+                          "tokens")
+
+
+@dataclass(frozen=True)
+class AnnotateConfig:
+    outputs: str = arg(help="AlpacaEval outputs: the first answer to each prompt")
+    others: str = arg(help="AlpacaEval outputs: the second answer to each prompt, in the same "
+                            "order")
+    out: str = arg(help="folder for pairs.jsonl and edits.jsonl")
+    world: int = arg(0, help="seed of the world")
+    seed: int = arg(0, help="seed of the coin, the noise, the misses and the needless edits")
+    noise: float = arg(0.0, least=0,
+                       help="share of preference labels that a fair coin decides (AlpacaFarm: 0.5)")
+    miss: float = arg(0.0, least=0, help="probability that the editor misses an error")
+    needless: float = arg(0.0, least=0, help="probability that an edit also swaps the wording of a "
+                            "sentence")
+    skip_ties: bool = arg(False, help="leave out pairs with the same number of errors (for "
+                           "evaluation only)")
+    spans: bool = arg(False, help="write the spans of the errors into edits.jsonl (for "
+                       "evaluation only)")
+
+
+def write_world(config: WorldConfig) -> None:
+    """Writes the prompts of each split, the demonstrations, and a tokenizer trained on them."""
+    world, rng = World(config.world), random.Random(f"requests-{config.world}-{config.seed}")
+    prompts: dict[str, dict[str, None]] = {"train": {}, "dev": {}, "test": {}}
+    wanted = {"train": config.train, "dev": config.dev, "test": config.test}
+    while any(len(prompts[s]) < n for s, n in wanted.items()):
+        text = world.request(rng)
+        prompts[split_of(text)].setdefault(text)
+    out = Path(config.out)
+    for split, count in wanted.items():
+        records.write_jsonl(out / f"{split}.jsonl",
+                            [records.Prompt(f"{split}-{i}", text)
+                             for i, text in enumerate(list(prompts[split])[:count])])
+    demonstrations: list[records.Demonstration] = []
+    while len(demonstrations) < config.demonstrations:
+        text = world.request(rng)
+        if split_of(text) == "train":
+            demonstrations.append(records.Demonstration(f"demo-{len(demonstrations)}", text,
+                                                        world.demonstrate(text, rng)))
+    records.write_jsonl(out / "demonstrations.jsonl", demonstrations)
+    texts = [render_prompt(d, "plain") + " " + d.output for d in demonstrations[:4000]]
+    tokenizer.train(texts, config.vocab_size, out / "tokenizer.model")
+
+
+def annotate(config: AnnotateConfig) -> None:
+    """Writes, for each prompt, a preference and a minimal edit of the worse answer."""
+    world, rng = World(config.world), random.Random(f"annotate-{config.world}-{config.seed}")
+    firsts, seconds = readers.read_outputs(config.outputs), readers.read_outputs(config.others)
+    if [o.instruction for o in firsts] != [o.instruction for o in seconds]:
+        raise UserError(f"{config.others}: expected the prompts of {config.outputs} in the same "
+                        "order; write both with `eval.py outputs` from one prompt file")
+    world.check_requests((o.instruction for o in firsts), config.outputs)
+    pairs, edits = [], []
+    for i, (first, second) in enumerate(zip(firsts, seconds)):
+        prompt, texts = first.instruction, (first.output, second.output)
+        better = prefer(world, prompt, *texts, rng, config.noise)
+        chosen, rejected = texts[better - 1], texts[2 - better]
+        tied = config.skip_ties and compare_errors(world, prompt, *texts) == 0
+        if chosen != rejected and chosen and rejected and not tied:
+            pairs.append(records.Pair(f"pair-{i}", prompt, chosen, rejected, annotator="simulated"))
+        edited = minimal_edit(world, prompt, rejected, rng, config.miss, config.needless)
+        if rejected and edited and edited != rejected:
+            spans = tuple(records.Span(e.start, e.end, e.kind)
+                          for e in world.errors(prompt, rejected)
+                          if e.start < e.end)              # an omission has no characters
+            edits.append(records.Edit(f"edit-{i}", prompt, rejected, edited, annotator="simulated",
+                                      spans=spans if config.spans else None))
+    out = Path(config.out)
+    records.write_jsonl(out / "pairs.jsonl", pairs)
+    records.write_jsonl(out / "edits.jsonl", edits)
+    print(f"{len(firsts)} prompts annotated: {len(pairs)} pairs and {len(edits)} edits in {out} "
+          "(two identical answers give no pair, a perfect answer no edit, a blank text neither)")
+
+
+def split_of(prompt: str) -> str:
+    """train, dev or test, by a hash of the text. Python's own hash differs between processes."""
+    return ("test", "dev", *["train"] * 6)[zlib.crc32(prompt.encode()) % 8]
+
+
+if __name__ == "__main__":
+    commands = {"world": (WorldConfig, write_world), "annotate": (AnnotateConfig, annotate)}
+    run(lambda: dispatch(commands, __doc__))

@@ -1,0 +1,48 @@
+"""The judge of the built-in world: the answer with fewer errors wins (paper, section 3.2)."""
+
+from dataclasses import dataclass, replace
+
+from fgrlhf.data.readers import read_outputs, read_prompts
+from fgrlhf.data.records import Output, Prompt
+from fgrlhf.evaluate import compare
+from fgrlhf.judge import check_same_prompts
+from fgrlhf.simulate.world import World
+
+
+def count_errors(world: World, outputs: list[Output]) -> list[int]:
+    """Counts the errors of each answer. Raises UserError for a request of another world."""
+    world.check_requests((output.instruction for output in outputs), "outputs")
+    return [len(world.errors(output.instruction, output.output)) for output in outputs]
+
+
+def by_oracle(world: World, system: list[Output], reference: list[Output]) -> list[float]:
+    """The preferences of the oracle: 1 when the system wins, 0.5 for a tie, 0 when it loses."""
+    check_same_prompts(system, reference)
+    return compare(count_errors(world, system), count_errors(world, reference))
+
+
+@dataclass(frozen=True)
+class OracleJudge:
+    """The oracle with the prompts and the reference's errors, for the dev evaluations of PPO."""
+
+    world: World
+    prompts: list[Prompt]
+    reference_errors: list[int]
+
+    @staticmethod
+    def load(world: int, prompts: str, reference: str) -> "OracleJudge":
+        """Reads the prompts and the reference's answers to them from files."""
+        judge = OracleJudge(World(world), read_prompts(prompts), [])
+        return replace(judge, reference_errors=judge.errors(read_outputs(reference)))
+
+    def errors(self, outputs: list[Output]) -> list[int]:
+        """Counts the errors of each answer; the answers must be to `prompts`, in this order."""
+        check_same_prompts(outputs, [Output(p.prompt, "", "") for p in self.prompts])
+        return count_errors(self.world, outputs)
+
+    def compare(self, outputs: list[Output]) -> dict[str, float]:
+        """Returns the win rate against the reference, and the mean number of errors per answer."""
+        errors = self.errors(outputs)
+        preferences = compare(errors, self.reference_errors)
+        return {"eval/win_rate": sum(preferences) / len(preferences),
+                "eval/errors": sum(errors) / len(errors)}

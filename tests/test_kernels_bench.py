@@ -1,0 +1,39 @@
+"""The benchmark of the kernels: every command of kernels/README.md runs, and what it prints."""
+
+import json
+import re
+
+import pytest
+
+from kernels import bench
+from tests.processes import ROOT
+
+README = (ROOT / "kernels/README.md").read_text()
+COMMANDS = re.findall(r"^    python -m kernels\.bench(.*)$", README, re.MULTILINE)
+QUICK = "--sizes 16x8x32 --repeats 1 --no-memory --only fused plain --json"
+
+
+@pytest.mark.parametrize("flags", COMMANDS)
+def test_main_runs_the_commands_of_the_readme(flags, tmp_path, monkeypatch, capsys):
+    """At a small size, and without the rows that need a compiler or other libraries."""
+    path = tmp_path / "bench.json"
+    monkeypatch.setattr("sys.argv", ["bench", *flags.split(), *QUICK.split(), str(path)])
+    bench.main()
+    tables, out = json.loads(path.read_text())["tables"], capsys.readouterr().out
+    assert {table["work"] for table in tables} in (set(bench.MATMULS), {"ppo"}, {"ppo", "logp"})
+    for table in tables:
+        assert set(table["rows"]) == {"floor", "fused", "plain"}
+        assert all(row["ratio"] > 0 for row in table["rows"].values())
+        assert f"\n{table['work']}: N 16, D 8, V 32." in out
+
+
+def test_floor_runs_the_matmuls_of_the_work(monkeypatch):
+    """2 N D V operations per matmul."""
+    calls, mm = [], bench.torch.mm
+    monkeypatch.setattr(bench.torch, "mm", lambda a, b, out: calls.append(
+        2 * a.shape[0] * a.shape[1] * b.shape[1]) or mm(a, b, out=out))
+    problem = bench.Problem(8, 4, 6, "cpu", bench.torch.float32)
+    for count in set(bench.MATMULS.values()):
+        calls.clear()
+        problem.floor(count)()
+        assert calls == [2 * 8 * 4 * 6] * count
