@@ -17,4 +17,4 @@ reproduce: $(VENV)/ready
 	$(VENV)/bin/python -m fgrlhf.reproduce --profile quick --seeds 1 --out $(OUT)
 
 test: $(VENV)/ready
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m tests
