@@ -6,8 +6,7 @@ import time
 import pytest
 import torch
 
-from fgrlhf.bench import __main__ as bench
-from fgrlhf.bench import profiling, work
+from fgrlhf.bench import __main__ as bench, profiling, work
 from fgrlhf.bench.floor import Floor, iteration_floor
 from fgrlhf.model import LLaMAConfig, build
 from fgrlhf.rollout import sample

@@ -11,7 +11,7 @@ import train_ppo
 from fgrlhf.checkpoint import load_model, save_model
 from fgrlhf.data.fields import UserError
 from fgrlhf.engine import players
-from fgrlhf.engine.optimizer import Optimizer
+from fgrlhf.engine.optimizer import Muon, Optimizer, orthogonalise
 from fgrlhf.ppo import policy_loss
 from fgrlhf.reward import RewardModel, load_reward, save_reward
 from fgrlhf.rollout import sample
@@ -66,6 +66,30 @@ def test_optimizer_state_keeps_the_masters_bits():
             one.step()
     assert all(torch.equal(a, b) for a, b in zip(one.masters, two.masters))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (24, 16), (7, 7)])
+def test_orthogonalise_keeps_the_singular_vectors_and_maps_the_values_near_1(shape):
+    """Against the singular value decomposition; Jordan's coefficients leave 0.68 to 1.14."""
+    u = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(u, full_matrices=False)
+    inside = left.T @ orthogonalise(u) @ right.T                    # diagonal: the new values
+    assert (inside - torch.diag(inside.diagonal())).abs().max() < 1e-6
+    assert 0.6 < inside.diagonal().min() and inside.diagonal().max() < 1.2
+
+
+def test_muon_steps_as_torchs_own_does_in_bfloat16():
+    ours, theirs = (nn.Parameter(torch.ones(16, 24)) for _ in range(2))
+    steppers = [(ours, Muon([ours], 1e-2)),
+                (theirs, torch.optim.Muon([theirs], 1e-2, weight_decay=0.0,
+                                          adjust_lr_fn="match_rms_adamw"))]
+    for step in range(5):
+        gradient = torch.randn(16, 24, generator=torch.Generator().manual_seed(step))
+        for parameter, optimizer in steppers:
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    moved = (theirs - 1).norm()
+    assert (ours - theirs).norm() < 2e-2 * moved                    # bfloat16 has 8 bits
 
 
 # ----- models -------------------------------------------------------------------------------------

@@ -11,14 +11,16 @@ import pytest
 import torch
 
 import train_ppo
+import train_rm
 from fgrlhf import sft
 from fgrlhf.advantage import penalise_kl, reward_to_go, standardise
 from fgrlhf.baseline import Critic, value_loss
+from fgrlhf.checkpoint import save_model
 from fgrlhf.data.fields import UserError
-from fgrlhf.data.records import Demonstration
+from fgrlhf.data.records import Demonstration, Edit, write_jsonl
 from fgrlhf.encode import PreferenceIds, encode_prompt, encode_response, render_prompt
-from fgrlhf.engine.players import Players
 from fgrlhf.engine.optimizer import Optimizer
+from fgrlhf.engine.players import Players
 from fgrlhf.engine.states import load_state, save_state
 from fgrlhf.ppo import check_first_ratio, kl_estimates, policy_loss
 from fgrlhf.reward import PreferenceBatch, RewardModel, sequence_loss, token_loss
@@ -400,6 +402,25 @@ def test_rule_9_a_non_finite_reward_stops_the_update():
     with pytest.raises(FloatingPointError):
         update(policy, rollout, advantages)
     assert all(p.isfinite().all() for p in policy.parameters())
+
+
+@pytest.mark.parametrize("script", ["sft", "train_rm"])
+def test_rule_9_a_failed_batch_holds_the_whole_minibatch(script, tmp_path, monkeypatch):
+    """Five records in microbatches of two: the file has all of them, whichever one failed."""
+    tokenizer = train(["name the river", "it is red"] * 5, 275, tmp_path / "t.model")
+    model = llama(vocab_size=275, max_seq_len=48)
+    model.norm.weight.data[0] = math.inf
+    save_model(model, tmp_path / "policy", tokenizer=tokenizer)
+    write_jsonl(tmp_path / "edits.jsonl",
+                [Edit(str(i), "name the river"[:4 + i], "it is the river"[:4 + 2 * i], "it is red")
+                 for i in range(5)])
+    module = {"sft": sft, "train_rm": train_rm}[script]
+    with pytest.raises(FloatingPointError):
+        module.train(module.Config(data=str(tmp_path / "edits.jsonl"), out=str(tmp_path / "out"),
+                                   model=str(tmp_path / "policy"), batch=5, microbatch=2))
+    dump = load_state(tmp_path / "out/failed-batch.pt")
+    assert len(dump["tokens"]) == (5 if script == "sft" else 10)
+    assert list(dump["models"]) == ["model"]
 
 
 # ----- 10. training states ------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The training loop: what reaches the update is what the equations say, and prompts go round."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,6 +116,16 @@ def test_train_leaves_reference_and_reward_model_as_they_were(folder, tmp_path):
     train_ppo.train(config(folder, out=str(tmp_path / "a"), iterations=1))
     assert before == {path: path.read_bytes() for path in folder.rglob("*.pt*")}
     assert load_tokenizer(tmp_path / "a/policy").sha256 == load_tokenizer(folder / "policy").sha256
+
+
+def test_dev_answers_are_sampled_at_the_temperature_of_training(folder, tmp_path, monkeypatch):
+    """The judge is a stub; what counts is what the dev answers are sampled with."""
+    seen = []
+    judge = SimpleNamespace(prompts=[], compare=lambda outputs: {"eval/win_rate": 0.5})
+    monkeypatch.setattr(train_ppo, "dev_judge", lambda *_: judge)
+    monkeypatch.setattr(train_ppo, "answers", lambda *arguments, **_: seen.append(arguments[5]))
+    train_ppo.train(config(folder, out=str(tmp_path / "a"), temperature=0.7, eval_every=1))
+    assert seen == [0.7, 0.7]
 
 
 def test_prompts_of_takes_every_prompt_once_before_any_twice(folder):
