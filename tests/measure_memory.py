@@ -24,7 +24,7 @@ from fgrlhf.engine.players import Players, prepare
 from fgrlhf.model import LLaMAConfig, build
 from fgrlhf.reward import RewardModel
 
-SIZES = dict(dim=448, n_layers=6, n_heads=7, n_kv_heads=7, vocab_size=6000, ffn_dim=1216,
+SIZES = dict(dim=320, n_layers=6, n_heads=5, n_kv_heads=5, vocab_size=6000, ffn_dim=864,
              max_seq_len=128)
 PROMPT, RESPONSE = 108, 20                           # few steps to decode, many tokens to update
 
@@ -83,7 +83,7 @@ def main(options: dict) -> None:
     torch.set_num_threads(1)
     sizes = LLaMAConfig(**SIZES | options.pop("sizes", {}))
     measure(replace(sizes, n_layers=1), options, iterations=1)
-    base = measure(replace(sizes, dim=14, n_layers=1, ffn_dim=8, vocab_size=60), options)
+    base = measure(replace(sizes, dim=10, n_layers=1, ffn_dim=8, vocab_size=60), options)
     found = measure(sizes, options)
     print(json.dumps({phase: size - base[phase] for phase, size in found.items()}))
 

@@ -59,10 +59,15 @@ def test_a_trainer_killed_at_random_moments_leaves_the_same_files(script, folder
     done = processes.run(tmp_path, *command(script, folder, tmp_path / "whole"))
     whole_seconds, kills = time.perf_counter() - started, 0
     assert done.status == 0, done
-    rng = random.Random(script)
-    for _ in range(5):
+    rng, metrics = random.Random(script), tmp_path / "killed/metrics.jsonl"
+    steps = (tmp_path / "whole/metrics.jsonl").read_text().count("\n")
+    for part in range(5):               # each time a sixth of the steps further, somewhere inside one
         process, _ = processes.start(tmp_path, *command(script, folder, tmp_path / "killed"))
-        process.join(whole_seconds * rng.uniform(0.1, 0.9))
+        wanted = steps * (part + rng.random()) / 6
+        while process.is_alive() and (metrics.read_text().count("\n") if metrics.exists()
+                                      else 0) < wanted:
+            time.sleep(0.001)
+        process.join(whole_seconds / steps * rng.random())
         process.kill()                                              # SIGKILL
         process.join()
         kills += process.exitcode == -signal.SIGKILL
