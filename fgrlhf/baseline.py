@@ -1,4 +1,4 @@
-"""What the fine-grained method deletes from PPO-RLHF: the critic, GAE and the value loss.
+"""The baseline PPO-RLHF has what the method deletes: a critic, GAE and the value loss.
 
     V_t     the critic's estimate of the return before token t is chosen
     GAE     d_t = r~_t + gamma V_{t+1} - V_t,   A_t = d_t + gamma lambda A_{t+1},   G_t = A_t + V_t

@@ -1,4 +1,4 @@
-"""Who says which of two answers is better (paper, section 3.2), and the answers to compare.
+"""Judges say which of two answers is better (paper, section 3.2); the policy gives the answers.
 
 A judge takes AlpacaEval outputs of a system and of a reference on the same prompts. It returns one
 preference per prompt: 1 (the system wins), 0.5 (tie) or 0. Their mean is the win rate. The judges

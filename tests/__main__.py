@@ -29,7 +29,8 @@ def main(options: list[str], workers: int) -> int:
         with tqdm(total=files, unit="file", desc=f"tests on {workers} cores") as bar:
             while any(process.poll() is None for process in processes):
                 time.sleep(0.2)
-                bar.update(len(list(Path(folder).glob("*.done"))) - bar.n)
+                if finished := len(list(Path(folder).glob("*.done"))) - bar.n:
+                    bar.update(finished)
         for output in outputs:
             print(output.read_text())
         return max(abs(process.returncode) for process in processes)

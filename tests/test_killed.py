@@ -61,7 +61,7 @@ def test_a_trainer_killed_at_random_moments_leaves_the_same_files(script, folder
     assert done.status == 0, done
     rng, metrics = random.Random(script), tmp_path / "killed/metrics.jsonl"
     steps = (tmp_path / "whole/metrics.jsonl").read_text().count("\n")
-    for part in range(5):               # each time a sixth of the steps further, somewhere inside one
+    for part in range(5):               # each time a sixth of the steps further, inside a step
         process, _ = processes.start(tmp_path, *command(script, folder, tmp_path / "killed"))
         wanted = steps * (part + rng.random()) / 6
         while process.is_alive() and (metrics.read_text().count("\n") if metrics.exists()

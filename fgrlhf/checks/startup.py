@@ -22,7 +22,7 @@ ROWS, TOKENS = 8, 64                    # responses sampled, and their longest l
 
 
 def subject(config, players: Players) -> Subject:
-    """What the checks need of a PPO run; `config` is that of train_ppo.py."""
+    """Collects what the checks need of a PPO run; `config` is that of train_ppo.py."""
     return Subject(players.policy, players.ref, players.reward_model, players.tokenizer,
                    players.prompts, config.max_new_tokens, config.temperature, config.beta,
                    config.rollouts, config.microbatch, players.critic)

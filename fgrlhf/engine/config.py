@@ -42,7 +42,7 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Computation:
-    """Where and how it is computed"""
+    """Device and precision"""
 
     device: str = arg("auto", help="auto, cpu, cuda, ...; auto is cuda if there is one")
     dtype: str = arg("float32", choices=DTYPES, help="of weights and activations; bfloat16 trains "
@@ -154,7 +154,7 @@ def dispatch(commands: dict[str, tuple[type, Callable]], description: str):
 
 
 def to_json(config) -> str:
-    """The resolved configuration, as it is saved beside the results."""
+    """The resolved configuration, as it is saved with the results."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 

@@ -1,7 +1,7 @@
 """The output folder of one training run: configuration, metrics, training states.
 
     OUT/config.json      the resolved configuration
-    OUT/metrics.jsonl    one JSON object per step; a function of configuration and seed alone
+    OUT/metrics.jsonl    one JSON object per step; a function of configuration and seed
     OUT/timing.jsonl     seconds per step, in a file of their own because they never repeat
     OUT/state-*.pt       the newest --keep training states, for --resume; removed at the end
     OUT/done.json        written last: a run without it is not finished
