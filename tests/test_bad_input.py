@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fgrlhf.data.records import Edit, write_jsonl
+from fgrlhf.engine.encoding import Encoding, write_encoding
 from tests import processes
 from tests.small import ppo_folder
 
@@ -18,7 +19,10 @@ LONG = "name the river it is red " * 12                        # more tokens tha
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return ppo_folder(tmp_path_factory.mktemp("bad"))
+    path = ppo_folder(tmp_path_factory.mktemp("bad"))
+    for kind in ("token", "sequence"):
+        write_encoding(path / kind, Encoding("plain"))      # as train_rm.py does
+    return path
 
 
 def command(script: str, folder: Path, data: Path, out: Path) -> tuple:
@@ -133,16 +137,19 @@ def test_an_edit_that_changes_nothing_teaches_nothing(folder, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_bytes(record(edited="it is"))
     refused(tmp_path, command("train_rm", folder, data, tmp_path / "out"),
-            "expected at least one record with two different texts, got none")
+            "got none in 1, the edit changes nothing")
     done = processes.run(tmp_path, *command("sft", folder, data, tmp_path / "out"))
     assert done.status == 0, done
 
 
 @pytest.mark.parametrize("script", ["sft", "train_rm"])
-def test_a_response_that_fills_the_context_is_cut_and_trained_on(script, folder, tmp_path):
-    """The response then ends without EOS, like a truncated rollout."""
-    write_jsonl(tmp_path / "d.jsonl", [Edit("a", "name the river", "it is " + LONG, LONG)])
-    done = processes.run(tmp_path, *command(script, folder, tmp_path / "d.jsonl", tmp_path / "out"))
+def test_a_response_that_fills_the_context_is_refused_or_cut_on_request(script, folder, tmp_path):
+    """A response that was cut ends without EOS, like a truncated rollout."""
+    data = tmp_path / "d.jsonl"
+    write_jsonl(data, [Edit("a", "name the river", "it is " + LONG, LONG)])
+    asked = command(script, folder, data, tmp_path / "out")
+    refused(tmp_path, asked, "record 'a': .*--cut-responses")
+    done = processes.run(tmp_path, *asked, "--cut-responses")
     assert done.status == 0 and "Traceback" not in done.err, done
 
 
@@ -160,7 +167,8 @@ FLAGS = [                               # (script, more flags, the refusal)
     ("train_rm", ("--seed", "9" * 30), r"argument --seed: expected a number below 2\^63"),
     ("train_ppo", ("--minibatches", 3), r"--minibatches 3: expected 1..2 \(--rollouts\)"),
     ("train_ppo", ("--microbatch", -1), "argument --microbatch: expected a number of at least 0"),
-    ("train_ppo", ("--max-new-tokens", 48), "--max-new-tokens 48: expected fewer than the pol"),
+    ("train_ppo", ("--max-new-tokens", 47), "--max-new-tokens 47: expected at most 46, because"),
+    ("checks", ("--max-new-tokens", 999), "--max-new-tokens 999: expected at most 46, because"),
     ("train_ppo", ("--temperature", 0), "--temperature 0.0: expected a number above 0"),
     ("train_ppo", ("--temperature", "nan"), "--temperature"),
     ("train_ppo", ("--world", 1), "--dev-prompts, --dev-reference and --world: expected all three"),
@@ -168,6 +176,12 @@ FLAGS = [                               # (script, more flags, the refusal)
     ("checks", ("--replay", "x"), "or only --replay FILE"),
     ("outputs", ("--max-new-tokens", 0), "argument --max-new-tokens: expected a number of at lea"),
     ("outputs", ("--batch", 0), "argument --batch: expected a number of at least 1")]
+
+
+def test_a_context_that_no_model_can_have_is_refused(folder, tmp_path):
+    refused(tmp_path, ("fgrlhf.sft", "--data", folder / "prompts.jsonl", "--init", "tiny",
+                       "--tokenizer", folder / "t.model", "--context", 10 ** 11, "--out",
+                       tmp_path / "out"), r"--context 100000000000: expected at most 2147483648$")
 
 
 @pytest.mark.parametrize("script, flags, pattern", FLAGS)

@@ -1,98 +1,221 @@
-"""Mutated records through every reader: each gives a record, or a UserError with its place.
+"""Mutated records through every reader: each gives a record, or a refusal of one line.
 
-Each reader gets 20,000 records in JSONL files, and every refusal is checked. 600 more records are
-files of their own, some of them JSON arrays, where one byte can damage everything.
+    python -m tests.test_fuzz 20000 [reader]
+
+makes 20000 mutated records per reader, in one process, and prints a table. The suite makes 400
+records per reader, or FGRLHF_FUZZ. For every 100 records there are three kinds of files:
+
+    JSON lines      every line must be accounted for: read, left out or refused, with its place
+    an array        every element too, and the first and the last, which are good, must be read
+    single records  stop, or are read: in arrays, compressed, cut off, as UTF-16, with random bytes
+
+A file may take 10 seconds, and the process 1 GiB of memory.
 """
 
+import contextlib
+import gzip
+import io
 import json
+import os
 import random
+import re
+import resource
+import subprocess
+import sys
+import tempfile
 import time
-
-import pytest
+from collections import Counter
+from pathlib import Path
 
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.qa_feedback import read_qa_feedback_pairs
 from fgrlhf.data.readers import (
-    read_annotations, read_demonstrations, read_edits, read_outputs, read_pairs, read_prompts)
+    read_annotations, read_demonstrations, read_edits, read_outputs, read_pairs, read_preferences,
+    read_prompts)
+from fgrlhf.data.records import plain
 from tests.test_data import EDIT, JUDGED, OUTPUT, PAIR
+from tests.test_formats import COACH, DEFACTO, QA, TALK, assistant, system, user
 
-RANKED = EDIT | {"preferences": [1, 2, 0, 1, 2, 0]}
-CANDIDATES = {"id": "e1", "candidates": {"2": "a", "3": "b", "4": "c"}}
+COUNT = int(os.environ.get("FGRLHF_FUZZ", 400))
+SECONDS, MEBIBYTES, BATCH = 10, 1024, 100
+KINDS = ("read", "refused", "files read", "files refused")
+
+READERS = {                              # a reader, and a record that it reads
+    "edits": (read_edits, EDIT), "pairs": (read_pairs, PAIR),
+    "preferences": (read_preferences, EDIT), "prompts": (read_prompts, OUTPUT),
+    "demonstrations": (read_demonstrations, OUTPUT), "outputs": (read_outputs, OUTPUT),
+    "annotations": (read_annotations, JUDGED), "QA-Feedback pairs": (read_qa_feedback_pairs, QA)}
+SEEDS = [EDIT, PAIR, OUTPUT, JUDGED, QA, DEFACTO, COACH, {"id": "d", "prompt": "p", "output": "o"},
+         {"prompt": [system("s"), user("p")], "chosen": "c", "rejected": [assistant("r")]},
+         {"chosen": [*TALK, assistant("c")], "rejected": [*TALK, assistant("r")]},
+         {"messages": [user("p"), assistant([{"type": "text", "text": "o"}])]},
+         {"chosen": "\n\nHuman: p\n\nAssistant: c", "rejected": "\n\nHuman: p\n\nAssistant: r"},
+         {"prompt": "p", "completion": "c", "label": False},
+         {"question": "q", "passages": [["t", "s"]], "answer": "a"}]
+JUNK = [None, True, 0, -1, 7, 1.5, 10**400, 1e308, float("nan"), float("inf"), "", " ", "\ud800",
+        "\n\nHuman: ", "x" * 20_000, [], {}, [None], [[]], {"": 0}, {"start": 0}, [{"content": 1}],
+        [{"role": "user", "content": "u"}] * 3, [{"start": 0, "end": 10**30, "type": ""}]]
 
 
-def valid(path, record: dict):
-    """A valid file in the folder of `path`."""
-    other = path.with_name("fuzz-other")
-    other.write_text(json.dumps(record))
-    return other
-
-
-READERS = [read_edits, read_pairs, read_prompts, read_demonstrations, read_outputs,
-           read_annotations,
-           lambda path, bad="stop": read_qa_feedback_pairs(path, valid(path, CANDIDATES), bad),
-           lambda path, bad="stop": read_qa_feedback_pairs(valid(path, RANKED), path, bad)]
-SEEDS = [EDIT, PAIR, OUTPUT, JUDGED, {"id": "d", "prompt": "p", "output": "o"},
-         {"prompt": [{"role": "user", "content": "p"}], "chosen": "c", "rejected": "r"},
-         RANKED, CANDIDATES]
-JUNK = [None, True, 0, -1, 10**400, 1e308, "", " ", "\ud800", "x" * 200, [], {}, [None], [[]],
-        {"": 0}, {"start": 0}, [{"content": 1}], [{"start": 0, "end": 10**30, "type": ""}]]
-
+# ----- mutations ----------------------------------------------------------------------------------
 
 def mutate(value, rng: random.Random):
     """Leaves out, damages or adds a field, takes one from another format, or returns junk."""
-    if isinstance(value, dict) and value and rng.random() < 0.8:
+    if isinstance(value, dict) and value and rng.random() < 0.85:
         key = rng.choice(list(value))
         rest = {k: v for k, v in value.items() if k != key}
         return rng.choice([rest, rest | {key: mutate(value[key], rng)}, value | {"?\n": 1},
                            value | {rng.choice(list(rng.choice(SEEDS))): mutate("z", rng)}])
-    if isinstance(value, list) and value and rng.random() < 0.5:
-        return [mutate(value[0], rng)] + value[1:]
+    if isinstance(value, list) and value and rng.random() < 0.6:
+        i = rng.randrange(len(value))
+        return value[:i] + rng.choice([[mutate(value[i], rng)], [], value[i:]]) + value[i + 1:]
     return rng.choice(JUNK)
 
 
-def damaged(rng: random.Random, arrays: bool) -> bytes:
-    """A mutated record as JSON. In 4 of 10 records one to three bytes are random."""
-    record = mutate(rng.choice(SEEDS), rng)
-    if isinstance(record, dict) and rng.random() < 0.3:
-        record |= {"id": str(rng.random())}
-    raw = bytearray(json.dumps(rng.choice([record, [record]]) if arrays else record).encode())
-    if rng.random() < 0.4:
-        for _ in range(rng.randint(1, 3)):
-            raw[rng.randrange(len(raw))] = rng.randrange(256)
-    return bytes(raw)
+def damaged(good: dict, rng: random.Random) -> bytes:
+    """A mutated record on one line, which is one JSON value; in 1 of 20 a field is there twice."""
+    record = rng.choice([*SEEDS, *[good] * len(SEEDS)])
+    for _ in range(rng.choice([0, 1, 1, 1, 2])):
+        record = mutate(record, rng)
+    if isinstance(record, dict) and rng.random() < 0.5:
+        record = record | {"id": rng.choice([str(rng.random()), rng.randrange(10**6)])}
+    text = json.dumps(record, ensure_ascii=rng.random() < 0.7)
+    if rng.random() < 0.05:
+        text = text.replace('{"', '{"input": "", "input": "", "', 1)
+    return text.encode("utf-8", errors="surrogatepass")
 
 
-@pytest.mark.parametrize("number", range(len(READERS)))
-def test_readers_survive_20000_mutated_records(number, tmp_path, capsys):
-    """With "skip" a reader gives records, and one line with the place for each refused one."""
-    rng, path, reader = random.Random(number), tmp_path / "fuzz.jsonl", READERS[number]
-    started, made, refused = time.perf_counter(), 0, 0
-    for _ in range(40):
-        records = [damaged(rng, arrays=False) for _ in range(500)]
-        path.write_bytes(b'{"id": "x"}\n' + b"\n".join(records) + b"\n")      # never an array
+def scratch(raw: bytes, rng: random.Random) -> bytes:
+    """Replaces, deletes or inserts one to three bytes, or cuts the end off."""
+    raw = bytearray(raw)
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(len(raw) + 1)
+        raw[at:at + rng.randint(0, 1)] = rng.randbytes(rng.randint(0, 1))
+    return bytes(raw[:rng.randrange(len(raw) + 1)] if rng.random() < 0.1 else raw)
+
+
+def whole_file(good: dict, rng: random.Random) -> bytes:
+    """One or two records as a file, usually in a shape or an encoding that people have."""
+    records = b",".join(rng.choice([json.dumps(good).encode(), damaged(good, rng)])
+                        for _ in range(rng.randint(1, 2)))
+    raw = rng.choice([b"[%s]", b"[%s", b"%s", b"\xef\xbb\xbf[\n%s\n]\n", b"[%s]]",
+                      b"{\n%s"]) % records
+    shape = rng.randrange(8)
+    if shape == 0:
+        raw = raw.decode("utf-8", errors="replace").encode(rng.choice(["utf-16", "utf-16-be"]))
+    elif shape == 1:
+        raw = gzip.compress(raw)
+    elif shape == 2:
+        raw = rng.choice([b"PAR1", b"PK\x03\x04", b"<", b"id,prompt\n", b"\0", b"\n \n"]) + raw
+    elif shape == 3:
+        raw = rng.choice([b"[", b'{"a":', b'"', b"[,"]) * rng.choice([10, 3000, 100_000]) + raw
+    return scratch(raw, rng) if rng.random() < 0.4 else raw
+
+
+# ----- what must hold -----------------------------------------------------------------------------
+
+def read(reader, path: Path, on_bad_record: str) -> tuple[list | None, str, float]:
+    """Returns (records, None if they were refused; the report or the refusal; seconds)."""
+    started = time.perf_counter()
+    with contextlib.redirect_stderr(io.StringIO()) as err:
         try:
-            made += len(reader(path, "skip"))
+            made, report = reader(path, on_bad_record), ""
         except UserError as error:
-            assert str(error).startswith(str(tmp_path / "fuzz")) and "\n" not in str(error)
-        err = capsys.readouterr().err
-        for line in err.split("\n"):
-            if line.startswith("  "):
-                assert line.startswith(f"  {tmp_path}/fuzz") and len(line) < 700, line
-                refused += 1
-            else:
-                assert line == "" or line.startswith(f"{tmp_path}/fuzz"), line
-    assert made > 0 and refused > 5000, (made, refused)
-    assert time.perf_counter() - started < 60
+            made, report = None, str(error)
+            assert report.startswith(str(path)) and len(report) < 1200, report
+            assert "\n" not in report and report.isprintable(), report
+    return made, report or err.getvalue(), time.perf_counter() - started
 
 
-def test_readers_survive_mutated_files(tmp_path):
-    rng, path, survived = random.Random(99), tmp_path / "fuzz", 0
-    for _ in range(600):
-        path.write_bytes(damaged(rng, arrays=True))
-        for reader in READERS:
-            try:
-                assert reader(path)
-                survived += 1
-            except UserError as error:
-                assert str(error).startswith(str(path)) and "\n" not in str(error)
-    assert survived > 150                                              # not everything was refused
+def accounted(path: Path, made: list, report: str, total: int) -> int:
+    """Checks that each of `total` records was made or is in the report. Returns the refused."""
+    left_out = refused = 0
+    for line in report.splitlines():
+        if match := re.fullmatch(rf"{path}: left out (\d+) bad records of (\d+):", line):
+            refused = int(match[1])
+            assert int(match[2]) == total, (line, total)
+        elif match := re.fullmatch(rf"{path}: left out (\d+) of (\d+) records: .+", line):
+            left_out = int(match[1])
+            assert int(match[2]) == total, (line, total)
+        else:
+            assert re.match(rf"  {path}(:\d+|: record \d+): ", line), line
+            assert len(line) < 1000 and line.isprintable(), line
+    assert report.count(f"\n  {path}") == refused, report
+    if not any(isinstance(record, list) for record in made):       # QA-Feedback: six pairs each
+        assert len(made) + left_out + refused == total, (len(made), left_out, refused, total)
+    return refused
+
+
+def one_batch(name: str, number: int, path: Path) -> tuple[Counter, float]:
+    """Tries BATCH records in the three kinds of files. Returns what came of them, and seconds."""
+    rng, (reader, good) = random.Random(f"{name}/{number}"), READERS[name]
+    counts, slowest = Counter(), 0.0
+    several = reader is read_qa_feedback_pairs                     # makes several pairs per record
+    lines = [damaged(good, rng) for _ in range(BATCH)]
+    lines = [line if rng.random() < 0.6 else scratch(line, rng) for line in lines]
+    first, last = (json.dumps(good | {"id": id}).encode() for id in ("first", "last"))
+    data = first + b"\n" + b"\n".join(lines)
+    path.write_bytes(data)
+    made, report, seconds = read(reader, path, "skip")
+    slowest = max(slowest, seconds)
+    total = sum(bool(line.strip()) for line in data.split(b"\n"))
+    assert made is not None, report
+    counts["refused"] += accounted(path, [[]] if several else made, report, total)
+    counts["read"] += len(made)
+
+    values = [first, *(damaged(good, rng) for _ in range(BATCH // 2)), last]
+    path.write_bytes(rng.choice([b"[%s]", b" [\n%s\n]"]) % rng.choice([b",", b",\n"]).join(values))
+    made, report, seconds = read(reader, path, "skip")
+    slowest = max(slowest, seconds)
+    assert made is not None, report
+    accounted(path, [[]] if several else made, report, len(values))
+    if not several:
+        for record, raw in ((made[0], first), (made[-1], last)):
+            path.with_name("one").write_bytes(raw)
+            [alone] = reader(path.with_name("one"))
+            fields = {key: value for key, value in plain(alone).items() if key != "id"}
+            assert fields.items() <= plain(record).items(), (alone, record)
+
+    for _ in range(BATCH // 10):
+        path.write_bytes(whole_file(good, rng))
+        made, report, seconds = read(reader, path, rng.choice(["stop", "skip"]))
+        slowest = max(slowest, seconds)
+        counts["files read" if made else "files refused"] += 1
+    return counts, slowest
+
+
+def main(count: int, names: list[str]) -> int:
+    slowest, wrong = 0.0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names or READERS:
+            counts = Counter()
+            for number in range(-(-count // BATCH)):
+                try:
+                    result, seconds = one_batch(name, number, Path(folder) / "fuzz.jsonl")
+                except Exception as error:
+                    wrong += 1
+                    print(f"{name}: batch {number}: {type(error).__name__}: {str(error)[:600]}")
+                    continue
+                counts += result
+                slowest = max(slowest, seconds)
+            print(f"{name:18}" + "".join(f"{kind} {counts[kind]:<8}" for kind in KINDS),
+                  flush=True)
+            if not min(counts[kind] for kind in KINDS):
+                wrong += 1
+                print(f"{name}: expected some of each kind")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    print(f"{count} records per reader: {wrong} wrong, slowest file {slowest:.2f} s, "
+          f"peak {peak} MiB")
+    return int(wrong > 0 or peak > MEBIBYTES or slowest > SECONDS)
+
+
+def test_mutated_records_are_read_or_refused():
+    """A process of its own: its peak memory is that of the mutations, and it may crash."""
+    done = subprocess.run([sys.executable, "-m", "tests.test_fuzz", str(COUNT)],
+                          capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0 and f"{COUNT} records per reader: 0 wrong" in done.stdout, (
+        done.stdout[-3000:] + done.stderr[-3000:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))

@@ -7,12 +7,14 @@
 
     check(Pair, {"id": "a"}, "pairs.jsonl:12") -> Pair(id="a", annotator=None)
 
-The supported types are str, Text, int, float, dict[str, X], tuple[X, ...] (a JSON list), X | None,
-and dataclasses of these.
+The supported types are str, Text, Id (a string that is not blank; an integer 7 is taken as "7"),
+int, float (finite), bool, list, dict[str, X], tuple[X, ...] (a JSON list), X | None, and
+dataclasses of these.
 """
 
 import dataclasses
 import functools
+import math
 import reprlib
 import types
 import typing
@@ -24,9 +26,11 @@ class UserError(ValueError):
 
 
 Text = typing.Annotated[str, "not blank"]
+Id = typing.Annotated[str, "not blank, or an integer"]
 
 _EXPECTED = {str: "a string", Text: "a string that is not blank", int: "an integer",
-             float: "a number"}
+             float: "a number", Id: "a string that is not blank, or an integer",
+             bool: "true or false", list: "a list"}
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 60
 show = _REPR.repr                          # a value in an error message: one line, never long
@@ -42,7 +46,7 @@ def check(kind, value, place: str, field: str = "", also: Container[str] = ()):
     if dataclasses.is_dataclass(kind):
         return _check_record(kind, value, place, field, also)
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:                                      # `X | None`
+    if origin in (types.UnionType, typing.Union):                      # `X | None`
         return None if value is None else check(inner[0], value, place, field)
     if origin is tuple:
         if not isinstance(value, list):
@@ -53,6 +57,8 @@ def check(kind, value, place: str, field: str = "", also: Container[str] = ()):
             refuse(place, field, "an object", value)
         return {key: check(inner[1], item, place, f"{field}.{show(key)}")
                 for key, item in value.items()}
+    if kind == Id and _is_a(int, value):
+        return str(value)
     if not _is_a(kind, value):
         refuse(place, field, _EXPECTED[kind], value)
     return value
@@ -60,9 +66,12 @@ def check(kind, value, place: str, field: str = "", also: Container[str] = ()):
 
 def _is_a(kind, value) -> bool:
     if kind is int or kind is float:                                   # in Python, True is an int
-        numbers = (int, float) if kind is float else int
-        return isinstance(value, numbers) and not isinstance(value, bool)
-    if not isinstance(value, str) or (kind is Text and not value.strip()):
+        if isinstance(value, float):
+            return kind is float and math.isfinite(value)
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is bool or kind is list:
+        return isinstance(value, kind)
+    if not isinstance(value, str) or (kind is not str and not value.strip()):
         return False
     try:
         return value.isascii() or bool(value.encode("utf-8"))
@@ -86,6 +95,19 @@ def _check_record(record: type, value, place: str, field: str, also: Container[s
         if required or value.get(name) is not None:
             checked[name] = check(kind, value[name], place, prefix + name)
     return record(**checked)
+
+
+def take(value, field: str, kind, place: str, inside: str = ""):
+    """Returns the field of a decoded JSON object as the type `kind`. It must be there.
+
+    inside: the name of the object in its record, with a dot at its end ("feedback.").
+    """
+    if not isinstance(value, dict):
+        refuse(place, inside.rstrip(".") or "record", "an object", value)
+    if field not in value:
+        raise UserError(f"{place}: {inside}{field}: expected this field, got only "
+                        f"{show(sorted(value))}; add the field")
+    return check(kind, value[field], place, inside + field)
 
 
 @functools.cache

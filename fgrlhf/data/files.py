@@ -1,19 +1,26 @@
-"""Files: written completely or not at all, and read as JSON values that know their place.
+"""Files: written completely or not at all, and read as records that know their place.
 
 Every writer of the project ends in `write_atomic`. Every reader of records starts from `read_json`
 or `read_records`: each JSON value comes with its place ("pairs.jsonl:12"), so that a refusal can
-name the place.
+name the place. Records left out are counted on stderr, by `each`.
 """
 
 import codecs
-import json
+import contextlib
+import gzip
 import os
 import sys
-from collections.abc import Callable
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
+from fgrlhf.data import values
 from fgrlhf.data.fields import UserError, show
+
+OBJECT_LIMIT = 2**26            # bytes of a file that is one object, 64 MiB
+REFUSAL_LIMIT = 10_000          # refused records, when they are more than the others
 
 
 # ----- writing ------------------------------------------------------------------------------------
@@ -88,82 +95,95 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-# ----- reading JSON -------------------------------------------------------------------------------
+# ----- reading files ------------------------------------------------------------------------------
 
-def read_bytes(path: str | Path) -> bytes:
-    """Returns the content of a file. Raises UserError when it is missing or cannot be read."""
+@contextlib.contextmanager
+def opened(path: str | Path, gunzip: bool = True) -> Iterator[BinaryIO]:
+    """Opens a file or a pipe for reading. With `gunzip` a gzip file gives its content.
+
+    Raises UserError, also from inside the block, when the file is missing or cannot be read.
+    """
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            if gunzip and file.peek(2)[:2] == b"\x1f\x8b":
+                with gzip.GzipFile(fileobj=file) as content:
+                    yield content
+            else:
+                yield file
     except FileNotFoundError:
         raise UserError(f"{path}: expected a file, got nothing; check the path") from None
     except IsADirectoryError:
         raise UserError(f"{path}: expected a file, got a folder; name a file in it") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: expected a whole gzip file, got a damaged one ({error}); "
+                        "fetch the file again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
 
 
-def read_object(path: str | Path) -> dict:
-    """Returns the one JSON object that a file consists of. Raises UserError for anything else."""
-    data = read_bytes(path)
+def read_bytes(path: str | Path) -> bytes:
+    """Returns the content of a file as it is. Raises UserError when it cannot be read."""
+    with opened(path, gunzip=False) as file:
+        return file.read()
+
+
+def read_text(path: str | Path) -> str:
+    """Returns the text of a UTF-8 file, plain or gzip, without its byte-order mark."""
+    with opened(path) as file:
+        data = file.read().removeprefix(codecs.BOM_UTF8)
     try:
-        value = json.loads(data)
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: expected UTF-8, got 0x{data[error.start]:02x}; convert "
+                        "the file to UTF-8") from None
+
+
+def read_object(path: str | Path, action: str = "restore the file or remove its folder") -> dict:
+    """Returns the one JSON object that a file consists of. Raises UserError for anything else.
+
+    NaN and infinities are allowed, because other programs write them into their configurations.
+    action: what the message advises.
+    """
+    with opened(path, gunzip=False) as file:
+        data = file.read(OBJECT_LIMIT + 1).removeprefix(codecs.BOM_UTF8)
+    if len(data) > OBJECT_LIMIT:
+        raise UserError(f"{path}: expected one JSON object of at most {OBJECT_LIMIT >> 20} MiB, "
+                        f"got a larger file; {action}")
+    try:
+        value = values.OBJECTS.decode(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected one JSON object, got a file that is damaged or no JSON "
-                        f"({error}); restore the file or remove its folder") from None
+                        f"({error}); {action}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected one JSON object, got {show(value)}; restore the file or "
-                        "remove its folder")
+        raise UserError(f"{path}: expected one JSON object, got {show(value)}; {action}")
     return value
-
-
-def read_json(path: str | Path) -> list[tuple[str, object]]:
-    """Returns (place, value) for each record of a JSONL file or of one JSON array, in order.
-
-    A place is "file:line" in JSONL and "file: record N" in an array; both count from 1. A JSONL
-    line that is not JSON gives its UserError as the value, for the caller to raise or to count. A
-    broken array raises. Blank lines and a byte-order mark are skipped. Only "\\n" ends a line,
-    because U+2028 and similar characters, where str.splitlines cuts, may be inside JSON strings.
-    """
-    data = read_bytes(path).removeprefix(codecs.BOM_UTF8)
-    if data.lstrip()[:1] == b"[":
-        values = _loads(data, path, line=1)
-        if isinstance(values, UserError):
-            raise values
-        return [(f"{path}: record {n}", value) for n, value in enumerate(values, 1)]
-    return [(f"{path}:{n}", _loads(line, path, n))
-            for n, line in enumerate(data.split(b"\n"), 1) if line.strip()]
-
-
-def _loads(data: bytes, path: str | Path, line: int) -> object:
-    """Returns the JSON value of `data`, or a UserError. `data` begins at `line` of the file."""
-    try:
-        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        line += data.count(b"\n", 0, error.start)
-        column = error.start - data.rfind(b"\n", 0, error.start)
-        return UserError(f"{path}:{line}: expected UTF-8, got 0x{data[error.start]:02x} as byte "
-                         f"{column} of the line; convert the file to UTF-8")
-    except json.JSONDecodeError as error:
-        return UserError(f"{path}:{line + error.lineno - 1}: expected one JSON object per line, or "
-                         f"one array, got broken JSON at column {error.colno} ({error.msg}); "
-                         "correct or delete the line")
-    except (RecursionError, ValueError) as error:          # nested too deep, NaN, an endless number
-        return UserError(f"{path}:{line}: expected JSON, got a value that cannot be read "
-                         f"({error}); correct or delete the line")
-
-
-def _refuse_constant(name: str):
-    raise ValueError(f"{name} is not a JSON number")
 
 
 # ----- records ------------------------------------------------------------------------------------
 
+class LeftOut(NamedTuple):
+    """The result of a `build` for a good record that holds nothing of what is wanted."""
+    why: str
+
+
+def iterate_json(path: str | Path) -> Iterator[tuple[str, object]]:
+    """Yields (place, value) for each record of a file, see values.read_values."""
+    with opened(path) as file:
+        yield from values.read_values(file, path)
+
+
+def read_json(path: str | Path) -> list[tuple[str, object]]:
+    """Returns what `iterate_json` yields. A value that cannot be read is a UserError."""
+    return list(iterate_json(path))
+
+
 def read_records(path: str | Path, build: Callable[[object, str], object],
                  on_bad_record: str = "stop") -> list:
-    """Returns `build(value, place)` for every record of `path`, in order. None is left out.
+    """Returns `build(value, place)` for every record of `path`, in order.
 
     `build` raises UserError to refuse a record. A second record with the same `id` is refused, and
-    so is a file that gives no record at all. on_bad_record: see `each`.
+    so is a file that gives no record at all. on_bad_record, LeftOut: see `each`.
     """
     place_of: dict[str, str] = {}
 
@@ -178,36 +198,49 @@ def read_records(path: str | Path, build: Callable[[object, str], object],
                             f"{place_of[name]}; rename or delete one of the two")
         return record
 
-    return each(read_json(path), build_one, on_bad_record, path)
+    return each(iterate_json(path), build_one, on_bad_record, path)
 
 
-def each(items: list, build: Callable[[object], object], on_bad_record: str,
+def each(items: Iterable, build: Callable[[object], object], on_bad_record: str,
          path: str | Path) -> list:
-    """Returns `build(item)` for every item, in order. None is left out.
+    """Returns `build(item)` for every item, in order.
 
     `build` refuses an item by a UserError. With on_bad_record "stop" the first refusal is raised,
     with the name of the file at its beginning. With "skip" refused items are left out, and counted
-    and listed on stderr. Raises UserError when no item is left.
+    and listed on stderr. Items for which `build` returns LeftOut are left out and counted there
+    too, with the reasons. Raises UserError when no item is left, and as soon as more than
+    REFUSAL_LIMIT items and more than half of them are refused.
     """
     if on_bad_record not in ("stop", "skip"):
         raise ValueError(f'on_bad_record: expected "stop" or "skip", got {on_bad_record!r}')
-    made, refusals = [], []
-    for item in items:
+    made, refusals, reasons, count = [], [], Counter(), 0
+    for count, item in enumerate(items, 1):
         try:
             result = build(item)
         except UserError as error:
             named = str(error).startswith(str(path))
-            refusal = error if named else UserError(f"{path}: {error}")
+            refusal = str(error) if named else f"{path}: {error}"
             if on_bad_record == "stop":
-                raise refusal from None
+                raise UserError(refusal) from None
             refusals.append(refusal)
+            if len(refusals) > max(REFUSAL_LIMIT, count / 2):
+                raise UserError(f"{path}: expected mostly usable records, got {len(refusals)} that "
+                                f"are refused in the first {count}; check that this is the right "
+                                f"file, the first refusal is {refusals[0]}") from None
             continue
-        if result is not None:
+        if isinstance(result, LeftOut):
+            reasons[result.why] += 1
+        else:
             made.append(result)
+    why = "; ".join(f"{reason} ({n})" for reason, n in reasons.items())
     if not made:
-        raise UserError(f"{path}: expected at least one usable record, got none in {len(items)}; "
-                        "check that this is the right file")
+        action = f"the first refusal is {refusals[0]}" if refusals else (
+            "check that this is the right file")
+        raise UserError(f"{path}: expected at least one usable record, got none in {count}"
+                        f"{why and ', '}{why}; {action}")
+    if reasons:
+        print(f"{path}: left out {reasons.total()} of {count} records: {why}", file=sys.stderr)
     if refusals:
-        print(f"{path}: left out {len(refusals)} bad records of {len(items)}:", *refusals,
+        print(f"{path}: left out {len(refusals)} bad records of {count}:", *refusals,
               sep="\n  ", file=sys.stderr)
     return made

@@ -1,16 +1,20 @@
 """Readers: the formats of records. The names of its fields tell which format a record has.
 
-    Edit            native
+    Edit            native; QA-Feedback's, DeFacto's and CoachLM's as published
     Pair            native, TRL's, AlpacaFarm's and AlpacaEval's comparisons, or an Edit
     Prompt          native, Alpaca's and AlpacaEval's, or any other record that has a prompt
-    Demonstration   native, Alpaca's and AlpacaEval's, or an Edit or a Pair
+    Demonstration   native, TRL's, Alpaca's and AlpacaEval's, or an Edit or a Pair
     Output, Annotation            AlpacaEval's
 
-Every reader takes JSONL or one JSON array, and returns records in file order or raises UserError
-(on_bad_record: see files.each). Native records refuse unknown fields, so that a misspelt `spans` is
-noticed. In foreign records unknown fields are ignored, because their owners add fields freely. An
-edit that changes nothing is a valid Edit (the annotator found no error), but it is not a Pair.
-README.md in this folder has an example of each format.
+Every reader takes JSON lines or one JSON array, plain or gzip, and returns records in file order or
+raises UserError (on_bad_record: see files.each). A file may mix formats. A record without `id` gets
+its place as its id, such as "pairs.json: record 3". Conversations become text by the rule in
+conversations.py.
+
+Edits, and other records with an `id` and a `prompt`, are native: unknown fields are refused, so
+that a misspelt `spans` is noticed. Elsewhere unknown fields are ignored, because their owners add
+fields freely. An edit that changes nothing is a valid Edit (the annotator found no error), but it
+is not a Pair. README.md in this folder has an example of each format.
 """
 
 import dataclasses
@@ -19,11 +23,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fgrlhf.data.fields import Text, UserError, check, refuse, show
-from fgrlhf.data.files import read_records
-from fgrlhf.data.records import Annotation, Demonstration, Edit, Output, Pair, Prompt
+from fgrlhf.data import coachlm, conversations, defacto, qa_feedback
+from fgrlhf.data.fields import Id, Text, UserError, check, refuse, show
+from fgrlhf.data.files import LeftOut, read_records
+from fgrlhf.data.records import (
+    Annotation, Demonstration, Edit, NoEdit, Output, Pair, Prompt, normalise_edit, sort_spans)
 
-QA_FEEDBACK = ("missing", "preferences")      # fields of QA-Feedback's edits that no Edit needs
+PUBLISHED = (qa_feedback, defacto, coachlm)
+QA_FEEDBACK = ("missing", "preferences")      # fields of an older form of QA-Feedback's edits
 
 
 @dataclass(frozen=True)
@@ -32,22 +39,41 @@ class _Instruction:
     instruction: Text
     output: str | None = None
     input: str | None = None
-    id: str | None = None
+    id: Id | None = None
+
+
+@dataclass(frozen=True)
+class _Unjudged(_Instruction):
+    """Two outputs that nobody has compared: AlpacaFarm's outputs_pairs.json."""
 
 
 def read_edits(path: str | Path, on_bad_record: str = "stop") -> list[Edit]:
-    """Reads native edits. The spans of an edit are returned sorted."""
-    return read_records(path, build_edit, on_bad_record)
+    """Reads edits. The spans of an edit are returned sorted."""
+    return read_records(path, _any_as(_as_edit), on_bad_record)
 
 
 def read_pairs(path: str | Path, on_bad_record: str = "stop") -> list[Pair]:
     """Reads pairs in any of their formats. The edited side of an Edit is its chosen side.
 
-    Ties, and pairs of two equal texts, hold no preference and are left out. A record with `chosen`
-    and `rejected` is TRL's when it has no `id`, otherwise it is native. The id of a record without
-    `id` is its place, such as "pairs.json: record 3".
+    Ties, annotations whose preference is null, and pairs of two equal texts hold no preference.
+    They are left out, and counted on stderr.
     """
     return read_records(path, _any_as(_as_pair), on_bad_record)
+
+
+def read_preferences(path: str | Path, on_bad_record: str = "stop",
+                     normalise: bool = False) -> list[Edit | Pair]:
+    """Reads edits as edits, with their spans, and other preferences as pairs, from one file.
+
+    normalise: collapse runs of whitespace in edits, see normalise_edit. What holds no preference is
+    left out as in `read_pairs`.
+    """
+    def convert(record, place: str) -> Edit | Pair | LeftOut:
+        if not isinstance(record, Edit):
+            return _as_pair(record, place)
+        edit = normalise_edit(record) if normalise else record
+        return LeftOut("the edit changes nothing") if edit.original == edit.edited else edit
+    return read_records(path, _any_as(convert), on_bad_record)
 
 
 def read_prompts(path: str | Path, on_bad_record: str = "stop") -> list[Prompt]:
@@ -61,29 +87,20 @@ def read_demonstrations(path: str | Path, on_bad_record: str = "stop") -> list[D
 
 
 def read_outputs(path: str | Path, on_bad_record: str = "stop") -> list[Output]:
-    """Reads AlpacaEval's model_outputs.json. Every other key is kept in `other`."""
-    return read_records(path, _output, on_bad_record)
+    """Reads AlpacaEval's model_outputs.json. Every other key is kept in `other`.
+
+    A record without `generator` gets the name of the file, "mine" for "mine.json".
+    """
+    name = Path(path).name.split(".")[0] or "outputs"
+    return read_records(path, lambda value, place: _output(value, place, name), on_bad_record)
 
 
 def read_annotations(path: str | Path, on_bad_record: str = "stop") -> list[Annotation]:
-    """Reads AlpacaEval's annotations.json, ties included."""
+    """Reads AlpacaEval's annotations.json, ties and null preferences included."""
     return read_records(path, _annotation, on_bad_record)
 
 
 # ----- one JSON value -> one record ---------------------------------------------------------------
-
-def build_edit(value, place: str, kind: type = Edit):
-    """Builds an Edit, or a `kind` of Edit, from decoded JSON. Refuses spans outside `original`."""
-    edit = check(kind, value, place, also=QA_FEEDBACK)
-    for i, span in enumerate(edit.spans or ()):
-        if not 0 <= span.start < span.end <= len(edit.original):
-            refuse(place, f"spans[{i}]", f"0 <= start < end <= {len(edit.original)}, the length of "
-                   "original", [span.start, span.end])
-    if edit.spans is None:
-        return edit
-    return dataclasses.replace(edit, spans=tuple(sorted(
-        edit.spans, key=lambda span: (span.start, span.end, span.type))))
-
 
 def _annotation(value, place: str) -> Annotation:
     annotation = check(Annotation, value, place, also=value)
@@ -92,40 +109,49 @@ def _annotation(value, place: str) -> Annotation:
     return annotation
 
 
-def _output(value, place: str) -> Output:
+def _output(value, place: str, generator: str) -> Output:
+    if isinstance(value, dict) and value.get("generator") is None:
+        value = value | {"generator": generator}
     output = check(Output, value, place, also=value)
     known = ("instruction", "output", "generator", "id")
     return dataclasses.replace(output, other=tuple(
         (check(str, key, place, "field name"),
-         check(str, json.dumps(item, ensure_ascii=False), place, show(key)))
+         check(str, json.dumps(item, ensure_ascii=False, allow_nan=False), place, show(key)))
         for key, item in value.items() if key not in known))
-
-
-def _trl(value: dict, place: str) -> Pair:
-    """TRL's prompt, chosen and rejected: strings, or conversations of one message each."""
-    fields = {"id": Path(place).name}
-    for name in ("prompt", "chosen", "rejected"):
-        text = value.get(name)
-        if isinstance(text, list):
-            if len(text) != 1 or not isinstance(text[0], dict) or "content" not in text[0]:
-                refuse(place, name, "a string, or a list of one message {role, content}", text)
-            text = text[0]["content"]
-        fields[name] = check(Text, text, place, name)
-    return Pair(**fields)
 
 
 def _any(value, place: str):
     """Builds the record that the names of the fields of `value` describe."""
-    names = set(value) if isinstance(value, dict) else set()
-    if "instruction" in names:
-        if names & {"output_1", "output_2"}:
-            return _annotation(value, place)
-        return check(_Instruction, value, place, also=value)
-    if names & {"chosen", "rejected"}:
-        return check(Pair, value, place) if "id" in names else _trl(value, place)
+    if not isinstance(value, dict):
+        refuse(place, "record", "an object", value)
+    names = set(value)
+    for data_set in PUBLISHED:
+        if data_set.FIELDS <= names:
+            return data_set.build_edit(value, place)
+    foreign = value.get("id") is None or bool(names & {"instruction", "completion", "messages"})
+    if value.get("id") is None:
+        value = value | {"id": Path(place).name}
     if names & {"original", "edited"}:
-        return build_edit(value, place)
-    return check(Demonstration if "output" in names else Prompt, value, place)
+        return sort_spans(check(Edit, value, place, also=QA_FEEDBACK), place)
+    if names & {"output_1", "output_2"}:
+        return (_annotation(value, place) if "preference" in names else
+                check(_Unjudged, value, place, also=value))
+    paired = bool(names & {"chosen", "rejected"})
+    if "instruction" in names and not paired:
+        return check(_Instruction, value, place, also=value)
+    if conversations.is_conversation(value):
+        value, foreign = conversations.flatten(value, place), True
+    for ours, theirs in (("prompt", "instruction"), ("output", "completion")):
+        if theirs in names:
+            value = {ours: value[theirs]} | value
+    if "prompt" not in value:
+        raise UserError(f"{place}: prompt: expected this field, got only {show(sorted(names))}; "
+                        "rename or add the field")
+    kind = Pair if paired else Demonstration if "output" in value else Prompt
+    record = check(kind, value, place, also=value if foreign else ())
+    if "completion" in names and value.get("label") is False:          # TRL's unpaired preferences
+        return NoEdit(check(Prompt, value, place, also=value), "the completion's label is false")
+    return record
 
 
 def _any_as(convert: Callable) -> Callable:
@@ -133,35 +159,64 @@ def _any_as(convert: Callable) -> Callable:
     return lambda value, place: convert(_any(value, place), place)
 
 
-def _as_pair(record, place: str) -> Pair | None:
+def _as_edit(record, place: str) -> Edit | LeftOut:
+    if isinstance(record, NoEdit):
+        return LeftOut(record.why)
+    if not isinstance(record, Edit):
+        raise UserError(f"{place}: expected an edit (original, edited), got {_fields_of(record)}; "
+                        "choose a file of edits")
+    return record
+
+
+def _as_pair(record, place: str) -> Pair | LeftOut:
     match record:
         case Pair():
             pair = record
         case Edit():
+            if record.edited == record.original:
+                return LeftOut("the edit changes nothing")
             pair = Pair(record.id, record.prompt, record.edited, record.original, record.input,
                         record.context, record.annotator)
+        case NoEdit(why=why):
+            return LeftOut(why)
         case Annotation(winner=None):
-            return None
+            return LeftOut("the preference is null" if record.preference is None else "a tie")
         case Annotation(winner=winner):
             first = check(Text, record.output_1, place, "output_1")
             second = check(Text, record.output_2, place, "output_2")
             chosen, rejected = (first, second) if winner == 1 else (second, first)
-            pair = Pair(record.id or Path(place).name, record.instruction, chosen, rejected,
-                        record.input or None, annotator=record.annotator)
+            pair = Pair(record.id, record.instruction, chosen, rejected, record.input or None,
+                        annotator=record.annotator)
+        case _Unjudged():
+            raise UserError(f"{place}: preference: expected this field (1 to 2, 0 or null), got "
+                            "two outputs without it; add the field, or choose a file of pairs")
         case _:
             raise UserError(f"{place}: expected a pair (chosen, rejected; original, edited; or "
-                            "output_1, output_2, preference), got the fields of "
-                            f"{type(record).__name__.strip('_')}; choose a file of pairs")
-    return None if pair.chosen == pair.rejected else pair
+                            f"output_1, output_2, preference), got {_fields_of(record)}; choose a "
+                            "file of pairs")
+    return LeftOut("the two texts are equal") if pair.chosen == pair.rejected else pair
+
+
+def _fields_of(record) -> str:
+    return f"the fields of {type(record).__name__.strip('_')}"
 
 
 def _as_prompt(record, place: str) -> Prompt:
+    if isinstance(record, NoEdit):
+        record = record.record
     if isinstance(record, (_Instruction, Annotation)):
-        return Prompt(record.id or Path(place).name, record.instruction, record.input or None)
+        return Prompt(record.id, record.instruction, record.input or None)
     return Prompt(record.id, record.prompt, record.input, record.context)
 
 
-def _as_demonstration(record, place: str) -> Demonstration:
+def _as_demonstration(record, place: str) -> Demonstration | LeftOut:
+    if isinstance(record, NoEdit):
+        return (record.record if isinstance(record.record, Demonstration) else
+                LeftOut(record.why))
+    if isinstance(record, (Annotation, _Unjudged)):
+        record = _as_pair(record, place)
+        if isinstance(record, LeftOut):
+            return record
     prompt = _as_prompt(record, place)
     field = {Edit: "edited", Pair: "chosen"}.get(type(record), "output")
     output = check(Text, getattr(record, field, None), place, field)

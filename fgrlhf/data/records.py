@@ -6,8 +6,9 @@
     Demonstration           (x, output): for imitation
     Output, Annotation      AlpacaEval's model_outputs.json and annotations.json
 
-Every record is frozen and hashable. Texts are kept as they are in the file; `normalise_edit`
-replaces each run of whitespace by one blank. readers.py has the formats that records are read from.
+Every record is frozen and hashable. An integer id, such as 7, is read as the text "7". Texts are
+kept as they are in the file; `normalise_edit` replaces each run of whitespace by one blank.
+readers.py has the formats that records are read from.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fgrlhf.data.fields import Text
+from fgrlhf.data.fields import Id, Text, refuse
 from fgrlhf.data.files import write_atomic
 
 
@@ -49,7 +50,7 @@ class Provenance:
 @dataclass(frozen=True)
 class Edit:
     """A minimal edit: `edited` is the preferred response, made from `original` by an editor."""
-    id: Text
+    id: Id
     prompt: Text
     original: Text
     edited: Text
@@ -63,7 +64,7 @@ class Edit:
 @dataclass(frozen=True)
 class Pair:
     """An ordinary preference: `chosen` is preferred to `rejected`."""
-    id: Text
+    id: Id
     prompt: Text
     chosen: Text
     rejected: Text
@@ -75,7 +76,7 @@ class Pair:
 @dataclass(frozen=True)
 class Prompt:
     """A request without a response."""
-    id: Text
+    id: Id
     prompt: Text
     input: str | None = None
     context: tuple[Passage, ...] = ()
@@ -84,7 +85,7 @@ class Prompt:
 @dataclass(frozen=True)
 class Demonstration:
     """A request with a response, `output`, to imitate."""
-    id: Text
+    id: Id
     prompt: Text
     output: Text
     input: str | None = None
@@ -100,7 +101,7 @@ class Output:
     instruction: Text
     output: str
     generator: Text
-    id: str | None = None
+    id: Id | None = None
     other: tuple[tuple[str, str], ...] = ()       # (key, JSON text): dataset, datasplit and so on
 
 
@@ -110,26 +111,46 @@ class Annotation:
     instruction: Text
     output_1: str
     output_2: str
-    preference: float | None                      # 1 .. 2; 0 and null are ties
+    preference: float | None                      # 1 .. 2; 0 is a tie, null a failed judgement
     generator_1: str | None = None
     generator_2: str | None = None
     annotator: str | None = None
     input: str | None = None
-    id: str | None = None
+    id: Id | None = None
 
     @property
     def winner(self) -> int | None:
-        """1 for a preference below 1.5, 2 above; None (a tie) for 1.5, 0 and null."""
+        """1 for a preference below 1.5, 2 above; None for a tie (1.5, 0) and for null."""
         if self.preference in (None, 0, 1.5):
             return None
         return 1 if self.preference < 1.5 else 2
+
+
+@dataclass(frozen=True)
+class NoEdit:
+    """A published record without an edit that can be used. `why` says why, for the user."""
+    record: Prompt | Demonstration                # what the record can still be used for
+    why: str
+
+
+def sort_spans(edit: Edit, place: str, field: str = "spans") -> Edit:
+    """Returns the edit with its spans in order. Raises UserError for a span outside `original`."""
+    for i, span in enumerate(edit.spans or ()):
+        if not 0 <= span.start < span.end <= len(edit.original):
+            refuse(place, f"{field}[{i}]", f"0 <= start < end <= {len(edit.original)}, the length "
+                   "of original", [span.start, span.end])
+    if edit.spans is None:
+        return edit
+    return dataclasses.replace(edit, spans=tuple(sorted(
+        edit.spans, key=lambda span: (span.start, span.end, span.type))))
 
 
 # ----- writing ------------------------------------------------------------------------------------
 
 def write_jsonl(path: str | Path, records: Iterable) -> None:
     """Writes one JSON object per line, atomically. Fields at their default are omitted."""
-    lines = [json.dumps(plain(record), ensure_ascii=False) + "\n" for record in records]
+    lines = [json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+             for record in records]
     write_atomic(path, "".join(lines).encode("utf-8"))
 
 
@@ -147,7 +168,8 @@ def write_outputs(path: str | Path, outputs: Iterable[Output]) -> None:
         value = plain(output)
         value.pop("other", None)
         values.append(value | {key: json.loads(text) for key, text in output.other})
-    write_atomic(path, (json.dumps(values, ensure_ascii=False, indent=1) + "\n").encode("utf-8"))
+    text = json.dumps(values, ensure_ascii=False, allow_nan=False, indent=1)
+    write_atomic(path, (text + "\n").encode("utf-8"))
 
 
 # ----- whitespace ---------------------------------------------------------------------------------
