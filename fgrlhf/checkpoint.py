@@ -2,15 +2,24 @@
 
     load_model(path)          any layout of fgrlhf/layouts, recognised from the files
     save_model(model, path)   Meta's layout, which is the project's own, or Hugging Face's
-    load_tokenizer(path)      the tokenizer.model in the same folder
+    load_tokenizer(path)      the tokenizer.model in the same folder, or one folder up
+
+    python -m fgrlhf.checkpoint export --model runs/sft/policy --out runs/sft/hf
 
 A model is described on the meta device and filled one tensor at a time. Loading therefore needs the
 memory of the model and of one more tensor. `load_model(path, device="meta")` checks every name and
 shape of a checkpoint of any size and reads no weights. The code of a layout is imported when a
 folder needs it.
+
+Many checkpoints have more rows in the embedding than the tokenizer has pieces: a [PAD] was added,
+or the rows were padded to a multiple of 64. No text is encoded as such a row, and none can be
+decoded. `load_model` therefore sets these rows aside in `model.added_rows`. The model then samples
+and scores the pieces of the tokenizer only (rule 2). `save_model` puts the rows back.
 """
 
 import json
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,47 +27,17 @@ from torch import Tensor, nn
 
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import read_bytes, write_atomic
-from fgrlhf.engine import lora
+from fgrlhf.engine import distributed, lora
+from fgrlhf.engine.config import arg, dispatch, run
+from fgrlhf.engine.places import refuse_run_folder
 from fgrlhf.layouts import meta
-from fgrlhf.layouts.stored import Stored, Weights
-from fgrlhf.model import LLaMA
+from fgrlhf.layouts.recognise import WEIGHTS, read_layout, weight_files
+from fgrlhf.layouts.stored import Stored, check_finite, damaged, in_a_line, read_settings
+from fgrlhf.model import LLaMA, LLaMAConfig
 from fgrlhf.tokenizer import Tokenizer
 
 
-WEIGHTS = {"meta": ("consolidated.*.pth",),
-           "hf": ("model*.safetensors", "pytorch_model*.bin", "model*.index.json")}
-
-
-def _weight_files(folder: Path, layout: str) -> list[Path]:
-    return sorted(path for pattern in WEIGHTS[layout] for path in folder.glob(pattern))
-
-
-def read_layout(path: str | Path) -> Weights:
-    """Recognises the layout of a folder, or of one llama2.c file, and describes what it holds."""
-    path = Path(path)
-    if path.is_file() and path.suffix == ".bin":
-        return _read_llama2c(path)
-    if not path.is_dir():
-        raise UserError(f"{path}: expected a model folder, or the .bin file of llama2.c")
-    in_meta, in_hf = _weight_files(path, "meta"), _weight_files(path, "hf")
-    if in_meta and in_hf:
-        raise UserError(f"{path}: holds two checkpoints, {in_meta[0].name} and {in_hf[0].name}; "
-                        "move one of them to its own folder")
-    if in_meta or (path / "params.json").exists() and not in_hf:
-        return meta.read(path)
-    if in_hf or (path / "config.json").exists():
-        from fgrlhf.layouts import huggingface
-        return huggingface.read(path)
-    others = sorted(path.glob("*.bin"))
-    if len(others) == 1:
-        return _read_llama2c(others[0])
-    raise UserError(f"{path}: holds no model; expected params.json and consolidated.00.pth (Meta), "
-                    "config.json and model.safetensors (Hugging Face) or one .bin (llama2.c)")
-
-
-def _read_llama2c(path: Path) -> Weights:
-    from fgrlhf.layouts import llama2c
-    return llama2c.read(path)
+PER_PIECE = ("tok_embeddings.weight", "output.weight")          # matrices with a row per piece
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu",
@@ -66,27 +45,58 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
     """Reads the model in a folder, or in a llama2.c file, in any layout.
 
     A folder of adapters gives the adapters merged with their trunk. `device` may be "meta". With
-    dtype None the model keeps the dtype of the stored embedding. Raises UserError with the file and
-    the tensor for anything that is missing, unknown, truncated or of the wrong shape, and when the
-    size of the tokenizer differs from the vocabulary.
+    dtype None the model keeps the dtype of the stored embedding. Rows of the embedding beyond the
+    tokenizer's pieces are in `added_rows`, and one line on stderr says so. Raises UserError with
+    the file and the tensor for anything that is missing, unknown, truncated, not finite or of the
+    wrong shape, and when the tokenizer is that of another model.
     """
     if lora.is_folder(path):
-        return lora.merge(load_adapted(path, device, dtype))
+        adapted = load_adapted(path, device, dtype)
+        merged = lora.merge(adapted)
+        merged.added_rows = adapted.added_rows
+        return merged
     config, tensors = read_layout(path)
     with torch.device("meta"):
         model = LLaMA(config)
-    expected = dict(model.named_parameters())
-    _check(path, expected, tensors)
-    beside = _tokenizer_path(path)
-    if beside.exists() and (size := Tokenizer(beside).vocab_size) != config.vocab_size:
-        raise UserError(f"{beside}: expected {config.vocab_size} pieces, the model's vocabulary, "
-                        f"got {size}; put the model's own tokenizer there")
+    _check(path, dict(model.named_parameters()), tensors)
+    pieces = _count_pieces(path, config)
+    model.config = replace(config, vocab_size=pieces)
     dtype = dtype or tensors["tok_embeddings.weight"].dtype
-    for name in expected:
+    for name in list(dict(model.named_parameters())):
+        tensor = tensors[name].read(device).to(dtype)
+        if not tensor.is_meta:
+            check_finite(tensor, tensors[name].place)
+        if name in PER_PIECE and pieces < config.vocab_size:
+            model.added_rows[name] = tensor[pieces:].clone()
+            tensor = tensor[:pieces].clone()
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf,
-                nn.Parameter(tensors[name].read(device).to(dtype)))
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor))
+    if model.added_rows and model.head.device.type != "meta" and distributed.rank() == 0:
+        print(f"{path}: {config.vocab_size - pieces} rows of the embedding lie beyond the {pieces} "
+              "pieces of the tokenizer; they are kept and saved again, but never sampled",
+              file=sys.stderr)
     return model
+
+
+def _count_pieces(path: str | Path, config: LLaMAConfig) -> int:
+    """Returns how many pieces the tokenizer at `path` has. Without a tokenizer it is every row."""
+    file = _tokenizer_path(path)
+    if not file.exists():
+        return config.vocab_size
+    pieces = Tokenizer(file).vocab_size
+    _check_fit(file, pieces, config)
+    return pieces
+
+
+def _check_fit(file: Path, pieces: int, config: LLaMAConfig) -> None:
+    """Raises UserError unless the model has a row for each piece, and few more.
+
+    64 more, or a 32nd of all: enough for special tokens and for padding to a multiple of 1024.
+    """
+    rows = config.vocab_size
+    if not rows - max(64, rows // 32) <= pieces <= rows:
+        raise UserError(f"{file}: expected about {rows} pieces, the model's vocabulary, got "
+                        f"{pieces}; put the model's own tokenizer there")
 
 
 def load_adapted(path: str | Path, device: str | torch.device = "cpu",
@@ -95,7 +105,7 @@ def load_adapted(path: str | Path, device: str | torch.device = "cpu",
     """Reads a LLaMA with adapters: those in the folder, or new ones of `rank` over its weights.
 
     `trunks` holds the trunks read so far, by folder; models that are loaded with the same dict
-    share them. Raises UserError when the folder's adapters have another rank.
+    share them. Raises UserError when the folder's adapters have another rank, or are damaged.
     """
     fresh, trunks = not lora.is_folder(path), {} if trunks is None else trunks
     if not fresh:
@@ -104,40 +114,70 @@ def load_adapted(path: str | Path, device: str | torch.device = "cpu",
             raise UserError(f"{path}: its adapters have rank {about['rank']}; give --lora-rank "
                             f"{about['rank']}, or 0 to train all weights with them merged")
         rank = about["rank"]
+        if rank < 1:
+            raise damaged(f"{path}/adapters.json", f"rank: expected at least 1, got {rank}")
     base = Path(path if fresh else about["base"]).resolve()
     if base not in trunks:
         trunks[base] = load_model(base, device, dtype)
     model = lora.adapt(trunks[base], rank, seed)
-    model.base = str(base)
-    return model if fresh else lora.restore(model, path)
+    model.base, model.added_rows = str(base), trunks[base].added_rows
+    if not fresh:
+        lora.restore(model, path)
+        for name, tensor in lora.adapters(model).items():
+            if not tensor.is_meta:
+                check_finite(tensor, f"{path}: tensor {name}")
+    return model
 
 
 def _check(path: str | Path, expected: dict[str, Tensor], tensors: dict[str, Stored]) -> None:
     """Raises UserError unless the names and shapes are those expected, in floating point."""
     for name, stored in tensors.items():
         if name not in expected:
-            raise UserError(f"{stored.file}: tensor {stored.name}: unknown; the sizes beside it "
-                            "describe a LLaMA without it")
+            raise UserError(f"{stored.place}: unknown; the sizes beside it describe a LLaMA "
+                            "without it")
     for name, parameter in expected.items():
         if name not in tensors:
             raise UserError(f"{path}: tensor {name} is missing; the checkpoint is incomplete")
         stored = tensors[name]
         if stored.shape != tuple(parameter.shape):
-            raise UserError(f"{stored.file}: tensor {stored.name}: "
-                            f"expected {tuple(parameter.shape)}, got {stored.shape}")
+            raise UserError(f"{stored.place}: expected {tuple(parameter.shape)}, got "
+                            f"{stored.shape}; copy the checkpoint again")
         if stored.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            raise UserError(f"{stored.file}: tensor {stored.name}: expected floating point, "
-                            f"got {stored.dtype}; quantised weights are not supported")
+            raise UserError(f"{stored.place}: expected floating point, got {stored.dtype}; "
+                            "quantised weights are not supported")
 
+
+# ----- the tokenizer ------------------------------------------------------------------------------
 
 def _tokenizer_path(path: str | Path) -> Path:
-    path = Path(path)
-    return (path.parent if path.is_file() else path) / "tokenizer.model"
+    """Returns the tokenizer.model in the folder of a model or, as Meta puts it, one folder up."""
+    folder = Path(path).parent if Path(path).is_file() else Path(path)
+    own, above = folder / "tokenizer.model", folder.resolve().parent / "tokenizer.model"
+    here = own.exists() or (folder / "tokenizer.json").exists()
+    return own if here or not above.exists() else above
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads the tokenizer in a model folder, or in the folder of a llama2.c file."""
-    return Tokenizer(_tokenizer_path(path))
+    """Reads the tokenizer of a model, given as in `load_model`.
+
+    It is the tokenizer.model in the folder of the model, or one folder up. When the
+    tokenizer_config.json next to it says so (`add_bos_token`), prompts begin without BOS.
+    """
+    refuse_run_folder(path)
+    file = _tokenizer_path(path)
+    for other in sorted(file.parent.glob("tok*.[bj]*")) if not file.exists() else ():
+        if other.suffix == ".bin" or other.name == "tokenizer.json":
+            raise UserError(f"{file}: expected a sentencepiece model, got only {other.name}, which "
+                            "is not read here; put the tokenizer.model that it was made from there")
+    settings = file.with_name("tokenizer_config.json")
+    adds_bos = read_settings(settings).get("add_bos_token") if settings.exists() else None
+    if adds_bos not in (None, True, False):
+        raise UserError(f"{settings}: add_bos_token: expected true or false, got "
+                        f"{in_a_line(adds_bos)}; correct the file")
+    return Tokenizer(file, adds_bos=adds_bos is not False)
+
+
+# ----- writing ------------------------------------------------------------------------------------
 
 
 def save_model(model: LLaMA, path: str | Path, layout: str = "meta",
@@ -148,42 +188,57 @@ def save_model(model: LLaMA, path: str | Path, layout: str = "meta",
     "tie_embeddings" are removed. layout "hf" can be read by transformers, vLLM and, when a
     `tokenizer` is given, llama.cpp's converter. The weights keep their dtype, and reading them back
     is bit-exact. The file of the `tokenizer` is copied. For an adapted model only the adapters are
-    written, with the path of their trunk. Raises UserError when the folder holds another
-    checkpoint, which a reader would mix up with this one, or when the tokenizer belongs to another
-    model.
+    written, with the path of their trunk. Raises UserError, before anything is written, when the
+    folder holds another checkpoint, which a reader would mix up with this one, when the tokenizer
+    belongs to another model, or when Hugging Face's form of the tokenizer would give other ids.
     """
     if layout not in WEIGHTS:
         raise ValueError(f'layout: expected "meta" or "hf", got {layout!r}')
-    if tokenizer is not None and tokenizer.vocab_size != model.config.vocab_size:
-        raise UserError(f"{tokenizer.path}: expected {model.config.vocab_size} pieces, the model's "
-                        f"vocabulary, got {tokenizer.vocab_size}")
+    if tokenizer is not None:
+        _check_fit(tokenizer.path, tokenizer.vocab_size, model.config)
     folder = Path(path)
     if lora.adapters(model):
-        if tokenizer is not None:
-            write_atomic(folder / "tokenizer.model", read_bytes(tokenizer.path))
+        _write_tokenizer(tokenizer, folder)
         lora.save(model, folder, model.base)
         return
     own = folder / ("consolidated.00.pth" if layout == "meta" else "model.safetensors")
-    for other in _weight_files(folder, "meta") + _weight_files(folder, "hf"):
+    for other in weight_files(folder, "meta") + weight_files(folder, "hf"):
         if other != own:
             raise UserError(f"{folder}: already holds {other.name}; choose an empty folder")
     parameters = {name: p.detach() for name, p in model.named_parameters()}
+    for name, rows in model.added_rows.items():
+        parameters[name] = torch.cat([parameters[name], rows.to(parameters[name])])
+    config = replace(model.config, vocab_size=len(parameters["tok_embeddings.weight"]))
+    settings = _settings(config, model.head.dtype, layout, tokenizer)
     if layout == "meta":
         parameters = {name: p.cpu().contiguous() for name, p in parameters.items()}
         write_atomic(own, lambda file: torch.save(parameters, file))
     else:
         from fgrlhf.layouts import huggingface
         from fgrlhf.layouts.safetensors import write_safetensors
-        write_safetensors(own, huggingface.to_hf(parameters, model.config))
-    if tokenizer is not None:
-        write_atomic(folder / "tokenizer.model", read_bytes(tokenizer.path))
-    for name, values in _settings(model, layout, tokenizer).items():
-        write_atomic(folder / name, (json.dumps(values, indent=2) + "\n").encode())
+        write_safetensors(own, huggingface.to_hf(parameters, config))
+    _write_tokenizer(tokenizer, folder)
+    for name, values in settings.items():
+        _write_json(folder / name, values)
 
 
-def _settings(model: LLaMA, layout: str, tokenizer: Tokenizer | None) -> dict[str, dict]:
-    """The JSON files of a model folder. The last one completes the folder."""
-    config, dtype = model.config, model.tok_embeddings.weight.dtype
+def _write_json(path: Path, values: dict) -> None:
+    write_atomic(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def _write_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> None:
+    """Writes tokenizer.model and, when it is not what a reader expects, whether BOS is added."""
+    if tokenizer is None:
+        return
+    write_atomic(folder / "tokenizer.model", read_bytes(tokenizer.path))
+    settings = folder / "tokenizer_config.json"
+    if not tokenizer.adds_bos or settings.exists():
+        _write_json(settings, {"add_bos_token": tokenizer.adds_bos})
+
+
+def _settings(config: LLaMAConfig, dtype: torch.dtype, layout: str,
+              tokenizer: Tokenizer | None) -> dict[str, dict]:
+    """Returns the JSON files of a model folder. The last file completes the folder."""
     if layout == "meta":
         return {"params.json": meta.write_params(config)}
     from fgrlhf.layouts import huggingface, huggingface_tokenizer
@@ -194,3 +249,31 @@ def _settings(model: LLaMA, layout: str, tokenizer: Tokenizer | None) -> dict[st
         "tokenizer.json": huggingface_tokenizer.write_tokenizer(tokenizer),
         "tokenizer_config.json": huggingface_tokenizer.write_tokenizer_config(
             tokenizer, config.max_seq_len)} | last
+
+
+# ----- the command --------------------------------------------------------------------------------
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    model: str = arg(help="model folder (any layout, adapters too) or llama2.c .bin file")
+    out: str = arg(help="new folder")
+    layout: str = arg("hf", choices=tuple(WEIGHTS), help="hf: for transformers, vLLM and "
+                      "llama.cpp's converter; meta: the project's own")
+    dtype: str | None = arg(None, choices=("float32", "bfloat16", "float16"),
+                            help="of the written weights (default: as they are)")
+    tokenizer: bool = arg(True, help="write the tokenizer too")
+
+
+def export(config: ExportConfig) -> None:
+    """Writes a model folder in another layout."""
+    if (Path(config.model) / "reward.json").exists():
+        raise UserError(f"--model {config.model}: expected a language model, got a reward model, "
+                        "whose head no other program can read; choose a policy")
+    tokenizer = load_tokenizer(config.model) if config.tokenizer else None
+    dtype = config.dtype and getattr(torch, config.dtype)
+    save_model(load_model(config.model, dtype=dtype), config.out, config.layout, tokenizer)
+    print(f"{config.out}: complete")
+
+
+if __name__ == "__main__":
+    run(lambda: dispatch({"export": (ExportConfig, export)}, __doc__))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fgrlhf.checkpoint import load_model, load_tokenizer
 from fgrlhf.data.fields import UserError
-from fgrlhf.data.files import read_bytes
+from fgrlhf.data.files import read_text
 from fgrlhf.engine.config import DTYPES, Computation, arg, parse, run
 from fgrlhf.engine.distributed import pick_device
 from fgrlhf.model import KVCache, LLaMA
@@ -90,14 +90,10 @@ def continue_batch(model: LLaMA, prompts: list[list[int]], stop_ids: tuple[int, 
 
 
 def read_prompts(config: Config, tokenizer: Tokenizer, context: int) -> list[list[int]]:
-    """Returns the ids of each prompt, BOS first."""
+    """Returns the ids of each prompt, BOS first where the model wants it."""
     texts = [config.prompt]
     if config.prompts_file is not None:
-        try:
-            lines = read_bytes(config.prompts_file).decode().split("\n")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{config.prompts_file}: expected UTF-8, got {error}; convert the file"
-                            ) from None
+        lines = read_text(config.prompts_file).split("\n")
         texts = [line for line in (line.rstrip("\r") for line in lines) if line]
         if config.prompt or not texts:
             raise UserError(f"--prompts-file {config.prompts_file}: expected one prompt per line "
@@ -105,6 +101,9 @@ def read_prompts(config: Config, tokenizer: Tokenizer, context: int) -> list[lis
                             f"{config.prompt!r}; give one of the two")
     prompts = [tokenizer.encode(text, bos=True) for text in texts]
     for text, prompt in zip(texts, prompts):
+        if not prompt:
+            raise UserError("--prompt: expected a text, because this model begins without BOS, got "
+                            "none; give a prompt")
         if len(prompt) > context:
             raise UserError(f"prompt {text[:30]!r}...: expected at most {context} tokens, the "
                             f"model's context, got {len(prompt)}; shorten the prompt")

@@ -26,9 +26,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
+# The largest values that are taken for sizes. A damaged file claims more.
+MOST = {"dim": 2**20, "n_layers": 1000, "n_heads": 2**20, "n_kv_heads": 2**20, "vocab_size": 2**24,
+        "ffn_dim": 2**24, "norm_eps": 1.0, "rope_theta": 1e15, "max_seq_len": 2**31}
+
+
 @dataclass(frozen=True)
 class LLaMAConfig:
-    """The sizes of a LLaMA. `ffn_dim` is F; `max_seq_len` is the context it was trained with."""
+    """The sizes of a LLaMA. `ffn_dim` is F; `max_seq_len` is the context it was trained with.
+
+    Raises ValueError for sizes that are not positive, beyond MOST, or do not divide one another.
+    """
 
     dim: int
     n_layers: int
@@ -42,6 +50,11 @@ class LLaMAConfig:
     tie_embeddings: bool = False
 
     def __post_init__(self):
+        for name, most in MOST.items():
+            value = getattr(self, name)
+            if not 0 < value <= most:                       # refuses NaN as well
+                raise ValueError(f"{name}: expected a positive number of at most {most}, "
+                                 f"got {str(value)[:20]}")
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
             raise ValueError(f"dim: expected a multiple of 2 * n_heads = {2 * self.n_heads}, "
                              f"got {self.dim}")
@@ -300,6 +313,7 @@ class LLaMA(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.added_rows: dict[str, Tensor] = {}     # behind the tokenizer's, see checkpoint.py
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fgrlhf.data.fields import UserError, check, show
-from fgrlhf.data.files import read_object
+from fgrlhf.layouts.pickles import open_pickle
 from fgrlhf.layouts.safetensors import Planned, SafeTensors
-from fgrlhf.layouts.stored import Stored, Weights, damaged, make_config, open_pickle
+from fgrlhf.layouts.stored import Stored, Weights, damaged, in_a_line, make_config, read_settings
 from fgrlhf.model import LLaMAConfig
 from fgrlhf.tokenizer import Tokenizer
 
@@ -92,8 +92,8 @@ def read(folder: Path) -> Weights:
                     ours == "output.weight" and config.tie_embeddings):
                 continue                                # a table; a second copy of the embedding
             if ours in tensors:
-                raise damaged(file, f"tensor {name}: expected it in one file only, got it in "
-                                    f"{tensors[ours].file.name} too")
+                raise damaged(file, f"tensor {in_a_line(name)}: expected it in one file only, got "
+                                    f"it in {tensors[ours].file.name} too")
             tensors[ours] = Stored(file, name, tuple(opened[name].shape), opened[name].dtype,
                                    _reader(opened, name, rotary_heads(ours, config)))
     return config, tensors
@@ -120,9 +120,10 @@ def _open_files(folder: Path) -> dict[Path, Mapping[str, Tensor]]:
 
 
 def _open_index(index: Path, open_file: Callable) -> dict[Path, Mapping[str, Tensor]]:
-    place_of = read_object(index).get("weight_map")
+    place_of = read_settings(index).get("weight_map")
     if not isinstance(place_of, dict) or not place_of or not all(
-            isinstance(file, str) and Path(file).name == file for file in place_of.values()):
+            isinstance(file, str) and re.fullmatch(r"\w[\w.-]{0,200}", file)
+            for file in place_of.values()):
         raise damaged(index, "weight_map: expected tensor names with files of this folder, got "
                              f"{show(place_of)}")
     opened = {}
@@ -133,8 +134,8 @@ def _open_index(index: Path, open_file: Callable) -> dict[Path, Mapping[str, Ten
         opened[path] = open_file(path)
     for name, file in place_of.items():
         if name not in opened[index.parent / file]:
-            raise damaged(index.parent / file, f"tensor {name} is missing, but {index.name} "
-                                               "lists it")
+            raise damaged(index.parent / file, f"tensor {in_a_line(name)} is missing, but "
+                                               f"{index.name} lists it")
     return opened
 
 
@@ -152,32 +153,38 @@ class Sizes:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
 
 
 def _read_config(path: Path) -> LLaMAConfig:
-    values = read_object(path)
-    rope = values.get("rope_parameters") or {}              # transformers 5; 4 has rope_theta
-    if not isinstance(rope, dict):
-        raise damaged(path, f"rope_parameters: expected an object, got {rope!r}")
+    values = read_settings(path)
     llama = ["LlamaForCausalLM"]
-    for key, expected, got in (
-            ("model_type", "llama", values.get("model_type")),
-            ("architectures", llama, values.get("architectures") or llama),
-            ("hidden_act", "silu", values.get("hidden_act", "silu")),
-            ("rope_scaling", None, values.get("rope_scaling")),
-            ("rope_parameters.rope_type", "default", rope.get("rope_type", "default")),
-            ("attention_bias", False, values.get("attention_bias", False)),
-            ("mlp_bias", False, values.get("mlp_bias", False)),
-            ("quantization_config", None, values.get("quantization_config"))):
+    if values.get("architectures") in (None, [], ["LLaMAForCausalLM"]):     # the name of early 2023
+        values["architectures"] = llama
+    found = [("model_type", "llama", values.get("model_type")),
+             ("architectures", llama, values["architectures"]),
+             ("hidden_act", "silu", values.get("hidden_act", "silu")),
+             ("attention_bias", False, values.get("attention_bias", False)),
+             ("mlp_bias", False, values.get("mlp_bias", False)),
+             ("quantization_config", None, values.get("quantization_config"))]
+    for name in ("rope_scaling", "rope_parameters"):        # of transformers 4 and 5
+        rope = values.get(name) or {}
+        if not isinstance(rope, dict):
+            raise damaged(path, f"{name}: expected an object, got {show(rope)}")
+        found += [(f"{name}.{key}", expected, rope.get(key, expected)) for key, expected in (
+            ("rope_type", "default"), ("type", "default"), ("partial_rotary_factor", 1))]
+        values |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    for key, expected, got in found:
         if got != expected:
             raise UserError(f"{path}: {key}: expected {json.dumps(expected)}, got "
-                            f"{json.dumps(got)}, which is not supported; choose another model")
-    values |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+                            f"{json.dumps(got)[:100]}, which is not supported; choose another "
+                            "model")
     sizes = check(Sizes, values, str(path), also=values)
     config = make_config(
-        path, bool(values.get("tie_word_embeddings")), dim=sizes.hidden_size,
+        path, sizes.tie_word_embeddings, dim=sizes.hidden_size,
         n_layers=sizes.num_hidden_layers, n_heads=sizes.num_attention_heads,
-        n_kv_heads=sizes.num_key_value_heads or sizes.num_attention_heads,
+        n_kv_heads=(sizes.num_attention_heads if sizes.num_key_value_heads is None else
+                    sizes.num_key_value_heads),
         vocab_size=sizes.vocab_size, ffn_dim=sizes.intermediate_size, norm_eps=sizes.rms_norm_eps,
         rope_theta=sizes.rope_theta, max_seq_len=sizes.max_position_embeddings)
     if sizes.head_dim not in (None, config.head_dim):

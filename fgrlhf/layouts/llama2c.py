@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 
 from fgrlhf.data.fields import UserError
+from fgrlhf.layouts.kinds import check_kind
 from fgrlhf.layouts.stored import Stored, Weights, damaged, make_config
 
 
 def read(path: Path) -> Weights:
     """Describes the sizes and tensors of one file."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        header = file.read(28)
+    header, size = check_kind(path, "a llama2.c file")[:28], path.stat().st_size
     if len(header) < 28:
         raise damaged(path, f"expected a llama2.c file of at least 28 bytes, got {size}")
     dim, ffn_dim, layers, heads, kv_heads, vocabulary, length = struct.unpack("<7i", header)

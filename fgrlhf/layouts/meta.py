@@ -6,7 +6,8 @@ are copied.
 
 The project writes one file, and two keys in params.json that Meta's files lack: "max_seq_len" (2048
 when absent) and "tie_embeddings" (false when absent). Meta's own code reads the folder once these
-two keys are removed.
+two keys are removed. A key that changes nothing (NO_EFFECT, or any key that is null, false or 0) is
+passed over; an unknown key may change the model, and is refused.
 """
 
 from collections.abc import Mapping
@@ -16,28 +17,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fgrlhf.data.fields import UserError, check
-from fgrlhf.data.files import read_object
-from fgrlhf.layouts.stored import Stored, Weights, damaged, make_config, open_pickle
-from fgrlhf.model import LLaMAConfig
+from fgrlhf.data.fields import UserError, check, show
+from fgrlhf.layouts.pickles import open_pickle
+from fgrlhf.layouts.stored import Stored, Weights, damaged, in_a_line, make_config, read_settings
+from fgrlhf.model import MOST, LLaMAConfig
 
 ROW_PARALLEL = ("wo.weight", "w2.weight")
+NO_EFFECT = ("max_batch_size", "model_parallel_size", "flash_attn", "dropout")  # on the weights
 
 
 @dataclass(frozen=True)
 class Params:
-    """The fields of params.json. Any other field is refused."""
+    """The fields of params.json."""
 
     dim: int
     n_layers: int
     n_heads: int
-    vocab_size: int
+    vocab_size: int = -1                    # -1: as many as the embedding has rows
     n_kv_heads: int | None = None
     multiple_of: int = 256
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     max_seq_len: int = 2048
+    tie_embeddings: bool = False
 
 
 def ffn_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
@@ -51,17 +54,23 @@ def ffn_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
 def read(folder: Path) -> Weights:
     """Describes the sizes and tensors of a folder with params.json and consolidated.NN.pth."""
     place = folder / "params.json"
-    values = read_object(place)
-    params = check(Params, values, str(place), also=("tie_embeddings", "use_scaled_rope"))
+    values = read_settings(place)
     if values.get("use_scaled_rope"):
         raise UserError(f"{place}: use_scaled_rope: expected false, got true, which is not "
                         "supported; choose another model")
-    if params.multiple_of < 1:
-        raise damaged(place, f"multiple_of: expected a positive number, got {params.multiple_of}")
+    params = check(Params, values, str(place), also=(
+        *NO_EFFECT, *(key for key, value in values.items() if not value)))
+    for name, value, most in (
+            ("dim", params.dim, MOST["dim"]), ("multiple_of", params.multiple_of, MOST["ffn_dim"]),
+            ("ffn_dim_multiplier", params.ffn_dim_multiplier or 1, 2**10)):
+        if not 0 < value <= most:
+            raise damaged(place, f"{name}: expected a positive number of at most {most}, got "
+                                 f"{show(value)}")
     shards = _open_shards(folder, params.dim)
     config = make_config(
-        place, bool(values.get("tie_embeddings")), dim=params.dim, n_layers=params.n_layers,
-        n_heads=params.n_heads, n_kv_heads=params.n_kv_heads or params.n_heads,
+        place, params.tie_embeddings, dim=params.dim, n_layers=params.n_layers,
+        n_heads=params.n_heads,
+        n_kv_heads=params.n_heads if params.n_kv_heads is None else params.n_kv_heads,
         vocab_size=_vocab_size(params, shards),
         ffn_dim=ffn_width(params.dim, params.multiple_of, params.ffn_dim_multiplier),
         norm_eps=params.norm_eps, rope_theta=params.rope_theta, max_seq_len=params.max_seq_len)
@@ -70,7 +79,8 @@ def read(folder: Path) -> Weights:
     for path, shard in shards.items():
         for name, elsewhere in names.items():
             if name not in shard:
-                raise damaged(path, f"tensor {name} is missing, but {elsewhere.name} has it")
+                raise damaged(path, f"tensor {in_a_line(name)} is missing, but {elsewhere.name} "
+                                    "has it")
     return config, {name: _merge(name, shards, params.dim) for name in names}
 
 
@@ -91,7 +101,7 @@ def _open_shards(folder: Path, dim: int) -> dict[Path, Mapping[str, Tensor]]:
 
 
 def _vocab_size(params: Params, shards: Mapping[Path, Mapping[str, Tensor]]) -> int:
-    """Returns V. When params.json says -1 (LLaMA 1: "see the tokenizer"), the embedding tells V."""
+    """Returns V. If params.json says -1 (LLaMA 1) or nothing (CodeLlama), the embedding tells V."""
     if params.vocab_size != -1:
         return params.vocab_size
     path, shard = next(iter(shards.items()))
@@ -113,8 +123,9 @@ def _merge(name: str, shards: Mapping[Path, Mapping[str, Tensor]], dim: int) -> 
     parts = [shard[name] for shard in shards.values()]
     for path, part in zip(shards, parts):
         if part.shape != first.shape or part.dtype != first.dtype:
-            raise damaged(path, f"tensor {name}: expected {first.dtype} {tuple(first.shape)} as in "
-                                f"{file.name}, got {part.dtype} {tuple(part.shape)}")
+            raise damaged(path, f"tensor {in_a_line(name)}: expected {first.dtype} "
+                                f"{tuple(first.shape)} as in {file.name}, got {part.dtype} "
+                                f"{tuple(part.shape)}")
     shape = list(first.shape)
     shape[along] *= len(parts)
     return Stored(file, name, tuple(shape), first.dtype,

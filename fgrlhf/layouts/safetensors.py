@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fgrlhf.data.fields import UserError, show
 from fgrlhf.data.files import write_atomic
-from fgrlhf.layouts.stored import damaged
+from fgrlhf.layouts.kinds import check_kind
+from fgrlhf.layouts.stored import LONGEST, damaged, in_a_line
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -40,8 +41,7 @@ class SafeTensors(Mapping[str, Tensor]):
 
     def __init__(self, path: str | Path):
         path = Path(path)
-        if not path.is_file():
-            raise UserError(f"{path}: expected a file, got nothing; check the path")
+        check_kind(path, "a safetensors file")
         size = path.stat().st_size
         header, start = _read_header(path, size)
         self._entries = {name: _check_entry(path, name, entry, size - start)
@@ -73,6 +73,8 @@ def _read_header(path: Path, size: int) -> tuple[dict, int]:
         if length > size - 8:
             raise damaged(path, f"expected a header of {length} bytes, got a file of {size}: it is "
                                 "truncated, or not a safetensors file")
+        if length > LONGEST:
+            raise damaged(path, f"expected a header of at most {LONGEST} bytes, got {length}")
         try:
             header = json.loads(file.read(length), object_pairs_hook=_unique_keys)
         except (ValueError, RecursionError) as error:
@@ -95,19 +97,20 @@ def _check_entry(path: Path, name: str, entry: object, size: int):
     size: the number of bytes of data in the file.
     """
     def natural(values) -> bool:
-        return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+        return isinstance(values, list) and len(values) < 9 and all(
+            type(v) is int and 0 <= v < 2**63 for v in values)
 
-    place = f"{path}: tensor {name}"
+    place = f"{path}: tensor {in_a_line(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise damaged(place, f"expected dtype, shape and data_offsets, got {show(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UserError(f"{place}: dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}; "
+        raise UserError(f"{place}: dtype: expected one of {', '.join(DTYPES)}, got {show(dtype)}; "
                         "choose a checkpoint in one of these")
     if not natural(shape):
-        raise damaged(place, f"expected a shape, got {shape}")
+        raise damaged(place, f"expected a shape, got {show(shape)}")
     if not natural(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1]:
-        raise damaged(place, f"expected data_offsets [start, end], got {offsets}")
+        raise damaged(place, f"expected data_offsets [start, end], got {show(offsets)}")
     if offsets[1] > size:
         raise damaged(place, f"expected {offsets[1]} bytes of data, got {size}: truncated")
     expected = math.prod(shape) * DTYPES[dtype].itemsize
@@ -123,8 +126,8 @@ def _check_cover(path: Path, entries: dict, size: int) -> None:
     for name, (_, _, (start, end)) in sorted(entries.items(), key=lambda item: item[1][2]):
         if start != covered:
             fault = "an overlap" if start < covered else "a gap"
-            raise damaged(path, f"tensor {name}: expected its start at byte {covered} of the data, "
-                                f"got {start}: {fault}")
+            raise damaged(path, f"tensor {in_a_line(name)}: expected its start at byte {covered} "
+                                f"of the data, got {start}: {fault}")
         covered = end
     if covered != size:
         raise damaged(path, f"expected {covered} bytes of tensors, got {size} bytes of data")

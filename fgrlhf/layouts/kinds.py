@@ -1,0 +1,43 @@
+"""Names a model file that is not what its name says, and what to do about it.
+
+A download often leaves something else in its place: the pointer of Git LFS, a web page, or the file
+of another program.
+"""
+
+import re
+from pathlib import Path
+
+from fgrlhf.data.fields import UserError
+
+KINDS = (                       # (the beginning of the file, what it is, what to do)
+    (rb"\Z", "an empty file", "copy the file again"),
+    (rb"version https://git-lfs", "a Git LFS pointer, which only names the file",
+     "run `git lfs pull` in its folder"),
+    (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page", "download the file itself"),
+    (rb"GGUF|ggml|lmgg|fmgg|tjgg", "a file of llama.cpp, which is not read here",
+     "use the checkpoint that it was made from"),
+    (rb"[A-Za-z0-9+/]+=* \d+\r?\n", "a tiktoken vocabulary (Llama 3's), which is not read here",
+     "use a model that has a sentencepiece tokenizer"),
+    (rb'\s*\{\s*"\w', "JSON", "name another file"),
+)
+
+
+def check_kind(path: str | Path, expected: str) -> bytes:
+    """Returns the first 512 bytes of a file.
+
+    `expected` names the file in the message ("a torch file"). Raises UserError when the file is
+    missing, cannot be read, or begins like a file of another known kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        got = "a folder or a device" if path.exists() else "nothing"
+        raise UserError(f"{path}: expected {expected}, got {got}; check the path")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    for pattern, kind, action in KINDS:
+        if kind not in expected and re.match(pattern, start):
+            raise UserError(f"{path}: expected {expected}, got {kind}; {action}")
+    return start
