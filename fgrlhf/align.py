@@ -27,14 +27,25 @@ operations on whole integers. Steps 2 and 3 then visit only cells on such paths.
 and end. `gap_credit` finds the tokens to credit where an edit only inserted or only deleted.
 """
 
+import math
 import re
+import unicodedata
 from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
+
+from fgrlhf.data.fields import UserError
 
 SUBSTITUTE, DELETE, INSERT = 1, 2, 3                        # in the order of preference; match is 0
 STEP = ((1, 1), (1, 1), (1, 0), (0, 1))                     # what each move adds to (i, j)
 NEVER = 1 << 62                                             # above the cost of any path
-COST_UNIT = 1 << 32                                         # step 1 outweighs any count in step 2
+MOST_CELLS = 1 << 28                                        # 16,384 tokens against 16,384
+MOST_VISITED = 1 << 22                                      # of these, visited one by one
+
+# Letters of scripts without blanks between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese.
+UNSPACED = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+            "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff")
+MARKS = "".join(c for c in map(chr, range(0xe00, 0x1800)) if unicodedata.category(c)[0] == "M")
+WORD = re.compile(f"[{UNSPACED}][{MARKS}]*|[^\\s{UNSPACED}]+")
 
 Span = Pair = tuple[int, int]
 
@@ -71,14 +82,18 @@ def align(original_ids: Sequence[Hashable], edited_ids: Sequence[Hashable]) -> A
 
     A token is changed if and only if it is in no pair. The two ids of a pair are equal. `distance`
     is the Levenshtein distance. Raises ValueError for a tensor, because its elements do not compare
-    as ids.
+    as ids, and UserError when the sides are too long or too different to align in bounded memory.
     """
     for name, ids in (("original_ids", original_ids), ("edited_ids", edited_ids)):
         if not isinstance(ids, Sequence):
             raise ValueError(f"{name}: expected a list of ids, got {type(ids).__name__}; "
                              "pass ids.tolist()")
+    n, m = len(original_ids), len(edited_ids)
+    if n * m > MOST_CELLS:
+        raise UserError(f"expected two texts of at most {math.isqrt(MOST_CELLS)} tokens each to "
+                        f"align, got {n} and {m}; split or shorten them")
     moves = cheapest_moves(original_ids, edited_ids)       # step 1
-    pairs, edits = _best_path(moves, len(edited_ids), edit_cost=0, run_cost=1)     # steps 2 and 3
+    pairs, edits = _best_path(moves, len(edited_ids))      # steps 2 and 3
     return Alignment(_all_but((i for i, _ in pairs), len(original_ids)),
                      _all_but((j for _, j in pairs), len(edited_ids)), pairs, edits)
 
@@ -90,7 +105,8 @@ def align_words(original_text: str, edited_text: str, original_spans: Sequence[S
     original_spans [n], edited_spans [m]: the half-open ranges of characters of the pieces
     (`Tokenizer.spans`).
 
-    A word is a stretch without whitespace. Two words match when they are equal in lower case,
+    A word is a stretch without whitespace, and a single character of a script that writes no
+    blanks (Chinese, Japanese, Thai, ...). Two words match when they are equal in lower case,
     without the punctuation at either end ("The" and "the,"; a word of punctuation only is compared
     whole). The cost is 1 for each deleted and each inserted word, and 2 for each run, so that a
     single common word ("the") does not split a rewritten passage. There is no substitution. Steps
@@ -100,20 +116,20 @@ def align_words(original_text: str, edited_text: str, original_spans: Sequence[S
     belongs to the next word; what follows the last word never changes. A piece is changed if one of
     its words is. The pieces of matched words are unchanged even if case or punctuation differ. They
     are paired where `align` matches their texts in lower case; the other pieces are in no pair.
-    Raises ValueError when a span exceeds its text.
+    Raises ValueError when a span exceeds its text, and UserError when the texts are too long.
     """
     words, edited_words = _words(original_text), _words(edited_text)
-    moves = _word_moves([word.key for word in words], [word.key for word in edited_words])
-    matches, edits = _best_path(moves, len(edited_words), COST_UNIT, 2 * COST_UNIT + 1)
+    matches, edits = _best_words([word.key for word in words], [word.key for word in edited_words])
     changed, pieces = _project(original_spans, words, {i for i, _ in matches})
     edited_changed, edited_pieces = _project(edited_spans, edited_words, {j for _, j in matches})
     pairs = []
     for i, j in matches:
         here, there = pieces[i], edited_pieces[j]
-        alike = align([_surface(original_text, original_spans[p]) for p in here],
-                      [_surface(edited_text, edited_spans[q]) for q in there])
-        pairs += [(here[p], there[q]) for p, q in alike.pairs
-                  if not changed[here[p]] and not edited_changed[there[q]]]
+        surfaces = [_surface(original_text, original_spans[p]) for p in here]
+        edited_surfaces = [_surface(edited_text, edited_spans[q]) for q in there]
+        alike = (zip(here, there) if surfaces == edited_surfaces else
+                 ((here[p], there[q]) for p, q in align(surfaces, edited_surfaces).pairs))
+        pairs += [(p, q) for p, q in alike if not changed[p] and not edited_changed[q]]
     return Alignment(changed, edited_changed, pairs, edits)
 
 
@@ -177,32 +193,24 @@ def cheapest_moves(a: Sequence[Hashable], b: Sequence[Hashable]) -> Moves:
     return moves
 
 
-def _word_moves(a: Sequence[Hashable], b: Sequence[Hashable]) -> Moves:
-    """Allows every match, deletion and insertion, and no substitution."""
-    columns = (2 << len(b)) - 1
-    match = [sum(2 << j for j, word in enumerate(b) if word == token) for token in a]
-    return Moves(match, [0] * len(a), [columns] * len(a), [columns - 1] * (len(a) + 1))
+def _best_path(moves: Moves, m: int) -> tuple[list[Pair], int]:
+    """Finds the right-most path of the fewest runs among the paths of `moves`.
 
-
-def _best_path(moves: Moves, m: int, edit_cost: int, run_cost: int) -> tuple[list[Pair], int]:
-    """Finds the right-most path of least edit_cost * edits + run_cost * runs.
-
-    Returns (its matches, its number of edits). The tables are filled from the end back to (0, 0).
-    For each cell that can reach the end they hold the best continuation outside a run and the best
-    inside a run, as 4 * cost + first move. The smaller number is then the cheaper continuation, and
-    of equally cheap ones the preferred. A match of the two ends, from (n, m) to (n + 1, m + 1),
-    closes every path.
+    Returns (its matches, its number of edits). The rows are filled from the end back to (0, 0). For
+    each cell that can reach the end a row holds the best continuation outside a run and the best
+    inside a run, as 4 * runs + first move. The smaller number is then the better continuation, and
+    of equally good ones the preferred. A match of the two ends, from (n, m) to (n + 1, m + 1),
+    closes every path. Only the first moves of the rows below are kept, one byte per cell.
     """
-    n = len(moves.match)
+    n, visited, run = len(moves.match), 0, 4
     matches = [*moves.match, 2 << m]
     substitutes, deletes = [*moves.substitute, 0], [*moves.delete, 0]
-    edit, opening = 4 * edit_cost, 4 * run_cost
-    outside: list[dict[int, int]] = [{} for _ in range(n + 1)] + [{m + 1: 0}]
-    inside: list[dict[int, int]] = [{} for _ in range(n + 2)]
+    first_moves: list[bytearray] = []                       # 4 * outside a run + inside a run
+    outside_below, inside_below = {m + 1: 0}, {}
     reaching = 2 << m                                       # columns of row i + 1, as bits
     for i in reversed(range(n + 1)):
-        outside_here, outside_below = outside[i], outside[i + 1]
-        inside_here, inside_below = inside[i], inside[i + 1]
+        outside_here, inside_here = {}, {}
+        chosen = bytearray(m + 1)
         match, substitute = (reaching & matches[i]) >> 1, (reaching & substitutes[i]) >> 1
         delete, insert = reaching & deletes[i], 0           # these four: columns such moves LEAVE
         reaching, todo = 0, match | substitute | delete
@@ -210,32 +218,114 @@ def _best_path(moves: Moves, m: int, edit_cost: int, run_cost: int) -> tuple[lis
             j = todo.bit_length() - 1                       # from right to left
             bit = 1 << j
             by_match = outside_below[j + 1] & ~3 if match & bit else NEVER
-            by_edit = (inside_below[j + 1] & ~3) + edit + SUBSTITUTE if substitute & bit else NEVER
+            by_edit = (inside_below[j + 1] & ~3) + SUBSTITUTE if substitute & bit else NEVER
             if delete & bit:
-                by_edit = min(by_edit, (inside_below[j] & ~3) + edit + DELETE)
+                by_edit = min(by_edit, (inside_below[j] & ~3) + DELETE)
             if insert & bit:
-                by_edit = min(by_edit, (inside_here[j + 1] & ~3) + edit + INSERT)
-            outside_here[j] = by_match if by_match < by_edit + opening else by_edit + opening
-            inside_here[j] = by_match if by_match < by_edit else by_edit
+                by_edit = min(by_edit, (inside_here[j + 1] & ~3) + INSERT)
+            outside_here[j] = outside = by_match if by_match < by_edit + run else by_edit + run
+            inside_here[j] = inside = by_match if by_match < by_edit else by_edit
+            chosen[j] = (outside & 3) << 2 | inside & 3
             inserted = (bit & moves.insert[i]) >> 1
             insert |= inserted
             reaching |= bit
             todo = (todo ^ bit) | inserted
-    return _follow(outside, inside)
+        outside_below, inside_below = outside_here, inside_here
+        first_moves.append(chosen)
+        visited += len(outside_here)
+        if visited > MOST_VISITED:
+            raise UserError(f"expected two texts that resemble each other, got {n} and {m} tokens "
+                            "with too many cheapest alignments; split or shorten them")
+    return _follow(first_moves[::-1])
 
 
-def _follow(outside: list[dict[int, int]],
-            inside: list[dict[int, int]]) -> tuple[list[Pair], int]:
-    """Walks from (0, 0) by the first moves of the tables; returns matches and number of edits."""
+def _follow(first_moves: list[bytearray]) -> tuple[list[Pair], int]:
+    """Walks from (0, 0) by the first moves of each row; returns matches and number of edits."""
     pairs, edits, i, j, in_run = [], 0, 0, 0, False
-    while i < len(outside) - 1:
-        move = (inside if in_run else outside)[i][j] & 3
+    while i < len(first_moves):
+        move = first_moves[i][j] & 3 if in_run else first_moves[i][j] >> 2
         in_run = move > 0
         edits += in_run
         if not in_run:
             pairs.append((i, j))
         i, j = i + STEP[move][0], j + STEP[move][1]
     return pairs[:-1], edits                                # without the match of the two ends
+
+
+def _best_words(a: list[str | None], b: list[str | None]) -> tuple[list[Pair], int]:
+    """Finds the right-most path of least edits + 2 runs, and of these the fewest runs, over words.
+
+    Returns (its matches, its number of edits). Both lists end with the word of the end, which
+    always matches. Without substitution edits = n + m - 2 matches, so the least edits + 2 runs is
+    the greatest matches - runs. A block of L matches in a row follows a run and adds L - 1, the
+    number of its pairs of neighbours. Only pairs of neighbouring words that are equal on both sides
+    are therefore visited. With E above every number of runs, the pair at (i, j) is worth
+
+        V[i, j] = E + V[i+1, j+1]                               when the next words match, too
+        V[i, j] = E - 1 + max V[i', j'], i' >= i+2, j' >= j+2   its block ends, a run follows
+
+    A word that every text begins with opens the first block: a text that begins with a match has no
+    run there. Of several best places (i', j') for the next block the right-most path takes j' = j+2
+    with the least i', else the greatest i' with the least j'.
+    """
+    a, b = ["", *a], ["", *b]                               # no word is empty
+    n, m = len(a), len(b)
+    E, columns = n + m, {}
+    for j in range(m - 1):
+        columns.setdefault((b[j], b[j + 1]), []).append(j)
+    if sum(len(columns.get(pair, ())) for pair in zip(a, a[1:])) > MOST_VISITED:
+        raise UserError(f"expected two texts that do not repeat themselves, got {n - 2} and "
+                        f"{m - 2} words with too many equal pairs; split or shorten them")
+    starts, next_start = _Starts(m), {}                     # by the last match of a block
+    starts.add(0, n - 1, m - 1)                             # the end
+    below, two_below = {}, {}                               # V of rows i+1 and i+2 by column
+    for i in reversed(range(n - 1)):
+        for j, value in two_below.items():
+            starts.add(value, i + 2, j)
+        here = {}
+        for j in columns.get((a[i], a[i + 1]), ()):
+            if j + 1 in below or i + 2 == n:
+                here[j] = E + below.get(j + 1, 0)
+            else:
+                value, *next_start[i + 1, j + 1] = starts.best(j + 2)
+                here[j] = E - 1 + value
+        below, two_below = here, below
+    for j, value in two_below.items():
+        starts.add(value, 1, j)
+    _, *next_start[0, 0] = starts.best(1)
+    pairs, i, j = [], 0, 0
+    while i < n - 1:
+        i, j = (i + 1, j + 1) if a[i + 1] == b[j + 1] else next_start[i, j]
+        pairs.append((i - 1, j - 1))
+    return pairs, n + m - 2 - 2 * len(pairs)
+
+
+class _Starts:
+    """The places (i, j) where the next block can begin; rows are added from the last to the first.
+
+    A Fenwick tree over the columns gives the best place at or right of a column in log m steps.
+    """
+
+    def __init__(self, columns: int):
+        self.columns, self.of_column = columns, {}
+        self.tree = [(-1, 0, 0)] * (columns + 1)
+
+    def add(self, value: int, i: int, j: int) -> None:
+        if value >= self.of_column.get(j, (-1,))[0]:        # the least i of equal ones
+            self.of_column[j] = value, i, j
+        k = self.columns - j
+        while k <= self.columns:
+            self.tree[k] = max(self.tree[k], (value, i, -j))
+            k += k & -k
+
+    def best(self, j: int) -> tuple[int, int, int]:
+        """Returns (value, i', j') of the best place with j' >= j."""
+        k, found = self.columns - j, self.tree[0]
+        while k:
+            found = max(found, self.tree[k])
+            k -= k & -k
+        same_column = self.of_column.get(j, (-1,))
+        return same_column if same_column[0] == found[0] else (found[0], found[1], -found[2])
 
 
 def _all_but(paired: Iterable[int], length: int) -> list[bool]:
@@ -248,11 +338,19 @@ def _all_but(paired: Iterable[int], length: int) -> list[bool]:
 
 def _words(text: str) -> list[_Word]:
     """Splits a text into words, and appends its end as a word that every text has."""
-    words = []
-    for found in re.finditer(r"\S+", text):
-        word = found[0].lower()
-        words.append(_Word(re.sub(r"^[\W_]+|[\W_]+$", "", word) or word, *found.span()))
+    words = [_Word(_key(found[0].lower()), *found.span()) for found in WORD.finditer(text)]
     return [*words, _Word(None, len(text), len(text) + 1)]
+
+
+def _key(word: str) -> str:
+    """Returns the word without the punctuation at its ends, or all of it if nothing else is in it.
+
+    A combining mark, such as a vowel sign of Hindi, is no punctuation.
+    """
+    if word.isalnum():
+        return word
+    kept = [k for k, c in enumerate(word) if c.isalnum() or unicodedata.category(c)[0] == "M"]
+    return word[kept[0]:kept[-1] + 1] if kept else word
 
 
 def _project(spans: Sequence[Span], words: list[_Word],
@@ -274,7 +372,8 @@ def _project(spans: Sequence[Span], words: list[_Word],
         while last + 1 < len(words) and words[last + 1].start < end:
             last += 1
         pieces[first].append(p)
-        changed.append(any(k not in kept for k in range(first, last + 1)))
+        changed.append(first not in kept or
+                       first < last and any(k not in kept for k in range(first, last + 1)))
     return changed, pieces
 
 

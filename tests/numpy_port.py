@@ -12,6 +12,7 @@ options of the case, and returns the outputs.
 
 import functools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -171,18 +172,21 @@ def gap_credit(original, edited):
     return flags_and_pairs(rows)
 
 
+UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u4e00-\u9fff"             # Thai, Lao, Japanese, Chinese
+MARKS = "\u0e31\u0e34-\u0e3a\u0e47-\u0e4e"                       # of Thai
+
+
 def split_words(text):
     """(key, start, end) of each word, and of the end of the text as a last word."""
-    words, at = [], 0
-    for word in text.split():
-        start = text.index(word, at)
-        at = start + len(word)
-        low, first, last = word.lower(), 0, len(word)
+    words = []
+    for found in re.finditer(f"[{UNSPACED}][{MARKS}]*|[^\\s{UNSPACED}]+", text):
+        low = found[0].lower()
+        first, last = 0, len(low)
         while first < last and not low[first].isalnum():
             first += 1
-        while first < last and not low[last - 1].isalnum():
+        while first < last and not low[last - 1].isalnum() and low[last - 1] < "\u0e00":
             last -= 1
-        words.append((low[first:last] or low, start, at))
+        words.append((low[first:last] or low, *found.span()))
     return [*words, (None, len(text), len(text) + 1)]
 
 

@@ -4,10 +4,13 @@ error spans that humans marked in real texts."""
 import json
 import random
 from functools import lru_cache
+from itertools import accumulate
 
 import pytest
 
-from fgrlhf.align import Alignment, align, align_words, gap_credit
+from fgrlhf import align as alignments
+from fgrlhf.align import Alignment, _words, align, align_words, gap_credit
+from fgrlhf.data.fields import UserError
 from fgrlhf.tokenizer import Tokenizer
 
 STEPS = {"=": (1, 1), "substitute": (1, 1), "delete": (1, 0), "insert": (0, 1)}
@@ -70,17 +73,18 @@ def edit_somewhere(rng, a, rate, vocabulary):
     return b
 
 
-def by_slow_table(a, b):
-    """The definition as a recursion over (i, j, in a run); its value is (edits, runs, moves)."""
+def by_slow_table(a, b, run_cost=0, substitution=True):
+    """The definition as a recursion over (i, j, in a run); its value is (cost, runs, moves)."""
     @lru_cache(maxsize=None)
     def best(i, j, in_run):
         if (i, j) == (len(a), len(b)):
             return 0, 0, ()
         options = []
-        for move in moves_from(a, b, i, j):
+        for move in moves_from(a, b, i, j, substitution):
             edit = move != "="
-            edits, runs, rest = best(i + STEPS[move][0], j + STEPS[move][1], edit)
-            options.append((edits + edit, runs + (edit and not in_run), (ORDER.index(move), *rest)))
+            cost, runs, rest = best(i + STEPS[move][0], j + STEPS[move][1], edit)
+            new = edit and not in_run
+            options.append((cost + edit + run_cost * new, runs + new, (ORDER.index(move), *rest)))
         return min(options)
 
     for k in range(len(a) + len(b), -1, -8):            # from the end: recursion stays shallow
@@ -185,7 +189,7 @@ def test_align_refuses_what_does_not_compare_as_ids():
 
 def spans_of(*pieces):
     """Half-open spans of pieces that concatenate to the text."""
-    ends = [sum(map(len, pieces[:k + 1])) for k in range(len(pieces))]
+    ends = accumulate(map(len, pieces))
     return [(end - len(piece), end) for end, piece in zip(ends, pieces)]
 
 
@@ -206,6 +210,51 @@ def test_align_words_is_the_first_of_all_paths_by_cost_and_moves():
         assert got == Alignment(
             expected.original_changed + [False], expected.edited_changed + [False],
             expected.pairs + [(len(a), len(b))], expected.distance), (a, b)
+
+
+@pytest.mark.parametrize("alphabet, rate", [(2, 0.3), (4, 0.3), (4, 0.9), (12, 0.4), (300, 0.2)])
+def test_align_words_equals_a_slow_table_on_longer_texts(alphabet, rate):
+    rng = random.Random(alphabet)
+    for _ in range(12):
+        a = [rng.randrange(alphabet) for _ in range(rng.randrange(20, 60))]
+        b = edit_somewhere(rng, a, rate, alphabet)
+        got = align_pieces([f" {x}" for x in a], [f" {x}" for x in b])
+        assert got == by_slow_table(a, b, run_cost=2, substitution=False), (a, b)
+
+
+@pytest.mark.parametrize("original, edited, words", [
+    ("猫が座る。", "猫は座る。", 5),                              # Japanese: a word per character
+    ("我住在北京", "我住在南京", 5),                              # Chinese
+    ("แมวนั่งที่นี่", "แมวนอนที่นี่", 7),         # Thai: a letter with its marks
+    ("Kyoto京都 is old", "Kyoto京都 was old", 5)])
+def test_align_words_takes_single_characters_of_scripts_without_blanks(original, edited, words):
+    found = [original[word.start:word.end] for word in _words(original)][:-1]
+    assert len(found) == words and "".join(found) == original.replace(" ", "")
+    each = lambda text: [(k, k + 1) for k in range(len(text))]
+    got = align_words(original, edited, each(original), each(edited))
+    changed = [c for c, flag in zip(original, got.original_changed) if flag]
+    assert "".join(changed).strip() in ("が", "北", "นั่ง", "is")
+
+
+def test_align_words_takes_a_vowel_sign_as_part_of_its_word():
+    """In Hindi "of" is "का" or "की", by gender: the two differ in their last mark only."""
+    aligned = align_pieces(["राम", " की", "!"], ["राम", " का", "."])
+    assert aligned.original_changed[:2] == [False, True]
+
+
+def test_long_texts_are_aligned_in_little_memory_or_refused(monkeypatch):
+    """30,000 words are quick; as many tokens on each side would take 400 MB of bits."""
+    words = [f"w{k % 20011}" for k in range(30_000)]
+    pieces = [f" {word}" for word in words]
+    got = align_pieces(pieces, [*pieces[:20_000], " new", *pieces[20_000:]])
+    assert got.distance == 1 and got.edited_changed.index(True) == 20_000
+    with pytest.raises(UserError, match="at most 16384 tokens each to align, got 30000 and 30000"):
+        align(words, words)
+    monkeypatch.setattr(alignments, "MOST_VISITED", 10_000)
+    with pytest.raises(UserError, match="too many cheapest alignments"):
+        align([f"a{k}" for k in range(100)], [f"b{k}" for k in range(300)])
+    with pytest.raises(UserError, match="do not repeat themselves, got 300 and 200 words"):
+        align_pieces([" ha"] * 300, [" ha"] * 200)
 
 
 def test_align_words_changes_all_pieces_of_a_changed_word():
