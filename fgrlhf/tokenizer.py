@@ -1,4 +1,4 @@
-"""SentencePiece as LLaMA uses it: text <-> ids without loss, and the characters of each id.
+"""SentencePiece as LLaMA uses it: text <-> ids, and the characters that each id stands for.
 
 Every id has a fixed string of bytes. Decoding concatenates these bytes and reads them as UTF-8, so
 `decode`, `stream` and `spans` always agree:
@@ -11,6 +11,9 @@ Two things differ from a SentencePieceProcessor. First, sentencepiece writes the
 that decoding gives back any text exactly. Second, there is a PAD id. It is the unknown id, which
 exists in every model (no row is added to the embedding), is never EOS and never encodes text. PAD
 changes no result, because masks come from lengths.
+
+LLaMA's own tokenizer keeps every text exactly. A tokenizer with sentencepiece's default normaliser
+does not: `keeps` tells for a text, and `offsets` finds the characters of each id all the same.
 """
 
 import codecs
@@ -25,8 +28,10 @@ import sentencepiece
 
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import write_atomic
+from fgrlhf.layouts.kinds import check_kind
 
 BLANK = "▁"                                 # sentencepiece writes the blank as U+2581
+LARGEST = 64 << 20                          # bytes of a model file; LLaMA's has half a million
 
 
 class Piece(NamedTuple):
@@ -41,22 +46,26 @@ class Tokenizer:
     """A sentencepiece model file.
 
     Attributes: vocab_size, bos_id, eos_id, pad_id (never eos_id); pieces, a list of Piece by id;
-    adds_blank, True if "a" is encoded as " a", as in LLaMA; sha256 of the file in hexadecimal.
-    Raises UserError when the file is missing, is not a sentencepiece model, or lacks BOS or EOS.
+    adds_blank, True if "a" is encoded as " a", as in LLaMA; adds_bos, False if `encode` never puts
+    BOS first, as some models want; sha256 of the file, and of adds_bos where it is False, in
+    hexadecimal. Raises UserError when the file is missing, is not a sentencepiece model, or lacks
+    BOS or EOS.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"{path}: expected a sentencepiece model (tokenizer.model), got "
-                            "nothing; check the path")
+    def __init__(self, path: str | Path, adds_bos: bool = True):
+        self.path, self.adds_bos = Path(path), adds_bos
+        check_kind(path, "a sentencepiece model (tokenizer.model)")
+        if (size := self.path.stat().st_size) > LARGEST:
+            raise UserError(f"{path}: expected a sentencepiece model of at most {LARGEST} bytes, "
+                            f"got {size}; copy tokenizer.model again")
         model = self.path.read_bytes()
-        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.sha256 = hashlib.sha256(model + (b"" if adds_bos else b"no BOS")).hexdigest()
         self._sp = sentencepiece.SentencePieceProcessor()
         try:
             self._sp.LoadFromSerializedProto(model)
             self.vocab_size = self._sp.vocab_size()
-        except RuntimeError:
+            self.pieces = [self._piece(id) for id in range(self.vocab_size)]
+        except (RuntimeError, UnicodeDecodeError):
             self.vocab_size = 0
         if self.vocab_size == 0:
             raise UserError(f"{path}: expected a sentencepiece model, got {len(model)} bytes of "
@@ -66,7 +75,6 @@ class Tokenizer:
         if min(self.bos_id, self.eos_id) < 0:
             raise UserError(f"{path}: expected a BOS and an EOS piece, as in LLaMA's, got bos_id "
                             f"{self.bos_id}, eos_id {self.eos_id}; choose another tokenizer")
-        self.pieces = [self._piece(id) for id in range(self.vocab_size)]
         self.adds_blank = self._sp.normalize("a").startswith(BLANK)
         self._bytes = [self._piece_bytes(id) for id in range(self.vocab_size)]
         self._blank_ids = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in BLANK.encode()]
@@ -88,6 +96,7 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Encodes a text. The ids are those of sentencepiece for all text without "▁".
 
+        bos, eos: whether to put BOS first (never if `adds_bos` is False) and EOS last.
         Raises UserError for a lone surrogate.
         """
         try:
@@ -96,22 +105,28 @@ class Tokenizer:
             raise UserError(f"text: character {error.start} is a lone surrogate, which UTF-8 "
                             "cannot hold; repair the text") from None
         if BLANK in text and self._sp.is_byte(self._blank_ids[0]):
-            ids = self._encode_with_literal_blank(text)
+            ids = self._encode_with_literal_blank(text)[0]
         else:
             ids = self._sp.encode(text)
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+        return [self.bos_id] * (bos and self.adds_bos) + ids + [self.eos_id] * eos
 
-    def _encode_with_literal_blank(self, text: str) -> list[int]:
-        """Encodes "▁" as a character that is in no piece, and then puts the bytes of "▁" there."""
+    def _encode_with_literal_blank(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encodes "▁" as a character that is in no piece, and then puts the bytes of "▁" there.
+
+        Returns the ids, and the characters of the text that each stands for.
+        """
         stand_in = next(c for c in map(chr, range(0x10FFFD, 0x10F000, -1))   # private use
                         if c not in text and self._sp.is_unknown(self._sp.piece_to_id(c)))
         marker = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in stand_in.encode()]
-        ids, result = self._sp.encode(text.replace(BLANK, stand_in)), []
-        for id in ids:
-            result.append(id)
-            if result[-len(marker):] == marker:
-                result[-len(marker):] = self._blank_ids
-        return result
+        found = self._sp.encode(text.replace(BLANK, stand_in), return_type="offset_mapping")
+        ids, offsets = [], []
+        for id, span in zip(found["ids"], found["offsets"]):
+            ids.append(id)
+            offsets.append(span)
+            if ids[-len(marker):] == marker:
+                ids[-len(marker):] = self._blank_ids
+                offsets[-len(marker):] = [span] * len(self._blank_ids)
+        return ids, offsets
 
     def _surfaces(self, ids: Iterable[int]) -> Iterator[bytes]:
         """Yields the bytes of each id, without the blank that encoding put before the text."""
@@ -151,6 +166,36 @@ class Tokenizer:
             before = home[start - 1] + 1 if start else 0    # characters so far
             spans.append((home[start], home[end - 1] + 1) if surface else (before, before))
         return spans
+
+    def offsets(self, text: str, eos: bool = False) -> list[tuple[int, int]]:
+        """Returns, for each id of encode(text, eos=eos), the half-open range of characters of text.
+
+        A tokenizer of LLaMA's kind keeps all text, and the ranges are those of `spans`. Others
+        change it: they remove blanks or normalise characters ("½" to "1⁄2"). The ranges then come
+        from sentencepiece, which follows each id back through its normaliser. Ids that share a
+        character all have its range; a blank that encoding puts before or behind the text has an
+        empty range, and so has EOS. Text that the tokenizer removes is in the range of the id
+        behind it, or in none at the end.
+        """
+        ids = self.encode(text)
+        if self.decode(ids) == text:
+            ranges = self.spans(ids)
+        else:
+            if BLANK in text and self._sp.is_byte(self._blank_ids[0]):
+                ranges = self._encode_with_literal_blank(text)[1]
+            else:
+                ranges = self._sp.encode(text, return_type="offset_mapping")["offsets"]
+            following = (len(text), len(text))
+            for k in reversed(range(len(ids))):
+                # sentencepiece gives a shared character to the last of its ids.
+                if ranges[k][0] == ranges[k][1] and self._bytes[ids[k]] != b" ":
+                    ranges[k] = following
+                following = ranges[k]
+        return ranges + [(len(text), len(text))] * eos
+
+    def keeps(self, text: str) -> bool:
+        """Returns True if decoding gives the text back exactly."""
+        return self.decode(self.encode(text)) == text
 
 
 def character_of_byte(data: bytes) -> list[int]:

@@ -1,6 +1,7 @@
 """The tokenizer against sentencepiece itself, with LLaMA's model and with one trained here."""
 
 import random
+import unicodedata
 
 import pytest
 import sentencepiece
@@ -40,6 +41,18 @@ def small(tmp_path_factory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def llama(data_dir) -> Tokenizer:
     return Tokenizer(data_dir / "llama_tokenizer" / "tokenizer.model")
+
+
+def lossy(folder, **options) -> Tokenizer:
+    """A tokenizer of sentencepiece's defaults: it collapses blanks, normalises characters."""
+    words = "the river and bank stone is red green blue one half tree bird".split()
+    draw = random.Random(0)
+    lines = [" ".join(draw.choice(words) for _ in range(12)) + "." for _ in range(500)]
+    options = dict(vocab_size=320, model_type="bpe", byte_fallback=True) | options
+    with open(folder / "lossy.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=file,
+                                                 minloglevel=2, **options)
+    return Tokenizer(folder / "lossy.model")
 
 
 def random_text(generator: random.Random) -> str:
@@ -157,6 +170,45 @@ def test_spans_of_bytes_that_spell_a_surrogate_give_each_its_own_character(small
     assert small.spans(ids) == [(0, 1), (1, 2), (2, 3), (3, 4)]
 
 
+@pytest.mark.parametrize("options", [
+    {}, {"treat_whitespace_as_suffix": True}, {"add_dummy_prefix": False},
+    {"model_type": "unigram", "normalization_rule_name": "nfkc_cf", "hard_vocab_limit": False},
+    {"remove_extra_whitespaces": False}, {"normalization_rule_name": "identity"},
+    {"byte_fallback": False, "vocab_size": 60}], ids=str)
+def test_offsets_follow_each_id_through_the_normaliser(options, tmp_path):
+    """The characters of an id, normalised on their own, contain the text of its piece."""
+    tokenizer, draw = lossy(tmp_path, **options), random.Random(1)
+    parts = ["the", "red", "river", " ", "  ", "\n", "\t", "½", "ｆ", "ﬁ", "é", "▁", "漢", "Stone"]
+    changed = 0
+    for _ in range(200):
+        text = "".join(draw.choice(parts) for _ in range(draw.randrange(12)))
+        ids, offsets = tokenizer.encode(text), tokenizer.offsets(text, eos=True)
+        assert len(offsets) == len(ids) + 1 and offsets[-1] == (len(text), len(text))
+        assert offsets == sorted(offsets)
+        for id, (start, end) in zip(ids, offsets):
+            piece = tokenizer.pieces[id]
+            assert 0 <= start <= end <= len(text)
+            if piece.ordinary and (own := piece.text.strip("▁")):
+                source = unicodedata.normalize("NFKC", text[start:end])
+                if options.get("normalization_rule_name") == "nfkc_cf":
+                    source = source.casefold()
+                if options.get("normalization_rule_name") == "identity":
+                    source = text[start:end]
+                assert own in source
+        covered = {t for start, end in offsets for t in range(start, end)}
+        assert all(t in covered for t, c in enumerate(text) if not c.isspace() and c != "▁")
+        changed += not tokenizer.keeps(text)
+        assert not tokenizer.keeps(text) or offsets[:-1] == tokenizer.spans(ids)
+    assert changed > 20
+
+
+def test_offsets_of_a_tokenizer_that_keeps_text_are_spans(small):
+    draw = random.Random(2)
+    for text in (random_text(draw) for _ in range(300)):
+        assert small.keeps(text)
+        assert small.offsets(text, eos=True) == small.spans(small.encode(text, eos=True))
+
+
 def test_special_ids(llama):
     assert (llama.vocab_size, llama.bos_id, llama.eos_id, llama.pad_id) == (32000, 1, 2, 0)
     assert llama.sha256 == "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
@@ -194,7 +246,7 @@ def test_train_refuses_no_text(tmp_path):
 def test_tokenizer_refuses_a_corrupt_file(content, tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="tokenizer.model: expected a sentencepiece model, got"):
+    with pytest.raises(UserError, match="tokenizer.model: expected a sentencepiece model"):
         Tokenizer(path)
 
 
