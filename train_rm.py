@@ -24,11 +24,12 @@ from tqdm import tqdm
 from fgrlhf import controls
 from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer
 from fgrlhf.data.fields import UserError
-from fgrlhf.encode import UNITS, PreferenceIds, ReadingRecords, encode_preferences, read_encoded
+from fgrlhf.encode import UNITS, Encoder, PreferenceIds, ReadingResponses, read_encoded
 from fgrlhf.engine import distributed
 from fgrlhf.engine.config import Machinery, arg, parse, run
 from fgrlhf.engine.distributed import Sums, in_order, microbatches
 from fgrlhf.engine.draws import bucketed_batches, generator
+from fgrlhf.engine.encoding import Encoding, check_encoding
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.engine.run import Run
 from fgrlhf.engine.states import TrainableState
@@ -43,7 +44,7 @@ CALIBRATION_RECORDS = 512       # the rewards of their rejected responses become
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ReadingRecords, Machinery):
+class Config(ReadingResponses, Machinery):
     data: str = arg(help="edits or pairs to train on; both kinds of model take either")
     model: str = arg(help="folder of the SFT model to start from")
     out: str = arg(help="folder for the reward model and the logs")
@@ -70,8 +71,6 @@ class Config(ReadingRecords, Machinery):
     eval_edits: str | None = arg(None, help="held-out edits for the final evaluation")
     eval_pairs: str | None = arg(None, help="held-out ordinary pairs for the final evaluation")
     folds: int = arg(0, least=0, help="K-fold cross-validation over --data; 0 trains one model")
-    prompt_tokens: int | None = arg(None, least=2, help="keep the last N tokens of a longer prompt "
-                                    "(default: refuse it)")
     normalise: bool = arg(False, help="first collapse runs of whitespace in edits")
     limit: int | None = arg(None, least=1, help="use only the first N records")
     microbatch: int = arg(0, least=0, help="pairs per forward pass; changes memory, not results; "
@@ -175,20 +174,22 @@ def train(config: Config) -> None:
         raise UserError("--logp-feature and --likelihood: expected --kind token")
     device = distributed.start(distributed.pick_device(config.device))
     tokenizer = load_tokenizer(config.model)
+    check_encoding(config.model, template=config.template)
+    log = Run(config, tokenizer.sha256, ("data", "model", "eval_edits", "eval_pairs"))
     context = load_model(config.model, device="meta").config.max_seq_len     # reads no weights
-    encode = lambda records: encode_preferences(
-        records, tokenizer, context, config.template, config.prompt_tokens, config.unit,
-        config.credit_gap)
-    read = lambda path: read_encoded(path, encode, config.normalise, config.limit,
-                                     config.on_bad_record)
-    records, examples = read(config.data)
+    def read(path: str) -> tuple[list, list[PreferenceIds], dict[str, int]]:
+        encoder = Encoder(tokenizer, context, config.template, config.prompt_tokens,
+                          config.cut_responses, config.unit, config.credit_gap)
+        records, examples = read_encoded(path, encoder, config.normalise, config.limit,
+                                         config.on_bad_record)
+        return records, examples, encoder.counted(path) if log.writes else {}
+    records, examples, counts = read(config.data)
     if config.folds == 1 or config.folds > len(records):
         raise UserError(f"--folds {config.folds}: expected 0, or 2 to {len(records)} (the records)")
     held_out = {name: read(path) for name, path in
                 (("edits", config.eval_edits), ("pairs", config.eval_pairs)) if path}
-    log = Run(config, tokenizer.sha256, ("data", "model", "eval_edits", "eval_pairs"))
     if config.folds:
-        log.finish(cross_validate(config, records, examples, tokenizer, log, device))
+        log.finish(cross_validate(config, records, examples, tokenizer, log, device) | counts)
         return
     model = new_model(config, device)
     if not config.likelihood:
@@ -197,10 +198,12 @@ def train(config: Config) -> None:
         model.calibrate([pack([p.prompt], [p.rejected], device=device)
                          for p in examples[:CALIBRATION_RECORDS]])
         if log.writes:
-            save_reward(model, log.folder / "reward", tokenizer)
+            save_reward(model, log.folder / "reward", tokenizer,
+                        Encoding(config.template, config.prompt_tokens, config.normalise))
         summary = {"records": len(records), "mean": model.mean.item(), "scale": model.scale.item()}
-        for name, (kept, encoded) in held_out.items():
-            table = reward_table(judge_preferences(model, kept, encoded, tokenizer))
+        summary |= counts
+        for name, (kept, encoded, found) in held_out.items():
+            table = reward_table(judge_preferences(model, kept, encoded, tokenizer)) | found
             summary |= {f"{name}/{key}": value for key, value in table.items()}
     log.finish(summary)
 

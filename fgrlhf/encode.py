@@ -2,23 +2,34 @@
 
 Prompt and response are tokenised separately and their ids are concatenated (rule 3). Joint
 tokenisation would merge pieces across the boundary and break the prompt as a prefix. The prompt
-begins with BOS. The response ends with EOS, which is an action like any other token. A response
-that does not fit the context is cut; it then has no EOS, like a truncated response.
+begins with BOS. The response ends with EOS, which is an action like any other token.
+
+A response that does not fit the context is refused, or cut and counted. A cut response has no EOS,
+like a truncated one. Both sides of an edit are aligned before they are cut.
 """
 
+import sys
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fgrlhf.align import Alignment, align, align_words, gap_credit
 from fgrlhf.data.fields import UserError
-from fgrlhf.data.files import each
-from fgrlhf.data.readers import read_edits, read_pairs
-from fgrlhf.data.records import Edit, Pair, normalise_edit
+from fgrlhf.data.files import LeftOut, each
+from fgrlhf.data.readers import read_preferences
+from fgrlhf.data.records import Edit, Pair, Span
 from fgrlhf.engine.config import arg
 from fgrlhf.tokenizer import Tokenizer
 
 UNITS = ("token", "word")
+COUNTED = {                                                         # by Encoder
+    "prompts_cut": "prompts lost their beginning (--prompt-tokens)",
+    "responses_cut": "responses lost their end and EOS (--cut-responses)",
+    "responses_changed_by_tokenizer": "responses lost blanks or characters in the tokenizer",
+    "equal_in_tokens": "",                                          # files.each says it
+    "without_changed_token": "records without a changed token",
+}
 
 
 # ----- prompts ------------------------------------------------------------------------------------
@@ -53,6 +64,16 @@ class ReadingRecords:
                              "stop there, or leave it out, count it and list it")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReadingResponses(ReadingRecords):
+    """How records are read and made to fit the model"""
+
+    prompt_tokens: int | None = arg(None, least=2, help="keep the last N tokens of a longer prompt "
+                                    "(default: refuse it)")
+    cut_responses: bool = arg(False, help="cut a response that does not fit the model's context "
+                              "(default: refuse it)")
+
+
 def render_prompt(record, template: str) -> str:
     """Renders the text that the policy sees before the response.
 
@@ -69,19 +90,16 @@ def render_prompt(record, template: str) -> str:
     return TEMPLATES[template](record)
 
 
-def encode_prompt(tokenizer: Tokenizer, record, template: str, limit: int,
-                  keep_end: bool = False) -> list[int]:
-    """Returns BOS and the ids of the rendered prompt, at most `limit` ids.
+def encode_prompt(tokenizer: Tokenizer, record, template: str, limit: int) -> list[int]:
+    """Returns BOS and the ids of the rendered prompt.
 
-    With `keep_end` a longer prompt loses its beginning; without it UserError names the record.
+    Raises UserError, which names the record, for more than `limit` ids.
     """
     ids = tokenizer.encode(render_prompt(record, template), bos=True)
-    if len(ids) <= limit:
-        return ids
-    if keep_end:
-        return ids[:1] + ids[len(ids) + 1 - limit:]
-    raise UserError(f"record {record.id!r}: prompt: expected at most {limit} tokens, "
-                    f"got {len(ids)}; shorten it or use a model with a longer context")
+    if len(ids) > limit:
+        raise UserError(f"record {record.id!r}: prompt: expected at most {limit} tokens, "
+                        f"got {len(ids)}; shorten it or use a model with a longer context")
+    return ids
 
 
 def encode_response(tokenizer: Tokenizer, text: str, prompt: list[int], context: int) -> list[int]:
@@ -92,7 +110,7 @@ def encode_response(tokenizer: Tokenizer, text: str, prompt: list[int], context:
 # ----- preferences --------------------------------------------------------------------------------
 
 class PreferenceIds(NamedTuple):
-    """One preference in ids, with the sets of equation (3). EOS is the last id of a response."""
+    """One preference in ids, with the sets of equation (3). EOS ends a response that is not cut."""
 
     prompt: list[int]
     chosen: list[int]                           # y+ with EOS
@@ -110,75 +128,121 @@ def two_sides(record: Edit | Pair) -> tuple[str, str]:
     return record.chosen, record.rejected
 
 
-def encode_preference(tokenizer: Tokenizer, record: Edit | Pair, prompt: list[int], context: int,
-                      unit: str = "token", credit_gap: bool = True) -> PreferenceIds:
-    """Aligns the two sides of a record, token by token or word by word.
+@dataclass(frozen=True)
+class Encoder:
+    """Turns records into ids for one model, and counts what did not go in as it is.
 
-    A pure insertion changes no token of the rejected side, and a pure deletion no token of the
-    chosen side. With `credit_gap` the unchanged token right behind the gap is credited instead,
-    because the policy chose that token there. An early EOS is thus charged with an omission.
+    context: the most tokens of a prompt and a response together. prompt_tokens: a longer prompt
+    loses its beginning; None refuses a prompt that leaves no room for a response. cut_responses: a
+    response that does not fit loses its end; False refuses it. unit, credit_gap: see `preference`.
+    Every method raises UserError with the record's id.
     """
-    better, worse = two_sides(record)
-    chosen, rejected = (encode_response(tokenizer, text, prompt, context)
-                        for text in (better, worse))
-    alignment, change = align_sides(tokenizer, worse, better, rejected, chosen, unit)
-    credit = gap_credit(alignment, credit_gap)
-    return PreferenceIds(prompt, chosen, rejected, credit.edited, credit.original,
-                         [(j, i) for i, j in credit.pairs], change)     # chosen first
+
+    tokenizer: Tokenizer
+    context: int
+    template: str
+    prompt_tokens: int | None = None
+    cut_responses: bool = False
+    unit: str = "token"
+    credit_gap: bool = True
+    counts: Counter = field(default_factory=Counter)
+
+    def prompt(self, record) -> list[int]:
+        """Returns BOS and the ids of the prompt."""
+        if self.prompt_tokens is None:
+            return encode_prompt(self.tokenizer, record, self.template, self.context - 1)
+        limit = min(self.context - 1, self.prompt_tokens)
+        ids = self.tokenizer.encode(render_prompt(record, self.template), bos=True)
+        if len(ids) <= limit:
+            return ids
+        self.counts["prompts_cut"] += 1
+        begin = int(self.tokenizer.adds_bos)                        # BOS stays
+        return ids[:begin] + ids[len(ids) + begin - limit:]
+
+    def response(self, record, text: str, prompt: list[int]) -> list[int]:
+        """Returns the ids of a response, EOS included, which fit behind `prompt`."""
+        ids = self._whole(text)
+        return ids[:self._room(record, prompt, [ids])]
+
+    def preference(self, record: Edit | Pair) -> PreferenceIds:
+        """Aligns the two sides of a record, token by token or word by word, and cuts them to fit.
+
+        A pure insertion changes no token of the rejected side, and a pure deletion no token of the
+        chosen side. With `credit_gap` the unchanged token right behind the gap is credited instead,
+        because the policy chose that token there. An early EOS is thus charged with an omission.
+        """
+        prompt, (better, worse) = self.prompt(record), two_sides(record)
+        chosen, rejected = self._whole(better), self._whole(worse)
+        try:
+            alignment, change = self.align(worse, better, rejected, chosen)
+        except UserError as error:
+            raise UserError(f"record {record.id!r}: {error}") from None
+        credit = gap_credit(alignment, self.credit_gap)
+        room = self._room(record, prompt, [chosen, rejected])
+        inside = lambda positions: [t for t in positions if t < room]
+        ids = PreferenceIds(prompt, chosen[:room], rejected[:room], inside(credit.edited),
+                            inside(credit.original),
+                            [(j, i) for i, j in credit.pairs if max(i, j) < room], change)
+        if ids.chosen == ids.rejected:
+            self.counts["equal_in_tokens"] += 1
+        elif not (ids.plus or ids.minus):
+            self.counts["without_changed_token"] += 1
+        return ids
+
+    def align(self, worse: str, better: str, rejected: list[int],
+              chosen: list[int]) -> tuple[Alignment, float]:
+        """Returns the alignment by tokens or words, and token edit distance / longer side."""
+        alignment = align(rejected, chosen)
+        change = alignment.distance / max(len(rejected), len(chosen), 1)
+        if self.unit == "word":
+            alignment = align_words(worse, better, self.tokenizer.offsets(worse, eos=True),
+                                    self.tokenizer.offsets(better, eos=True))
+        return alignment, change
+
+    def _whole(self, text: str) -> list[int]:
+        ids = self.tokenizer.encode(text, eos=True)
+        self.counts["responses_changed_by_tokenizer"] += self.tokenizer.decode(ids) != text
+        return ids
+
+    def _room(self, record, prompt: list[int], responses: list[list[int]]) -> int:
+        """Returns how many tokens `prompt` leaves. Refuses longer responses, or counts them."""
+        room = self.context - len(prompt)
+        too_long = [len(ids) for ids in responses if len(ids) > room]
+        if too_long and not self.cut_responses:
+            raise UserError(
+                f"record {record.id!r}: response: expected at most {room} tokens behind its prompt "
+                f"of {len(prompt)}, because the context of the model is {self.context}, got "
+                f"{max(too_long)}; use a model with a longer context, or pass --cut-responses")
+        self.counts["responses_cut"] += len(too_long)
+        return room
+
+    def counted(self, path: str) -> dict[str, int]:
+        """Returns the counts by name, for done.json, and says on stderr those that are not 0."""
+        said = [f"{self.counts[name]} {text}" for name, text in COUNTED.items()
+                if self.counts[name] and text]
+        if said:
+            print(f"{path}: " + ", ".join(said), file=sys.stderr)
+        return {name: self.counts[name] for name in COUNTED}
 
 
-def align_sides(tokenizer: Tokenizer, worse: str, better: str, rejected: list[int],
-                chosen: list[int], unit: str) -> tuple[Alignment, float]:
-    """Returns the alignment by tokens or by words, and token edit distance / longer side."""
-    alignment = align(rejected, chosen)
-    change = alignment.distance / max(len(rejected), len(chosen), 1)
-    if unit == "word":
-        alignment = align_words(worse, better, tokenizer.spans(rejected), tokenizer.spans(chosen))
-    return alignment, change
+def read_encoded(path: str, encoder: Encoder, normalise: bool, limit: int | None,
+                 on_bad_record: str) -> tuple[list[Edit | Pair], list[PreferenceIds]]:
+    """Returns the edits and pairs of a file and their encoding, in the same order.
 
-
-def encode_preferences(records: list[Edit | Pair], tokenizer: Tokenizer, context: int,
-                       template: str, prompt_tokens: int | None = None, unit: str = "token",
-                       credit_gap: bool = True) -> list[PreferenceIds]:
-    """Encodes every record by `encode_preference`.
-
-    A prompt longer than `prompt_tokens` loses its beginning. Without that limit, a prompt that
-    leaves no room for a response raises UserError.
+    limit: use only the first so many records. A record whose two sides give the same ids, because
+    of a cut or of the tokenizer, teaches nothing. It is left out and counted, see files.each.
     """
-    limit = min(prompt_tokens or context, context - 1)
-    prompts = [encode_prompt(tokenizer, record, template, limit, prompt_tokens is not None)
-               for record in records]
-    return [encode_preference(tokenizer, record, prompt, context, unit, credit_gap)
-            for record, prompt in zip(records, prompts)]
-
-
-def read_preferences(path: str, normalise: bool = False, limit: int | None = None,
-                     on_bad_record: str = "stop") -> list[Edit | Pair]:
-    """Reads edits if the file holds edits, otherwise pairs. Leaves out edits that change nothing.
-
-    normalise: collapse runs of whitespace in edits. limit: only the first so many records.
-    on_bad_record: see files.each.
-    """
-    try:
-        edits = read_edits(path, on_bad_record)
-        records = [normalise_edit(r) if normalise else r for r in edits]
-    except UserError:
-        records = read_pairs(path, on_bad_record)     # reads edits too, and names the fault of both
-    records = [r for r in records if not isinstance(r, Edit) or r.original != r.edited][:limit]
-    if not records:
-        raise UserError(f"{path}: expected at least one record with two different texts, got none")
-    return records
-
-
-def read_encoded(path: str, encode: Callable[[list], list[PreferenceIds]], normalise: bool,
-                 limit: int | None, on_bad_record: str) -> tuple[list, list[PreferenceIds]]:
-    """Returns the records of `read_preferences` and their encoding, in the same order."""
-    records = read_preferences(path, normalise, limit, on_bad_record)
-    both = each(records, lambda record: (record, *encode([record])), on_bad_record, path)
+    def encode(record):
+        ids = encoder.preference(record)
+        if ids.chosen == ids.rejected:
+            return LeftOut("both sides have the same tokens")
+        return record, ids
+    both = each(read_preferences(path, on_bad_record, normalise)[:limit], encode, on_bad_record,
+                path)
     return [record for record, _ in both], [ids for _, ids in both]
 
 
-def span_types(tokenizer: Tokenizer, ids: list[int], spans) -> list[str]:
-    """Returns, for each token, the type of the error span that it overlaps, or "" (so for EOS)."""
+def span_types(tokenizer: Tokenizer, text: str, spans: tuple[Span, ...]) -> list[str]:
+    """Returns, for each id of `text`, the type of the error span that it overlaps, or ""."""
     return [next((s.type for s in spans if max(s.start, start) < min(s.end, end)), "")
-            for start, end in tokenizer.spans(ids)]
+            for start, end in tokenizer.offsets(text)]

@@ -36,7 +36,11 @@ from fgrlhf.data.files import read_object, write_atomic
 from fgrlhf.data.records import Edit, Pair
 from fgrlhf.encode import PreferenceIds, span_types
 from fgrlhf.engine import lora
+from fgrlhf.engine.encoding import Encoding, write_encoding
+from fgrlhf.engine.places import refuse_run_folder
 from fgrlhf.evaluate import Judged
+from fgrlhf.layouts.pickles import open_pickle
+from fgrlhf.layouts.stored import check_finite
 from fgrlhf.model import LLaMA
 from fgrlhf.sequences import Sequences, hidden_at, locate, pack, unflatten
 from fgrlhf.tokenizer import Tokenizer
@@ -195,9 +199,8 @@ def judge_preferences(model: RewardModel, records: list[Edit | Pair],
         rewards, types = [], []
         token_rewards = model.token_rewards(both)
         if isinstance(record, Edit) and record.spans is not None:
-            length = len(pair.rejected) - (pair.rejected[-1] == tokenizer.eos_id)
-            rewards = token_rewards[1, :length].tolist()
-            types = span_types(tokenizer, pair.rejected[:length], record.spans)
+            types = span_types(tokenizer, record.original, record.spans)[:len(pair.rejected)]
+            rewards = token_rewards[1, :len(types)].tolist()
         judged.append(Judged(record.id, *token_rewards.sum(-1).tolist(), pair.change, rewards,
                              types, (len(pair.chosen), len(pair.rejected))))
     return judged
@@ -205,9 +208,15 @@ def judge_preferences(model: RewardModel, records: list[Edit | Pair],
 
 # ----- folders ------------------------------------------------------------------------------------
 
-def save_reward(model: RewardModel, path: str | Path, tokenizer: Tokenizer) -> None:
-    """Writes a model folder with `reward_head.pt` and, last, `reward.json`."""
+def save_reward(model: RewardModel, path: str | Path, tokenizer: Tokenizer,
+                encoding: Encoding | None = None) -> None:
+    """Writes a model folder with `reward_head.pt` and, last, `reward.json`.
+
+    encoding: how the records of the training became ids, for `check_encoding`.
+    """
     folder = Path(path)
+    if encoding is not None:
+        write_encoding(folder, encoding)
     save_model(model.trunk, folder, tokenizer=tokenizer)
     own = {name: value.detach() for name, value in [*model.named_parameters(),
                                                     *model.named_buffers()]
@@ -230,9 +239,11 @@ def load_reward(path: str | Path, device="cpu", dtype=None,
     else:
         trunk = load_model(path, device, dtype)
     file = Path(path) / "reward_head.pt"
+    own = open_pickle(file)
+    for name, tensor in own.items():
+        check_finite(tensor, f"{file}: tensor {name}")
     try:
         model = _build(trunk, description["kind"], description["control"])
-        own = torch.load(file, map_location=device, weights_only=True)
         missing, unknown = model.load_state_dict(own, strict=False)
     except Exception as error:                      # a flipped bit in a pickle can raise anything
         raise UserError(f"{file}: damaged ({type(error).__name__}); "
@@ -247,11 +258,12 @@ def describe_reward(path: str | Path) -> dict[str, str | None]:
 
     Raises UserError when the folder holds no reward model, or `reward.json` is damaged.
     """
+    refuse_run_folder(path)
     file = Path(path) / "reward.json"
     if not file.is_file():
         raise UserError(f"{path}: expected a reward model folder (with reward.json), "
                         "as train_rm.py writes")
-    found = read_object(file)
+    found = read_object(file, "copy the folder again")
     if found.get("kind") not in KINDS or found.get("control") not in (None, "logp", "likelihood"):
         raise UserError(f"{file}: damaged; copy the folder again")
     return {"kind": found["kind"], "control": found.get("control")}

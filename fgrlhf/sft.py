@@ -21,22 +21,23 @@ from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import each
 from fgrlhf.data.readers import read_demonstrations
 from fgrlhf.data.records import Demonstration
-from fgrlhf.encode import ReadingRecords, encode_prompt, encode_response
+from fgrlhf.encode import Encoder, ReadingResponses
 from fgrlhf.engine import distributed
 from fgrlhf.engine.config import Machinery, arg, parse, run
 from fgrlhf.engine.distributed import Sums, in_order, microbatches
 from fgrlhf.engine.draws import bucketed_batches
+from fgrlhf.engine.encoding import Encoding, write_encoding
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.engine.run import Run
 from fgrlhf.engine.states import TrainableState
-from fgrlhf.model import PRESETS, LLaMA, build
+from fgrlhf.model import MOST, PRESETS, LLaMA, build
 from fgrlhf.sequences import Sequences, hidden_before, locate, pack
 from fgrlhf.tokenizer import Tokenizer
 from kernels import linear_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ReadingRecords, Machinery):
+class Config(ReadingResponses, Machinery):
     data: str = arg(help="demonstrations, edits, pairs or AlpacaEval outputs")
     out: str = arg(help="folder for the policy and the logs")
     model: str | None = arg(None, help="folder of the model to start from")
@@ -49,33 +50,38 @@ class Config(ReadingRecords, Machinery):
     muon_lr: float = arg(1e-2, least=0, help="Muon's learning rate for the matrices of the trunk; "
                          "0: Adam trains them too")
     warmup: int = arg(20, least=0, help="warm-up steps")
-    prompt_tokens: int | None = arg(None, least=2, help="keep the last N tokens of a longer prompt "
-                                    "(default: refuse it)")
     limit: int | None = arg(None, least=1, help="use only the first N records")
     microbatch: int = arg(0, least=0, help="sequences per forward pass; changes memory, not "
                           "results; 0: the whole batch")
 
 
-def start_model(config: Config, device: torch.device) -> tuple[LLaMA, Tokenizer]:
-    """Returns the model and tokenizer of --model, or a new model of the --init preset."""
-    dtype = getattr(torch, config.dtype)
+def start_tokenizer(config: Config) -> Tokenizer:
+    """Returns the tokenizer of --model or --tokenizer. Refuses flags that do not fit together."""
     if (config.model is None) == (config.init is None):
         raise UserError("expected exactly one of --model DIR and --init PRESET")
     if config.model is not None:
-        model = (load_adapted(config.model, device, dtype, config.lora_rank, config.seed)
-                 if config.lora_rank else load_model(config.model, device, dtype))
-        return model, load_tokenizer(config.model)
+        return load_tokenizer(config.model)
     if config.lora_rank:
         raise UserError("--lora-rank: expected --model DIR; adapters need trained weights")
     if config.init not in PRESETS:
         raise UserError(f"--init {config.init}: expected one of {', '.join(PRESETS)}")
     if config.tokenizer is None:
         raise UserError("--init: expected --tokenizer FILE too")
-    tokenizer = Tokenizer(config.tokenizer)
-    context = config.context or PRESETS[config.init].max_seq_len
-    model = build(PRESETS[config.init], config.seed, vocab_size=tokenizer.vocab_size,
-                  max_seq_len=context)
-    return model.to(device, dtype), tokenizer
+    if (config.context or 0) > MOST["max_seq_len"]:
+        raise UserError(f"--context {config.context}: expected at most {MOST['max_seq_len']}")
+    return Tokenizer(config.tokenizer)
+
+
+def start_model(config: Config, vocab_size: int, device: torch.device) -> LLaMA:
+    """Returns the model of --model, or a new model of the --init preset."""
+    dtype = getattr(torch, config.dtype)
+    if config.model is None:
+        context = config.context or PRESETS[config.init].max_seq_len
+        return build(PRESETS[config.init], config.seed, vocab_size=vocab_size,
+                     max_seq_len=context).to(device, dtype)
+    if config.lora_rank:
+        return load_adapted(config.model, device, dtype, config.lora_rank, config.seed)
+    return load_model(config.model, device, dtype)
 
 
 def loss_of(model: LLaMA, sequences: Sequences, tokens: int | None = None) -> torch.Tensor:
@@ -88,15 +94,11 @@ def loss_of(model: LLaMA, sequences: Sequences, tokens: int | None = None) -> to
     return linear_cross_entropy.fused(hidden, model.head, at.target, denominator=tokens).loss
 
 
-def read_examples(config: Config, tokenizer: Tokenizer,
-                  context: int) -> tuple[list[list[int]], list[list[int]]]:
+def read_examples(config: Config, encoder: Encoder) -> tuple[list[list[int]], list[list[int]]]:
     """Returns the ids of the prompts and of the responses."""
-    limit = min(config.prompt_tokens or context, context - 1)
-
     def encode(record: Demonstration) -> tuple[list[int], list[int]]:
-        prompt = encode_prompt(tokenizer, record, config.template, limit,
-                               keep_end=config.prompt_tokens is not None)
-        return prompt, encode_response(tokenizer, record.output, prompt, context)
+        prompt = encoder.prompt(record)
+        return prompt, encoder.response(record, record.output, prompt)
     records = read_demonstrations(config.data, config.on_bad_record)[:config.limit]
     prompts, responses = zip(*each(records, encode, config.on_bad_record, config.data))
     return prompts, responses
@@ -104,15 +106,19 @@ def read_examples(config: Config, tokenizer: Tokenizer,
 
 def train(config: Config) -> None:
     device = distributed.start(distributed.pick_device(config.device))
-    model, tokenizer = start_model(config, device)
-    prompts, responses = read_examples(config, tokenizer, model.config.max_seq_len)
+    tokenizer = start_tokenizer(config)
+    log = Run(config, tokenizer.sha256, ("data", "model"))      # refuses an --out that is in use
+    model = start_model(config, tokenizer.vocab_size, device)
+    encoder = Encoder(tokenizer, model.config.max_seq_len, config.template, config.prompt_tokens,
+                      config.cut_responses)
+    prompts, responses = read_examples(config, encoder)
+    counts = encoder.counted(config.data) if log.writes else {}
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
     per_epoch = -(-len(prompts) // config.batch)
     steps = config.epochs * per_epoch
     model.activation_checkpointing = config.checkpoint_activations
     distributed.shard(model)
     optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr)
-    log = Run(config, tokenizer.sha256, ("data", "model"))
     parts = {"model": TrainableState(model), "optimizer": optimizer}
     log.restore(**parts)
     for step in log.steps(steps, "sft"):
@@ -130,8 +136,9 @@ def train(config: Config) -> None:
                      **parts)
     with distributed.gathered(model):
         if log.writes:
+            write_encoding(log.folder / "policy", Encoding(config.template, config.prompt_tokens))
             save_model(model, log.folder / "policy", tokenizer=tokenizer)
-    log.finish({"steps": steps, "records": len(prompts)})
+    log.finish({"steps": steps, "records": len(prompts), **counts})
 
 
 if __name__ == "__main__":

@@ -242,6 +242,14 @@ def test_save_reward_and_load_reward_keep_every_bit(build, tokenizer, tmp_path):
         assert torch.equal(value, again.state_dict()[name]), name
 
 
+def test_load_reward_names_a_head_that_is_not_finite(tokenizer, tmp_path):
+    model = RewardModel(llama(vocab_size=268), "token")
+    model.head.weight.data[0, 3] = math.nan
+    save_reward(model, tmp_path, tokenizer)
+    with pytest.raises(UserError, match=r"reward_head\.pt: tensor head\.weight: .* got 1 of 16"):
+        load_reward(tmp_path)
+
+
 def test_load_reward_refuses_a_plain_model_a_damaged_head_and_a_damaged_description(tokenizer,
                                                                                     tmp_path):
     save_model(llama(vocab_size=268), tmp_path / "plain", tokenizer=tokenizer)
