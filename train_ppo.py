@@ -35,7 +35,7 @@ from torch import Tensor
 
 from fgrlhf.advantage import penalise_kl, reward_to_go, standardise
 from fgrlhf.baseline import generalised_advantage, value_loss
-from fgrlhf.checkpoint import save_model
+from fgrlhf.checkpoint import load_tokenizer, save_model
 from fgrlhf.checks import startup
 from fgrlhf.data.fields import UserError
 from fgrlhf.encode import ReadingRecords, encode_prompt
@@ -43,13 +43,15 @@ from fgrlhf.engine import distributed
 from fgrlhf.engine.config import Machinery, arg, parse, run
 from fgrlhf.engine.distributed import Sums, microbatches
 from fgrlhf.engine.draws import batches, generator
-from fgrlhf.engine.players import Players, load, prepare
+from fgrlhf.engine.encoding import Encoding, write_encoding
+from fgrlhf.engine.players import Players, load, prepare, prompt_room
 from fgrlhf.engine.run import Run
 from fgrlhf.judge import answers
 from fgrlhf.ppo import check_first_ratio, exact_kl_of, policy_loss, rollout_metrics
 from fgrlhf.rollout import Rollout, sample_shared
 from fgrlhf.sequences import Scorer, Sequences, by_length
 from fgrlhf.simulate.oracle import OracleJudge
+from fgrlhf.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,19 +131,21 @@ class Batch(NamedTuple):
 
 
 def train(config: Config) -> None:
-    check_flags(config)
     device = distributed.start(distributed.pick_device(config.device))
+    check_flags(config)
+    tokenizer = load_tokenizer(config.policy)
+    log = Run(config, tokenizer.sha256,                     # refuses an --out that is in use
+              ("policy", "reward", "prompts", "dev_prompts", "dev_reference"))
+    judge = dev_judge(config, tokenizer)
     players = load(config, device)
-    policy, judge = players.policy, dev_judge(config, players)
+    policy = players.policy
     started = time.perf_counter()
     if not config.skip_checks:                              # samples 8 responses, tries every rule
         startup.require(startup.subject(config, players), config.seed)
     check_seconds = time.perf_counter() - started
     players = prepare(config, players)
     learning, parts = players.learning(), players.parts()
-    log = Run(config, players.tokenizer.sha256,
-              ("policy", "reward", "prompts", "dev_prompts", "dev_reference"))
-    best = log.restore(**parts) or {"win_rate": -1.0, "iteration": 0}
+    best = {"win_rate": -1.0, "iteration": 0} | log.restore(**parts)
 
     for iteration in log.steps(config.iterations, config.method):
         # steps 1 to 4
@@ -166,6 +170,7 @@ def train(config: Config) -> None:
 
     with distributed.gathered(policy):
         if log.writes:
+            write_encoding(log.folder / "policy", Encoding(config.template))
             save_model(policy, log.folder / "policy", tokenizer=players.tokenizer)
     chosen = {"best_iteration": best["iteration"], "best_dev_win_rate": best["win_rate"]}
     log.finish({"iterations": config.iterations, "episodes": config.iterations * config.rollouts,
@@ -282,16 +287,19 @@ def check_flags(config: Config) -> None:
     missing = [config.dev_prompts is None, config.dev_reference is None, config.world is None]
     if any(missing) and not all(missing):
         raise UserError("--dev-prompts, --dev-reference and --world: expected all three or none")
+    if config.offload and (config.lora_rank or distributed.size() > 1):
+        raise UserError("--offload: expected one process and --lora-rank 0; a shared trunk and "
+                        "sharded models stay where they are")
 
 
-def dev_judge(config: Config, players: Players) -> OracleJudge | None:
+def dev_judge(config: Config, tokenizer: Tokenizer) -> OracleJudge | None:
     """The judge of dev answers, or None. Dev prompts that are too long are refused here."""
     if config.dev_prompts is None:
         return None
     judge = OracleJudge.load(config.world, config.dev_prompts, config.dev_reference)
-    room = players.policy.config.max_seq_len - config.max_new_tokens
+    room = prompt_room(config)
     for record in judge.prompts:
-        encode_prompt(players.tokenizer, record, config.template, room)     # refuses a long one
+        encode_prompt(tokenizer, record, config.template, room)             # refuses a long one
     return judge
 
 
@@ -305,6 +313,7 @@ def evaluate(config: Config, players: Players, judge: OracleJudge, log: Run, bes
         if metrics["eval/win_rate"] > best["win_rate"]:
             best |= {"win_rate": metrics["eval/win_rate"], "iteration": iteration}
             if log.writes:
+                write_encoding(log.folder / "best", Encoding(config.template))
                 save_model(players.policy, log.folder / "best", tokenizer=players.tokenizer)
     return metrics
 

@@ -91,10 +91,26 @@ def spoil(s: Subject, how: str) -> Subject:
     ("reward not finite", "rewards and values"), ("vocabulary", "tokenizer and vocabulary"),
     ("context", "lengths"), ("prompt as long as the context", "lengths"), ("memory", "memory")])
 def test_require_stops_at_what_is_wrong_with_the_users_own_things(how, name, folder, capsys):
+    spoiled = spoil(subject(folder), how)
+    capsys.readouterr()                                     # what loading said
     with pytest.raises(UserError, match=f"startup check failed: {name}: .*; .*--skip-checks"):
-        startup.require(spoil(subject(folder), how))
+        startup.require(spoiled)
     err = capsys.readouterr().err.splitlines()
     assert err[-1].startswith(f"FAIL  {name}") and all(x.startswith("pass") for x in err[:-1])
+
+
+@pytest.mark.parametrize("kind, unit", [("token", "token"), ("sequence", "response")])
+def test_a_constant_reward_model_is_called_constant(kind, unit, folder):
+    """Calibration divides its rounding errors by a scale of nearly 0; they are still no reward."""
+    s = subject(folder, "fine-grained" if kind == "token" else "rlhf")
+    with torch.no_grad():
+        s.reward_model.head.weight.mul_(1e-9)
+        s.reward_model.head.bias.fill_(0.375)
+        s.reward_model.calibrate([sample(s.policy, s.prompts, 12, 6).sequences])
+    check = dict(startup.run_all(s))["rewards and values"]
+    assert not check.passed and check.advice == "train it longer or on other data"
+    assert check.number == (f"the reward model is constant: it gives every {unit} the reward 0.375 "
+                            "and cannot judge; train it first")
 
 
 def test_a_dropout_is_noticed(folder):
@@ -252,8 +268,9 @@ def test_a_bad_gradient_stops_before_the_optimizer(folder, tmp_path, monkeypatch
 
 
 def test_replay_refuses_what_is_no_failed_batch(tmp_path):
-    save_state(tmp_path / "state.pt", {"step": 1, "parts": {}})
-    with pytest.raises(UserError, match="expected the failed-batch.pt of a stopped run"):
-        list(replay.report(tmp_path / "state.pt"))
+    for other in ({"step": 1, "parts": {}}, [1, 2]):
+        save_state(tmp_path / "state.pt", other)
+        with pytest.raises(UserError, match="expected the failed-batch.pt of a stopped run"):
+            list(replay.report(tmp_path / "state.pt"))
     with pytest.raises(UserError, match="no such training state"):
         checks.main(checks.Config(replay=str(tmp_path / "absent.pt")))

@@ -44,7 +44,7 @@ def files(out: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(out.rglob("*")):
         name = str(path.relative_to(out))
-        if path.is_file() and name not in ("timing.jsonl", "config.json"):
+        if path.is_file() and name not in (".lock", "timing.jsonl", "config.json"):
             found[name] = path.read_bytes()
         if name == "done.json":
             done = json.loads(path.read_text())

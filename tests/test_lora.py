@@ -44,6 +44,13 @@ def test_adapt_adds_two_matrices_to_each_of_the_seven_projections():
     assert found["layers.1.feed_forward.w2.lora_b"].shape == (16, RANK)
 
 
+def test_a_rank_beyond_the_width_of_the_model_is_refused_before_it_is_allocated():
+    assert lora.adapt(llama(), 16).layers[0].attention.wq.lora_a.shape == (16, 16)
+    for rank in (17, 10 ** 12):
+        with pytest.raises(UserError, match=f"--lora-rank {rank}: expected at most 16, the width"):
+            lora.adapt(llama(), rank)
+
+
 def test_adapted_forward_is_the_formula_written_in_float64():
     model = adapted(dtype=torch.float64, spread=0.3)
     part = model.layers[0].attention.wk

@@ -5,11 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 
 from fgrlhf.data.fields import UserError
-from fgrlhf.reproduce.pipeline import Stage, finished, run_stages
+from fgrlhf.reproduce import __main__ as reproduce, results
+from fgrlhf.reproduce.pipeline import Stage, finished, locked, run_stages
 from tests.test_layout import ROOT
 
 SCRIPT = """
@@ -149,6 +152,69 @@ def test_a_stage_that_fails_is_not_finished_though_it_was_before(folder):
     with pytest.raises(UserError, match="stage b failed with exit status 1: AssertionError"):
         run_stages([stage(folder, "a", action="slow"), fragile], folder / "out", 1)
     assert not finished(fragile, folder / "out")
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{", b"\xff", b"[1]", b"{}", b'{"command": NaN}'])
+def test_a_stage_whose_record_is_damaged_runs_again(damaged, folder):
+    assert ran(folder, [stage(folder, "a")]) == ["a"]
+    (folder / "out/stages/a.json").write_bytes(damaged)
+    assert not finished(stage(folder, "a"), folder / "out")
+    assert ran(folder, [stage(folder, "a")]) == ["a"]
+    assert finished(stage(folder, "a"), folder / "out")
+
+
+def test_a_stage_that_the_system_ends_is_said_to_be_ended_by_a_signal(folder):
+    killed = Stage("killed", ("-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
+    with pytest.raises(UserError, match=r"killed was ended by signal 9 \(by the system, when mem"):
+        run_stages([killed], folder / "out", 1)
+
+
+def test_a_call_that_waits_for_another_names_its_process(folder, capsys):
+    order = []
+
+    def second():
+        with locked(folder):
+            order.append("second")
+
+    with locked(folder):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(0.3)
+        order.append("first")
+    thread.join(30)
+    assert order == ["first", "second"]
+    assert f"waiting for the stages of another call to end (it was process {os.getpid()})" in (
+        capsys.readouterr().err)
+
+
+# ----- damaged files in a finished reproduce ------------------------------------------------------
+
+def test_a_damaged_result_is_named_with_what_to_remove(folder):
+    config = reproduce.Config(out=str(folder))
+    seeds = [SimpleNamespace(folder=folder / "seed0")]
+    (folder / "seed0/outputs").mkdir(parents=True)
+    for name in ("sft-test", "sft-test-greedy", "sft-reference"):
+        (folder / f"seed0/outputs/{name}.json").write_text('[{"instruction": "x", "outp')
+    with pytest.raises(UserError, match=r"sft-test\.json.*; to make it again, remove the folder of "
+                                        "its run and its record in .*stages, and repeat"):
+        reproduce.collected(config, seeds)
+    (folder / "seconds.json").write_text("1.5")
+    assert reproduce.wall_seconds(folder, 2.0) == 3.5
+    (folder / "seconds.json").write_text("{")
+    with pytest.raises(UserError, match="seconds.json: expected a number, got a damaged file"):
+        reproduce.wall_seconds(folder, 2.0)
+
+
+def test_a_figure_that_a_run_does_not_have_is_null_in_the_results(folder):
+    for seed, auc in ((0, 0.75), (1, None)):
+        (folder / f"seed{seed}/rm-token").mkdir(parents=True)
+        (folder / f"seed{seed}/rm-token/done.json").write_text(
+            json.dumps({"edits/token_auc": auc, "pairs/pair_accuracy": 0.5}))
+    metrics = results.reward_models([folder / "seed0", folder / "seed1"])["rm-token"]["metrics"]
+    assert metrics["token_auc"]["mean"] is None
+    assert metrics["token_auc"]["per_seed"] == [0.75, None]
+    assert metrics["pair_accuracy"]["mean"] == 0.5
+    json.dumps(metrics, allow_nan=False)
 
 
 def test_a_stage_runs_on_one_thread_and_its_text_can_be_typed(folder):

@@ -48,8 +48,8 @@ def reproduce(out: Path) -> tuple:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """Reads every file of a seed except times and temporary files."""
-    skip = ("timing.jsonl", "done.json", ".tmp")
+    """Reads every file of a seed except times, locks and temporary files."""
+    skip = (".lock", "timing.jsonl", "done.json", ".tmp")
     return {str(path.relative_to(out)): path.read_bytes()
             for path in sorted((out / "seed0").rglob("*"))
             if path.is_file() and not path.name.endswith(skip)}

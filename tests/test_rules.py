@@ -409,7 +409,7 @@ def test_rule_9_a_failed_batch_holds_the_whole_minibatch(script, tmp_path, monke
     """Five records in microbatches of two: the file has all of them, whichever one failed."""
     tokenizer = train(["name the river", "it is red"] * 5, 275, tmp_path / "t.model")
     model = llama(vocab_size=275, max_seq_len=48)
-    model.norm.weight.data[0] = math.inf
+    model.norm.weight.data[:] = 3e38                        # finite; the logits are not
     save_model(model, tmp_path / "policy", tokenizer=tokenizer)
     write_jsonl(tmp_path / "edits.jsonl",
                 [Edit(str(i), "name the river"[:4 + i], "it is the river"[:4 + 2 * i], "it is red")

@@ -18,6 +18,8 @@ import torch
 from fgrlhf.align import align
 from fgrlhf.bench.profiling import print_profile
 from fgrlhf.bench.work import MODELS, ROWS, V
+from fgrlhf.engine.config import OneLineParser, run
+from fgrlhf.engine.distributed import pick_device
 from kernels import timing
 from kernels.memory import keep_freed
 
@@ -77,8 +79,8 @@ def alignment_table(options) -> dict:
 
 
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m fgrlhf.bench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="python -m fgrlhf.bench", description=__doc__,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", nargs="+", type=int, default=list(MODELS), choices=MODELS,
                         help="widths of the model (default: all)")
     parser.add_argument("--work", nargs="*", default=list(ROWS), choices=ROWS,
@@ -92,6 +94,7 @@ def parse_flags() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_flags()
+    options.device = str(pick_device(options.device))
     torch.set_num_threads(options.threads)
     keep_freed()                                        # as the training scripts do
     if options.peak_of:
@@ -117,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

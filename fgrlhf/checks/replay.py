@@ -10,16 +10,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fgrlhf.data.fields import UserError
+from fgrlhf.data.fields import UserError, show
 from fgrlhf.engine.states import load_state
 
 
 def report(path: str | Path) -> Iterator[str]:
     """Yields one line per tensor of the batch, then one per weight that is not finite."""
     dump = load_state(path)
-    if not {"step", "config", "models"} <= set(dump):
-        raise UserError(f"{path}: expected the failed-batch.pt of a stopped run, got a state with "
-                        f"the fields {', '.join(map(str, dump))}")
+    if not isinstance(dump, dict) or not {"step", "config", "models"} <= set(dump):
+        raise UserError(f"{path}: expected the failed-batch.pt of a stopped run, got "
+                        f"{show(dump)}; give that file")
     tensors = {name: value for name, value in dump.items() if isinstance(value, Tensor)}
     yield f"step {dump['step']} of {json.loads(dump['config'])['out']}"
     for name, tensor in tensors.items():

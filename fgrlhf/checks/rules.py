@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fgrlhf.advantage import penalise_kl, reward_to_go, standardise
+from fgrlhf.evaluate import constant
 from fgrlhf.model import LLaMA
 from fgrlhf.ppo import kl_estimates, policy_loss
 from fgrlhf.reward import RewardModel
@@ -173,6 +174,13 @@ def planted_reward_stays(s: Subject, rollout: Rollout) -> Check:
                  "logp, reward and advantage of token t must share index t: look for a shift")
 
 
+def values_of(s: Subject, rewards: Tensor, mask: Tensor) -> tuple[Tensor, str]:
+    """Returns the numbers that the reward model gives, and the unit that each is given to."""
+    if s.reward_model.kind == "token":
+        return rewards[mask], "token"
+    return rewards.sum(1), "response"
+
+
 def rewards_belong(s: Subject, rollout: Rollout) -> Check:
     """Rule 1: changing token k changes its reward and no reward before it; PAD has no reward."""
     sequences = ragged(rollout.sequences)
@@ -200,11 +208,15 @@ def rewards_belong(s: Subject, rollout: Rollout) -> Check:
         steps = torch.arange(mask.shape[1], device=mask.device)
         off_last = int(rewards[steps != sequences.response_lengths[:, None] - 1].count_nonzero())
     finite = bool(rewards.isfinite().all())
+    values, unit = values_of(s, rewards, mask)
+    raw = (values * s.reward_model.scale + s.reward_model.mean).tolist()    # as it was trained
+    if finite and (said := constant(raw, [1] * len(raw) if unit == "token" else None)):
+        return Check(False, said, "train it longer or on other data")
     return Check(found == wanted and on_padding == off_last == 0 and finite,
                  f"tokens {changed} changed: first change at {found}, expected {wanted}; rewards "
                  f"on padding {on_padding}, finite {finite}",
                  "read a token's reward at its own position, a response's at its last token, the "
-                 "critic's value one position earlier; a reward that never changes teaches nothing")
+                 "critic's value one position earlier")
 
 
 def microbatches_agree(s: Subject, rollout: Rollout) -> Check:
@@ -239,10 +251,8 @@ def scales_side_by_side(s: Subject, rollout: Rollout) -> Check:
     mask = rollout.sequences.response_mask
     with torch.no_grad():
         rewards = s.reward_model.ppo_rewards(rollout.sequences)
-    per_token = s.reward_model.kind == "token"
-    values = rewards[mask] if per_token else rewards.sum(1)
+    values, unit = values_of(s, rewards, mask)
     spread = values.std(correction=0).item()
-    unit = "token" if per_token else "response"
     return Check(0 < spread < float("inf"),
                  f"reward per {unit} {values.mean():+.2f} +- {spread:.2f}; a nat of KL costs beta "
                  f"= {s.beta:g}; beta {spread:.2g} makes it cost one standard deviation",

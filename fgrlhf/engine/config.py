@@ -15,9 +15,11 @@ class as its title.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
+import re
 import shlex
 import sys
 import types
@@ -76,6 +78,13 @@ def at_least(kind: type, least: float | None):
     return number
 
 
+def path_or_name(text: str) -> str:
+    """An argparse type: any text but the empty one, which a shell makes of an unset variable."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path or a name, got an empty text")
+    return text
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser that refuses in one line. The flags are in --help."""
 
@@ -129,15 +138,24 @@ def _add_flag(group, field: dataclasses.Field, kind: type) -> None:
         options["action"] = argparse.BooleanOptionalAction
     else:
         least, choices = field.metadata["least"], field.metadata["choices"]
-        options |= {"type": at_least(kind, least) if kind in (int, float) else kind,
-                    "choices": choices, "metavar": None if choices else kind.__name__.upper()}
+        read = at_least(kind, least) if kind in (int, float) else path_or_name
+        options |= {"type": str if field.default == "" else read, "choices": choices,
+                    "metavar": None if choices else kind.__name__.upper()}
     group.add_argument("--" + field.name.replace("_", "-"), **options)
 
 
 def parse(config: type, description: str = "", argv: list[str] | None = None,
           prog: str | None = None):
-    """Turns argv into an instance of `config`. A bad flag ends the program with status 2."""
-    return config(**vars(parser(config, description, prog).parse_args(argv)))
+    """Turns argv into an instance of `config`. A bad flag ends the program with status 2.
+
+    Raises UserError when stdout is closed (`>&-`) and the command prints its result, which is so
+    for every command without --out.
+    """
+    parsed = config(**vars(parser(config, description, prog).parse_args(argv)))
+    if sys.__stdout__ is None and not hasattr(parsed, "out"):
+        raise UserError("stdout: expected a place for the result, but it is closed; redirect it to "
+                        "a file, or to /dev/null")
+    return parsed
 
 
 def dispatch(commands: dict[str, tuple[type, Callable]], description: str):
@@ -164,24 +182,86 @@ def resume_command() -> str:
     return " ".join([program(), shlex.join([*sys.argv[1:], *resume])])
 
 
+# ----- the end of a program -----------------------------------------------------------------------
+
+MEMORY = re.compile("can't allocate memory|out of memory|bad_alloc|ALLOC_FAILED|unable to mmap",
+                    re.IGNORECASE)
+
+
 def run(main: Callable[[], None]) -> None:
-    """Calls `main`. A UserError becomes one line on stderr and status 2, a non-finite number 1."""
+    """Calls `main`, and turns what can go wrong outside the program into one line on stderr.
+
+    The exit status is 2 for a UserError, a refusal of the system and too little memory, 1 for a
+    number that is not finite, 130 after Ctrl-C, and 141 when the reader of stdout has gone away.
+    Messages are lost when stderr is closed or its reader has gone away; the program goes on.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:          # closed: the next file would become fd 0, 1 or 2
+            setattr(sys, name, open(os.devnull, mode))
+    with contextlib.redirect_stderr(_Messages(sys.stderr)):
+        try:
+            main()
+            sys.stdout.flush()                  # a reader that has gone away shows here
+        except UserError as error:
+            _end(2, f"error: {error}")
+        except FloatingPointError as error:
+            _end(1, f"stopped: {error}")
+        except BrokenPipeError:
+            _end(141)
+        except OSError as error:
+            _end(2, f"error: {error.filename or 'stdout, or a file'}: {error.strerror or error}; "
+                    "check path, permissions and free space")
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            wanted = re.search(r"allocate ([\d.]+ \w+)", str(error))
+            _end(2, f"error: out of memory{f', {wanted[1]} more were wanted' if wanted else ''}; "
+                    "lower --microbatch, --decode-batch or --batch, or take a smaller model "
+                    "(python -m fgrlhf.plan computes the memory of a PPO run)")
+        except KeyboardInterrupt:
+            _end(130, "interrupted")
+        finally:
+            _flush(sys.stdout)                  # otherwise Python flushes again at exit, and fails
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tells whether an error of Python, of the CPU's allocator or of CUDA means: no memory."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and MEMORY.search(str(error)) is not None)
+
+
+def _end(status: int, message: str = "") -> typing.NoReturn:
+    if message:
+        print(message, file=sys.stderr)
+    raise SystemExit(status) from None
+
+
+def _flush(stream: typing.TextIO) -> None:
+    """Writes what a stream holds back. From a failure on, what is written to it is lost."""
     try:
-        main()
-        sys.stdout.flush()                      # a reader that has gone away shows here
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except FloatingPointError as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except BrokenPipeError:                     # otherwise Python flushes again at exit, and fails
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
-    except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; check path, "
-              "permissions and free space", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class _Messages:
+    """A stderr that outlives its reader (`2>&1 | head`) and a full disk.
+
+    Progress and messages go there, never results. A run of hours must not end with them.
+    """
+
+    def __init__(self, stream: typing.TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            _flush(self.stream)
+            return len(text)
+
+    def flush(self) -> None:
+        _flush(self.stream)

@@ -47,10 +47,12 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name}: not usable here ({reason})") from None
+        number = torch.zeros(1, device=name)
+        device, _ = number.device, number.item()                # "meta" holds no numbers
+    except Exception as error:                                  # each backend raises its own kind
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise UserError(f"--device {name}: not usable here ({reason}); give auto, cpu or "
+                        "cuda") from None
     if device.type == "cpu":
         keep_freed()
     return device

@@ -11,20 +11,26 @@ memory once, in the dtype of the run. Only adapters and heads have gradients, mo
 weights. A folder of adapters names its trunk:
 
     adapters.pt      A and B of each projection, by their names in `named_parameters`
-    adapters.json    {"base": folder of the trunk, "rank": R, "fingerprint": of the trunk}
+    adapters.json    {"base": folder of the trunk, "folder": that of the adapters, "rank": R,
+                      "fingerprint": of the trunk}
+
+When both folders were copied or moved together, "base" is found next to the adapters.
 """
 
 import copy
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fgrlhf.data.fields import UserError
+from fgrlhf.data.fields import UserError, show
 from fgrlhf.data.files import read_object, write_atomic
+from fgrlhf.engine.places import relocated
+from fgrlhf.layouts.pickles import open_pickle
 from fgrlhf.model import LLaMA
 
 SCALE = 2.0                            # s = alpha / R in Hu et al., here with alpha = 2 R
@@ -46,7 +52,13 @@ class Adapted(nn.Module):
 
 
 def adapt(trunk: LLaMA, rank: int, seed: int = 0) -> LLaMA:
-    """Returns a LLaMA with new adapters over the parameters of `trunk`, which are frozen."""
+    """Returns a LLaMA with new adapters over the parameters of `trunk`, which are frozen.
+
+    Raises UserError for a rank beyond the width of the model, which no adapter can use.
+    """
+    if rank > trunk.config.dim:
+        raise UserError(f"--lora-rank {rank}: expected at most {trunk.config.dim}, the width of "
+                        "the model")
     generator = torch.Generator().manual_seed(seed)
     model = _shell(trunk, trunk.requires_grad_(False).named_parameters())
     for block in model.layers:
@@ -135,19 +147,32 @@ def save(model: LLaMA, folder: Path, base: str) -> None:
     found = {name: p.detach().cpu() for name, p in adapters(model).items()}
     write_atomic(folder / "adapters.pt", lambda file: torch.save(found, file))
     rank = next(iter(found.values())).shape[0]
-    about = {"base": base, "rank": rank, "fingerprint": fingerprint(model)}
+    about = {"base": base, "folder": str(folder.resolve()), "rank": rank,
+             "fingerprint": fingerprint(model)}
     write_atomic(folder / "adapters.json", (json.dumps(about, indent=2) + "\n").encode())
 
 
 def describe(folder: str | Path) -> dict:
-    """Reads adapters.json: base, rank, fingerprint. Raises UserError when it is damaged."""
+    """Reads adapters.json: base, rank, fingerprint.
+
+    Raises UserError when the file is damaged, and when the folder of the trunk does not exist.
+    """
     path = Path(folder) / "adapters.json"
     about = read_object(path)
     for name, kind in (("base", str), ("rank", int), ("fingerprint", str)):
         if not isinstance(about.get(name), kind):
             raise UserError(f"{path}: {name}: expected {kind.__name__}, got "
-                            f"{about.get(name)!r}: damaged; copy the folder again")
-    return about
+                            f"{show(about.get(name))}: damaged; copy the folder again")
+    base = relocated(about["base"], str(about.get("folder", folder)), folder)
+    if not os.path.exists(base):
+        raise UserError(f"{path}: base: expected the folder of the weights under these adapters, "
+                        f"got {base if _is_readable(base) else show(base)}, which does not "
+                        "exist; copy it there, or correct the path")
+    return about | {"base": base}
+
+
+def _is_readable(path: str) -> bool:
+    return len(path) < 300 and path.isprintable()
 
 
 def restore(model: LLaMA, folder: str | Path) -> LLaMA:
@@ -157,13 +182,9 @@ def restore(model: LLaMA, folder: str | Path) -> LLaMA:
     if not any(p.is_meta for p in own.values()) and about["fingerprint"] != fingerprint(model):
         raise UserError(f"{folder}: expected the weights that these adapters were trained over in "
                         f"{about['base']}, got other weights; restore that folder")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        shapes = {name: tuple(x.shape) for name, x in saved.items()}
-    except Exception as error:                      # a flipped bit in a pickle can raise anything
-        raise UserError(f"{path}: expected tensors, got a damaged file ({type(error).__name__}); "
-                        "copy the folder again") from None
-    if shapes != {name: tuple(p.shape) for name, p in own.items()}:
+    saved = open_pickle(path)
+    shapes = lambda named: {name: getattr(x, "shape", None) for name, x in named.items()}
+    if shapes(saved) != shapes(own):
         raise UserError(f"{path}: expected adapters of rank {about['rank']} for {about['base']}, "
                         "got other shapes; copy the folder again")
     with torch.no_grad():

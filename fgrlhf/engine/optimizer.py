@@ -140,16 +140,29 @@ class Optimizer:
                 "masters": [m.detach() for m in self.masters] if narrow else []}
 
     def load_state_dict(self, state: dict) -> None:
-        self.count = state["count"]
-        for part, saved in zip(self.parts, state["parts"]):
-            here = {"fused": part.defaults["fused"]} if "fused" in part.defaults else {}
-            groups = [group | here for group in saved["param_groups"]]  # the ranks may differ now
-            part.load_state_dict(saved | {"param_groups": groups})
+        """Loads moments, master weights and the step. Raises ValueError when a shape differs.
+
+        The settings of the run are those of its flags, which are compared before.
+        """
+        self.count = int(state["count"])
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            parameters = part.param_groups[0]["params"]
+            for number, moments in saved["state"].items():
+                _check_shapes(parameters[number], *(x for x in moments.values() if x.dim()))
+            part.load_state_dict({"state": saved["state"],
+                                  "param_groups": part.state_dict()["param_groups"]})
         copies = state["masters"] or [distributed.whole(p.detach()) if m is not p else m
                                       for p, m in zip(self.parameters, self.masters)]
         with torch.no_grad():
-            for master, copy in zip(self.masters, copies):
+            for master, copy in zip(self.masters, copies, strict=True):
+                _check_shapes(master, copy)
                 master.copy_(copy)
+
+
+def _check_shapes(parameter: Tensor, *saved: Tensor) -> None:
+    if any(x.shape != parameter.shape for x in saved):
+        raise ValueError(f"expected {tuple(parameter.shape)}, "
+                         f"got {[tuple(x.shape) for x in saved]}")
 
 
 def _master(parameter: Tensor, whole: bool) -> Tensor:

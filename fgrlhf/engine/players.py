@@ -13,12 +13,14 @@ from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import each
 from fgrlhf.data.readers import read_prompts
+from fgrlhf.data.records import Prompt
 from fgrlhf.encode import encode_prompt
 from fgrlhf.engine import distributed, lora
+from fgrlhf.engine.encoding import check_encoding
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.engine.states import TrainableState
 from fgrlhf.model import LLaMA
-from fgrlhf.reward import RewardModel, load_reward
+from fgrlhf.reward import RewardModel, describe_reward, load_reward
 from fgrlhf.tokenizer import Tokenizer
 
 
@@ -43,12 +45,45 @@ class Players(NamedTuple):
             f"optimizer_{name}": optimizer for name, optimizer in self.optimizers.items()}
 
 
+def prompt_room(config) -> int:
+    """Returns how many tokens a prompt may have: the policy's context less the longest response.
+
+    No weight is read. Raises UserError when there is no room for BOS and one token.
+    """
+    context = load_model(config.policy, device="meta").config.max_seq_len
+    if config.max_new_tokens > context - 2:
+        raise UserError(f"--max-new-tokens {config.max_new_tokens}: expected at most "
+                        f"{context - 2}, because prompt and response share the context of "
+                        f"{config.policy}, {context} tokens; lower it")
+    return context - config.max_new_tokens
+
+
 def load(config, device: torch.device) -> Players:
-    """Reads models and prompts. Raises UserError for whatever does not fit together."""
+    """Reads prompts and models. Raises UserError for whatever does not fit together.
+
+    Everything that can be refused without weights is refused before a weight is read.
+    """
     tokenizer = load_tokenizer(config.policy)
     if load_tokenizer(config.reward).sha256 != tokenizer.sha256:
         raise UserError(f"--reward {config.reward}: its tokenizer is not the one of "
-                        f"--policy {config.policy}")
+                        f"--policy {config.policy}; train both from one SFT model")
+    if config.method == "fine-grained" and describe_reward(config.reward)["kind"] != "token":
+        raise UserError(f"--reward {config.reward}: expected a token-level reward model for "
+                        "--method fine-grained, got a sequence-level one; see train_rm.py --kind")
+    check_encoding(config.policy, template=config.template)
+    encoding = check_encoding(config.reward, template=config.template)
+    room, judged = prompt_room(config), encoding and encoding.prompt_tokens
+
+    def encode(record: Prompt) -> list[int]:
+        ids = encode_prompt(tokenizer, record, config.template, room)
+        if judged and len(ids) > judged:
+            raise UserError(f"record {record.id!r}: prompt: expected at most {judged} tokens, as "
+                            f"{config.reward} was trained with --prompt-tokens {judged}, got "
+                            f"{len(ids)}; shorten it, or pass --on-bad-record skip")
+        return ids
+    prompts = each(read_prompts(config.prompts, config.on_bad_record), encode, config.on_bad_record,
+                   config.prompts)
+
     dtype = getattr(torch, config.dtype)
     trunks = {} if config.lora_rank else None           # one trunk, shared by all models of the run
 
@@ -58,26 +93,12 @@ def load(config, device: torch.device) -> Players:
         return load_model(config.policy, device, dtype)
     policy, ref = read_policy(), read_policy().requires_grad_(False)
     reward_model = load_reward(config.reward, device, dtype, trunks).requires_grad_(False)
-    if config.method == "fine-grained" and reward_model.kind != "token":
-        raise UserError(f"--reward {config.reward}: expected a token-level reward model for "
-                        "--method fine-grained, got a sequence-level one; see train_rm.py --kind")
     critic = lora.train(Critic(reward_model)) if config.method == "rlhf" else None
-
-    room = policy.config.max_seq_len - config.max_new_tokens
-    if room < 1:
-        raise UserError(f"--max-new-tokens {config.max_new_tokens}: expected fewer than the "
-                        f"policy's context of {policy.config.max_seq_len} tokens")
-    encode = lambda record: encode_prompt(tokenizer, record, config.template, room)
-    prompts = each(read_prompts(config.prompts, config.on_bad_record), encode, config.on_bad_record,
-                   config.prompts)
     return Players(tokenizer, policy, ref, reward_model, critic, prompts, {})
 
 
 def prepare(config, players: Players) -> Players:
     """Shares the models out over ranks and devices, and gives those that learn an optimizer."""
-    if config.offload and (config.lora_rank or distributed.size() > 1):
-        raise UserError("--offload: expected one process and --lora-rank 0; a shared trunk and "
-                        "sharded models stay where they are")
     for model in (players.policy, players.ref, players.reward_model, players.critic):
         if model is not None:
             distributed.shard(model)

@@ -10,6 +10,7 @@ is named and passed over, and the state before it is used. Loading never runs co
 
 import dataclasses
 import hashlib
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from fgrlhf.data.fields import UserError
+from fgrlhf.data.fields import UserError, show
 from fgrlhf.data.files import write_atomic
 from fgrlhf.engine import distributed, lora
+from fgrlhf.layouts.pickles import load_plain
 
 
 class TrainableState:
@@ -35,7 +37,8 @@ class TrainableState:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         whole = self.module.state_dict()
-        if state.keys() != self.state_dict().keys():
+        shapes = lambda tensors: {name: x.shape for name, x in tensors.items()}
+        if shapes(state) != shapes(self.state_dict()):
             raise UserError("training state: it belongs to a model with other parameters "
                             "(--lora-rank?); choose another --out and start again there")
         self.module.load_state_dict(whole | state)
@@ -87,7 +90,7 @@ def load_state(path: str | Path) -> dict:
     if not intact:
         raise UserError(f"{path}: damaged, or no training state: its contents do not match their "
                         "checksum; use an older one")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return load_plain(path)
 
 
 def _check_plain(value: object, name: str) -> None:
@@ -124,7 +127,7 @@ def newest(folder: Path) -> tuple[Path, dict] | None:
     refusals: list[UserError] = []
     for path in paths(folder):
         try:
-            state = load_state(path)
+            state = _checked(path, load_state(path))
         except UserError as error:
             refusals.append(error)
             continue
@@ -134,6 +137,28 @@ def newest(folder: Path) -> tuple[Path, dict] | None:
     if refusals:
         raise UserError(f"{refusals[0]}, but there is none; remove {folder} and start again")
     return None
+
+
+FIELDS = {"step": int, "seconds": float, "inputs": dict, "config": str, "extra": dict,
+          "parts": dict, "machine": dict}
+OLDER = {"machine": {}, "shards": None}             # states of earlier versions lack these fields
+
+
+def _checked(path: Path, state: object) -> dict:
+    """Returns `state` when it has the fields that `save` writes. Raises UserError otherwise."""
+    state = OLDER | state if isinstance(state, dict) else {}
+    for name, kind in FIELDS.items():
+        value = state.get(name)
+        if not isinstance(value, kind) or name == "step" and not 0 <= value < 2 ** 63:
+            raise UserError(f"{path}: no training state: {name}: expected {kind.__name__}, got "
+                            f"{show(value)}; use an older one")
+    try:
+        if isinstance(json.loads(state["config"]), dict):
+            return state
+    except (ValueError, RecursionError):
+        pass
+    raise UserError(f"{path}: no training state: config: expected a JSON object, got "
+                    f"{show(state['config'])}; use an older one")
 
 
 def save(folder: Path, step: int, parts: dict, more: dict, keep: int) -> None:
@@ -160,13 +185,21 @@ def load(folder: Path, parts: dict, state: dict) -> None:
     """Loads the parts of a state, written by any number of ranks. Every rank calls this function.
 
     parts: name -> an object with state_dict and load_state_dict; an optimizer also has `allocate`.
+    Raises UserError when the state does not fit them.
     """
     saved, shards = state["parts"], state["shards"]
-    if shards is not None or distributed.size() > 1:
-        from fgrlhf.engine.shards import load_shards
-        saved = load_shards(folder, parts, saved, shards)
-    for name, part in parts.items():
-        part.load_state_dict(saved[name])
+    try:
+        if shards is not None or distributed.size() > 1:
+            from fgrlhf.engine.shards import load_shards
+            saved = load_shards(folder, parts, saved, shards)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder}: the training state of step {state['step']} does not fit the "
+                        f"models of this run ({show(str(error))}); choose another --out and start "
+                        "again there") from None
 
 
 def remove(folder: Path) -> None:

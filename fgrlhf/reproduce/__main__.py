@@ -21,8 +21,10 @@ from pathlib import Path
 
 import torch
 
+from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import write_atomic
 from fgrlhf.engine.config import DTYPES, arg, parse, run
+from fgrlhf.engine.distributed import pick_device
 from fgrlhf.reproduce.pipeline import Stage, run_stages
 from fgrlhf.reproduce.report import text_table, write_report
 from fgrlhf.reproduce.results import collect
@@ -203,9 +205,23 @@ def sweep(seed: Seed) -> None:
 def wall_seconds(out: Path, this_call: float) -> float:
     """Adds the seconds of this call to those of earlier, interrupted calls in OUT/seconds.json."""
     path = out / "seconds.json"
-    total = this_call + (json.loads(path.read_text()) if path.exists() else 0.0)
-    write_atomic(path, json.dumps(round(total, 1)).encode())
-    return round(total, 1)
+    try:
+        before = float(path.read_text()) if path.exists() else 0.0
+    except ValueError:
+        raise UserError(f"{path}: expected a number, got a damaged file; remove it") from None
+    write_atomic(path, json.dumps(round(before + this_call, 1)).encode())
+    return round(before + this_call, 1)
+
+
+def collected(config: Config, seeds: list[Seed]) -> dict:
+    """Collects the results. A file that was damaged since its stage ran is refused in one line."""
+    try:
+        return collect(config.profile, [seed.folder for seed in seeds])
+    except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
+        what = error if isinstance(error, UserError) else (
+            f"{config.out}: a file of a finished stage is damaged ({type(error).__name__} {error})")
+        raise UserError(f"{what}; to make it again, remove the folder of its run and its record in "
+                        f"{Path(config.out) / 'stages'}, and repeat the command") from None
 
 
 def command_of(config: Config) -> str:
@@ -217,6 +233,7 @@ def command_of(config: Config) -> str:
 
 
 def main(config: Config) -> None:
+    pick_device(config.device)                              # refused now, not by the first stage
     out, started = Path(config.out), time.perf_counter()
     scale = SCALES[config.profile]
     seeds = [Seed(number, out / f"seed{number}", scale, config.device, config.dtype,
@@ -227,13 +244,14 @@ def main(config: Config) -> None:
         (sweep if config.profile == "sweep" else compare_systems)(seed)
     stages = [stage for seed in seeds for stage in seed.stages]
     run_stages(stages, out, config.workers)
-    results = collect(config.profile, [seed.folder for seed in seeds]) | {
+    results = collected(config, seeds) | {
         "command": command_of(config),
         "machine": f"{os.cpu_count()} CPU cores, torch {torch.__version__}, device {config.device}",
         "seconds": wall_seconds(out, time.perf_counter() - started),
         "commands": [stage.text for stage in stages]}
     examples = results.pop("examples", {})
-    write_atomic(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    text = json.dumps(results, indent=1, allow_nan=False)
+    write_atomic(out / "results.json", (text + "\n").encode())
     write_report(out / "report.html", results | {"examples": examples})
     print(text_table(results))
     print(f"\n{out}/results.json, {out}/report.html")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import fgrlhf
 from fgrlhf.data.fields import UserError
-from fgrlhf.data.files import write_atomic
+from fgrlhf.data.files import read_object, write_atomic
 
 HOME = Path(fgrlhf.__file__).parent.parent      # the repository, or site-packages once installed
 
@@ -63,9 +63,14 @@ def record_file(stage: Stage, out: Path) -> Path:
 
 
 def finished(stage: Stage, out: Path) -> bool:
-    """Returns True if this same command has succeeded in `out` before."""
-    record = record_file(stage, out)
-    return record.exists() and json.loads(record.read_text())["command"] == stage.text
+    """Returns True if this same command has succeeded in `out` before.
+
+    A record that is missing or damaged counts as no success.
+    """
+    try:
+        return read_object(record_file(stage, out)).get("command") == stage.text
+    except UserError:
+        return False
 
 
 @contextlib.contextmanager
@@ -75,12 +80,16 @@ def locked(out: Path):
     Yields the file descriptor of the lock. Every stage inherits it, and so holds the lock too.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
+    with open(out / ".lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{out}: waiting for the stages of another call to end", file=sys.stderr)
+            file.seek(0)
+            print(f"{out}: waiting for the stages of another call to end (it was "
+                  f"{file.read().strip() or 'an older one'})", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        print(f"process {os.getpid()}", file=file, flush=True)
         yield file.fileno()
 
 
@@ -127,7 +136,9 @@ def execute(stage: Stage, out: Path, lock: int, processes: list[subprocess.Popen
         code = process.wait()
     if code:
         last = log.read_text(errors="replace").strip().splitlines()[-1]
-        raise UserError(f"stage {stage.name} failed with exit status {code}: {last} (see {log})")
+        how = f"failed with exit status {code}" if code > 0 else f"was ended by signal {-code}"
+        how += " (by the system, when memory is short)" if code == -signal.SIGKILL else ""
+        raise UserError(f"stage {stage.name} {how}: {last} (see {log})")
     record = {"command": stage.text, "seconds": round(time.perf_counter() - started, 2)}
     write_atomic(record_file(stage, out), json.dumps(record).encode())
 

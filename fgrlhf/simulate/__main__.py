@@ -62,20 +62,20 @@ def write_world(config: WorldConfig) -> None:
     while any(len(prompts[s]) < n for s, n in wanted.items()):
         text = world.request(rng)
         prompts[split_of(text)].setdefault(text)
-    out = Path(config.out)
-    for split, count in wanted.items():
-        records.write_jsonl(out / f"{split}.jsonl",
-                            [records.Prompt(f"{split}-{i}", text)
-                             for i, text in enumerate(list(prompts[split])[:count])])
     demonstrations: list[records.Demonstration] = []
     while len(demonstrations) < config.demonstrations:
         text = world.request(rng)
         if split_of(text) == "train":
             demonstrations.append(records.Demonstration(f"demo-{len(demonstrations)}", text,
                                                         world.demonstrate(text, rng)))
-    records.write_jsonl(out / "demonstrations.jsonl", demonstrations)
+    out = Path(config.out)
     texts = [render_prompt(d, "plain") + " " + d.output for d in demonstrations[:4000]]
-    tokenizer.train(texts, config.vocab_size, out / "tokenizer.model")
+    tokenizer.train(texts, config.vocab_size, out / "tokenizer.model")      # may refuse the size
+    for split, count in wanted.items():
+        records.write_jsonl(out / f"{split}.jsonl",
+                            [records.Prompt(f"{split}-{i}", text)
+                             for i, text in enumerate(list(prompts[split])[:count])])
+    records.write_jsonl(out / "demonstrations.jsonl", demonstrations)
 
 
 def annotate(config: AnnotateConfig) -> None:

@@ -1,0 +1,183 @@
+"""What is in an output folder already, and whether this run may write there.
+
+A run is refused before models are loaded when the folder is not its own: another process is writing
+to it, another run has finished or begun in it, or --resume finds other settings or other inputs.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from fgrlhf.data.fields import UserError
+from fgrlhf.data.files import read_object, write_atomic
+from fgrlhf.data.lock import lock
+from fgrlhf.engine import config as configuration, distributed, states
+
+MODELS = ("policy", "best", "reward")                    # the folders that a run writes
+MAY_DIFFER = ("resume", "out", "keep", "save_every")       # in a run that is resumed
+# These may differ too, but then numbers are added up in another order and round differently.
+ROUNDING = ("device", "microbatch", "decode_batch", "checkpoint_activations", "offload")
+LOCKS: dict[str, int | None] = {}          # the folders that this process holds
+
+
+class OutputFolder:
+    """The folder --out of one training run, new or resumed.
+
+    `inputs` names the fields of `config` that hold files or folders the run depends on. Their
+    sha256 is part of every state. A resumed run must find the same contents, at any path.
+
+    Making this object refuses an --out that cannot be used, and writes nothing. `open` makes and
+    locks the folder.
+    """
+
+    def __init__(self, config, tokenizer_hash: str = "", inputs: tuple[str, ...] = ()):
+        self.folder, self.config = Path(config.out), config
+        self.writes = distributed.rank() == 0                   # of several ranks, one writes
+        self.state, self.seconds, self.opened = None, 0.0, False
+        self.inputs = {name: states.fingerprint(getattr(config, name)) for name in inputs
+                       if getattr(config, name) is not None} | {"tokenizer": tokenizer_hash}
+        self._refuse_other_run()
+        self._refuse_bad_place()
+        if config.resume:
+            self._find_state()
+
+    @property
+    def step(self) -> int:
+        """The last completed step, 0 in a new run."""
+        return self.state["step"] if self.state else 0
+
+    def open(self) -> None:
+        """Makes and locks the folder, and writes config.json. Only the first call does anything."""
+        if self.opened:
+            return
+        self.opened = True
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.folder}: not writable ({error.strerror}); choose another "
+                            "path") from None
+        if not self.writes:
+            return
+        self._lock()
+        self._refuse_other_run()                        # another process may have been faster
+        for name in ("metrics.jsonl", "timing.jsonl") if self.config.resume else ():
+            self._drop_lines_after(self.step, self.folder / name)
+        write_atomic(self.folder / "config.json", configuration.to_json(self.config).encode())
+
+    def _lock(self) -> None:
+        """Holds the folder for this process, which may make several runs in it one by one."""
+        if os.path.realpath(self.folder) not in LOCKS:
+            LOCKS[os.path.realpath(self.folder)] = lock(self.folder)
+
+    def unlock(self) -> None:
+        """Lets other processes use the folder."""
+        if (held := LOCKS.pop(os.path.realpath(self.folder), None)) is not None:
+            os.close(held)
+
+    # ----- refusals -------------------------------------------------------------------------------
+
+    def _refuse_bad_place(self) -> None:
+        """Refuses an --out where no folder can be made, and one that is itself an input."""
+        written = {os.path.realpath(self.folder / name) for name in ("", *MODELS)}
+        for name in self.inputs:
+            path = getattr(self.config, name, None)
+            if path and os.path.realpath(path) in written:
+                raise UserError(f"--out {self.folder}: expected a folder of its own, but the run "
+                                f"would write over --{name.replace('_', '-')} {path}; choose "
+                                "another path")
+        there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"--out {self.folder}: not writable ({there} is no folder in which you "
+                            "may write); choose another path")
+
+    def _refuse_other_run(self) -> None:
+        """Refuses a folder that holds another run. Its own finished run ends the program.
+
+        A folder that another process is writing to is refused first.
+        """
+        if self.writes and (self.folder / "config.json").exists():
+            self._lock()
+        if (self.folder / "done.json").exists():
+            self._already_complete()
+        if not self.config.resume and (self.folder / "metrics.jsonl").exists():
+            raise UserError(f"{self.folder}: holds an unfinished run; continue it with --resume, "
+                            "choose another --out or remove it")
+
+    def _already_complete(self) -> None:
+        before = read_object(self.folder / "config.json") if self.config.resume else {}
+        if self._other_setting(self._settings(), before, self._settings()) is not None:
+            raise UserError(f"{self.folder}: holds a finished run; choose another --out or remove "
+                            "it")
+        done = read_object(self.folder / "done.json")
+        self._check_inputs(done.get("inputs", self.inputs), self.folder / "done.json")
+        if self.writes:
+            states.remove(self.folder)                  # a kill may have come before their removal
+        print(f"{self.folder}: already complete")
+        raise SystemExit(0)
+
+    def _find_state(self) -> None:
+        """Reads the newest state, if there is one, and compares it with this run."""
+        found = states.newest(self.folder)
+        if found is None:
+            return
+        path, self.state = found
+        before, now = json.loads(self.state["config"]), self._settings()
+        if (field := self._other_setting(before, before, now)) is not None:
+            raise UserError(f"{path}: --resume needs the same --{field.replace('_', '-')}: the run "
+                            f"was started with {before[field]!r}, got {now.get(field)!r}")
+        self._check_inputs(self.state["inputs"], path)
+        self.seconds = self.state["seconds"]
+        was, here = self.state["machine"], self._machine()
+        changed = [f"{name} {was[name]} (now {here.get(name)})" for name in was
+                   if was[name] != here.get(name)]
+        if changed and self.writes:
+            print(f"{path}: written with {', '.join(changed)}: the run goes on, but its bytes will "
+                  "differ from those of a run that was never stopped", file=sys.stderr)
+
+    def _settings(self) -> dict:
+        """The configuration as config.json holds it."""
+        return json.loads(configuration.to_json(self.config))
+
+    def _other_setting(self, names: Iterable[str], before: dict, now: dict) -> str | None:
+        """The first of the settings `names` that may not differ in one run, and does."""
+        own = (*MAY_DIFFER, *ROUNDING, *self.inputs)        # of inputs the contents are compared
+        return next((n for n in names if n not in own and before.get(n) != now.get(n)), None)
+
+    def _machine(self) -> dict:
+        """What changes the last digits of a run, and nothing else of it."""
+        here = {name: getattr(self.config, name) for name in ROUNDING if hasattr(self.config, name)}
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        return here | {"device": self.config.device.replace("auto", auto),
+                       "threads": torch.get_num_threads(), "ranks": distributed.size(),
+                       "torch": str(torch.__version__)}
+
+    def _check_inputs(self, before: dict[str, str], path: Path) -> None:
+        for name in self.inputs | before:
+            if before.get(name, "") != self.inputs.get(name, ""):
+                flag = "tokenizer" if name == "tokenizer" else "--" + name.replace("_", "-")
+                how = "its contents have changed since the run was started; restore it"
+                if name not in self.inputs or name not in before:
+                    how = f"the run was started with{'' if name in before else 'out'} it; repeat"
+                raise UserError(f"{path}: --resume needs the same {flag}: {how} or choose another "
+                                "--out")
+
+    @staticmethod
+    def _drop_lines_after(step: int, path: Path) -> None:
+        """Removes the lines that were written after `step`, and a line that was cut off."""
+        if not path.exists():
+            return
+        lines = [line for line in path.read_bytes().splitlines(keepends=True)
+                 if line.endswith(b"\n")]
+        try:
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            kept = []
+        if len(kept) < step:
+            raise UserError(f"{path}: expected a line for each of the {step} steps of the training "
+                            f"state, got {len(kept)}; restore the file, or start again in another "
+                            "--out")
+        write_atomic(path, b"".join(kept))
