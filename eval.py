@@ -12,8 +12,11 @@ outputs writes answers in AlpacaEval's format. win-rate asks a judge which of tw
 the oracle of the built-in world, a reward model, a language model, or judgements that somebody
 recorded. reward-model measures the accuracy on pairs, and the token AUC where records have spans.
 
-Figures go to stdout as one JSON object, progress to stderr. A win rate is the mean of 1 (win), 1/2
-(tie) and 0 (loss) over prompts, with a 95% bootstrap interval over prompts.
+Answers are joined by instruction and input, in any order. Figures go to stdout as one JSON object,
+progress to stderr. win_rate is the mean over prompts of 1 (win), 1/2 (tie) and 0 (loss). A recorded
+preference between 1 and 2 counts preference - 1, as in AlpacaEval; discrete_win_rate counts it as a
+win, a tie or a loss. A null preference is a failed judgement: it is left out and counted.
+AlpacaEval's length_controlled_winrate is not computed; avg_length is there to compare lengths.
 """
 
 import json
@@ -31,13 +34,15 @@ from fgrlhf.collect.client import Client, Options
 from fgrlhf.collect.judge import by_llm
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import each
-from fgrlhf.data.readers import read_outputs, read_prompts
+from fgrlhf.data.readers import read_annotations, read_outputs, read_prompts
 from fgrlhf.data.records import Output, write_jsonl, write_outputs
-from fgrlhf.encode import TEMPLATES, ReadingRecords, encode_preferences, encode_prompt, read_encoded
+from fgrlhf.encode import (
+    TEMPLATES, Encoder, ReadingRecords, ReadingResponses, encode_prompt, read_encoded)
 from fgrlhf.engine.config import Computation, arg, dispatch, run
 from fgrlhf.engine.distributed import pick_device
-from fgrlhf.evaluate import bootstrap, reward_table
-from fgrlhf.judge import answers, by_annotations, by_reward, preferences_of
+from fgrlhf.engine.encoding import Encoding, check_encoding
+from fgrlhf.evaluate import constant, reward_table, win_rates
+from fgrlhf.judge import answers, by_reward, joined, preferences_of
 from fgrlhf.reward import judge_preferences, load_reward
 from fgrlhf.simulate.oracle import by_oracle
 from fgrlhf.simulate.world import World
@@ -69,29 +74,34 @@ class WinRateConfig(Computation, Options):
                                              "output_2; the win rate is output_2's")
     judgements: str | None = arg(None, help="llm: file for its judgements, as --annotations reads "
                                             "them; its answers are cached in the same folder")
-    seed: int = arg(0, help="seed of the bootstrap")
+    seed: int = arg(0, least=0, help="seed of the bootstrap")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardModelConfig(ReadingRecords, Computation):
+class RewardModelConfig(ReadingResponses, Computation):
     reward: str = arg(help="folder of the reward model")
     data: str = arg(help="held-out edits or pairs; token AUC where edits have spans")
-    prompt_tokens: int | None = arg(None, least=2, help="keep the last N tokens of a longer prompt "
-                                    "(default: refuse it)")
     normalise: bool = arg(False, help="first collapse runs of whitespace in edits")
 
 
 def outputs(config: OutputsConfig) -> dict:
-    device = pick_device(config.device)
-    policy = load_model(config.policy, device, getattr(torch, config.dtype))
-    tokenizer = load_tokenizer(config.policy)
-    prompts = read_prompts(config.prompts, config.on_bad_record)[:config.limit]
-    room = policy.config.max_seq_len - config.max_new_tokens
-    fitting = lambda prompt: encode_prompt(tokenizer, prompt, config.template, room) and prompt
-    prompts = each(prompts, fitting, config.on_bad_record, config.prompts)
-    wanted = [(config.out, config.temperature)]
+    device, wanted = pick_device(config.device), [(config.out, config.temperature)]
     if config.greedy_out:
+        if Path(config.greedy_out).resolve() == Path(config.out).resolve():
+            raise UserError(f"--greedy-out {config.greedy_out}: expected another file than --out")
         wanted.append((config.greedy_out, 0.0))
+    prompts = read_prompts(config.prompts, config.on_bad_record)[:config.limit]
+    context = load_model(config.policy, device="meta").config.max_seq_len    # reads no weights
+    if config.max_new_tokens > context - 2:                         # BOS and a token of the prompt
+        raise UserError(f"--max-new-tokens {config.max_new_tokens}: expected at most "
+                        f"{context - 2}, because prompt and answer share the context of "
+                        f"{config.policy}, {context} tokens; ask for fewer tokens")
+    check_encoding(config.policy, template=config.template)
+    tokenizer = load_tokenizer(config.policy)
+    fitting = lambda prompt: encode_prompt(tokenizer, prompt, config.template,
+                                           context - config.max_new_tokens) and prompt
+    prompts = each(prompts, fitting, config.on_bad_record, config.prompts)
+    policy = load_model(config.policy, device, getattr(torch, config.dtype))
     for path, temperature in wanted:
         write_outputs(path, answers(policy, tokenizer, prompts, config.template,
                                     config.max_new_tokens, temperature, config.seed,
@@ -99,22 +109,37 @@ def outputs(config: OutputsConfig) -> dict:
     return {"outputs": len(prompts), "out": [path for path, _ in wanted]}
 
 
-def asked_llm(config: WinRateConfig, system: list[Output], reference: list[Output]) -> list[float]:
-    """The preferences of a language model. Its usable judgements go to --judgements."""
+def asked_llm(config: WinRateConfig, system: list[Output],
+              reference: list[Output]) -> list[float | None]:
+    """The preferences of a language model. Its judgements go to --judgements."""
     path = Path(config.judgements)
     asking = Client(config)
     asking.cache = Cache(path.with_name(path.stem + ".cache.jsonl"))
     with closing(asking.cache):
-        found = by_llm(asking, system, reference)
-    judged = [annotation for annotation in found if annotation]
-    if len(judged) < len(found):
-        print(f"{len(found) - len(judged)} of {len(found)} pairs left out: no usable verdict after "
-              "asking twice", file=sys.stderr)
-    if not judged:
-        raise UserError("--judge llm: expected verdicts, got not one that is usable; look at "
+        judged = by_llm(asking, system, reference)
+    if all(annotation.preference is None for annotation in judged):
+        raise UserError("--judge llm: expected at least one usable verdict, got none; look at "
                         f"{asking.cache.path}")
     write_jsonl(path, judged)
     return preferences_of(judged)
+
+
+def preferences(config: WinRateConfig) -> tuple[list[float | None], list[str]]:
+    """Returns the judge's preferences and the system's answers, in the same order."""
+    if config.judge == "annotations":
+        annotations = read_annotations(config.annotations)
+        return preferences_of(annotations), [a.output_2 for a in annotations]
+    reference = read_outputs(config.reference)
+    system = joined(read_outputs(config.outputs), reference, (config.outputs, config.reference))
+    texts = [output.output for output in system]
+    if config.judge == "oracle":
+        return by_oracle(World(config.world), system, reference), texts
+    if config.judge == "llm":
+        return asked_llm(config, system, reference), texts
+    encoding = check_encoding(config.reward, template=config.template)
+    model = load_reward(config.reward, pick_device(config.device), getattr(torch, config.dtype))
+    return by_reward(model, load_tokenizer(config.reward), encoding or Encoding(config.template),
+                     system, reference), texts
 
 
 def win_rate(config: WinRateConfig) -> dict:
@@ -125,39 +150,39 @@ def win_rate(config: WinRateConfig) -> dict:
     for name in needed:
         if getattr(config, name) is None:
             raise UserError(f"--judge {config.judge}: expected --{name} too")
-    if config.judge == "annotations":
-        preferences = by_annotations(config.annotations)
-    else:
-        system, reference = read_outputs(config.outputs), read_outputs(config.reference)
-        if config.judge == "oracle":
-            preferences = by_oracle(World(config.world), system, reference)
-        elif config.judge == "llm":
-            preferences = asked_llm(config, system, reference)
-        else:
-            model = load_reward(config.reward, pick_device(config.device),
-                                getattr(torch, config.dtype))
-            preferences = by_reward(model, load_tokenizer(config.reward), config.template,
-                                    system, reference)
-    interval = bootstrap(preferences, config.seed)
-    return {"win_rate": interval.mean, "interval_95": [interval.low, interval.high],
-            "judge": config.judge, "wins": preferences.count(1.0), "ties": preferences.count(0.5),
-            "losses": preferences.count(0.0)}
+    found, texts = preferences(config)
+    if all(preference is None for preference in found):
+        place = config.annotations if config.judge == "annotations" else f"--judge {config.judge}"
+        raise UserError(f"{place}: expected at least one preference, got none for {len(found)} "
+                        "pairs; judge them again")
+    table = win_rates(found, config.seed)
+    if table["left_out"]:
+        print(f"{table['left_out']} of {len(found)} pairs left out: no usable judgement",
+              file=sys.stderr)
+    return table | {"avg_length": sum(map(len, texts)) // len(texts), "judge": config.judge}
 
 
 def reward_model(config: RewardModelConfig) -> dict:
-    model = load_reward(config.reward, pick_device(config.device),
-                        getattr(torch, config.dtype))
+    check_encoding(config.reward, template=config.template, prompt_tokens=config.prompt_tokens,
+                   normalise=config.normalise)
+    model = load_reward(config.reward, pick_device(config.device), getattr(torch, config.dtype))
     tokenizer = load_tokenizer(config.reward)
-    encode = lambda records: encode_preferences(records, tokenizer, model.trunk.config.max_seq_len,
-                                                config.template, config.prompt_tokens)
-    records, examples = read_encoded(config.data, encode, config.normalise, None,
+    encoder = Encoder(tokenizer, model.trunk.config.max_seq_len, config.template,
+                      config.prompt_tokens, config.cut_responses)
+    records, examples = read_encoded(config.data, encoder, config.normalise, None,
                                      config.on_bad_record)
-    return reward_table(judge_preferences(model, records, examples, tokenizer))
+    counts = encoder.counted(config.data)
+    judged = judge_preferences(model, records, examples, tokenizer)
+    table = reward_table(judged)
+    lengths = [n for j in judged for n in j.lengths or ()]
+    if said := constant([r for j in judged for r in (j.chosen, j.rejected)], lengths or None):
+        print(f"{config.reward}: {said}", file=sys.stderr)
+    return table | counts
 
 
 if __name__ == "__main__":
     commands = {"outputs": (OutputsConfig, outputs), "win-rate": (WinRateConfig, win_rate),
                 "reward-model": (RewardModelConfig, reward_model)}
-    printed = lambda action: lambda config: print(json.dumps(action(config)))
+    printed = lambda action: lambda config: print(json.dumps(action(config), allow_nan=False))
     run(lambda: dispatch({name: (config, printed(action))
                           for name, (config, action) in commands.items()}, __doc__))

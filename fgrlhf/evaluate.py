@@ -1,6 +1,6 @@
 """The measurements behind every figure (paper, section 3.2): accuracy, AUC, win rate, intervals.
 
-    win rate       mean over prompts of 1 (win), 1/2 (tie), 0 (loss)
+    win rate       mean over prompts of a preference: 1 (win), 1/2 (tie), 0 (loss) or between
     AUC            P(score of a positive > score of a negative) + 1/2 P(equal)
     interval       paired bootstrap over prompts within a run; Student's t over seeds
 
@@ -26,8 +26,36 @@ class Interval(NamedTuple):
 
 
 def win_rate(preferences: Sequence[float]) -> float:
-    """Mean of 1 (win), 0.5 (tie), 0 (loss); in [0, 1]."""
+    """Mean of 1 (win), 0.5 (tie), 0 (loss), or of numbers between; in [0, 1]."""
     return float(np.mean(preferences))
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Returns s / sqrt(n), where s has n - 1 degrees of freedom; None for a single value."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def win_rates(preferences: Sequence[float | None], seed: int = 0) -> dict:
+    """The figures of one comparison, defined as by AlpacaEval, but as shares and not in percent.
+
+        win_rate            mean of p, the preference for the system: .45 counts .45
+        discrete_win_rate   mean of 1 (p > 1/2), 1/2 (p = 1/2) and 0 (p < 1/2)
+        standard_error, discrete_standard_error     of these two means over prompts
+        interval_95         the bootstrap's interval of win_rate, drawn with `seed`
+        wins, ties, losses  how many p are above, at and below 1/2
+        left_out            how many are None: no judgement, and part of no other figure
+
+    preferences: one p in [0, 1] or None per prompt, at least one of them a number.
+    """
+    judged = [p for p in preferences if p is not None]
+    discrete = [(p > 0.5) + 0.5 * (p == 0.5) for p in judged]
+    interval = bootstrap(judged, seed)
+    return {"win_rate": interval.mean, "standard_error": standard_error(judged),
+            "interval_95": [interval.low, interval.high],
+            "discrete_win_rate": win_rate(discrete),
+            "discrete_standard_error": standard_error(discrete),
+            "wins": discrete.count(1.0), "ties": discrete.count(0.5),
+            "losses": discrete.count(0.0), "left_out": len(preferences) - len(judged)}
 
 
 def compare(errors: Sequence[int], reference_errors: Sequence[int]) -> list[float]:
@@ -42,9 +70,10 @@ def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 2000) -> Inte
 
     values: one number per prompt, n >= 1. For a paired difference pass the differences.
     """
-    values = np.asarray(values, dtype=float)
-    picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
-    low, high = np.percentile(values[picks].mean(axis=1), (2.5, 97.5))
+    values, rng = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    n = len(values)
+    means = [values[rng.integers(0, n, n)].mean() for _ in range(draws)]
+    low, high = np.percentile(means, (2.5, 97.5))
     return Interval(float(values.mean()), float(low), float(high))
 
 
@@ -100,6 +129,18 @@ def auc_within(groups: Sequence[tuple[Sequence[float], Sequence[bool]]]) -> floa
 
 # ----- reward models ----------------------------------------------------------------------------
 
+def constant(rewards: Sequence[float], lengths: Sequence[int] | None = None) -> str | None:
+    """Returns a sentence when all `rewards` are the same up to rounding, otherwise None.
+
+    With `lengths` the rewards are sums over so many tokens, and are compared per token.
+    """
+    values = np.divide(rewards, 1 if lengths is None else lengths)
+    if np.ptp(values) > 1e-6 * np.abs(values).max():
+        return None
+    return (f"the reward model is constant: it gives every {'token' if lengths else 'response'} "
+            f"the reward {values[0]:g} and cannot judge; train it first")
+
+
 class Judged(NamedTuple):
     """The rewards of one held-out preference. A sequence-level model leaves the lists empty."""
 
@@ -123,8 +164,13 @@ def reward_table(judged: Sequence[Judged], minimal: float = 0.4) -> dict[str, fl
         token_auc/TYPE              spans of one type against the tokens outside any span
         minimal/...                 the preferences whose share of changed tokens is below `minimal`
 
-    Entries that need lengths or spans are absent without them.
+    Entries that need lengths or spans are absent without them, and so is an AUC without tokens
+    inside and outside the spans. Raises FloatingPointError for a reward that is not finite.
     """
+    for j in judged:
+        if not np.isfinite([j.chosen, j.rejected, *j.rewards]).all():
+            raise FloatingPointError(f"record {j.id!r}: expected finite rewards, got {j.chosen} "
+                                     f"and {j.rejected}; check the reward model's weights")
     accuracy = lambda group: pair_accuracy([j.chosen for j in group], [j.rejected for j in group])
     table = {"pairs": len(judged), "pair_accuracy": accuracy(judged)}
     sized = [j for j in judged if j.lengths]
@@ -151,4 +197,4 @@ def reward_table(judged: Sequence[Judged], minimal: float = 0.4) -> dict[str, fl
         scores = [-r for j in judged for r, k in zip(j.rewards, j.types) if k in ("", kind)]
         table[f"token_auc/{kind}"] = auc(scores, [k == kind for j in judged for k in j.types
                                                   if k in ("", kind)])
-    return table
+    return {name: value for name, value in table.items() if not math.isnan(value)}

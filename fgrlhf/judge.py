@@ -1,22 +1,27 @@
 """Judges say which of two answers is better (paper, section 3.2); the policy gives the answers.
 
 A judge takes AlpacaEval outputs of a system and of a reference on the same prompts. It returns one
-preference per prompt: 1 (the system wins), 0.5 (tie) or 0. Their mean is the win rate. The judges
-here are a reward model and recorded annotations. fgrlhf/simulate/oracle.py has the oracle of the
-built-in world, fgrlhf/collect/judge.py asks a language model.
+preference per prompt, in [0, 1]: 1 when the system wins, 0.5 for a tie, or None when the judgement
+failed. Their mean is the win rate (evaluate.win_rates). The judges here are a reward model and
+recorded annotations. fgrlhf/simulate/oracle.py has the oracle of the built-in world,
+fgrlhf/collect/judge.py asks a language model.
 """
 
+import dataclasses
 import json
+import math
+import sys
+from collections import Counter, defaultdict
 
 import torch
 from tqdm import tqdm
 
-from fgrlhf.data.fields import UserError
-from fgrlhf.data.readers import read_annotations
-from fgrlhf.data.records import Annotation, Output, Prompt
-from fgrlhf.encode import encode_prompt, encode_response
+from fgrlhf.data.fields import UserError, check, show
+from fgrlhf.data.records import Annotation, Output, Passage, Prompt, normalise_whitespace
+from fgrlhf.encode import Encoder, encode_prompt
 from fgrlhf.engine.draws import generator
-from fgrlhf.evaluate import compare
+from fgrlhf.engine.encoding import Encoding
+from fgrlhf.evaluate import compare, constant
 from fgrlhf.model import LLaMA
 from fgrlhf.reward import RewardModel
 from fgrlhf.rollout import sample
@@ -43,43 +48,121 @@ def answers(policy: LLaMA, tokenizer: Tokenizer, prompts: list[Prompt], template
         for row, i in enumerate(rows):
             response = tokens[row, prompt_lengths[row]:prompt_lengths[row] + lengths[row]].tolist()
             texts[i] = tokenizer.decode(response).strip()
-    return [Output(prompt.prompt, text, name,
-                   other=(("input", json.dumps(prompt.input)),) if prompt.input else ())
-            for prompt, text in zip(prompts, texts)]
+    return [answer_to(prompt, text, name) for prompt, text in zip(prompts, texts)]
 
 
-def check_same_prompts(system: list[Output], reference: list[Output]) -> None:
-    """Raises UserError unless both lists answer the same instructions in the same order."""
-    if [o.instruction for o in system] != [o.instruction for o in reference]:
-        raise UserError(f"outputs: expected the {len(reference)} instructions of the reference in "
-                        f"the same order, got {len(system)} others; "
-                        "write both from one prompt file")
+# ----- outputs and their prompts ------------------------------------------------------------------
 
-
-@torch.no_grad()
-def by_reward(model: RewardModel, tokenizer: Tokenizer, template: str, system: list[Output],
-              reference: list[Output]) -> list[float]:
-    """The preferences of a reward model: the answer with the higher R(x, y) wins."""
-    check_same_prompts(system, reference)
-    context, rewards = model.trunk.config.max_seq_len, []
-    for output in tqdm([*system, *reference], desc="judge", leave=False):
-        record = Prompt("output", output.instruction, input_of(output))
-        prompt = encode_prompt(tokenizer, record, template, context - 1)
-        ids = encode_response(tokenizer, output.output, prompt, context)
-        rewards.append(model.sequence_rewards(pack([prompt], [ids], device=model.device)).item())
-    return compare([-r for r in rewards[:len(system)]], [-r for r in rewards[len(system):]])
-
-
-def by_annotations(path: str) -> list[float]:
-    """Recorded judgements of output_1 against output_2, as preferences for output_2's system."""
-    return preferences_of(read_annotations(path))
-
-
-def preferences_of(annotations: list[Annotation]) -> list[float]:
-    """1 where the system of output_2 wins, 0.5 for a tie, 0 where it loses."""
-    return [{1: 0.0, None: 0.5, 2: 1.0}[a.winner] for a in annotations]
+def answer_to(prompt: Prompt, text: str, name: str) -> Output:
+    """Returns the output of the system `name`. It keeps the prompt's `input` and `context`."""
+    context = [dataclasses.asdict(passage) for passage in prompt.context]
+    return Output(prompt.prompt, text, name, other=tuple(
+        (field, json.dumps(value)) for field, value in (("input", prompt.input),
+                                                        ("context", context)) if value))
 
 
 def input_of(output: Output) -> str | None:
-    """Returns the `input` of an AlpacaEval output, or None."""
-    return json.loads(dict(output.other).get("input", "null")) or None
+    """Returns the `input` of an AlpacaEval output, or None. Raises UserError unless it is text."""
+    value = json.loads(dict(output.other).get("input", "null"))
+    return check(str | None, value, f"output to {show(output.instruction)}", "input") or None
+
+
+def prompt_of(output: Output, template: str) -> Prompt:
+    """Returns the prompt that an output answers, with the passages when `template` shows them."""
+    context = dict(output.other).get("context") if template == "qa" else None
+    passages = check(tuple[Passage, ...] | None, json.loads(context or "null"),
+                     f"output to {show(output.instruction)}", "context")
+    return Prompt(output.instruction[:60], output.instruction, input_of(output), passages or ())
+
+
+def joined(outputs: list[Output], reference: list[Output],
+           names: tuple[str, str] = ("outputs", "reference")) -> list[Output]:
+    """Returns `outputs` in the order of `reference`, joined by instruction and input.
+
+    When one prompt has several answers, the first is joined with the first. Raises UserError, which
+    names a prompt that only one of the two lists answers. names: of the two lists, for the message.
+    """
+    found = defaultdict(list)
+    for output in outputs:
+        found[_prompt(output)].append(output)
+    given, asked = Counter(map(_prompt, outputs)), Counter(map(_prompt, reference))
+    for name, have, other, wanted in ((names[0], given, names[1], asked),
+                                      (names[1], asked, names[0], given)):
+        if missing := list(wanted - have):
+            (instruction, extra), more = missing[0], len(missing) - 1
+            raise UserError(
+                f"{name}: expected an answer to every prompt of {other}, got {have[missing[0]]} of "
+                f"{wanted[missing[0]]} to {show(instruction)}"
+                + (f" with the input {show(extra)}" if extra else "")
+                + (f" and too few to {more} more" if more else "")
+                + "; answer both from one prompt file")
+    return [found[_prompt(output)].pop(0) for output in reference]
+
+
+def _prompt(output: Output) -> tuple[str, str | None]:
+    return output.instruction, input_of(output)
+
+
+def check_same_prompts(system: list[Output], reference: list[Output]) -> None:
+    """Raises UserError unless both lists answer the same prompts in the same order."""
+    if list(map(_prompt, system)) != list(map(_prompt, reference)):
+        raise UserError(f"outputs: expected the {len(reference)} instructions of the reference in "
+                        f"the same order, got {len(system)} others; join them first")
+
+
+# ----- judges -------------------------------------------------------------------------------------
+
+def encode_outputs(model: RewardModel, tokenizer: Tokenizer, encoding: Encoding,
+                   outputs: list[Output]) -> tuple[list[list[int]], list[list[int]]]:
+    """Returns the ids of the prompts and of the answers, as `encoding` made ids in training.
+
+    stderr says how many answers are cut, because they do not fit the model's context.
+    """
+    context = model.trunk.config.max_seq_len
+    encoder = Encoder(tokenizer, context, encoding.template, encoding.prompt_tokens, True)
+    text_of = lambda text: normalise_whitespace(text)[0] if encoding.normalise else text
+    prompts, answers = [], []
+    for output in outputs:
+        record = prompt_of(output, encoding.template)
+        prompts.append(encoder.prompt(record))
+        answers.append(encoder.response(record, text_of(output.output), prompts[-1]))
+    if cut := encoder.counts["responses_cut"]:
+        print(f"{cut} of {len(outputs)} answers do not fit the reward model's context of {context} "
+              "tokens and are judged by their beginning", file=sys.stderr)
+    return prompts, answers
+
+
+@torch.no_grad()
+def by_reward(model: RewardModel, tokenizer: Tokenizer, encoding: Encoding, system: list[Output],
+              reference: list[Output]) -> list[float | None]:
+    """The preferences of a reward model: the answer with the higher R(x, y) wins.
+
+    Prompts and answers become ids by `encoding`, as the records did that the model was trained on.
+    An answer that does not fit the model's context is judged by its beginning. Two different
+    answers of which the model sees the same beginning give None. stderr says how many answers are
+    cut, and when the model is constant.
+    """
+    check_same_prompts(system, reference)
+    both, n = [*system, *reference], len(system)
+    prompts, seen = encode_outputs(model, tokenizer, encoding, both)
+    rewards = [model.sequence_rewards(pack([prompt], [ids], device=model.device)).item()
+               for prompt, ids in zip(tqdm(prompts, desc="judge", leave=False), seen)]
+    if not all(map(math.isfinite, rewards)):
+        raise FloatingPointError("rewards: expected finite numbers, got "
+                                 f"{next(r for r in rewards if not math.isfinite(r))}; check the "
+                                 "reward model's weights")
+    differ = [ours.output != theirs.output for ours, theirs in zip(system, reference)]
+    lengths = list(map(len, seen)) if model.kind == "token" else None
+    if any(differ) and (said := constant(rewards, lengths)):
+        print(said, file=sys.stderr)
+    preferences = compare([-r for r in rewards[:n]], [-r for r in rewards[n:]])
+    return [None if differ[i] and seen[i] == seen[n + i] and seen[i][-1] != tokenizer.eos_id
+            else preferences[i] for i in range(n)]
+
+
+def preferences_of(annotations: list[Annotation]) -> list[float | None]:
+    """The preferences for the system of output_2 in recorded judgements: `preference` - 1.
+
+    AlpacaEval's 0 is a tie, like 1.5. Its null is a judgement that failed, and gives None.
+    """
+    return [None if a.preference is None else (a.preference or 1.5) - 1 for a in annotations]

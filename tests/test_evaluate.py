@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fgrlhf.evaluate import (
-    Judged, auc, auc_within, bootstrap, compare, over_seeds, pair_accuracy, reward_table,
-    t_quantile, win_rate)
+    Judged, auc, auc_within, bootstrap, compare, constant, over_seeds, pair_accuracy,
+    reward_table, standard_error, t_quantile, win_rate, win_rates)
 
 
 # ----- win rate -----------------------------------------------------------------------------------
@@ -22,6 +22,26 @@ def test_compare_gives_1_for_fewer_errors_and_half_for_as_many():
 def test_win_rate_of_a_system_and_of_its_rival_sum_to_one():
     a, b = np.random.default_rng(0).integers(0, 4, (2, 50)).tolist()
     assert win_rate(compare(a, b)) + win_rate(compare(b, a)) == pytest.approx(1)
+
+
+def test_win_rates_by_hand():
+    """.45 three times and .9: mean .5625, sd .225; as wins and losses one of four, sd 1/2."""
+    found = win_rates([0.45, None, 0.45, 0.9, None, 0.45])
+    low, high = found.pop("interval_95")
+    assert 0.45 <= low < 0.5625 < high <= 0.9
+    assert found == {
+        "win_rate": pytest.approx(0.5625), "standard_error": pytest.approx(0.1125),
+        "discrete_win_rate": 0.25, "discrete_standard_error": 0.25,
+        "wins": 1, "ties": 0, "losses": 3, "left_out": 2}
+    found = win_rates([1.0, 0.5, 0.5, 0.0, 1.0])
+    assert found["win_rate"] == found["discrete_win_rate"] == 0.6
+    assert (found["wins"], found["ties"], found["losses"], found["left_out"]) == (2, 2, 1, 0)
+
+
+def test_standard_error_by_hand_and_of_a_single_value():
+    assert standard_error([0, 1]) == pytest.approx(0.5)
+    assert standard_error([0.7]) is None and standard_error([0.7, 0.7]) == 0
+    assert win_rates([None, 0.7])["standard_error"] is None
 
 
 def test_pair_accuracy_counts_higher_rewards_and_half_of_the_ties():
@@ -54,6 +74,15 @@ def test_bootstrap_is_a_function_of_its_seed_and_of_a_single_value():
     values = np.random.default_rng(0).normal(size=40)
     assert bootstrap(values, 3) == bootstrap(values, 3) != bootstrap(values, 4)
     assert bootstrap([0.5]) == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("n", [1, 7, 200])
+def test_bootstrap_is_the_percentiles_of_means_over_random_picks(n):
+    """All picks at once: the plain formula, which needs draws * n numbers of memory."""
+    values = np.random.default_rng(4).random(n)
+    picks = np.random.default_rng(5).integers(0, n, (2000, n))
+    low, high = np.percentile(values[picks].mean(axis=1), (2.5, 97.5))
+    assert bootstrap(values, 5) == (values.mean(), low, high)
 
 
 def test_bootstrap_of_paired_differences_is_narrower_than_of_either_side():
@@ -140,6 +169,29 @@ def test_reward_table_by_hand():
 
 def test_reward_table_has_no_auc_without_spans():
     assert reward_table(JUDGED[3:]) == {"pairs": 1, "pair_accuracy": 1.0, "minimal/pairs": 0}
+
+
+def test_constant_compares_sums_per_token_and_up_to_rounding():
+    assert "every response the reward 0.25" in constant([0.25, 0.25 + 1e-9])
+    assert "every token the reward -0.5" in constant([-1.0, -1.5], [2, 3])
+    assert constant([-1.0, -1.5]) is None and constant([-1.0, -1.0], [2, 3]) is None
+    assert constant([0.0, 1e-9]) is None and "reward 0 and" in constant([0.0, 0.0])
+
+
+def test_reward_table_leaves_out_an_auc_without_both_classes():
+    """Every token is inside a span: there is no AUC, and no NaN in its place."""
+    table = reward_table([Judged("a", 1.0, 0.0, 0.1, [-1.0, 0.5], ["fact", "fact"], (2, 2))])
+    assert table == {"pairs": 1, "pair_accuracy": 1.0, "pair_accuracy_per_token": 1.0,
+                     "pair_accuracy_shorter": 0.5, "minimal/pairs": 1,
+                     "minimal/pair_accuracy": 1.0}
+
+
+@pytest.mark.parametrize("bad", [Judged("b", math.nan, 0.0, 0.1), Judged("b", 0.0, math.inf, 0.1),
+                                 Judged("b", 1.0, 0.0, 0.1, [math.nan], ["fact"], (1, 1))])
+def test_reward_table_stops_at_a_reward_that_is_not_finite(bad):
+    """Otherwise NaN would lose every comparison."""
+    with pytest.raises(FloatingPointError, match="record 'b': expected finite rewards"):
+        reward_table([*JUDGED, bad])
 
 
 def test_reward_table_compares_means_and_lengths_where_lengths_are_known():

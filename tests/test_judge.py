@@ -1,20 +1,28 @@
 """Judges: who wins by hand-made answers; answers come back in the order of their prompts."""
 
 import json
+import random
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import eval as evaluation
+from fgrlhf.checkpoint import save_model
 from fgrlhf.collect.client import Unanswered
 from fgrlhf.collect.judge import by_llm
 from fgrlhf.collect.protocol import Reply
 from fgrlhf.data import records
 from fgrlhf.data.fields import UserError
-from fgrlhf.data.records import Output, Prompt
+from fgrlhf.data.readers import read_annotations, read_outputs
+from fgrlhf.data.records import Annotation, Edit, Output, Passage, Prompt, Span
 from fgrlhf.encode import encode_prompt
-from fgrlhf.judge import answers, by_annotations, by_reward, check_same_prompts, preferences_of
-from fgrlhf.reward import RewardModel
+from fgrlhf.engine.config import parse
+from fgrlhf.engine.encoding import Encoding
+from fgrlhf.judge import answers, by_reward, check_same_prompts, joined, preferences_of
+from fgrlhf.reward import RewardModel, save_reward
 from fgrlhf.sequences import pack
 from fgrlhf.simulate.oracle import OracleJudge, by_oracle
 from fgrlhf.simulate.world import World
@@ -35,6 +43,17 @@ def tokenizer(tmp_path_factory):
 
 def outputs(*texts: str) -> list[Output]:
     return [Output(ASKED, text, "m") for text in texts]
+
+
+def saved(path: Path, records: list[dict]) -> Path:
+    path.write_text(json.dumps(records))
+    return path
+
+
+def win_rate(*flags) -> dict:
+    """What `python eval.py win-rate` prints."""
+    config = parse(evaluation.WinRateConfig, argv=[*map(str, flags)])
+    return json.loads(json.dumps(evaluation.win_rate(config), allow_nan=False))
 
 
 def test_by_oracle_prefers_fewer_errors():
@@ -60,6 +79,20 @@ def test_oracle_judge_reads_its_reference_once_and_compares(tmp_path):
         judge.compare(outputs(RIGHT))
 
 
+def test_oracle_judge_joins_a_reference_in_another_order(tmp_path):
+    asked = [ASKED, f"Name the crop of {LAND}."]
+    records.write_jsonl(tmp_path / "dev.jsonl", [Prompt("a", asked[0]), Prompt("b", asked[1])])
+    records.write_outputs(tmp_path / "ref.json", [Output(asked[1], ALL_WRONG, "m"),
+                                                  Output(asked[0], RIGHT, "m")])
+    load = lambda: OracleJudge.load(0, str(tmp_path / "dev.jsonl"), str(tmp_path / "ref.json"))
+    errors = load().reference_errors
+    assert errors[0] == 0 and errors[1] > 0
+    records.write_outputs(tmp_path / "ref.json", [Output(asked[1], ALL_WRONG, "m")])
+    with pytest.raises(UserError, match=r"ref\.json: expected an answer to every prompt of "
+                                        rf".*dev\.jsonl, got 0 of 1 to '{ASKED}'"):
+        load()
+
+
 def test_same_prompts_refuses_another_order():
     first, second = Output("a", "", "m"), Output("b", "", "m")
     check_same_prompts([first, second], [first, second])
@@ -67,12 +100,128 @@ def test_same_prompts_refuses_another_order():
         check_same_prompts([first, second], [second, first])
 
 
-def test_by_annotations_gives_the_second_outputs_share(tmp_path):
-    (tmp_path / "a.json").write_text("[" + ",".join(
-        f'{{"instruction": "{i}", "output_1": "x", "output_2": "y", "preference": {p}}}'
-        for i, p in enumerate(("1", "2", "1.5", "null", "1.2"))) + "]")
-    assert by_annotations(str(tmp_path / "a.json")) == [0, 1, 0.5, 0.5, 0]
+# ----- joining ------------------------------------------------------------------------------------
 
+def answered(instruction: str, text: str, input: str | None = None) -> Output:
+    return Output(instruction, text, "m",
+                  other=() if input is None else (("input", json.dumps(input)),))
+
+
+def test_joined_follows_the_reference_by_instruction_and_input():
+    """Blank input is none. Two answers to one prompt keep their order."""
+    ours = [answered("q", "1", "B"), answered("q", "2"), answered("r", "3"), answered("q", "4", ""),
+            answered("q", "5", "A")]
+    reference = [answered("q", "", "A"), answered("q", "", ""), answered("q", ""),
+                 answered("r", ""), answered("q", "", "B")]
+    assert [o.output for o in joined(ours, reference)] == ["5", "2", "4", "3", "1"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_joined_undoes_any_shuffle(seed):
+    rng = random.Random(seed)
+    reference = [answered(f"q{rng.randrange(30)}", str(i), rng.choice([None, "A", "B"]))
+                 for i in range(40)]
+    once = {(o.instruction, dict(o.other).get("input")): o for o in reference}.values()
+    shuffled = rng.sample(list(once), len(once))
+    assert joined(shuffled, list(once)) == list(once)
+
+
+@pytest.mark.parametrize("ours, reference, said", [
+    ([("q", "A")], [("q", "B")], "A: expected an answer to every prompt of B, got 0 of 1 to 'q' "
+                                 "with the input 'B'; answer both from one prompt file"),
+    ([("q", None)], [("q", "B")], "A: .* got 0 of 1 to 'q' with the input 'B';"),
+    ([("q", None)], [("q", None), ("r", None), ("s", None)],
+     "A: .* got 0 of 1 to 'r' and too few to 1 more;"),
+    ([("q", None), ("r", "X")], [("q", None)], "B: .* of A, got 0 of 1 to 'r' with the input 'X';"),
+    ([("q", None)] * 2, [("q", None)], "B: .* got 1 of 2 to 'q';")])
+def test_joined_names_the_answer_that_is_missing(ours, reference, said):
+    make = lambda prompts: [answered(instruction, "", input) for instruction, input in prompts]
+    with pytest.raises(UserError, match=f"^{said}"):
+        joined(make(ours), make(reference), ("A", "B"))
+
+
+def test_joined_refuses_an_input_that_is_no_text():
+    with pytest.raises(UserError, match="output to 'q': input: expected a string, got 5"):
+        joined([answered("q", "", 5)], [answered("q", "", 5)])
+
+
+def test_win_rate_joins_two_files_by_instruction_and_input_in_any_order(tmp_path):
+    """The oracle ignores `input`, so a wrong join would give other errors."""
+    texts = {"A": RIGHT, "B": ONE_WRONG, "": ALL_WRONG}
+    ours = saved(tmp_path / "ours.json", [{"instruction": ASKED, "input": i, "output": texts[i]}
+                                          for i in ("A", "B", "")])
+    theirs = saved(tmp_path / "theirs.json", [{"instruction": ASKED, "input": i, "output": texts[i]}
+                                              for i in ("", "B", "A")])
+    flags = ("--judge", "oracle", "--world", 0, "--outputs", ours, "--reference")
+    found = win_rate(*flags, theirs)
+    assert (found["wins"], found["ties"], found["losses"]) == (0, 3, 0)
+    saved(theirs, [{"instruction": ASKED, "input": "A", "output": RIGHT}] * 3)
+    with pytest.raises(UserError, match=r"ours\.json: expected an answer to every prompt of "
+                                        r".*theirs\.json, got 1 of 3 to .* with the input 'A'"):
+        win_rate(*flags, theirs)
+
+
+def test_outputs_without_generator_are_named_after_their_file(tmp_path):
+    path = saved(tmp_path / "davinci.json", [
+        {"instruction": ASKED, "input": "", "output": RIGHT},
+        {"instruction": ASKED, "output": "", "generator": None},
+        {"instruction": ASKED, "output": "", "generator": "mine"}])
+    assert [o.generator for o in read_outputs(path)] == ["davinci", "davinci", "mine"]
+    found = win_rate("--judge", "oracle", "--world", 0, "--outputs", path, "--reference", path)
+    assert (found["win_rate"], found["ties"]) == (0.5, 3)
+    with pytest.raises(UserError, match="record 1: generator: expected a string.*got 7"):
+        read_outputs(saved(path, [{"instruction": "q", "output": "x", "generator": 7}]))
+
+
+# ----- recorded judgements ------------------------------------------------------------------------
+
+RECORDED = json.loads((Path(__file__).parent / "fixtures/alpaca_eval.json").read_text())
+
+
+def judgements(path: Path, preferences: list, lengths: list[int] | None = None) -> Path:
+    lengths = lengths or [1] * len(preferences)
+    return saved(path, [{"instruction": str(i), "output_1": "a", "output_2": "x" * length,
+                         "preference": preference}
+                        for i, (preference, length) in enumerate(zip(preferences, lengths))])
+
+
+def test_preferences_of_annotations_are_those_of_the_second_output(tmp_path):
+    path = judgements(tmp_path / "a.json", [1, 2, 1.5, 0, None, 1.25, 2.0])
+    assert preferences_of(read_annotations(path)) == [0, 1, 0.5, 0.5, None, 0.25, 1]
+
+
+@pytest.mark.parametrize("k", range(len(RECORDED["files"])))
+def test_win_rate_of_annotations_is_alpacaevals(k, tmp_path):
+    """Random preferences with nulls and weights, and what AlpacaEval's functions said of them."""
+    case = RECORDED["files"][k]
+    theirs = case["found"]
+    path = judgements(tmp_path / "a.json", case["preferences"], case["lengths"])
+    found = win_rate("--judge", "annotations", "--annotations", path)
+    for name in ("win_rate", "standard_error", "discrete_win_rate", "discrete_standard_error"):
+        percent = theirs[name]
+        assert found[name] == (None if percent is None else pytest.approx(percent / 100, abs=1e-9))
+    assert [found[name] for name in ("wins", "losses", "ties", "avg_length")] == [
+        theirs[name] for name in ("n_wins", "n_wins_base", "n_draws", "avg_length")]
+    assert len(case["preferences"]) - found["left_out"] == theirs["n_total"]
+
+
+def test_win_rate_says_how_many_judgements_failed(tmp_path, capsys):
+    """Two of three: the nulls are no ties."""
+    path = judgements(tmp_path / "a.json", [2, 2, 1, None, None, None])
+    found = win_rate("--judge", "annotations", "--annotations", path)
+    assert found["win_rate"] == found["discrete_win_rate"] == pytest.approx(2 / 3, abs=1e-12)
+    assert (found["left_out"], found["ties"]) == (3, 0)
+    assert capsys.readouterr().err == "3 of 6 pairs left out: no usable judgement\n"
+
+
+def test_win_rate_refuses_a_file_of_failed_judgements(tmp_path):
+    path = judgements(tmp_path / "a.json", [None, None])
+    with pytest.raises(UserError, match=r"a\.json: expected at least one preference, got none for "
+                                        "2 pairs"):
+        win_rate("--judge", "annotations", "--annotations", path)
+
+
+# ----- a reward model -----------------------------------------------------------------------------
 
 def test_by_reward_prefers_the_higher_reward(tokenizer):
     """Each answer scored alone by R(x, y); a blank answer is a single EOS."""
@@ -84,9 +233,53 @@ def test_by_reward_prefers_the_higher_reward(tokenizer):
          for t in texts]
     others = texts[1:] + texts[:1]
     expected = [float(R[i] > R[(i + 1) % 4]) for i in range(4)]
-    assert by_reward(model, tokenizer, "plain", outputs(*texts), outputs(*others)) == expected
+    plain = Encoding("plain")
+    assert by_reward(model, tokenizer, plain, outputs(*texts), outputs(*others)) == expected
     assert 0 < sum(expected) < 4
-    assert by_reward(model, tokenizer, "plain", outputs(RIGHT), outputs(RIGHT)) == [0.5]
+    assert by_reward(model, tokenizer, Encoding("plain"), outputs(RIGHT), outputs(RIGHT)) == [0.5]
+
+
+def test_by_reward_tells_answers_that_do_not_fit_from_ties(tokenizer, capsys):
+    """A context of the prompt and 8 ids: only a difference within them can be judged."""
+    torch.manual_seed(0)
+    length = len(encode_prompt(tokenizer, Prompt("p", ASKED), "plain", 100))
+    model = RewardModel(llama(vocab_size=300, max_seq_len=length + 8), "sequence")
+    long = " ".join([RIGHT] * 4)
+    system, reference = (outputs(long + " a", "No.", long, long),
+                         outputs(long + " b", "No.", long, "It"))
+    found = by_reward(model, tokenizer, Encoding("plain"), system, reference)
+    assert found[:3] == [None, 0.5, 0.5] and found[3] in (0, 1)
+    assert (f"5 of 8 answers do not fit the reward model's context of {length + 8} tokens"
+            in capsys.readouterr().err)
+
+
+def test_by_reward_calls_a_constant_model_constant_and_stops_at_nan(tokenizer, capsys):
+    model = RewardModel(llama(vocab_size=300, max_seq_len=160), "sequence")
+    torch.nn.init.zeros_(model.head.weight)
+    assert by_reward(model, tokenizer, Encoding("plain"), outputs(RIGHT), outputs("No.")) == [0.5]
+    assert "the reward model is constant" in capsys.readouterr().err
+    by_reward(model, tokenizer, Encoding("plain"), outputs(RIGHT), outputs(RIGHT))
+    assert "constant" not in capsys.readouterr().err
+    torch.nn.init.constant_(model.head.weight, float("nan"))
+    with pytest.raises(FloatingPointError, match="expected finite numbers, got nan"):
+        by_reward(model, tokenizer, Encoding("plain"), outputs(RIGHT), outputs("No."))
+
+
+def test_by_reward_shows_the_input_and_the_passages_that_the_policy_saw(tokenizer):
+    """`answers` keeps both in its outputs; each template shows its own part."""
+    policy = llama(vocab_size=300, max_seq_len=320)
+    model, asked = RewardModel(policy, "sequence"), []
+    model.sequence_rewards = lambda sequences: (
+        asked.append(sequences.tokens[0, :sequences.prompt_lengths[0]].tolist()),
+        torch.zeros(1))[1]
+    prompt = Prompt("p", ASKED, input="It is", context=(Passage("Title", "Text."),))
+    for template in ("plain", "qa", "alpaca"):
+        found = answers(policy, tokenizer, [prompt], template, 4, 0.0, 0)
+        asked.clear()
+        by_reward(model, tokenizer, Encoding(template), found, found)
+        assert asked == [encode_prompt(tokenizer, prompt, template, 316)] * 2
+    assert dict(found[0].other) == {"input": '"It is"',
+                                    "context": '[{"title": "Title", "text": "Text."}]'}
 
 
 def test_answers_come_in_the_order_of_the_prompts_whatever_the_batch(tokenizer):
@@ -156,7 +349,7 @@ def test_by_llm_asks_in_both_orders_and_takes_the_mean(decide, preference, winne
     assert len(judge.asked) == 2
     assert (annotation.preference, annotation.winner) == (preference, winner)
     assert (annotation.output_1, annotation.output_2) == ("theirs", "ours")
-    assert preferences_of([annotation]) == [{1: 0, None: 0.5, 2: 1}[winner]]
+    assert preferences_of([annotation]) == [preference - 1]
 
 
 def test_by_llm_calls_equal_answers_a_tie_without_a_question():
@@ -167,12 +360,14 @@ def test_by_llm_calls_equal_answers_a_tie_without_a_question():
 @pytest.mark.parametrize("said", ["ours is better", better("third"), better(["first"]), "{}"])
 def test_by_llm_leaves_a_pair_undecided_after_two_unusable_answers_in_an_order(said):
     annotation, judge = judged(lambda a, b: said)
-    assert annotation is None and len(judge.asked) == 4
+    assert len(judge.asked) == 4
+    assert annotation == Annotation(ASKED, "theirs", "ours", None, "m", "m", "m")
+    assert preferences_of([annotation]) == [None]
 
 
 def test_by_llm_shows_instruction_input_and_answers_and_keeps_their_order():
     system = [Output("Say", f"s{i}", "me", other=(("input", '"with this"'),)) for i in range(3)]
-    reference = [Output("Say", f"r{i}", "ref") for i in range(3)]
+    reference = [replace(o, output=f"r{i}", generator="ref") for i, o in enumerate(system)]
     judge = Judge(lambda a, b: better("first"))
     found = by_llm(judge, system, reference)
     assert judge.asked[0] == ("<instruction>\nSay\n</instruction>\n\n<input>\nwith this\n</input>"
@@ -187,3 +382,52 @@ def test_by_llm_gives_no_judgements_if_a_question_stays_unanswered():
         raise Unanswered("HTTP 500")
     with pytest.raises(UserError, match=r"all 1 pairs, got none on 1 \(HTTP 500\)"):
         by_llm(Judge(decide), outputs("a"), outputs("b"))
+
+
+# ----- eval.py outputs and reward-model -----------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory) -> Path:
+    """A policy of context 64, a constant reward model, a prompt and an edit."""
+    folder = tmp_path_factory.mktemp("eval")
+    policy = llama(vocab_size=300, max_seq_len=64)
+    save_model(policy, folder / "policy", tokenizer=tokenizer)
+    model = RewardModel(policy, "token")
+    torch.nn.init.zeros_(model.head.weight)
+    save_reward(model, folder / "reward", tokenizer)
+    records.write_jsonl(folder / "prompts.jsonl", [Prompt("a", "Name it.")])
+    records.write_jsonl(folder / "edits.jsonl", [Edit("a", "Name it.", "It was.", "It is.",
+                                                      spans=(Span(3, 6, "fact"),))])
+    return folder
+
+
+def evaluated(command: str, config: type, *flags) -> dict:
+    return getattr(evaluation, command)(parse(config, argv=[*map(str, flags)]))
+
+
+def test_outputs_asks_for_no_more_tokens_than_the_context_holds(folder):
+    """BOS and one token of a prompt leave 62 of 64; a prompt that needs more is named."""
+    flags = ("--policy", folder / "policy", "--prompts", folder / "prompts.jsonl", "--out",
+             folder / "out.json", "--max-new-tokens")
+    for asked, said in ((63, "--max-new-tokens 63: expected at most 62, .* context of .*policy, 64 "
+                             "tokens"), (62, "prompts.jsonl: record 'a': prompt: expected at most "
+                                             "2 tokens")):
+        with pytest.raises(UserError, match=said):
+            evaluated("outputs", evaluation.OutputsConfig, *flags, asked)
+        assert not (folder / "out.json").exists()
+    assert evaluated("outputs", evaluation.OutputsConfig, *flags, 8)["outputs"] == 1
+    assert [o.instruction for o in read_outputs(folder / "out.json")] == ["Name it."]
+
+
+def test_outputs_refuses_one_file_for_two_kinds_of_answers(folder):
+    with pytest.raises(UserError, match="--greedy-out .*: expected another file than --out"):
+        evaluated("outputs", evaluation.OutputsConfig, "--policy", folder / "policy", "--prompts",
+                  folder / "prompts.jsonl", "--out", folder / "o.json", "--greedy-out",
+                  folder / "policy" / ".." / "o.json")
+
+
+def test_reward_model_calls_a_constant_model_constant(folder, capsys):
+    table = evaluated("reward_model", evaluation.RewardModelConfig, "--reward", folder / "reward",
+                      "--data", folder / "edits.jsonl")
+    assert table["pair_accuracy"] == table["token_auc"] == 0.5
+    assert "reward: the reward model is constant: it gives every token" in capsys.readouterr().err

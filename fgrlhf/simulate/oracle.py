@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from fgrlhf.data.readers import read_outputs, read_prompts
 from fgrlhf.data.records import Output, Prompt
 from fgrlhf.evaluate import compare
-from fgrlhf.judge import check_same_prompts
+from fgrlhf.judge import answer_to, check_same_prompts, joined
 from fgrlhf.simulate.world import World
 
 
@@ -31,13 +31,18 @@ class OracleJudge:
 
     @staticmethod
     def load(world: int, prompts: str, reference: str) -> "OracleJudge":
-        """Reads the prompts and the reference's answers to them from files."""
+        """Reads the prompts and the reference's answers to them, in any order, from files."""
         judge = OracleJudge(World(world), read_prompts(prompts), [])
-        return replace(judge, reference_errors=judge.errors(read_outputs(reference)))
+        outputs = joined(read_outputs(reference), judge.unanswered(), (reference, prompts))
+        return replace(judge, reference_errors=judge.errors(outputs))
+
+    def unanswered(self) -> list[Output]:
+        """Returns blank answers to `prompts`."""
+        return [answer_to(prompt, "", "") for prompt in self.prompts]
 
     def errors(self, outputs: list[Output]) -> list[int]:
         """Counts the errors of each answer; the answers must be to `prompts`, in this order."""
-        check_same_prompts(outputs, [Output(p.prompt, "", "") for p in self.prompts])
+        check_same_prompts(outputs, self.unanswered())
         return count_errors(self.world, outputs)
 
     def compare(self, outputs: list[Output]) -> dict[str, float]:
