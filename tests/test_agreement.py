@@ -6,7 +6,7 @@ import pytest
 
 from fgrlhf.align import align
 from fgrlhf.collect.agreement import (
-    Table, changed_words, compare, describe, in_spans, quartiles, report)
+    Table, changed_parts, compare, describe, in_spans, quartiles, report)
 from fgrlhf.collect.ambiguity import ambiguity
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.records import Edit, Span, write_jsonl
@@ -95,8 +95,8 @@ def test_table_at_its_limits(first, second, f1, kappa):
     ("a b c", "a x b c", [0, 1, 0, 0]),                    # inserted before b
     ("a b c", "a b c x", [0, 0, 0, 1]),                    # the text ended too early
     ("a b c", "a b c", [0, 0, 0, 0])])
-def test_changed_words_credit_the_word_behind_an_insertion(original, edited, changed):
-    assert changed_words(edit(original, edited)) == [bool(c) for c in changed]
+def test_changed_parts_credit_the_part_behind_an_insertion(original, edited, changed):
+    assert changed_parts(edit(original, edited)) == [bool(c) for c in changed]
 
 
 def test_in_spans_takes_every_word_that_overlaps():
@@ -116,7 +116,7 @@ def test_compare_by_hand():
     second = [edit("a b c d", "a x y d", "1"), edit("e f", "e f g", "2"), edit("h", "i", "3")]
     lines = "\n".join(compare(first, second))
     assert "both files: 2 records in common" in lines
-    assert "F1 0.500, kappa 0.385 over 8 words; A changes 12.5%, B 37.5%" in lines
+    assert "F1 0.500, kappa 0.385 over 8 parts; A changes 12.5%, B 37.5%" in lines
     assert "1 records by both, 0 only by A, 1 only by B; kappa 0.000" in lines
     # the edits differ in c of 4 words and in g of 3: (1/4 + 1/3) / 2
     assert "0 of 2 records; the two edits differ in 29.2% of their words" in lines
@@ -146,25 +146,40 @@ def test_describe_by_hand():
     assert "mean 31.7%, median 25.0%, quartiles 22.5% and 37.5%" in lines
     assert "mean 1.3, median 1.0, quartiles 1.0 and 1.5" in lines
     assert "2 of 3 edits" in lines
-    assert "runs of changed words       4, 1.3 per edit" in lines
+    assert "runs of changed parts       4, 1.3 per edit" in lines
     assert "insertion                 1 (25.0%); the only kind in 1 edits" in lines
     assert "deletion                  2 (50.0%); the only kind in 1 edits" in lines
     assert "substitution              1 (25.0%); the only kind in 1 edits" in lines
-    assert "0 of 3 edits; their labels differ in 0 edits, for 0.0% of all words" in lines
+    assert "0 of 3 edits; their labels differ in 0 edits, for 0.0% of all parts" in lines
     # of 5 words 2 are in spans, 1 is changed, 1 is both: precision 1, recall 1/2; p 4/5, e 14/25
-    assert "in 2 records, covering 40.0% of the words; the edits change 20.0%" in lines
+    assert "in 2 records, covering 40.0% of the parts; the edits change 20.0%" in lines
     assert "precision 100.0%, recall 50.0%, F1 0.667, kappa 0.545" in lines
 
 
 def test_describe_counts_ambiguous_labels():
     """One a of "a a" is deleted: both labels of the original are ambiguous, the edit's is not."""
-    assert "1 of 1 edits; their labels differ in 1 edits, for 66.7% of all words" in "\n".join(
+    assert "1 of 1 edits; their labels differ in 1 edits, for 66.7% of all parts" in "\n".join(
         describe("F", [edit("a a", "a")]))
 
 
 def test_describe_of_edits_that_change_no_word():
     assert describe("F", [edit("a b", "a  b"), edit("c", "c", "2")])[1:] == [
-        "  no word is changed"]
+        "  no word or mark is changed"]
+
+
+def test_describe_counts_a_changed_mark_as_a_run_but_not_as_a_changed_word():
+    lines = "\n".join(describe("F", [edit("a b, c.", "a b; c.")]))
+    assert "share of words changed      mean 0.0%" in lines
+    assert "runs of changed parts       1, 1.0 per edit" in lines
+
+
+def test_describe_leaves_very_long_edits_out_of_the_count_of_alignments():
+    """The alignments of 10,000 words are not counted; everything else is."""
+    long = " ".join(map(str, range(10_000)))
+    lines = "\n".join(describe("F", [edit("a a", "a"), edit(long, long + " x", "2")]))
+    assert "1 of 1 edits; their labels differ in 1 edits" in lines
+    assert "(1 longer edits left out)" in lines
+    assert "runs of changed parts       2, 1.0 per edit" in lines
 
 
 @pytest.mark.parametrize("values, expected", [
@@ -187,4 +202,5 @@ def test_report_on_real_corrections_agrees_with_their_error_spans(data_dir):
     """The 400 human corrections of QA-Feedback; 395 of them change something."""
     lines = report([str(data_dir / "qa_feedback/edits.jsonl")])
     assert "400 records, 395 edited, 5 left unchanged" in lines
+    assert "mean 63.9%, median 66.2%" in lines
     assert "precision 87.6%, recall 89.1%, F1 0.883" in lines

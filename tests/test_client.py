@@ -10,7 +10,7 @@ import pytest
 from fgrlhf.collect import client as module
 from fgrlhf.collect.cache import Cache
 from fgrlhf.collect.client import Client, Options, Stopped, Unanswered
-from fgrlhf.collect.protocol import OPENAI, Reply, key_of, retry_after
+from fgrlhf.collect.protocol import OPENAI, Reply, endpoint, forms_of, key_of, retry_after
 from fgrlhf.data.fields import UserError
 from tests.misbehaving import FAULTS, KEY, Server
 
@@ -61,6 +61,25 @@ def test_ask_sends_openais_request_and_reads_its_first_choice():
     assert "x-api-key" not in seen["headers"]
 
 
+@pytest.mark.parametrize("message, reason, expected", [
+    ({"content": "x"}, "stop", Reply("x", True)), ({"content": "x"}, None, Reply("x", True)),
+    ({"content": [{"type": "text", "text": "x"}]}, "stop", Reply("x", True)),
+    ({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+                  {"type": "text", "text": "x"}, {"type": "text", "text": "y"}]}, "stop",
+     Reply("xy", True)),
+    ({"content": ["x", {"text": "y"}]}, "stop", Reply("xy", True)),
+    ({"content": "x"}, "eos", Reply("x", True)), ({"content": "x"}, "length", Reply("x", False)),
+    ({"content": "x"}, "MAX_TOKENS", Reply("x", False)),
+    ({"content": None, "reasoning_content": "hm"}, "length", Reply("", False)),
+    ({"reasoning": "hm"}, "stop", Reply("", True)),
+    ({"content": None, "refusal": "no"}, "content_filter", Reply("", False))])
+def test_ask_reads_what_servers_make_of_openais_answer_in_one_request(message, reason, expected):
+    body = {"choices": [{"message": message} | ({"finish_reason": reason} if reason else {})]}
+    with Server(lambda *_: (200, {}, json.dumps(body).encode())) as server:
+        assert reach(server, api="openai").ask("s", ASKED) == expected
+    assert len(server.seen) == 1
+
+
 def test_ask_sends_no_key_to_an_own_server_if_there_is_none(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     with Server(well()) as server:
@@ -75,16 +94,35 @@ def test_ask_sends_no_key_to_an_own_server_if_there_is_none(monkeypatch):
     ("https://api.openai.com/v1", "sk-a\nb", "printable ASCII without spaces"),
     ("https://api.openai.com/v1", "sk-ä", "printable ASCII without spaces"),
     ("http://example.org/v1", "sk-abc", "send the key unencrypted"),
-    ("https://me:secret@example.org", "sk-abc", "without a user or a password"),
-    ("ftp://example.org", "sk-abc", "expected http"),
-    ("example.org/v1", "sk-abc", "expected http")])
+    ("HTTP://example.org/v1", "sk-abc", "send the key unencrypted")])
 def test_key_of_refuses_without_a_letter_of_the_key(monkeypatch, url, key, message):
     monkeypatch.delenv("OPENAI_API_KEY")
     if key:
         monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(UserError, match=message) as caught:
         key_of(OPENAI, url, own_server=False)
-    assert "sk-" not in str(caught.value) and "secret" not in str(caught.value)
+    assert "sk-" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", [
+    "", " ", "example.org/v1", "localhost:8000/v1", "ftp://example.org", "//example.org", "http://",
+    "http:///v1", "https://me:secret@example.org", "https://secret@example.org", "http://[::1",
+    "http://h:port", "http://h:99999", "http://h:0", "http://a b", "http://h/v1?key=secret",
+    "http://h/v1#secret", "http://h\n", "http://ex\u00e4mple.org", "http://" + "a" * 70 + ".org",
+    "http://a..b"])
+def test_client_refuses_a_bad_base_url_in_one_line_without_a_secret(url):
+    with pytest.raises(UserError, match=r"^--base-url: expected http\(s\)://host") as caught:
+        Client(Options(base_url=url, model="m"))
+    assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url, expected", [
+    (None, "https://api.openai.com/v1/chat/completions"),
+    ("http://127.0.0.1:8000/v1/", "http://127.0.0.1:8000/v1/chat/completions"),
+    ("http://[::1]:8000/v1", "http://[::1]:8000/v1/chat/completions"),
+    ("https://example.org", "https://example.org/chat/completions")])
+def test_endpoint_takes_good_urls(url, expected):
+    assert endpoint(OPENAI, url) == expected
 
 
 def test_ask_removes_a_key_that_the_server_repeats(tmp_path):
@@ -99,6 +137,37 @@ def test_ask_removes_a_key_that_the_server_repeats(tmp_path):
             with pytest.raises(error, match=r"bad key \[key\]") as caught:
                 reach(server).ask("s", ASKED)
         assert KEY not in repr(caught.value)
+
+
+@pytest.mark.parametrize("echo", [
+    lambda key: json.dumps({"e": key}), lambda key: json.dumps({"e": json.dumps({"e": key})}),
+    lambda key: json.dumps({"e": key}).replace("/", "\\/"),
+    lambda key: "".join(f"\\u{ord(c):04x}" for c in key),
+    lambda key: "".join(f"\\u{ord(c):04X}" for c in key),
+    lambda key: json.dumps("".join(f"\\u{ord(c):04x}" for c in key))[1:-1]])
+def test_ask_removes_a_key_that_the_server_repeats_escaped(monkeypatch, echo):
+    key = 'sk-a/b+c"d\\e=='
+    monkeypatch.setenv("ANTHROPIC_API_KEY", key)
+    body = f"bad key {echo(key)}, sorry".encode()
+    with Server(lambda *_: (400, {}, body)) as server:
+        with pytest.raises(Unanswered) as caught:
+            reach(server).ask("s", ASKED)
+    assert "sk-a" not in str(caught.value) and "b+c" not in str(caught.value)
+    assert "bad key " in str(caught.value) and "[key]" in str(caught.value)
+    assert "sorry" in str(caught.value) and "u00" not in str(caught.value)
+
+
+def test_ask_reads_an_answer_from_which_an_escaped_key_was_removed(monkeypatch):
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-a/b")
+    echo = b'{"content": [{"type": "text", "text": "n\\nsk-a\\/b."}], "stop_reason": "end_turn"}'
+    with Server(lambda *_: (200, {}, echo)) as server:
+        assert reach(server).ask("s", ASKED).text == "n\n[key]."
+
+
+def test_forms_of_a_key_are_found_in_linear_time():
+    start = time.monotonic()
+    assert forms_of(KEY).search(b"\\" * 2_000_000) is None
+    assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -149,6 +218,24 @@ def test_ask_ends_a_body_that_comes_too_slowly():
         with pytest.raises(Unanswered, match="no complete answer after 0.2 s"):
             reach(server, timeout=0.2).ask("s", ASKED)
         assert time.monotonic() - start < 15           # to the end it would take 6 times 5 s
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 ", b"HTTP/1.1 200 OK\r\nX: "])
+def test_ask_ends_headers_that_come_too_slowly(head):
+    """A byte every 0.05 s would keep the socket's own time-out from ending the request."""
+    def drip(handler, *_):
+        handler.wfile.write(head)
+        for _ in range(100):
+            handler.wfile.write(b"1")
+            handler.wfile.flush()
+            time.sleep(0.05)
+    with Server(well()) as server:
+        server._misbehave = drip
+        start = time.monotonic()
+        with pytest.raises(Unanswered, match="no complete answer after 0.2 s"):
+            reach(server, timeout=0.2).ask("s", ASKED)
+        assert time.monotonic() - start < 15           # to the end it would take 6 times 5 s
+        assert len(server.seen) == module.TRIES
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])

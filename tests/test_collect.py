@@ -175,7 +175,7 @@ def test_collect_takes_answers_paid_for_before_a_stricter_check(tmp_path, main, 
     write_pairs(tmp_path / "pairs.jsonl", 3)
     flags = ("--editor", "llm", "--model", "m")
     with Server(lambda body, count: ("ok", good(body))) as server:
-        main(*flags, "--base-url", server.url, "--max-change", 0.05)
+        main(*flags, "--base-url", server.url, "--max-change", 0.05, "--free-words", 0)
         assert "3 refused" in capsys.readouterr().out and len(server.seen) == 6
         (tmp_path / "edits.skipped.jsonl").unlink()
         main(*flags, "--base-url", server.url)

@@ -158,7 +158,7 @@ def test_accept_delivered_twice_writes_once(desk):
 
 
 @pytest.mark.parametrize("text, reason", [("", "empty"), (" \n", "empty"),
-                                          ("nothing of it stays here", "100%.*at most 50%")])
+                                          ("not a word of it stays here", "100%.*at most 50%")])
 def test_accept_refuses_blank_and_large_edits(desk, text, reason):
     taken(desk, ADA)
     with pytest.raises(UserError, match=reason):
@@ -232,3 +232,24 @@ def test_undo_goes_back_past_a_restart_in_the_order_of_time(desk):
     assert desk.progress("Ada") == {"done": 3, "total": 4, "undo": True}
     assert [desk.undo(ADA)[0].id for _ in range(3)] == ["r2", "r1", "r0"]
     assert desk.progress("Ada") == {"done": 0, "total": 4, "undo": False}
+
+
+def test_accept_keeps_the_line_ends_of_the_response_and_may_be_repeated(tmp_path):
+    with Store(tmp_path / "edits.jsonl") as store:
+        desk = Desk([Task("r", "p", "c", "One.\r\nTwo.\nThree.\rFour.")], store, 0.5)
+        taken(desk, ADA)
+        for _ in range(2):
+            desk.accept(ADA, "r", "One.\nTwo.\nThree.\nFive.")
+        assert store.records["r"].edited == "One.\r\nTwo.\nThree.\rFive."
+        assert desk.undo(ADA)[1] == "One.\r\nTwo.\nThree.\rFive."
+
+
+def test_accept_lets_the_free_words_of_a_short_answer_change(tmp_path):
+    with Store(tmp_path / "edits.jsonl") as store:
+        desk = Desk([Task("r", "p", "Paris.", "Lyon.")], store, 0.5, free_words=0)
+        taken(desk, ADA)
+        with pytest.raises(UserError, match="1 of 1 words changed"):
+            desk.accept(ADA, "r", "Paris.")
+        desk.free_words = 1
+        desk.accept(ADA, "r", "Paris.")
+        assert store.records["r"].edited == "Paris."

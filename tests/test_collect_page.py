@@ -162,13 +162,15 @@ def test_an_edit_is_shown_word_by_word_and_accepted_by_keys(program, tab):
     assert tab.run("Array.from(document.querySelectorAll('#diff del, #diff ins'), "
                    "e => e.localName + ' ' + e.textContent)") == [
         "del Buzz Aldrin", "ins Neil Armstrong", "del in", "ins on 20", "del .", "ins !"]
-    assert content(tab, "share") == "56% changed, above the limit of 50%"
+    assert content(tab, "share") == "57% changed (5 words may always change)"
+    write(tab, "Neil Armstrong did, on the 20th of July!")
+    assert content(tab, "share") == "88% changed, above the limit of 50%"
     tab.press("Enter", CTRL)
-    assert alert(tab).startswith("5 of 9 words changed (56%), at most 50% allowed")
+    assert alert(tab).startswith("7 of 8 words changed (88%), at most 50% allowed")
     assert program.edits() == {}
     write(tab, "Neil Armstrong did, in July 1969.")
-    assert content(tab, "share") == "25% changed (limit 50%)"
-    assert content(tab, "tokens") == "2 words: 2 deleted, 2 inserted, 6 kept"
+    assert content(tab, "share") == "33% changed (limit 50%)"
+    assert content(tab, "tokens") == "2 words: 2 deleted, 2 inserted, 4 kept"
     assert tab.run("document.querySelectorAll('#guide[open] li').length") > 3
     tab.press("Enter", CTRL)
     showing(tab, 1)
@@ -235,20 +237,107 @@ def test_the_preferred_response_is_shown_on_demand(tab):
     assert not any("Armstrong" in name for _, name in tab.tree())
 
 
-def test_carriage_returns_of_the_original_survive(start, browser):
-    record = RECORDS[0] | {"rejected": "One line.\r\nTwo more lines.\r\n"}
-    program = start([record], "--annotator", "Bob")
+def test_skip_has_no_reason_until_the_annotator_chooses_one(program, tab):
+    """Neither Enter nor a reason without text skips; the reason of the last record is not kept."""
+    for n, reason in enumerate(("too much is wrong", "offensive or private")):
+        tab.press("k", ALT)
+        tab.wait("!!document.querySelector('#ask-reason[open]')")
+        assert tab.run("document.querySelectorAll('#ask-reason [type=radio]:checked').length") == 0
+        assert content(tab, "other") == ""
+        tab.run("document.querySelector('#ask-reason .primary').click()")
+        tab.run("document.getElementById('other').focus()")
+        tab.type(" ")
+        tab.run("document.querySelector('#ask-reason .primary').click()")
+        assert tab.run("document.getElementById('ask-reason').open") and len(program.skipped()) == n
+        tab.run(f"document.querySelector('#ask-reason [value=\"{reason}\"]').click()")
+        tab.run("document.querySelector('#ask-reason .primary').click()")
+        showing(tab, n + 1)
+    assert [record["reason"] for record in program.skipped().values()] == [
+        "too much is wrong", "offensive or private"]
+
+
+def test_a_short_answer_is_edited(start, browser):
+    records = [{"id": "lyon", "prompt": "Which city is the capital of France?", "chosen": "Paris.",
+                "rejected": "Lyon."},
+               {"id": "faust", "prompt": "Who wrote Faust?", "chosen": "Goethe wrote Faust.",
+                "rejected": "Friedrich Schiller wrote Faust."}]
+    program = start(records, "--annotator", "Bob")
     tab = browser.open(program.url)
     tab.wait(SHOWN)
-    assert content(tab, "tokens") == "nothing changed yet"
-    write(tab, "One line.\nThree more lines.\n")
+    write(tab, "Paris.")
+    assert content(tab, "share") == "100% changed (5 words may always change)"
     tab.press("Enter", CTRL)
-    tab.wait("document.querySelector('#finished h2').textContent === 'The record is done'")
-    edit = program.edits()["moon"]
-    assert (edit["edited"], edit["annotator"]) == ("One line.\r\nThree more lines.\r\n", "Bob")
+    tab.wait(f"{SHOWN} === 'Who wrote Faust?'")
+    write(tab, "Johann Wolfgang von Goethe wrote Faust.")
+    tab.press("Enter", CTRL)
+    tab.wait("!document.getElementById('finished').hidden")
+    assert [edit["edited"] for edit in program.edits().values()] == [
+        "Paris.", "Johann Wolfgang von Goethe wrote Faust."]
+    tab.close()
+
+
+def test_line_ends_are_kept_line_by_line(start, browser):
+    rejected = ["One line.\r\nTwo lines.\nThree lines.", "One line.\rTwo lines.",
+                "One line.\r\nTwo more lines.\r\n"]
+    program = start([RECORDS[0] | {"id": str(n), "rejected": text}
+                     for n, text in enumerate(rejected)], "--annotator", "Bob")
+    tab = browser.open(program.url)
+    for n, typed in enumerate(("One line.\nTwo lines.\nThree rows.", "One line.\nTwo rows.",
+                               "One line.\nA line.\nThree more lines.\n")):
+        tab.wait(f"document.getElementById('count').textContent === '{n} of 3 done' && {SHOWN}")
+        assert content(tab, "tokens") == "nothing changed yet"
+        write(tab, typed)
+        tab.press("Enter", CTRL)
+    tab.wait("document.querySelector('#finished h2').textContent.endsWith('done')")
+    edits = program.edits()
+    assert [edits[str(n)]["edited"] for n in range(3)] == [
+        "One line.\r\nTwo lines.\nThree rows.", "One line.\rTwo rows.",
+        "One line.\r\nA line.\r\nThree more lines.\r\n"]
+    assert [edits[str(n)]["original"] for n in range(3)] == rejected
+    assert edits["0"]["annotator"] == "Bob"
     tab.run("document.getElementById('again').click()")            # "Stop the program"
     out, _ = program.process.communicate(timeout=10)
-    assert program.process.returncode == 0 and out.startswith("1 of 1 records done")
+    assert program.process.returncode == 0 and out.startswith("3 of 3 records done")
+    tab.close()
+
+
+def test_a_response_above_one_megabyte_is_edited(start, browser):
+    long = "".join(f"wörd{i % 7919} é" + ("\n" if i % 20 == 19 else " ") for i in range(90_000))
+    assert len(long.encode()) > LARGEST
+    program = start([RECORDS[0] | {"rejected": long + "the end is bad."}], "--annotator", "Bob")
+    tab = browser.open(program.url)
+    tab.wait(SHOWN, 120)
+    tab.run("(() => { const t = document.getElementById('text'); t.focus(); "
+            "t.setSelectionRange(t.value.length - 4, t.value.length - 1); })()")
+    tab.run("document.execCommand('insertText', false, 'good')")
+    tab.wait(SAVED, 120)
+    assert content(tab, "tokens").startswith("1 word: 1 deleted, 1 inserted, ")
+    tab.press("Enter", CTRL)
+    tab.wait("!document.getElementById('finished').hidden", 120)
+    assert program.edits()["moon"]["edited"] == long + "the end is good."
+    tab.close()
+
+
+def test_a_text_that_is_too_long_to_send_is_named(program, tab):
+    tab.run("largest = 1000, document.getElementById('text').select()")
+    tab.type("much " * 300)
+    assert alert(tab) == "The text is too long to be saved. Shorten it, or revert it."
+    write(tab, "Neil Armstrong did, in July 1969.")
+    assert tab.run("document.getElementById('alert').hidden")
+
+
+def test_right_to_left_texts_are_shown_from_right_to_left(start, browser):
+    record = {"id": "1", "prompt": "ما عاصمة فرنسا؟", "input": "باختصار.", "chosen": "باريس.",
+              "rejected": "ليون.", "context": [{"title": "فرنسا", "text": "عاصمتها باريس."}]}
+    program = start([record], "--annotator", "سلمى")
+    tab = browser.open(program.url)
+    tab.wait(SHOWN)
+    tab.press("p", ALT)
+    for what in ("#text", "#prompt-text", "#input-text", "#preferred-text", "#diff",
+                 "#context .prose"):
+        assert tab.run(f"getComputedStyle(document.querySelector('{what}')).direction"
+                       ) == "rtl", what
+    assert tab.run("getComputedStyle(document.getElementById('share')).direction") == "ltr"
     tab.close()
 
 
@@ -374,7 +463,7 @@ def test_every_control_has_a_name_and_the_diff_reads_without_colour(tab):
                    ) == "line-through underline"
     assert content(tab, "spoken") == "0 of 3 done. Now: Who walked on the moon first?"
     tab.wait("document.getElementById('spoken').textContent === "
-             "'13% changed (limit 50%); 1 word: 1 deleted, 1 inserted, 7 kept'")
+             "'17% changed (limit 50%); 1 word: 1 deleted, 1 inserted, 5 kept'")
 
 
 def test_the_keyboard_reaches_everything_in_reading_order(tab):
@@ -521,13 +610,13 @@ def test_a_foreign_host_is_refused(target, unharmed, host):
             target.request("GET", target.path, Host=host),
             target.request("POST", target.path + "next", json.dumps(WHO), Host=host,
                             Origin=f"http://{host}", **{"Content-Type": "application/json"})):
-        assert (status, text) == (403, "unknown host\n")
+        assert status == 403 and text.startswith("unknown host: ") and "--public-url" in text
 
 
 def test_a_foreign_name_for_this_machine_is_refused_in_the_browser(target, browser, unharmed):
     tab = browser.open(f"http://evil.test:{target.port}{target.path}")
-    assert tab.run("location.host + ' ' + document.body.innerText").split(maxsplit=1) == [
-        f"evil.test:{target.port}", "unknown host\n"]
+    assert tab.run("location.host + ' ' + document.body.innerText").startswith(
+        f"evil.test:{target.port} unknown host: ")
     tab.close()
 
 

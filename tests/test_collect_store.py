@@ -5,7 +5,10 @@ import os
 
 import pytest
 
-from fgrlhf.collect.change import Run, excess, measure, segments, word_spans, words
+from fgrlhf.align import align
+from fgrlhf.collect.change import Run, excess, measure, part_spans, parts, segments, words
+from fgrlhf.collect.line_ends import keep_line_ends
+from fgrlhf.collect.long import LARGE, align_long
 from fgrlhf.collect.store import Skip, Store
 from fgrlhf.collect.tasks import Task, read_tasks
 from fgrlhf.data.fields import UserError
@@ -23,16 +26,30 @@ def write(path, *records):
 
 # Change.
 
-def test_words_are_runs_of_letters_and_digits_single_marks_and_single_han_characters():
+def test_words_are_runs_of_letters_and_digits_and_marks_are_parts_but_no_words():
     text = "It's 1945, a_b: 漢字kana"
-    expected = ["It", "'", "s", "1945", ",", "a", "_", "b", ":", "漢", "字", "kana"]
-    assert words(text) == [text[i:j] for i, j in word_spans(text)] == expected
+    both = ["It", "'", "s", "1945", ",", "a", "_", "b", ":", "漢", "字", "kana"]
+    assert parts(text) == [text[i:j] for i, j in part_spans(text)] == both
+    assert words(text) == ["It", "s", "1945", "a", "b", "漢", "字", "kana"]
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("Cafe\u0301 s\u0327i", ["Cafe\u0301", "s\u0327i"]),           # accents as characters
+    ("हिन्दी में", ["हिन्दी", "में"]),                               # vowel signs inside a word
+    ("ไม่ดี", ["ไ", "ม่", "ดี"]),                                  # Thai: marks stay with a letter
+    ("ソニー・東京。", ["ソ", "ニ", "ー", "東", "京"]),                  # a middle dot is a mark
+    ("ខ្មែរ។", ["ខ្", "មែ", "រ"]),
+    ("한국어 문장.", ["한국어", "문장"]), ("مرحبا، يا", ["مرحبا", "يا"]), ("?! … 👍", [])])
+def test_words_of_other_scripts(text, expected):
+    assert words(text) == expected
 
 
 def test_measure_counts_insertions_deletions_and_substitutions():
     change = measure("The old cat sat.", "The cat sat down there!")
-    # old is deleted; "." becomes "down"; "there" and "!" are inserted
-    assert change.distance == 4 and change.share == 4 / 6
+    # words: old is deleted, down and there are inserted
+    assert change.distance == 3 and change.share == 3 / 5
+    # parts: old is deleted; "." becomes "down"; "there" and "!" are inserted
+    assert change.parts.distance == 4
     assert change.runs == [Run(1, 2, 1, 1), Run(4, 5, 3, 6)]
     assert [run.kind for run in change.runs] == ["deletion", "substitution"]
     assert measure("a b", "a x b").runs[0].kind == "insertion"
@@ -40,15 +57,85 @@ def test_measure_counts_insertions_deletions_and_substitutions():
 
 @pytest.mark.parametrize("original, edited, share", [
     ("", "", 0.0), ("a b", "a  b\n", 0.0), ("a", "", 1.0), ("a b", "c d", 1.0),
-    ("A b", "a b", 0.5)])
+    ("A b", "a b", 0.5), ("Yes.", "Yes!", 0.0), ("a-b, c.", "a b c", 0.0), ("?", "!", 0.0)])
 def test_measure_share_is_the_distance_over_the_longer_side(original, edited, share):
     assert measure(original, edited).share == share
 
 
 def test_excess_names_the_numbers_above_the_limit_and_nothing_within_it():
     change = measure("a b c d", "a b c x")
-    assert excess(change, 0.25) is None
-    assert excess(change, 0.2) == "1 of 4 words changed (25%), at most 20% allowed"
+    assert excess(change, 0.25, free_words=0) is None
+    assert excess(change, 0.2, free_words=0) == "1 of 4 words changed (25%), at most 20% allowed"
+    assert excess(change, 0.2, free_words=1) is None
+
+
+@pytest.mark.parametrize("original, edited", [
+    ("Lyon", "Paris"), ("4", "5"), ("Lyon.", "Paris."), ("Yes, it is.", "No."), ("No", "Yes!"),
+    ("Friedrich Schiller wrote Faust.", "Johann Wolfgang von Goethe wrote Faust."),
+    ("北京", "东京")])
+def test_excess_lets_a_short_answer_change(original, edited):
+    assert excess(measure(original, edited), 0.5) is None
+
+
+def test_excess_counts_the_words_of_a_short_answer_only_up_to_five():
+    assert excess(measure("a b c d e", "v w x y z"), 0.5) is None
+    assert excess(measure("a b c d e f", "u v w x y z"), 0.5) == (
+        "6 of 6 words changed (100%), at most 50% allowed")
+
+
+# Long texts.
+
+def test_align_long_finds_few_changes_in_a_very_long_text():
+    """40,000 different parts, of which 3 are substituted, 1 is deleted and 2 are inserted."""
+    a = [str(i) for i in range(40_000)]
+    b = a.copy()
+    for i in (17, 20_000, 39_999):
+        b[i] = "x"
+    b[30_000:30_000] = ["y", "z"]
+    del b[10_000]
+    found = align_long(a, b)
+    assert len(a) * len(b) > LARGE and found.distance == 6
+    assert [i for i, changed in enumerate(found.original_changed) if changed] == [
+        17, 10_000, 20_000, 39_999]
+    assert all(a[i] == b[j] for i, j in found.pairs) and len(found.pairs) == 40_000 - 4
+
+
+@pytest.mark.parametrize("a, b, distance", [
+    (["a"] * 9_000, ["b"] * 8_000, 9_000), (["a"] * 9_000, ["a"] * 8_000, 1_000),
+    (["a"] * 9_000, [], 9_000), ([str(i) for i in range(9_000)], ["x", "y"], 9_000)])
+def test_align_long_takes_texts_that_have_little_in_common(a, b, distance):
+    assert align_long(a, b).distance == distance
+
+
+def test_align_long_takes_short_texts_that_align_refuses():
+    """Half of the 4,200 by 2,100 cells are on a cheapest path."""
+    a, b = [f"a{i}" for i in range(4_200)], [f"b{i}" for i in range(2_100)]
+    assert len(a) * len(b) <= LARGE
+    with pytest.raises(UserError, match="too many cheapest alignments"):
+        align(a, b)
+    assert align_long(["x", *a], ["x", *b]).pairs == [(0, 0)]
+    assert align_long(a, b).distance == 4_200
+
+
+# Line ends.
+
+@pytest.mark.parametrize("original, edited, expected", [
+    ("One.\r\nTwo.\nThree.", "One.\nTwo.\nrows.", "One.\r\nTwo.\nrows."),
+    ("One.\rTwo.", "One.\nrows.", "One.\rrows."),
+    ("One.\r\nTwo.\nThree.", "One.\nThree.", "One.\r\nThree."),            # line 2 is deleted
+    ("One.\r\nTwo.\r\n", "One.\nNew.\nTwo.\n", "One.\r\nNew.\r\nTwo.\r\n"),
+    ("One.\nTwo.", "One.\r\nTwo.", "One.\nTwo."), ("One. Two.", "One.\r\nTwo.", "One.\nTwo."),
+    ("a\r\n\r\nb\n\nc", "a\n\nb\n\nx", "a\r\n\r\nb\n\nx"),
+    ("a\r\nb", "x\na\nb", "x\r\na\r\nb"), ("a\r\nb\nc", "", ""), ("", "a\nb", "a\nb"),
+    ("a\u2028b\x0bc\x85d\r\n", "a\u2028b\x0bc\x85e\n", "a\u2028b\x0bc\x85e\r\n")])
+def test_keep_line_ends_line_by_line(original, edited, expected):
+    assert keep_line_ends(original, edited) == expected
+
+
+@pytest.mark.parametrize("text", ["a\r\nb\nc\rd", "\r\r\n\n\r", "\n\r\n", "", "a\n\r\nb"])
+def test_keep_line_ends_of_an_unchanged_text_changes_nothing(text):
+    assert keep_line_ends(text, text) == text
+    assert keep_line_ends(text, text.replace("\r\n", "\n").replace("\r", "\n")) == text
 
 
 # Segments.
@@ -68,19 +155,18 @@ def test_excess_names_the_numbers_above_the_limit_and_nothing_within_it():
     ("Yes. It", "Yes, it", [("keep", "Yes"), ("delete", ". It"), ("insert", ", it")]),
 ])
 def test_segments_read_as_the_edit_does(original, edited, expected):
-    assert segments(original, edited, measure(original, edited)) == expected
+    assert segments(measure(original, edited)) == expected
 
 
 def test_segments_keep_every_character_of_real_edits(data_dir):
     for line in (data_dir / "qa_feedback" / "edits.jsonl").read_text().splitlines():
         record = json.loads(line)
         original, edited = record["original"], record["edited"]
-        change = measure(original, edited)
-        parts = segments(original, edited, change)
-        assert "".join(text for kind, text in parts if kind != "delete") == edited
-        without = "".join(text for kind, text in parts if kind != "insert")
+        shown = segments(measure(original, edited))
+        assert "".join(text for kind, text in shown if kind != "delete") == edited
+        without = "".join(text for kind, text in shown if kind != "insert")
         assert "".join(without.split()) == "".join(original.split())
-        assert all(text for _, text in parts)
+        assert all(text for _, text in shown)
 
 
 # Tasks.
@@ -88,7 +174,17 @@ def test_segments_keep_every_character_of_real_edits(data_dir):
 def test_read_tasks_takes_the_less_preferred_side_of_pairs_and_leaves_ties_out(tmp_path):
     judged = {"instruction": "Say", "output_1": "good", "output_2": "bad", "preference": 1}
     path = write(tmp_path / "p.jsonl", judged, judged | {"preference": 1.5})
-    assert read_tasks(path) == [Task("p.jsonl:1", "Say", "good", "bad")]
+    [task] = read_tasks(path)
+    assert (task.prompt, task.chosen, task.rejected) == ("Say", "good", "bad")
+
+
+def test_read_tasks_reads_edits_and_pairs_in_one_file_and_keeps_their_order(tmp_path):
+    edit = {"id": "r1", "prompt": "p", "original": "a", "edited": "b"}
+    pair = {"id": "r2", "prompt": "p", "chosen": "d", "rejected": "c"}
+    tasks = read_tasks(write(tmp_path / "p.jsonl", edit, pair, edit | {"id": "r3"}))
+    assert [(t.id, t.chosen, t.rejected) for t in tasks] == [
+        ("r1", "b", "a"), ("r2", "d", "c"), ("r3", "b", "a")]
+    assert read_tasks(tmp_path / "p.jsonl", limit=2) == tasks[:2]
 
 
 def test_read_tasks_edits_the_original_of_an_edit_again_and_keeps_its_spans(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from fgrlhf.collect import llm
 from fgrlhf.collect.client import Options
+from fgrlhf.collect.judge import verdict
 from fgrlhf.collect.llm import Flaw, leak, parse_object, question, read_edit
 from fgrlhf.collect.protocol import Reply
 from fgrlhf.collect.tasks import Answer, Task, load_prompt
@@ -36,9 +37,13 @@ class Model:
         return answer if isinstance(answer, Reply) else Reply(answer, True)
 
 
-def edit(*answers, max_change=0.5) -> tuple[Answer, Model]:
+def edit(*answers, max_change=0.5, task=TASK) -> tuple[Answer, Model]:
     model = Model(*answers)
-    return llm.editor(model, max_change)(TASK), model
+    return llm.editor(model, max_change)(task), model
+
+
+def edit_of(said: str, original: str) -> tuple[Answer, Model]:
+    return edit(said, task=Task("r", "P?", "good", original))
 
 
 # The question.
@@ -83,20 +88,59 @@ def test_editor_accepts_that_nothing_needs_a_change(edited):
     assert edit(says(edited, needs_change=False))[0] == Answer(TASK.rejected, "", 1)
 
 
-@pytest.mark.parametrize("text", ['{"a": 1}', ' {"a": 1}\n', '```json\n{"a": 1}\n```',
-                                  '```\n{"a": 1}\n```\n'])
-def test_parse_object_reads_one_object_bare_or_fenced(text):
-    assert parse_object(text, "a") == {"a": 1}
+@pytest.mark.parametrize("original, edited", [
+    ("Lyon", "Paris"), ("4", "5"), ("Is it?", "It is."), ("It is good.", "It is good!"),
+    ("Friedrich Schiller wrote Faust.", "Johann Wolfgang von Goethe wrote Faust.")])
+def test_editor_accepts_a_short_answer_and_a_changed_mark(original, edited):
+    answer, _ = edit_of(says(edited), original)
+    assert answer == Answer(edited, "", 1)
+
+
+def test_editor_keeps_the_line_ends_of_the_response():
+    """Models write every line end as "\\n"."""
+    answer, _ = edit_of(says("One.\nTwo.\nFour."), "One.\r\nTwo.\nThree.\r\n")
+    assert answer.text == "One.\r\nTwo.\nFour.\r\n"
+
+
+@pytest.mark.parametrize("before, after", [
+    ("", ""), (" ", "\n"), ("```json\n", "\n```"), ("```\n", "\n```\n"), ("```json\n", ""),
+    ("Here it is: ", ""), ("", " I hope this helps."), ("Use {braces}:\n\n", "\n{and so on}"),
+    ("Here it is:\n```json\n", "\n```\nI changed one word."), ("[", "]"), ('{"a": 1} ', ""),
+    ("<think>\nNo: {\"a\": 2}\n</think>\n\n", ""), ("It is 2.\n</think>\n", ""),
+    ("<thinking>{</thinking>", ""), ("[THINK]Hm.[/THINK]", ""), ("\n<Reasoning>x</Reasoning>", ""),
+    ("<seed:think>x</seed:think>", ""), ("◁think▷x◁/think▷", ""),
+    ("<|channel|>analysis<|message|>{\"a\": 3}<|end|><|start|>assistant<|channel|>final<|message|>",
+     "<|return|>"),
+    ("<think>a</think> Once more. <think>{\"a\": 4}</think>", "")])
+def test_parse_object_reads_the_one_object_behind_reasoning_and_inside_text(before, after):
+    assert parse_object(before + '{"a": 1}' + after, "a") == {"a": 1}
+
+
+@pytest.mark.parametrize("said", [
+    "Close with </think>.", "<think> opens, </think> closes", 'He said "{}".', "a } b { c",
+    "```\ncode\n```", '{"a": 2}'])
+def test_parse_object_keeps_marks_inside_the_answer(said):
+    whole = json.dumps({"a": said})
+    for text in (whole, f"<think>Hm.</think>{whole}", f"```json\n{whole}\n```"):
+        assert parse_object(text, "a") == {"a": said}
+
+
+def test_parse_object_leaves_other_keys_out():
+    assert parse_object('{"why": "x", "a": 1, "b": {"c": 2}}', "a", "b") == {"a": 1, "b": {"c": 2}}
 
 
 # Refused answers.
 
-@pytest.mark.parametrize("text", [
-    "", "The black cat sat.", 'Here it is: {"a": 1}', '{"a": 1} I hope this helps', '{"a": 1',
-    '{"a": 1}{"a": 1}', '[{"a": 1}]', '{"a": 1, "b": 2}', "{}", '{"a": 1, "a": 2}', "null",
-    '```json\n{"a": 1}', "[" * 100_000])
-def test_parse_object_refuses_everything_else(text):
-    with pytest.raises(Flaw):
+@pytest.mark.parametrize("text, flaw", [
+    ("", "not one JSON object"), ("The black cat sat.", "not one JSON object"),
+    ('{"a": 1', "not one JSON object"), ("null", "not one JSON object"), ("{}", "with the keys a"),
+    ('{"b": 1}', "with the keys a"), ('{"a": 1, "a": 2}', "a key appears twice"),
+    ('{"a": 1}{"a": 2}', "several JSON objects that differ"), ("[" * 100_000, "not one JSON"),
+    ('{"a":' * 100_000, "not one JSON object"), ('{"a": 1}</think>', "not one JSON object"),
+    ('<think>Perhaps {"a": 1}', "the reasoning does not end"),
+    ('{"b": {"a": 1}}', "with the keys a")])
+def test_parse_object_refuses_everything_else(text, flaw):
+    with pytest.raises(Flaw, match=flaw):
         parse_object(text, "a")
 
 
@@ -104,10 +148,11 @@ def test_parse_object_refuses_everything_else(text):
     (says(""), "edited is empty"), (says(" \n"), "edited is empty"), (says(None), "is empty"),
     (says("The black dog  sat on the mat."), "same words"),
     (says("The black cat sat on the mat.", False), "needs_change is false, yet"),
-    (says("A white horse stood there."), "of 8 words changed"),
+    (says("A white horse stood there."), "of 7 words changed"),
     (says(["x"]), "edited a string"), (says("x", "yes"), "true or false"),
     ('{"needs_change": true, "edited": "The black \\ud800 sat on the mat."}', "surrogate"),
-    (says("Sure, here is the edited response: The black cat sat on the mat."), "9 of 16 words"),
+    # sure, here, is, the, edited and response are inserted, dog is substituted
+    (says("Sure, here is the edited response: The black cat sat on the mat."), "7 of 13 words"),
     (says("Sure: The black cat sat on the mat."), "'Sure:'"),
     (says("<response>The black cat sat on the mat."), "'<response>'")])
 def test_read_edit_refuses(text, flaw):
@@ -116,9 +161,9 @@ def test_read_edit_refuses(text, flaw):
 
 
 def test_leak_finds_eight_words_of_the_instruction_in_a_row_and_not_seven():
-    seven = "Change only where it is necessary: what"               # the colon is a word
-    assert leak(f"The dog. {seven} sat", TASK, INSTRUCTION) is not None
-    assert leak("The dog. Change only where it is necessary", TASK, INSTRUCTION) is None
+    seven = "Change only where it is necessary: what"               # the colon is no word
+    assert leak(f"The dog. {seven} is", TASK, INSTRUCTION) is not None
+    assert leak(f"The dog. {seven} sat", TASK, INSTRUCTION) is None
 
 
 def test_leak_finds_a_tag_behind_one_that_the_response_has_itself():
@@ -154,7 +199,7 @@ def test_editor_asks_once_more_saying_what_was_wrong():
     assert [m["role"] for m in again] == ["user", "assistant", "user"]
     assert again[1]["content"] == rewrite
     # A white horse stood there: five words substituted, "the" and "mat" deleted
-    assert "7 of 8 words changed (88%), at most 50% allowed" in again[2]["content"]
+    assert "7 of 7 words changed (100%), at most 50% allowed" in again[2]["content"]
 
 
 @pytest.mark.parametrize("second", ["", "no JSON", says("A white horse stood there."), says("")])
@@ -168,3 +213,20 @@ def test_editor_says_that_an_answer_was_cut_short_and_never_sends_a_blank_turn()
     answer, model = edit(Reply("", False), Reply('{"needs_change": tr', False))
     assert answer.text is None and answer.reason.startswith("the answer was cut short or declined")
     assert model.asked[1][1][1] == {"role": "assistant", "content": "(no answer)"}
+
+
+# The judge's answers.
+
+@pytest.mark.parametrize("text, expected", [
+    ('{"better": "first"}', 1.0), ('{"better": "tie"}', 1.5),
+    ('<think>The {"better": "first"} one? No.</think>\nIt is:\n```json\n{"better": "second"}\n```',
+     2.0), ('{"why": "true", "better": "second"}', 2.0)])
+def test_verdict_reads_the_answer_of_a_reasoning_model(text, expected):
+    assert verdict(text) == expected
+
+
+@pytest.mark.parametrize("text", ['{"better": "both"}', '{"better": ["first"]}', "first",
+                                  '{"better": "first"} or {"better": "second"}'])
+def test_verdict_refuses_everything_else(text):
+    with pytest.raises(Flaw):
+        verdict(text)

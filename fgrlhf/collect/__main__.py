@@ -10,7 +10,8 @@ r"""Collects minimal edits of the less preferred responses (paper, section 2.1).
 
 The editor is a person in the browser, a language model, or the editor of the built-in world.
 --pairs is a file of preferences in any format that the project reads; --out is a file of edits for
-train_rm.py. The same command continues a collection that was stopped, and does no record twice.
+train_rm.py. The same command continues a collection that was stopped, and does no record twice,
+even if the lines of --pairs have moved. It refuses if a finished record has another response now.
 --report describes the edits of one file, or compares the edits of two annotators.
 
 The exit status is 0, or 1 if a language model left records unanswered: start the command again to
@@ -31,7 +32,9 @@ from tqdm import tqdm
 from fgrlhf.collect import client, human, llm
 from fgrlhf.collect.agreement import report
 from fgrlhf.collect.cache import Cache
-from fgrlhf.collect.change import measure
+from fgrlhf.collect.change import FREE_WORDS, measure
+from fgrlhf.collect.desk import drafts_path, read_drafts
+from fgrlhf.collect.resume import resumed
 from fgrlhf.collect.store import OUTCOMES, Skip, Store, recorded
 from fgrlhf.collect.tasks import Answer, Task, read_tasks
 from fgrlhf.data.fields import UserError
@@ -60,6 +63,9 @@ class Config(client.Options, human.Options, Simulation):
     limit: int | None = arg(None, least=1, help="edit only the first N preferences")
     max_change: float = arg(0.5, least=0, help="largest share of words that a person or a language "
                                                "model may change")
+    free_words: int = arg(FREE_WORDS, least=0, help="number of words that they may always change, "
+                                                    "because few words are a large share of a "
+                                                    "short response")
     dry_run: bool = arg(False, help="show what would be edited or sent, and write nothing")
 
 
@@ -93,7 +99,7 @@ def record_of(task: Task, answer: Answer, seconds: float, editor: str, model: st
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     how = Provenance(editor, now, answer.attempts, round(seconds, 3), model, prompt_version)
     if answer.text is None:
-        return Skip(task.id, "refused", answer.reason, model or editor, how)
+        return task.skip("refused", answer.reason, model or editor, how)
     return task.edit(answer.text, model or editor, how)
 
 
@@ -111,14 +117,15 @@ def by_simulation(tasks: list[Task], store: Store, edit: Callable[[Task], Answer
         store.add(record_of(task, *timed(edit)(task), "simulated"))
 
 
-def by_llm(tasks: list[Task], store: Store, asking: client.Client, max_change: float) -> bool:
+def by_llm(tasks: list[Task], store: Store, asking: client.Client, max_change: float,
+           free_words: int) -> bool:
     """Has a language model edit every task that has no record yet, several at once.
 
     Returns False if a question failed. Such a task gets no record, so the next run asks again.
     """
     asking.cache = Cache(store.path.with_name(store.path.stem + ".cache.jsonl"))
     todo, problem = store.remaining(tasks), ""
-    answers = asking.gather(todo, timed(llm.editor(asking, max_change)))
+    answers = asking.gather(todo, timed(llm.editor(asking, max_change, free_words)))
     with closing(asking.cache), closing(answers):    # answers close first: they fill the cache
         for task, result in tqdm(answers, desc="edit", total=len(todo)):
             if isinstance(result, client.Unanswered):
@@ -143,7 +150,7 @@ def summary(tasks: list[Task], store: Store) -> str:
     if shares:
         lines.append("share of changed words:")
         bins = [sum(low / 10 < share <= (low + 1) / 10 for share in shares) for low in range(10)]
-        bins[0] += shares.count(0)                   # edits that change only whitespace
+        bins[0] += shares.count(0)                   # edits that change only marks or whitespace
         lines += [f"  to {low * 10 + 10:3d}% {count:6d}  {'#' * round(40 * count / max(bins))}"
                   for low, count in enumerate(bins)]
     return "\n".join(lines)
@@ -151,7 +158,8 @@ def summary(tasks: list[Task], store: Store) -> str:
 
 def dry_run(config: Config, tasks: list[Task]) -> str:
     """Describes what is still to do. Nothing is sent or written."""
-    done = recorded(Path(config.out))
+    done = recorded(Path(config.out).resolve())
+    tasks = resumed(tasks, done.values(), config.out, config.pairs)
     todo = [task for task in tasks if task.id not in done]
     if config.editor == "llm":
         return llm.preview(config, todo)
@@ -169,18 +177,22 @@ def main(config: Config) -> int:
     if config.dry_run:
         print(dry_run(config, tasks))
         return 0
-    # Both refuse bad flags here, before a file is made.
+    # These three refuse bad flags here, before a file is made.
     asking = client.Client(config) if config.editor == "llm" else None
     edit = simulated(config, config.pairs) if config.editor == "simulated" else None
+    human.public_address(config)
     status = 0
     with Store(config.out) as store:
+        drafts = read_drafts(drafts_path(store.path)) if config.editor == "human" else []
+        tasks = resumed(tasks, [*store.records.values(), *drafts], store.path, config.pairs)
         try:
             if asking:
-                status = 0 if by_llm(tasks, store, asking, config.max_change) else 1
+                done = by_llm(tasks, store, asking, config.max_change, config.free_words)
+                status = 0 if done else 1
             elif edit:
                 by_simulation(tasks, store, edit)
             else:
-                human.serve(tasks, store, config.max_change, config)
+                human.serve(tasks, store, config.max_change, config, config.free_words)
         except KeyboardInterrupt:
             print("stopped; start again to continue")
             status = 130

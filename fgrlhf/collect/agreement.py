@@ -3,14 +3,15 @@
     python -m fgrlhf.collect --report edits.jsonl
     python -m fgrlhf.collect --report edits.jsonl others.jsonl
 
-Everything is counted in words (change.py). A word of the *original* is changed if the edit
+The share of change is counted in words, as --max-change counts it (change.py). Everything else is
+counted in parts: words and punctuation marks. A part of the *original* is changed if the edit
 substitutes or deletes it. The comparison of two annotators also counts pure insertions. As in
-training, an insertion changes the word behind the gap, or the end of the text (which is like EOS).
+training, an insertion changes the part behind the gap, or the end of the text (which is like EOS).
 
     F1 = 2 both / (A + B)       kappa = (p - e) / (1 - e)
 
-both, A, B: the numbers of words changed by both, by A, by B. p: the share of words with the same
-label. e: that share by chance, given how often each annotator changes a word. Words of all records
+both, A, B: the numbers of parts changed by both, by A, by B. p: the share of parts with the same
+label. e: that share by chance, given how often each annotator changes a part. Parts of all records
 are pooled.
 """
 
@@ -19,28 +20,29 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from fgrlhf.align import align, gap_credit
+from fgrlhf.align import gap_credit
 from fgrlhf.collect.ambiguity import ambiguity
-from fgrlhf.collect.change import KINDS, Change, measure, word_spans, words
+from fgrlhf.collect.change import KINDS, Change, measure, part_spans, parts
+from fgrlhf.collect.long import LARGE, align_long
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.readers import read_edits
 from fgrlhf.data.records import Edit
 
-END = None                                        # stands for the end of a text
+END = ""                                          # the end of a text; no part is empty
 
 
 class Table:
-    """Counts two binary labels per word."""
+    """Counts two binary labels per part."""
 
     def __init__(self):
-        self.both = self.first = self.second = self.words = 0
+        self.both = self.first = self.second = self.parts = 0
 
     def add(self, first: Sequence[bool], second: Sequence[bool]) -> None:
         """Adds the labels of one record, [n] each."""
         if len(first) != len(second):
             raise ValueError(f"labels: expected {len(first)} from both annotators, "
                              f"got {len(second)} from the second")
-        self.words += len(first)
+        self.parts += len(first)
         self.first, self.second = self.first + sum(first), self.second + sum(second)
         self.both += sum(a and b for a, b in zip(first, second))
 
@@ -53,25 +55,25 @@ class Table:
     @property
     def kappa(self) -> float | None:
         """Cohen's kappa, at most 1, and 0 by chance; None if chance always agrees."""
-        if not self.words:
+        if not self.parts:
             return None
-        a, b = self.first / self.words, self.second / self.words
-        same = 1 - a - b + 2 * self.both / self.words
+        a, b = self.first / self.parts, self.second / self.parts
+        same = 1 - a - b + 2 * self.both / self.parts
         chance = a * b + (1 - a) * (1 - b)
         return (same - chance) / (1 - chance) if chance < 1 else None
 
 
-def changed_words(edit: Edit) -> list[bool]:
-    """[n + 1]: True for each word of the original that is credited with the edit; last, the end."""
-    original, edited = [*words(edit.original), END], [*words(edit.edited), END]
-    credited = set(gap_credit(align(original, edited)).original)
+def changed_parts(edit: Edit) -> list[bool]:
+    """[n + 1]: True for each part of the original that is credited with the edit; last, the end."""
+    original, edited = [*parts(edit.original), END], [*parts(edit.edited), END]
+    credited = set(gap_credit(align_long(original, edited)).original)
     return [i in credited for i in range(len(original))]
 
 
 def in_spans(edit: Edit) -> list[bool]:
-    """[n]: True for each word of the original that overlaps an error span of the edit."""
+    """[n]: True for each part of the original that overlaps an error span of the edit."""
     return [any(max(s.start, start) < min(s.end, end) for s in edit.spans)
-            for start, end in word_spans(edit.original)]
+            for start, end in part_spans(edit.original)]
 
 
 def percent(value: float | None) -> str:
@@ -106,7 +108,7 @@ def _kind_lines(changes: list[Change]) -> list[str]:
         found = [run.kind for run in change.runs]
         kinds.update(found)
         pure.update(set(found) if len(set(found)) == 1 else ())
-    lines = [f"  {'runs of changed words':28}{kinds.total()}, {kinds.total() / len(changes):.1f} "
+    lines = [f"  {'runs of changed parts':28}{kinds.total()}, {kinds.total() / len(changes):.1f} "
              "per edit"]
     return lines + [f"    {kind:26}{kinds[kind]} ({percent(kinds[kind] / kinds.total())}); "
                     f"the only kind in {pure[kind]} edits" for kind in KINDS]
@@ -114,14 +116,19 @@ def _kind_lines(changes: list[Change]) -> list[str]:
 
 def _ambiguity_lines(edits: list[Edit]) -> list[str]:
     several = ambiguous = labels = open_labels = 0
-    for edit in edits:
-        found = ambiguity(words(edit.original), words(edit.edited))
+    both = [(parts(edit.original), parts(edit.edited)) for edit in edits]
+    short = [(a, b) for a, b in both if len(a) * len(b) <= LARGE]
+    for original, edited in short:
+        found = ambiguity(original, edited)
         several += found.several
         ambiguous += any(found.original + found.edited)
         labels += len(found.original) + len(found.edited)
         open_labels += sum(found.original) + sum(found.edited)
-    return [f"  {'several cheapest alignments':28}{several} of {len(edits)} edits; their labels "
-            f"differ in {ambiguous} edits, for {percent(open_labels / labels)} of all words"]
+    longer = len(both) - len(short)
+    left_out = f" ({longer} longer edits left out)" if longer else ""
+    return [f"  {'several cheapest alignments':28}{several} of {len(short)} edits; their labels "
+            f"differ in {ambiguous} edits, for {percent(open_labels / max(labels, 1))} of all parts"
+            + left_out]
 
 
 def _span_lines(edits: list[Edit]) -> list[str]:
@@ -129,13 +136,13 @@ def _span_lines(edits: list[Edit]) -> list[str]:
     if not with_spans:
         return []
     for edit in with_spans:
-        table.add(measure(edit.original, edit.edited).alignment.original_changed, in_spans(edit))
+        table.add(measure(edit.original, edit.edited).parts.original_changed, in_spans(edit))
     precision = table.both / table.first if table.first else None
     recall = table.both / table.second if table.second else None
     return [f"  {'error spans':28}in {len(with_spans)} records, covering "
-            f"{percent(table.second / table.words)} of the words; the edits change "
-            f"{percent(table.first / table.words)}",
-            f"    {'changed words in spans':26}precision {percent(precision)}, recall "
+            f"{percent(table.second / table.parts)} of the parts; the edits change "
+            f"{percent(table.first / table.parts)}",
+            f"    {'changed parts in spans':26}precision {percent(precision)}, recall "
             f"{percent(recall)}, F1 {number(table.f1)}, kappa {number(table.kappa)}"]
 
 
@@ -145,9 +152,9 @@ def describe(path: str | Path, edits: list[Edit]) -> list[str]:
     lines = [f"{path}: {len(edits)} records, {len(real)} edited, {len(edits) - len(real)} left "
              "unchanged"]
     changes = [measure(edit.original, edit.edited) for edit in real]
-    changes = [change for change in changes if change.distance]
+    changes = [change for change in changes if change.parts.distance]
     if not changes:
-        return [*lines, "  no word is changed"]
+        return [*lines, "  no word or mark is changed"]
     return [*lines, *_share_lines(changes), *_kind_lines(changes), *_ambiguity_lines(real),
             *_span_lines(edits)]
 
@@ -168,16 +175,16 @@ def compare(first: list[Edit], second: list[Edit]) -> list[str]:
                         "compare edits of the same pairs")
     table, between = Table(), []
     for a, b in pairs:
-        table.add(changed_words(a), changed_words(b))
+        table.add(changed_parts(a), changed_parts(b))
         between.append(measure(a.edited, b.edited))
-    same = sum(change.distance == 0 for change in between)
+    same = sum(change.parts.distance == 0 for change in between)
     any_edit = Table()
     any_edit.add([a.original != a.edited for a, _ in pairs],
                  [b.original != b.edited for _, b in pairs])
     return [f"both files: {len(pairs)} records in common; A is the first file, B the second",
-            f"  {'changed words':28}F1 {number(table.f1)}, kappa {number(table.kappa)} over "
-            f"{table.words} words; A changes {percent(table.first / table.words)}, B "
-            f"{percent(table.second / table.words)}",
+            f"  {'changed parts':28}F1 {number(table.f1)}, kappa {number(table.kappa)} over "
+            f"{table.parts} parts; A changes {percent(table.first / table.parts)}, B "
+            f"{percent(table.second / table.parts)}",
             f"  {'edited at all':28}{any_edit.both} records by both, "
             f"{any_edit.first - any_edit.both} only by A, {any_edit.second - any_edit.both} only "
             f"by B; kappa {number(any_edit.kappa)}",

@@ -6,21 +6,21 @@ import os
 import threading
 from pathlib import Path
 
-from fgrlhf.collect.lines import Lines, lock
+from fgrlhf.collect.lines import Lines, lock_file
 from fgrlhf.collect.protocol import Reply
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import read_json
 
 
 class Cache:
-    """A JSONL file of {"key", "text", "complete"}. Thread-safe; one program writes to it.
+    """A JSONL file of {"key", "text", "complete"}. Thread-safe; one process writes to it.
 
     The file holds no question, only its hash: `key` of the URL and the request's body. The body
     never contains the API key. Raises UserError for a file that holds something else.
     """
 
     def __init__(self, path: Path):
-        self.path, self._held, self._mutex = path, lock(path), threading.Lock()
+        self.path, self._held, self._mutex = path, lock_file(path), threading.Lock()
         self._file = Lines(path)                  # first: it removes a line that was cut off
         self._replies = {}
         for place, value in read_json(path):

@@ -9,8 +9,8 @@ Answers go into a cache under the hash of the request: no question is paid for t
 kill.
 
 The key comes from the environment only. It is sent in one header, never over plain HTTP to another
-machine and never to the target of a redirect. If a server repeats the key in a body, the key is
-removed before anything reads the body.
+machine and never to the target of a redirect. If a server repeats the key in a body, as text or
+escaped as in JSON, the key is removed before anything reads the body.
 """
 
 import http.client
@@ -25,7 +25,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 from fgrlhf.collect.cache import Cache
-from fgrlhf.collect.protocol import PROTOCOLS, Reply, is_local, key_of, retry_after
+from fgrlhf.collect.deadline import Http, Https, within
+from fgrlhf.collect.protocol import (
+    PROTOCOLS, Reply, endpoint, forms_of, is_local, key_of, retry_after)
 from fgrlhf.data.fields import UserError
 from fgrlhf.engine.config import arg
 
@@ -47,7 +49,7 @@ class Options:
     max_tokens: int = arg(4096, least=1, help="longest answer in tokens (anthropic only)")
     max_requests: int | None = arg(None, least=1, help="stop after N requests")
     workers: int = arg(4, least=1, help="number of requests at the same time")
-    timeout: float = arg(120.0, least=0.1, help="seconds to wait for an answer")
+    timeout: float = arg(120.0, least=0.1, help="seconds to wait for a whole answer")
     backoff: float = arg(1.0, least=0, help="seconds before the second try; doubles with each try; "
                                             "a server's Retry-After is obeyed too")
 
@@ -80,11 +82,11 @@ class Client:
         self.max_requests, self.workers = options.max_requests, options.workers
         self.timeout, self.backoff = options.timeout, options.backoff
         self.protocol = PROTOCOLS[options.api]
-        self.url = (options.base_url or self.protocol.base_url).rstrip("/") + self.protocol.path
+        self.url = endpoint(self.protocol, options.base_url)
         self._key = key_of(self.protocol, self.url, options.base_url is not None)
-        self._opener = urllib.request.build_opener(_NoRedirect)
-        if is_local(self.url):                    # a proxy would see the key unencrypted
-            self._opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
+        # A proxy would see the key unencrypted on its way to a local server.
+        proxies = [urllib.request.ProxyHandler({})] if is_local(self.url) else []
+        self._opener = urllib.request.build_opener(_NoRedirect, Http, Https, *proxies)
         self._mutex, self._stopping = threading.Lock(), threading.Event()
         self._not_before = 0.0                    # time.monotonic() when a Retry-After is over
         self.requests = self.cached = 0
@@ -164,19 +166,26 @@ class Client:
             self.requests += 1
         request = urllib.request.Request(self.url, data, method="POST", headers={
             "Content-Type": "application/json"} | self.protocol.headers(self._key))
-        deadline = time.monotonic() + self.timeout
         try:
-            with self._opener.open(request, timeout=self.timeout) as response:
-                raw = self._read(response, deadline)
-        except urllib.error.HTTPError as error:
-            with error:
-                self._refused(error, deadline)
+            with within(request, self.timeout):
+                raw = self._exchange(request)
         except (OSError, http.client.HTTPException) as error:      # time-outs included
-            raise _Again(self._clean(repr(error))) from None
+            if time.monotonic() > request.deadline:
+                raise _Again(f"no complete answer after {self.timeout:g} s") from None
+            raise _Again(self._without_key(repr(error).encode()).decode()) from None
         try:
             return self.protocol.reply(json.loads(raw.decode("utf-8")))
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise _Again(f"the body holds no answer ({type(error).__name__})") from None
+
+    def _exchange(self, request: urllib.request.Request) -> bytes:
+        """Returns the body of the response. Raises the exception that fits an HTTP error."""
+        try:
+            with self._opener.open(request, timeout=self.timeout) as response:
+                return self._read(response, request.deadline)
+        except urllib.error.HTTPError as error:
+            with error:
+                self._refused(error, request.deadline)
 
     def _read(self, response, deadline: float) -> bytes:
         """Reads the whole body and removes the key from it.
@@ -187,14 +196,13 @@ class Client:
         while part := response.read1(1 << 16):
             parts.append(part)
             size += len(part)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no complete answer after {self.timeout:g} s")
             if size > LARGEST_BODY:
                 raise _Again(f"the body is longer than {LARGEST_BODY} bytes")
+        if time.monotonic() > deadline:
+            raise TimeoutError                    # the rest was cut off
         if getattr(response, "length", None):
             raise _Again(f"the body ended {response.length} bytes early")
-        data = b"".join(parts)
-        return data.replace(self._key.encode(), b"[key]") if self._key else data
+        return self._without_key(b"".join(parts))
 
     def _refused(self, error: urllib.error.HTTPError, deadline: float):
         """Raises the exception that fits an HTTP error."""
@@ -215,5 +223,5 @@ class Client:
                             f"{self.protocol.variable}")
         raise Unanswered(problem)
 
-    def _clean(self, text: str) -> str:
-        return text.replace(self._key, "[key]") if self._key else text
+    def _without_key(self, data: bytes) -> bytes:
+        return forms_of(self._key).sub(b"[key]", data) if self._key else data

@@ -21,8 +21,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
-from fgrlhf.collect.change import Change, excess, measure
+from fgrlhf.collect.change import FREE_WORDS, Change, excess, measure
+from fgrlhf.collect.line_ends import keep_line_ends
 from fgrlhf.collect.store import Skip, Store
 from fgrlhf.collect.tasks import Task
 from fgrlhf.data.fields import Text, UserError, check
@@ -54,6 +56,7 @@ class Draft:
     annotator: Text
     text: str
     seconds: float                                # time that the record was open so far
+    content: str | None = None                    # hash of prompt and response, see tasks.py
 
 
 @dataclass(frozen=True)
@@ -63,23 +66,35 @@ class Lease:
     until: float                                  # both on the Desk's clock
 
 
+def drafts_path(path: Path) -> Path:
+    """Returns the path of the file of drafts."""
+    return path.with_name(path.stem + ".drafts.jsonl")
+
+
+def read_drafts(path: Path) -> list[Draft]:
+    """Reads a file of drafts; a file that is not there has none. Raises UserError for others."""
+    drafts = []
+    for place, value in read_json(path) if path.exists() else ():
+        if isinstance(value, UserError):
+            raise value
+        drafts.append(check(Draft, value, place))
+    return drafts
+
+
 class Desk:
     """Hands out tasks and takes edits, for any number of tabs at once. Thread-safe."""
 
     def __init__(self, tasks: list[Task], store: Store, max_change: float,
-                 clock: Callable[[], float] = time.monotonic):
+                 clock: Callable[[], float] = time.monotonic, free_words: int = FREE_WORDS):
         """Reads the drafts that are there. Raises UserError if their file holds something else."""
         self.tasks = {task.id: task for task in tasks}
         self.store, self.max_change, self.clock = store, max_change, clock
-        self.path = store.path.with_name(store.path.stem + ".drafts.jsonl")
+        self.free_words, self.path = free_words, drafts_path(store.path)
         self._drafts: dict[tuple[str, str], Draft] = {}         # (id, annotator)
         self._leases: dict[str, Lease] = {}
         self._held_last: dict[str, str] = {}                    # tab -> id
         self._mutex = threading.RLock()
-        for place, value in read_json(self.path) if self.path.exists() else ():
-            if isinstance(value, UserError):
-                raise value
-            draft = check(Draft, value, place)
+        for draft in read_drafts(self.path):
             accepted = isinstance(store.records.get(draft.id), Edit)    # just before a kill
             if not accepted:
                 self._drafts[draft.id, draft.annotator] = draft
@@ -113,7 +128,8 @@ class Desk:
             seconds = self._draft(who, id).seconds
             if lease and lease.who == who:
                 seconds += now - lease.counted
-            self._drafts[id, who.annotator] = Draft(id, who.annotator, text, round(seconds, 3))
+            self._drafts[id, who.annotator] = Draft(id, who.annotator, text, round(seconds, 3),
+                                                    task.content)
             write_jsonl(self.path, self._drafts.values())
             if lease and lease.who != who or self._held_last.get(who.tab, id) != id:
                 raise Conflict("This record is open in another tab. Your text here is kept as a "
@@ -128,9 +144,11 @@ class Desk:
         """Writes the edit; on disk when this returns. The same call again changes nothing.
 
         Raises Conflict as `save` does. Raises UserError for a blank edit, for an edit that changes
-        more than max_change, and for a full disk.
+        more than the limit, and for a full disk. The line ends of the response are kept.
         """
         with self._mutex:
+            if id in self.tasks:
+                text = keep_line_ends(self.tasks[id].rejected, text)
             record = self.store.records.get(id)
             if isinstance(record, Edit) and (who.annotator, text) == (record.annotator,
                                                                       record.edited):
@@ -138,7 +156,7 @@ class Desk:
             change = self.save(who, id, text)
             if not text.strip():
                 raise UserError("The edit is empty. Keep some text, or skip the record.")
-            if reason := excess(change, self.max_change):
+            if reason := excess(change, self.max_change, self.free_words):
                 raise UserError(f"{reason}. Change less, or skip the record.")
             self.store.add(self.tasks[id].edit(text, who.annotator, self._provenance(who, id)))
             self._finish(who, id)
@@ -156,7 +174,8 @@ class Desk:
             if not reason.strip():
                 raise UserError("Please give a reason for skipping.")
             self.save(who, id, text)
-            self.store.add(Skip(id, "skipped", reason, who.annotator, self._provenance(who, id)))
+            self.store.add(self.tasks[id].skip("skipped", reason, who.annotator,
+                                               self._provenance(who, id)))
             self._finish(who, id)
 
     def undo(self, who: Who) -> tuple[Task, str] | None:
@@ -170,8 +189,9 @@ class Desk:
                 return None
             record = self.store.records[id]
             if isinstance(record, Edit):                        # before withdrawing: no loss
-                self._drafts[id, who.annotator] = Draft(id, who.annotator, record.edited,
-                                                        record.provenance.seconds)
+                self._drafts[id, who.annotator] = Draft(
+                    id, who.annotator, record.edited, record.provenance.seconds,
+                    self.tasks[id].content)
                 write_jsonl(self.path, self._drafts.values())
             self.store.withdraw(id)
             self._history.remove((who.annotator, id))

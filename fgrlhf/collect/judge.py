@@ -22,20 +22,19 @@ def verdict(text: str) -> float:
     return {"first": 1.0, "second": 2.0, "tie": 1.5}[better]
 
 
-def by_llm(client: Client, system: list[Output],
-           reference: list[Output]) -> list[Annotation | None]:
+def by_llm(client: Client, system: list[Output], reference: list[Output]) -> list[Annotation]:
     """Judges each pair: output_1 is the reference's answer, output_2 the system's.
 
     Each pair is shown in both orders, because models favour one place. `preference` is the mean of
     the two verdicts, in [1, 2]: contradictory verdicts give a tie, and if one verdict is a tie the
-    other decides. Equal answers are a tie without a question. A pair without a usable verdict after
-    asking twice gives None. Raises UserError when questions stay unanswered; the client's cache
-    keeps the other answers for the next call.
+    other decides. Equal answers are a tie without a question. `preference` is None when there is no
+    usable verdict after asking twice. Raises UserError when questions stay unanswered; the client's
+    cache keeps the other answers for the next call.
     """
     check_same_prompts(system, reference)
     prompt = load_prompt(JUDGE_PROMPT)
 
-    def judge(i: int) -> Annotation | None:
+    def judge(i: int) -> Annotation:
         ours, theirs = system[i], reference[i]
         shown = {"instruction": ours.instruction, "input": input_of(ours)}
         verdicts = [1.5]
@@ -43,12 +42,11 @@ def by_llm(client: Client, system: list[Output],
             verdicts = [llm.ask(client, prompt, llm.tagged(**shown, first=first.output,
                                                            second=second.output), verdict).value
                         for first, second in ((theirs, ours), (ours, theirs))]
-            if None in verdicts:
-                return None
-            verdicts[1] = 3 - verdicts[1]
-        return Annotation(ours.instruction, theirs.output, ours.output,
-                          sum(verdicts) / len(verdicts), theirs.generator, ours.generator,
-                          client.model, input_of(ours))
+            if None not in verdicts:
+                verdicts[1] = 3 - verdicts[1]
+        preference = None if None in verdicts else sum(verdicts) / len(verdicts)
+        return Annotation(ours.instruction, theirs.output, ours.output, preference,
+                          theirs.generator, ours.generator, client.model, input_of(ours))
 
     judged, problem = {}, ""
     with closing(client.gather(range(len(system)), judge)) as found:

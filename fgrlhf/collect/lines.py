@@ -1,4 +1,4 @@
-"""A JSONL file that grows line by line. One program writes, and a kill loses no written line."""
+"""A JSONL file that grows line by line. One process writes, and a kill loses no written line."""
 
 import errno
 import json
@@ -6,33 +6,25 @@ import os
 from pathlib import Path
 
 from fgrlhf.data.fields import UserError
+from fgrlhf.data.lock import lock
 
 
-def lock(path: Path) -> int:
-    """Locks `path` for this process with a file next to it. Returns the descriptor to close.
+def lock_file(path: Path) -> int:
+    """Locks `path` for this process, in a folder that is made if needed; see fgrlhf/data/lock.py.
 
-    The system frees the lock when the process ends. Raises UserError if another program has it.
+    Returns the descriptor to close. Raises UserError if another process has the lock, and on a
+    system without locks, because two writers would mix their lines.
     """
     try:
-        import fcntl                              # not at the top: Windows can train and evaluate
-    except ImportError:
-        raise UserError("fgrlhf.collect: expected a system with flock, got none; "
-                        "use Linux or macOS") from None
-    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        held = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BaseException:
-            os.close(held)
-            raise
-        return held
-    except BlockingIOError:
-        raise UserError(f"{path}: expected no other writer, but another program writes to it now; "
-                        "wait for that program or choose another file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); "
                         "choose another path") from None
+    held = lock(path)
+    if held is None:
+        raise UserError("fgrlhf.collect: expected a system with flock, got none; "
+                        "use Linux or macOS")
+    return held
 
 
 def torn(data: bytes) -> bool:
@@ -73,7 +65,7 @@ class Lines:
 
         If the disk is full, raises UserError and leaves the file as it was.
         """
-        line = (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8")
+        line = (json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
         size = os.fstat(self._file).st_size
         try:
             if os.write(self._file, line) < len(line):

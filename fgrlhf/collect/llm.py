@@ -1,10 +1,10 @@
 """A language model as minimal editor: builds the question and checks the answer.
 
 The model gets the instruction prompts/edit-1.txt and one record, and answers with one JSON object.
-An answer is accepted if it
-    - has exactly the expected form and is not blank,
+Reasoning (<think>...</think>) and text around the object are ignored. An answer is accepted if it
+    - has the expected form and is not blank,
     - changes something, or says that nothing needs a change,
-    - changes at most --max-change of the words,
+    - changes at most --max-change of the words, or at most --free-words words,
     - repeats nothing of the instruction.
 Otherwise the model is told what is wrong and asked once more. After a second bad answer the record
 is refused.
@@ -15,9 +15,10 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fgrlhf.collect.change import excess, measure, words
+from fgrlhf.collect.change import FREE_WORDS, excess, measure, words
 from fgrlhf.collect.client import Client, Options
-from fgrlhf.collect.protocol import PROTOCOLS, Reply
+from fgrlhf.collect.line_ends import keep_line_ends
+from fgrlhf.collect.protocol import PROTOCOLS, Reply, endpoint
 from fgrlhf.collect.tasks import Answer, Task, load_prompt
 
 EDIT_PROMPT = "edit-1"                            # records keep this name as prompt_version
@@ -27,6 +28,12 @@ CHARACTERS_PER_TOKEN = 4                          # roughly, in English; only fo
 PREAMBLE = re.compile(r"\W*(sure|certainly|of course|here(['’]s| is| are)|"
                       r"(the |my )?(minimally )?edited (response|version|text))\b[^\n]{0,80}?:",
                       re.IGNORECASE)
+# How models mark their reasoning. Some begin to reason without an opening mark.
+_NAMES = r"(?:\w+:)?(?:think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad)"
+REASONING = re.compile(rf"\s*(?:<{_NAMES}>|\[THINK\]|◁think▷|(?:<\|start\|>assistant)?"
+                       r"<\|channel\|>(?:analysis|commentary))", re.IGNORECASE)
+OBJECT_OR_END = re.compile(rf"\{{|(</{_NAMES}>|\[/THINK\]|◁/think▷|<\|channel\|>final)",
+                           re.IGNORECASE)
 TAG = re.compile(r"</?(instruction|passage|preferred|response)\b[^>]*>|needs_change\"?\s*:")
 
 
@@ -73,39 +80,57 @@ def ask(client: Client, system: str, text: str, read: Callable[[str], object]) -
 
 
 def parse_object(text: str, *keys: str) -> dict:
-    """Reads one JSON object with exactly these keys. A code fence may surround the object.
+    """Reads the one JSON object that has these keys, and returns these keys only.
 
-    Raises Flaw for anything else, including text around the object and a key given twice.
+    Text around the object is ignored, such as a code fence, and so is everything up to the end of
+    the model's reasoning. Raises Flaw if there is no such object, if two differ, or if the
+    reasoning does not end.
     """
     def once(pairs: list) -> dict:
         if len(dict(pairs)) < len(pairs):
             raise Flaw("a key appears twice in the JSON object")
         return dict(pairs)
 
-    fenced = re.fullmatch(r"\s*```(?:json)?\n(.*)\n```\s*", text, re.DOTALL)
-    try:
-        value = json.loads(fenced[1] if fenced else text, object_pairs_hook=once)
-    except Flaw:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise Flaw(f"it is not one JSON object ({error})") from None
-    if not isinstance(value, dict) or set(value) != set(keys):
-        raise Flaw(f"it is not a JSON object with exactly the keys {' and '.join(keys)}")
-    return value
+    decoder = json.JSONDecoder(object_pairs_hook=once)
+    found, at, reasons, nothing = [], 0, bool(REASONING.match(text)), "it is not one JSON object"
+    problem = nothing
+    while mark := OBJECT_OR_END.search(text, at):
+        at = mark.end()
+        if mark[1]:                               # what was found is a draft
+            found, reasons, problem = [], False, nothing
+            continue
+        try:
+            value, at = decoder.raw_decode(text, mark.start())
+        except Flaw:
+            raise
+        except (ValueError, RecursionError) as error:
+            problem = f"{nothing} ({error})"
+            continue
+        if set(keys) <= set(value):
+            found.append({key: value[key] for key in keys})
+        problem = f"it is not a JSON object with the keys {' and '.join(keys)}"
+    if reasons:
+        raise Flaw("the reasoning does not end")
+    if not found:
+        raise Flaw(problem)
+    if any(value != found[0] for value in found):
+        raise Flaw("it has several JSON objects that differ")
+    return found[0]
 
 
-def read_edit(text: str, task: Task, max_change: float, instruction: str) -> str:
+def read_edit(text: str, task: Task, max_change: float, instruction: str,
+              free_words: int = FREE_WORDS) -> str:
     """Reads the edited response from a model's answer. Raises Flaw if it is not acceptable.
 
     Returns the original if the model says that nothing needs a change. The whitespace at both ends
-    is always that of the original.
+    and the kind of the line ends are always those of the original.
     """
     value = parse_object(text, "needs_change", "edited")
     needs_change, edited, original = value["needs_change"], value["edited"], task.rejected
     if not isinstance(needs_change, bool) or not isinstance(edited, str | None):
         raise Flaw("needs_change must be true or false, edited a string or null")
     if not needs_change:
-        if edited is not None and measure(original, edited).distance:
+        if edited is not None and measure(original, edited).parts.distance:
             raise Flaw("needs_change is false, yet edited differs from the response")
         return original
     if not (edited or "").strip():
@@ -115,12 +140,14 @@ def read_edit(text: str, task: Task, max_change: float, instruction: str) -> str
     except UnicodeEncodeError:
         raise Flaw("edited contains half of a surrogate pair") from None
     change = measure(original, edited)
-    if not change.distance:
-        raise Flaw("edited has the same words as the response, though needs_change is true")
-    if problem := excess(change, max_change) or leak(edited, task, instruction):
+    if not change.parts.distance:
+        raise Flaw("edited has the same words and marks as the response, though needs_change is "
+                   "true")
+    if problem := excess(change, max_change, free_words) or leak(edited, task, instruction):
         raise Flaw(problem)
-    start = len(original) - len(original.lstrip())
-    return original[:start] + edited.strip() + original[len(original.rstrip()):]
+    start, end = len(original) - len(original.lstrip()), len(original.rstrip())
+    return (original[:start] + keep_line_ends(original[start:end], edited.strip())
+            + original[end:])
 
 
 def leak(edited: str, task: Task, instruction: str) -> str | None:
@@ -160,13 +187,14 @@ def _runs(text: str) -> set[tuple[str, ...]]:
     return {tuple(said[i:i + LEAK_WORDS]) for i in range(len(said) - LEAK_WORDS + 1)}
 
 
-def editor(client: Client, max_change: float) -> Callable[[Task], Answer]:
+def editor(client: Client, max_change: float,
+           free_words: int = FREE_WORDS) -> Callable[[Task], Answer]:
     """Returns the model as an editor of tasks. The editor raises what `Client.ask` raises."""
     instruction = load_prompt(EDIT_PROMPT)
 
     def edit(task: Task) -> Answer:
         asked = ask(client, instruction, question(task),
-                    lambda text: read_edit(text, task, max_change, instruction))
+                    lambda text: read_edit(text, task, max_change, instruction, free_words))
         return Answer(asked.value, asked.flaw, asked.attempts)
 
     return edit
@@ -179,7 +207,7 @@ def preview(options: Options, tasks: list[Task], show: int = 2) -> str:
     response.
     """
     instruction, protocol = load_prompt(EDIT_PROMPT), PROTOCOLS[options.api]
-    url = (options.base_url or protocol.base_url).rstrip("/") + protocol.path
+    url = endpoint(protocol, options.base_url)
     lines = []
     for task in tasks[:show]:
         body = protocol.body(options.model or "MODEL", instruction,

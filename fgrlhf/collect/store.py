@@ -4,7 +4,7 @@
                             the annotator found nothing to correct
     EDITS.skipped.jsonl     the records that were skipped or refused, with the reason; delete the
                             line of a record to have it edited again
-    .EDITS.jsonl.lock       locked while a program writes; the system frees it when the program ends
+    .EDITS.jsonl.lock       locked while a process writes; the system frees it when the process ends
 
 A record is one line, written by one call and fsynced before `add` returns. Whatever kills the
 program, every line for which `add` returned is there. A last line that was cut off belongs to a
@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from fgrlhf.collect.lines import Lines, lock, torn
+from fgrlhf.collect.lines import Lines, lock_file, torn
 from fgrlhf.data.fields import Text, UserError, check
 from fgrlhf.data.files import read_json
 from fgrlhf.data.records import Edit, Provenance, plain, write_jsonl
@@ -35,6 +35,7 @@ class Skip:
     reason: str
     annotator: str | None = None
     provenance: Provenance | None = None
+    content: str | None = None                    # hash of prompt and response, see tasks.py
 
 
 def outcome_of(record: Edit | Skip) -> str:
@@ -45,7 +46,7 @@ def outcome_of(record: Edit | Skip) -> str:
 
 
 class Store:
-    """The records of EDITS.jsonl and EDITS.skipped.jsonl. Thread-safe; one program writes.
+    """The records of EDITS.jsonl and EDITS.skipped.jsonl. Thread-safe; one process writes.
 
         with Store(path) as store:
             store.add(task.edit(text, "ann", provenance))
@@ -54,14 +55,15 @@ class Store:
     def __init__(self, path: str | Path):
         """Reads the records that are there, so that a collection continues.
 
-        Raises UserError if another program writes to `path`, or if `path` holds something else.
+        A link is followed: all names of a file have the same skipped records, drafts and lock.
+        Raises UserError if another process writes to `path`, or if `path` holds something else.
         """
-        self.path = Path(path)
+        self.path = Path(os.path.realpath(path))
         self.skipped_path = skipped_path(self.path)
         self._mutex = threading.RLock()
         if self.path.is_dir():
             raise UserError(f"{path}: expected a file or a free name, got a folder; name a file")
-        self._held = lock(self.path)
+        self._held = lock_file(self.path)
         try:
             self.records: dict[str, Edit | Skip] = recorded(self.path)
             self._files = {Edit: Lines(self.path), Skip: Lines(self.skipped_path)}

@@ -1,12 +1,23 @@
-"""Reads the tasks (one less preferred response each) and the instructions for the editors."""
+"""Reads the tasks (one less preferred response each) and the instructions for the editors.
 
-from dataclasses import dataclass
+A record that has an id keeps it. A record without an id gets an id made from its content, not from
+its line number. So it keeps its edit when the file gets other lines before it.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from fgrlhf.collect.store import Skip
 from fgrlhf.data.fields import UserError
-from fgrlhf.data.readers import read_edits, read_pairs
+from fgrlhf.data.readers import read_preferences
 from fgrlhf.data.records import Edit, Pair, Passage, Provenance, Span
+
+UNNAMED = "content-"                              # begins the id of a record that has none
 
 
 @dataclass(frozen=True)
@@ -21,10 +32,25 @@ class Task:
     context: tuple[Passage, ...] = ()
     spans: tuple[Span, ...] | None = None         # error spans of `rejected`; no editor sees them
 
+    @property
+    def content(self) -> str:
+        """The hash of what is edited, by which a resumed collection knows the task."""
+        return content_of(self.prompt, self.input, self.context, self.rejected)
+
+    @property
+    def is_unnamed(self) -> bool:
+        """True if the record has no id of its own."""
+        return self.id.startswith(UNNAMED)
+
     def edit(self, text: str, annotator: str | None, provenance: Provenance) -> Edit:
         """Builds the record of this task edited to `text`. It keeps the spans, for evaluation."""
         return Edit(self.id, self.prompt, self.rejected, text, self.input, self.context, self.spans,
                     annotator, provenance)
+
+    def skip(self, outcome: str, reason: str, annotator: str | None,
+             provenance: Provenance) -> Skip:
+        """Builds the record of this task without an edit. outcome: skipped or refused."""
+        return Skip(self.id, outcome, reason, annotator, provenance, self.content)
 
 
 class Answer(NamedTuple):
@@ -35,25 +61,38 @@ class Answer(NamedTuple):
     attempts: int = 1                             # number of answers that the editor was asked for
 
 
-def read_tasks(path: str | Path, limit: int | None = None) -> list[Task]:
-    """Reads a file of pairs or of edits; returns the first `limit` tasks in the order of the file.
+def content_of(prompt: str, input: str | None, context: tuple[Passage, ...], *texts: str) -> str:
+    """Returns 16 hexadecimal digits, the beginning of the sha256 of the texts."""
+    passages = [[passage.title, passage.text] for passage in context]
+    value = json.dumps([prompt, input, passages, *texts])
+    return hashlib.sha256(value.encode()).hexdigest()[:16]
 
-    The original of an edit is edited again from the start. Ties and pairs of equal texts are left
-    out, because they hold no preference. Raises UserError for a file that the readers refuse.
+
+def read_tasks(path: str | Path, limit: int | None = None) -> list[Task]:
+    """Reads a file of pairs, of edits or of both; returns the first `limit` tasks in its order.
+
+    The original of an edit is edited again from the start. What holds no preference (ties, equal
+    texts) is left out, and counted on stderr. Raises UserError for a file that the readers refuse.
     """
-    pairs: list[Pair | Edit]
-    try:
-        pairs = read_edits(path)                  # keeps the error spans, which read_pairs drops
-    except UserError:
-        pairs = read_pairs(path)                  # reads the other formats, or names what is wrong
-    tasks = [Task(p.id, p.prompt, p.edited, p.original, p.input, p.context, p.spans)
-             if isinstance(p, Edit) else
-             Task(p.id, p.prompt, p.chosen, p.rejected, p.input, p.context) for p in pairs]
-    tasks = [task for task in tasks if task.chosen != task.rejected][:limit]
-    if not tasks:
-        raise UserError(f"{path}: expected at least one preference between two different texts, "
-                        "got none; check that this is the right file")
+    place = re.compile(rf"{re.escape(Path(path).name)}:(?: record)? ?\d+")
+    tasks, seen = [], Counter()
+    for record in read_preferences(path)[:limit]:
+        task = _task(record)
+        if place.fullmatch(task.id):              # the readers' name for a record without an id
+            name = UNNAMED + content_of(task.prompt, task.input, task.context, task.rejected,
+                                        task.chosen)
+            seen[name] += 1                       # equal records get different ids
+            task = replace(task, id=name if seen[name] == 1 else f"{name}-{seen[name]}")
+        tasks.append(task)
     return tasks
+
+
+def _task(record: Pair | Edit) -> Task:
+    if isinstance(record, Edit):
+        return Task(record.id, record.prompt, record.edited, record.original, record.input,
+                    record.context, record.spans)
+    return Task(record.id, record.prompt, record.chosen, record.rejected, record.input,
+                record.context)
 
 
 def load_prompt(name: str) -> str:

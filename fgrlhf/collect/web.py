@@ -6,7 +6,12 @@
               foreign name that points at 127.0.0.1 (DNS rebinding).
     Origin    must be this page's own on every POST, and the body must be JSON. This refuses the
               forms and scripts of other sites.
-    body      has at most LARGEST bytes, and its length is declared in advance.
+    body      has at most LARGEST bytes, or more for longer responses, and its length is declared
+              in advance.
+
+A forwarded port or a proxy gives the page another address. --public-url names it: exactly that Host
+and that Origin are then allowed too, and the path of that URL may precede the token. A proxy may
+pass the Host on or replace it by this server's own, and may cut the path off or keep it.
 
 The page's policy forbids inline scripts, markup made from text, other origins, frames and forms.
 """
@@ -18,6 +23,7 @@ import secrets
 import socket
 import socketserver
 import sys
+import urllib.parse
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -25,6 +31,7 @@ from pathlib import Path
 from fgrlhf.data.fields import UserError
 
 LARGEST = 1 << 20                                 # bytes of a request's body
+DEFAULT_PORTS = {"http": 80, "https": 443}
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 HEADERS = {
     "Content-Security-Policy":
@@ -45,17 +52,42 @@ class Refusal(Exception):
         self.status = status
 
 
+class Address:
+    """A --public-url: `origin`, as browsers send it, `hosts` and `path`, which ends in "/".
+
+    Raises UserError for text that is no such URL.
+    """
+
+    def __init__(self, url: str):
+        try:
+            parts = urllib.parse.urlsplit(url)
+            port, host = parts.port, parts.hostname
+            good = (parts.scheme in DEFAULT_PORTS and host and port != 0
+                    and not set("@%\\") & set(parts.netloc) and not set("?#") & set(url)
+                    and all("!" <= c <= "~" for c in url))
+        except ValueError:
+            good = False
+        if not good:
+            raise UserError(f"--public-url {url!r}: expected http(s)://host[:port][/path], got "
+                            "another form; copy the address from the browser, without the token")
+        name, usual = f"[{host}]" if ":" in host else host, DEFAULT_PORTS[parts.scheme]
+        self.hosts = {f"{name}:{port or usual}"} | ({name} if port in (None, usual) else set())
+        self.origin = f"{parts.scheme}://{min(self.hosts, key=len)}"
+        self.path = parts.path.rstrip("/") + "/"
+        self.is_private = parts.scheme == "https" or is_loopback(host)
+
+
 class Server(socketserver.ThreadingTCPServer):
     """The socket, and the data that each Handler needs."""
 
     daemon_threads, allow_reuse_address, request_queue_size = True, True, 64
 
     def __init__(self, folder: Path, actions: dict[str, Action], host: str, ports: Sequence[int],
-                 allow_remote: bool):
+                 allow_remote: bool, public: Address | None = None, largest: int = LARGEST):
         """Reads the files of the page from `folder`, and takes the first free one of `ports`.
 
-        Raises UserError if no port is free, or if the address would let other machines in and
-        `allow_remote` is False.
+        largest: bytes of a request's body. Raises UserError if no port is free, or if the address
+        would let other machines in and `allow_remote` is False.
         """
         if not (is_loopback(host) or allow_remote):
             raise UserError(f"--host {host}: expected an address of this machine only, because "
@@ -63,6 +95,7 @@ class Server(socketserver.ThreadingTCPServer):
                             "--allow-remote")
         self.files = {path.name: path.read_bytes() for path in folder.iterdir()}
         self.actions, self.host, self.allow_remote = actions, host, allow_remote
+        self.public, self.largest = public, largest
         self.token = secrets.token_urlsafe(16)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         for port in ports:
@@ -76,10 +109,18 @@ class Server(socketserver.ThreadingTCPServer):
                             "choose another address")
         self.port = self.server_address[1]
         name = f"[{host}]" if ":" in host else host
-        self.url = f"http://{name}:{self.port}/{self.token}/"
+        self.own_url = f"http://{name}:{self.port}/{self.token}/"
+        self.url = f"{public.origin}{public.path}{self.token}/" if public else self.own_url
 
-    def knows(self, host: str) -> bool:
-        """True if a Host header names this server."""
+    def origins(self, host: str) -> set[str]:
+        """Returns the allowed values of Origin for a Host header; none for a foreign Host."""
+        own = {f"http://{host}"} if self._is_own(host) else set()
+        if self.public and (own or host.lower() in self.public.hosts):
+            own.add(self.public.origin)
+        return own
+
+    def _is_own(self, host: str) -> bool:
+        """True if a Host header names this server's own address."""
         name, _, port = host.lower().rpartition(":")
         name = name.removeprefix("[").removesuffix("]")
         if port != str(self.port):
@@ -117,18 +158,23 @@ class Handler(BaseHTTPRequestHandler):
             if action is None:
                 raise Refusal(404, "no such action")
             status, result = action(self._json())
-            self._send(status, json.dumps(result).encode(), "application/json")
+            self._send(status, json.dumps(result, allow_nan=False).encode(), "application/json")
         except Refusal as refusal:
             self._refuse(refusal)
 
     def _checked_path(self) -> str:
         """Returns the path behind the token. Raises Refusal for a request that must not come in."""
         hosts, origins = self.headers.get_all("Host", []), self.headers.get_all("Origin", [])
-        if len(hosts) != 1 or not self.server.knows(hosts[0]):
-            raise Refusal(403, "unknown host")
-        if origins != [f"http://{hosts[0]}"] and (origins or self.command != "GET"):
+        allowed = self.server.origins(hosts[0]) if len(hosts) == 1 else set()
+        if not allowed:
+            raise Refusal(403, "unknown host: if a forwarded port or a proxy leads here, start "
+                          "fgrlhf.collect with --public-url and the address in your browser")
+        if origins[1:] or not allowed.issuperset(origins) or self.command != "GET" and not origins:
             raise Refusal(403, "request from another site")
-        token, slash, name = self.path.removeprefix("/").partition("/")
+        path = self.path
+        if self.server.public and path.startswith(self.server.public.path):
+            path = path.removeprefix(self.server.public.path)
+        token, slash, name = path.removeprefix("/").partition("/")
         if not (slash and hmac.compare_digest(token.encode(), self.server.token.encode())):
             raise Refusal(404, "open the address that fgrlhf.collect printed")
         return name
@@ -137,8 +183,8 @@ class Handler(BaseHTTPRequestHandler):
         length, kind = self.headers.get("Content-Length", ""), self.headers.get_content_type()
         if "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdigit()):
             raise Refusal(411, "expected Content-Length")
-        if len(length) > 9 or int(length) > LARGEST:          # int() refuses thousands of digits
-            raise Refusal(413, f"more than {LARGEST} bytes")
+        if len(length) > 9 or int(length) > self.server.largest:     # int() has a limit of digits
+            raise Refusal(413, f"more than {self.server.largest} bytes")
         if kind != "application/json":
             raise Refusal(415, "expected JSON")
         try:

@@ -12,7 +12,7 @@ const text = $("text");
 const onMac = /Mac|iPhone|iPad/.test(navigator.platform);
 const page = newId();                   // names this load of the page; `tab` survives a reload
 let tab = sessionStorage.tab ||= newId();
-let annotator = "", limit = 1;
+let annotator = "", limit = 1, free = 0, largest = Infinity;
 let record = null;                      // the record in the editor, as the server sent it
 let known = [];                         // texts of the record, sent or confirmed, that the server may have
 let queue = Promise.resolve();          // messages about the record go one after another
@@ -28,20 +28,33 @@ class Refusal extends Error {           // the server refused, or did not answer
   constructor(status, message) { super(message); this.status = status; }
 }
 
+const SILENT = "The program does not answer. Your text is kept in this browser. " +
+  "Start fgrlhf.collect again and open the address that it prints.";
+const REASONS = {
+  403: "The program does not know this address. Start fgrlhf.collect again with --public-url and " +
+    "the address in your browser.",
+  404: "The program has a new address. Open the address that fgrlhf.collect printed last. " +
+    "Your drafts are there.",
+  413: "The text is too long to be saved. Shorten it, or revert it.",
+};
+
 async function call(action, fields = {}, options = {}) {
   const body = JSON.stringify({annotator, tab, page, ...fields});
+  if (body.length > largest / 3 && new Blob([body]).size > largest) {
+    throw new Refusal(413, REASONS[413]);
+  }
   let answer;
   try {
     answer = await fetch(action, {method: "POST", body, signal: AbortSignal.timeout(PATIENCE),
                                   headers: {"Content-Type": "application/json"}, ...options});
   } catch {
-    throw new Refusal(0, "The program does not answer. Your text is kept in this browser. " +
-      "Start fgrlhf.collect again and open the address that it prints.");
+    throw new Refusal(0, SILENT);
   }
-  if (answer.headers.get("Content-Type").startsWith("text/plain")) {
-    throw new Refusal(answer.status, "The program has a new address. Open the address that " +
-      "fgrlhf.collect printed last. Your drafts are there.");
+  const type = answer.headers.get("Content-Type") ?? "";
+  if (type.startsWith("text/plain") && REASONS[answer.status]) {
+    throw new Refusal(answer.status, REASONS[answer.status]);
   }
+  if (!type.startsWith("application/json")) throw new Refusal(0, SILENT);       // a proxy's page
   const result = await answer.json();
   if (!answer.ok) throw new Refusal(answer.status, result.error);
   return result;
@@ -55,13 +68,9 @@ function complain(error) {
   if (error.status === 0 && record) saveTimer ||= setTimeout(save, 2000);
 }
 
-// A textarea drops carriage returns. The edit gets them back if the original has them.
+// A textarea knows one kind of line end. The server gives every line its own line end back.
 const plain = words => words.replace(/\r\n?/g, "\n");
-
-function edited() {
-  if (text.value === plain(record.rejected)) return record.rejected;
-  return record.rejected.includes("\r\n") ? text.value.replaceAll("\n", "\r\n") : text.value;
-}
+const unchanged = () => text.value === plain(record.rejected);
 
 // ----- drafts: sent while typing; the browser keeps a copy until the server has confirmed
 
@@ -70,20 +79,21 @@ const copyName = () => `draft ${annotator} ${record.id}`;
 function typed() {
   $("saved").textContent = "Saving…";
   saveTimer ||= setTimeout(save, SAVE_AFTER);
-  localStorage[copyName()] = JSON.stringify({known, text: edited()});      // last: throws if full
+  localStorage[copyName()] = JSON.stringify({known, text: text.value});    // last: throws if full
 }
 
 function begin() {                      // with the browser's copy, if it is newer than the draft
   const copy = JSON.parse(localStorage[copyName()] ?? "null");
-  known = [record.text];
-  text.value = copy?.known.includes(record.text) ? copy.text : record.text;
-  if (edited() !== record.text) typed();
+  const draft = plain(record.text);
+  known = [draft];
+  text.value = copy?.known.includes(draft) ? copy.text : draft;
+  if (text.value !== draft) typed();
 }
 
 function save() {
   clearTimeout(saveTimer);
   saveTimer = 0;
-  return queue = queue.then(() => record && send(record, edited()));
+  return queue = queue.then(() => record && send(record, text.value));
 }
 
 async function send(about, value) {
@@ -91,7 +101,7 @@ async function send(about, value) {
   try {
     const change = await call("save", {id: about.id, text: value});
     known = [value];
-    if (edited() === value) {
+    if (text.value === value) {
       localStorage.removeItem(copyName());
       $("saved").textContent = "Draft saved";
     }
@@ -105,7 +115,7 @@ async function send(about, value) {
 
 setInterval(() => record && !moving && !saveTimer && save(), RENEW_AFTER);
 addEventListener("pagehide", () => {
-  if (record) call("leave", {id: record.id, text: edited()}, {keepalive: true}).catch(() => {});
+  if (record) call("leave", {id: record.id, text: text.value}, {keepalive: true}).catch(() => {});
 });
 addEventListener("pageshow", event => event.persisted && location.reload());
 
@@ -121,15 +131,16 @@ function show(change) {
     return [before, mark, after];
   });
   $("diff").replaceChildren(...parts);
-  const over = change.share > limit;
+  const over = change.over;
   const percent = share => `${Math.round(share * 100)}%`;
   const changed = over && percent(change.share) === percent(limit)
     ? `${(change.share * 100).toFixed(1)}%` : percent(change.share);
   const strong = document.createElement("strong");
   strong.textContent = changed;
   $("share").replaceChildren(strong, over ? ` changed, above the limit of ${percent(limit)}`
-                                          : ` changed (limit ${percent(limit)})`);
-  const same = edited() === record.rejected ? "nothing changed yet" : "only spaces changed";
+    : change.share > limit ? ` changed (${free} words may always change)`
+    : ` changed (limit ${percent(limit)})`);
+  const same = unchanged() ? "nothing changed yet" : "no word changed";
   $("tokens").textContent = change.changed === 0 ? same
     : `${change.changed} ${change.changed === 1 ? "word" : "words"}: ` +
       `${change.deleted} deleted, ${change.inserted} inserted, ${change.kept} kept`;
@@ -180,6 +191,7 @@ function open(view) {
 function passage({title, text: words}) {
   const part = document.createElement("div"), heading = document.createElement("h3");
   part.className = "prose";
+  part.dir = heading.dir = "auto";
   heading.textContent = title;
   part.append(heading, words);
   return part;
@@ -247,7 +259,7 @@ async function move(action, fields = {}) {        // an action that leaves this 
   await queue;
   const copy = record && copyName();
   try {
-    const view = await call(action, record ? {id: record.id, text: edited(), ...fields} : fields);
+    const view = await call(action, record ? {id: record.id, text: text.value, ...fields} : fields);
     if (copy) localStorage.removeItem(copy);
     open(view);
   } catch (error) {
@@ -258,13 +270,16 @@ async function move(action, fields = {}) {        // an action that leaves this 
 
 const acts = {
   async accept() {
-    if (!record || (edited() === record.rejected && !await ask("ask-same"))) return;
+    if (!record || (unchanged() && !await ask("ask-same"))) return;
     await move("accept");
   },
   async skip() {
-    if (!record || !await ask("ask-reason")) return;
-    const reason = new FormData($("ask-reason").firstElementChild).get("reason");
-    await move("skip", {reason: reason || $("other").value});
+    if (!record) return;
+    const form = $("ask-reason").firstElementChild;
+    form.reset();                       // nobody skips with the reason of the last record
+    needsText(false);
+    if (!await ask("ask-reason")) return;
+    await move("skip", {reason: new FormData(form).get("reason") || $("other").value});
   },
   async undo() {
     if ($("undo").disabled) return;
@@ -274,7 +289,7 @@ const acts = {
   revert() {
     text.focus();
     text.select();
-    document.execCommand("insertText", false, record.rejected);      // the browser can undo this
+    document.execCommand("insertText", false, plain(record.rejected));   // the browser can undo it
   },
   compare() { compare($("preferred").hidden); },
   help() { ask("shortcuts"); },
@@ -341,12 +356,19 @@ for (const name of ["accept", "skip", "undo", "revert", "compare", "help", "name
 for (const cancel of document.querySelectorAll(".cancel")) {
   cancel.onclick = () => cancel.closest("dialog").close();
 }
-$("other").onfocus = () => { $("other").closest("label").querySelector("[type=radio]").checked = true; };
+$("other").onfocus = () => $("other").closest("label").querySelector("[type=radio]").click();
+$("ask-reason").onchange = event => {
+  if (event.target.name === "reason") needsText(event.target.value === "");
+};
+function needsText(needed) {            // "Another reason" is one only with words
+  $("other").required = needed;
+  $("other").pattern = needed ? ".*\\S.*" : ".*";
+}
 text.oninput = typed;
 
 (async () => {
   const options = await call("start");
-  limit = options.limit;
+  ({limit, free, largest} = options);
   annotator = options.annotator ?? localStorage.annotator ?? "";
   guide(options.instruction);
   $("name").disabled = options.annotator !== null;
