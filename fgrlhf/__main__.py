@@ -14,16 +14,16 @@ SCRIPTS = ("train_rm.py", "train_ppo.py", "eval.py")
 def commands() -> Iterator[tuple[str, str]]:
     """Yields each command as one types it, with the first line of its docstring."""
     files = [PACKAGE.parent / name for name in SCRIPTS]
-    files += sorted(path for path in PACKAGE.glob("*.py")
-                    if path.stem != "__main__" and '__name__ == "__main__"' in path.read_text())
-    files += sorted(PACKAGE.glob("*/__main__.py"))
+    files += sorted(path for path in (*PACKAGE.glob("*.py"), *PACKAGE.glob("*/*.py"))
+                    if path != Path(__file__) and '\nif __name__ == "__main__"' in path.read_text())
     for path in files:
-        name = path.parent.name if path.stem == "__main__" else path.stem
-        command = path.name if path.name in SCRIPTS else f"-m {PACKAGE.name}.{name}"
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        name = ".".join(part for part in parts if part != "__main__")
+        command = path.name if path.name in SCRIPTS else f"-m {name}"
         line = ast.get_docstring(ast.parse(path.read_text())).split("\n")[0]
         yield f"python {command}", line
 
 
 if __name__ == "__main__":
     for command, line in commands():
-        print(f"{command:30}{line}")
+        print(f"{command:34}{line}")

@@ -10,16 +10,19 @@ import torch
 
 import train_ppo
 import train_rm
-from fgrlhf.checkpoint import save_model
+from fgrlhf.checkpoint import load_tokenizer, save_model
 from fgrlhf.data.fields import UserError
-from fgrlhf.data.records import Edit, Span, write_jsonl
+from fgrlhf.data.records import Edit, Output, Span, write_jsonl, write_outputs
+from fgrlhf.engine.config import parse
 from fgrlhf.explain import __main__ as explain
+from fgrlhf.explain import answers
 from fgrlhf.explain.explained import (
     LossSettings, UpdateSettings, explain_record, minus_log_sigmoid, settings_of)
 from fgrlhf.explain.text import explained_text, visible
 from fgrlhf.reproduce.examples import explain_edit
 from fgrlhf.reproduce.report import page
-from fgrlhf.reward import RewardModel, save_reward
+from fgrlhf.reward import RewardModel, load_reward, save_reward
+from fgrlhf.sequences import pack
 from fgrlhf.tokenizer import train
 from kernels import token_preference
 from tests.small import llama, slow_logp
@@ -326,3 +329,27 @@ def test_report_explains_the_first_edit_that_repairs_two_errors(folders, tmp_pat
     assert shown.update.settings.lr == 0.03 and shown.update.kl == [0.0] * len(shown.update.kl)
     write_jsonl(tmp_path / "held-out/edits.jsonl", [SWAP])
     assert explain_edit(tmp_path, tokenizer, reward) == []
+
+
+# ----- answers side by side -----------------------------------------------------------------------
+
+def test_answers_side_by_side_have_the_rewards_of_the_model(folders, tmp_path, capsys):
+    """R is the sum of the token rewards, and the lowest of them are named."""
+    prompts = ("say it", "say one")
+    for name, texts in (("before", ("one two", "two")), ("after", ("two one", "two"))):
+        outputs = [Output(prompt, text, name) for prompt, text in zip(prompts, texts)]
+        write_outputs(tmp_path / f"{name}.json", sorted(outputs, key=lambda o: o.output))
+    answers.main(parse(answers.Config, "", [
+        "--before", f"{tmp_path}/before.json", "--after", f"{tmp_path}/after.json", "--reward",
+        f"{folders}/rm/reward", "--html", f"{tmp_path}/page.html"]))
+    out = capsys.readouterr().out
+    model, tokenizer = load_reward(folders / "rm/reward"), load_tokenizer(folders / "rm/reward")
+    for text in ("one two", "two one"):
+        prompt = tokenizer.encode("say it ->", bos=True)
+        ids = tokenizer.encode(text, eos=True)
+        with torch.no_grad():
+            rewards = model.token_rewards(pack([prompt], [ids]))[0].tolist()
+        assert f"R = {sum(rewards):+9.3f}   {text}\n" in out
+        assert f"{min(rewards):+.2f}, " in out.split(text)[1].split("\n")[1]
+    assert out.endswith("of 2 prompts, equal for 1.\n")
+    assert "is R, equation (1)" in (tmp_path / "page.html").read_text()

@@ -25,6 +25,7 @@ SMALLER = {"train_ppo.py": ["--iterations", "2", "--rollouts", "4", "--minibatch
                             "--max-new-tokens", "8"],
            "eval.py outputs": ["--max-new-tokens", "8"],
            "train_rm.py": ["--epochs", "1"], "fgrlhf.sft": ["--epochs", "1"]}
+OWN_FILES = {"$EDITS": "mine.jsonl", "$PROMPTS": "mine.jsonl", "$MODEL": "LLAMA_DIR"}
 FRUIT = ("apple", "pear", "plum", "grape", "lemon")
 
 
@@ -58,9 +59,7 @@ def run(folder: Path, words: list[str]) -> processes.Done:
     """A command with every path moved into `folder`; the last value of a flag counts."""
     here = lambda word: str(folder / word) if re.match(r"(runs/|LLAMA_DIR|\w+\.jsonl?\b)", word) \
         else word
-    first = "-m" in words and "fgrlhf.sft" in words                 # MODEL changes after SFT
-    words = [here(word.replace("$MODEL", "LLAMA_DIR" if first else "runs/mine/sft/policy"))
-             for word in words]
+    words = [here(OWN_FILES.get(word, word)) for word in words]
     script = words[2:] if words[1] == "-m" else words[1:]
     smaller = next((flags for name, flags in SMALLER.items()
                     if " ".join(script).startswith(name)), [])
@@ -79,13 +78,26 @@ def keys_in(folder: Path) -> set[str]:
 
 
 def test_own_data_goes_from_twenty_edits_to_a_win_rate(folder):
-    outputs = [run(folder, words) for words in block_of("README.md", "MODEL=")]
+    outputs = [run(folder, words) for words in block_of("README.md", "EDITS=")]
     assert len(outputs) == 8
     assert 0 <= json.loads((folder / "runs/mine/folds/done.json").read_text())["pair_accuracy"] <= 1
-    assert "equations (5) to (7)" in outputs[3].out                     # explain found the policy
+    assert "equations (5) to (7)" in outputs[2].out                     # explain found the policy
     assert len(json.loads((folder / "runs/mine/after.json").read_text())) == 20
-    verdict = json.loads(outputs[-1].out)
+    verdict = json.loads(outputs[-2].out)
     assert verdict["wins"] + verdict["ties"] + verdict["losses"] == 20
+    assert outputs[-1].out.count("  before  R = ") == 20
+    assert "R is higher after than before for" in outputs[-1].out
+    assert "Token rewards" in (folder / "runs/mine/answers.html").read_text()
+
+
+def test_own_data_names_what_the_quick_profile_leaves():
+    text = TEXTS["README.md"]
+    seed = reproduce.Seed(0, Path("runs/quick/seed0"), reproduce.SCALES["quick"], "cpu")
+    reproduce.start(seed)
+    left = {stage.command[stage.command.index("--out") + 1] for stage in seed.stages}
+    for name in ("EDITS", "PROMPTS", "MODEL"):
+        path = Path(re.search(rf"^{name}=(\S+)", text, re.M)[1])
+        assert str(path.parent) in left, path
 
 
 def test_a_checkpoint_is_read_tuned_and_answers(folder):

@@ -45,6 +45,7 @@ def results() -> dict:
         "profile": "full", "command": "python -m fgrlhf.reproduce --profile full", "seeds": [0, 1],
         "machine": "2 cores, torch 2.13.0", "seconds": 1431.2,
         "notes": ["The world is built in.", NASTY],
+        "reading": ["Fine-grained PPO wins 85.7%: -1.5 points.", NASTY],
         "systems": {
             "sft": system("SFT", "start", 0.497, seconds=cell(0.0)),
             "rlhf": system("PPO-RLHF: sequence RM on pairs, critic, GAE", "baseline", 0.655,
@@ -60,9 +61,9 @@ def results() -> dict:
             "sequence": {"label": "Sequence-level on pairs", "metrics": {
                 "edit_accuracy": cell(0.884),
                 "pair_accuracy": {"mean": math.nan, "interval": [math.nan] * 2}}}},
-        "comparisons": [{"label": "fine-grained minus rlhf, sampled"} | cell(0.19, 0.214),
+        "comparisons": [{"label": "Fine-grained PPO minus PPO-RLHF"} | cell(0.19, 0.214),
                         {"label": "likelihood minus sft"} | cell(-0.04, half=None)],
-        "speed": {"label": "To the baseline's best dev win rate", "rows": [
+        "speed": {"label": "To the best", "names": ["PPO-RLHF", "Fine <grained>"], "rows": [
             {"label": "episodes", "baseline": 3904, "method": 448, "ratio": cell(8.7, half=1.1)},
             {"label": "seconds", "baseline": math.inf, "method": 5.07, "ratio": None}]},
         "paper": [{"label": "reward model accuracy", "value": "about 85.2%"}],
@@ -71,13 +72,14 @@ def results() -> dict:
                    curve("fine", "Fine <grained>", 0, [0.5, 0.7, 0.8, 0.84, 0.86]),
                    curve("fine", "Fine <grained>", 0, [0.1, math.nan, 0.4], metric="kl_k1")],
         "examples": {
-            "heat_maps": [{"prompt": NASTY, "tokens": tokens, "errors": wrong,
+            "heat_maps": [{"prompt": NASTY, "label": "SFT", "tokens": tokens, "errors": wrong,
                            "rewards": [0.25, 0.0, 0.1, -0.1, 0.5, 0.2, -2.0, 0.04, math.nan]}],
             "edits": [{"prompt": NASTY, "original_tokens": tokens, "original_changed": wrong,
                        "edited_tokens": tokens[:6] + [" Mi", "ton", ".", "</s>"],
                        "edited_changed": [False] * 6 + [True] * 2 + [False] * 2}],
-            "before_after": [{"prompt": NASTY, "before": "Wrong.", "before_errors": 2,
-                              "after": NASTY, "after_errors": 1, "label": "fine-grained"}]},
+            "before_after": [{"caption": NASTY, "labels": ["SFT", "Fine <grained>"], "rows": [
+                {"prompt": NASTY, "before": "Wrong.", "before_errors": 2, "after": NASTY,
+                 "after_errors": 1}]}]},
         "commands": ["python train_ppo.py --method fine-grained", NASTY]}
 
 
@@ -117,7 +119,7 @@ def test_page_is_balanced_and_has_every_section(results):
     reader = Reader(page(results))
     assert len(reader.all("h1")) == 1
     for part in ("Systems", "Differences", "Reward models", "Speed", "What the paper reports",
-                 "Training", "Learning curves", "Token rewards of real rollouts", "Minimal edits",
+                 "Training", "Learning curves", "Token rewards of sampled answers", "Minimal edits",
                  "Before and after", "The 2 commands of this run", "23 min 51 s", "seeds 0, 1",
                  "about 85.2%"):
         assert part in reader.text
@@ -128,8 +130,25 @@ def test_page_needs_no_other_file_and_no_script(results):
     reader = Reader(source)
     assert not re.search(r"https?:|//[a-z]|@import|url\(", source)
     assert not {"script", "link", "img", "iframe"} & {name for name, _ in reader.tags}
-    assert not [a for _, attributes in reader.tags for a in attributes
-                if a in ("src", "href") or a.startswith("on")]
+    assert not [(a, value) for _, attributes in reader.tags for a, value in attributes.items()
+                if a == "src" or a.startswith("on") or a == "href" and value[0] != "#"]
+
+
+def test_page_has_contents_that_lead_to_every_section(results):
+    reader = Reader(page(results))
+    names = [attributes["id"] for attributes in reader.all("section")]
+    assert [a["href"] for a in reader.all("a")] == ["#" + name for name in names]
+    assert len(set(names)) == len(names) > 8
+
+
+def test_page_says_what_the_figures_mean_with_minus_signs_before_numbers_only(results):
+    assert "Fine-grained PPO wins 85.7%: \N{MINUS SIGN}1.5 points." in Reader(page(results)).text
+
+
+def test_page_names_each_number_for_a_phone(results):
+    """The rows of a table are blocks there, without its header."""
+    cells = [a for a in Reader(page(results)).all("td") if a.get("class") == "number"]
+    assert cells and all(cell["data-label"] for cell in cells)
 
 
 def test_page_shows_markup_in_texts_as_text(results):
@@ -198,7 +217,8 @@ def test_write_report_refuses_a_folder(tmp_path):
 # ----- charts -----------------------------------------------------------------------------------
 
 def points(source: str, kind: str) -> list[list[tuple[float, float]]]:
-    """The points of every polyline of a kind, in pixels."""
+    """The points of every polyline of a kind, in pixels, in the wide form of the first chart."""
+    source = source.split("</svg>")[0] + "</svg></div>"
     return [[tuple(map(float, corner.split(","))) for corner in a["points"].split()]
             for a in Reader(source).all("polyline") if a["class"].split()[0] == kind]
 
@@ -230,7 +250,9 @@ def test_page_draws_each_curve_with_all_its_points_and_the_method_first(results)
     source = page(results)
     lines = [(a["class"], len(a["points"].split())) for a in Reader(source).all("polyline")]
     win_rate = [("seed s1", 4), ("seed s1", 3), ("mean s0", 5), ("mean s1", 3)]
-    assert lines == [*win_rate, *win_rate, ("mean s0", 2)]
+    legend = [("mean s0", 2), ("mean s1", 2)]               # the samples of the narrow form
+    charts = [*win_rate, *win_rate, *legend]                # wide, narrow, legend
+    assert lines == [*charts, *charts, ("mean s0", 2), ("mean s0", 2), legend[0]]
     assert "over episodes" in source and "over seconds" in source
 
 
@@ -286,9 +308,11 @@ def test_edits_mark_each_run_of_changed_tokens_once(blank):
 
 
 def test_before_after_counts_errors_in_words():
-    text = Reader(before_after([{"prompt": "p", "before": "b", "before_errors": 2, "after": "a",
-                                 "after_errors": 1, "label": "ours"}])).text
+    row = {"prompt": "p", "before": "b", "before_errors": 2, "after": "a", "after_errors": 1}
+    group = {"caption": "The first.", "labels": ["SFT", "ours"], "rows": [row]}
+    text = Reader(before_after([group])).text
     assert "SFT: 2 errors" in text and "ours: 1 error" in text and "1 errors" not in text
+    assert "The first." in text
 
 
 def test_tag_escapes_texts_and_attributes_but_not_tags():
@@ -326,7 +350,7 @@ def test_text_table_is_this_text():
 
 def test_text_table_keeps_its_width_and_aligns_its_columns(results):
     lines = text_table(results).splitlines()
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= 104
     rows = [line for line in lines if re.search(r"\[\d\d\.\d, \d\d\.\d\]  +\d\d\.\d  ", line)]
     assert len(rows) == 4 and len({line.index("[") for line in rows}) == 1
     assert any("much longer" in line and "..." in line for line in lines)

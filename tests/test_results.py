@@ -7,6 +7,7 @@ import pytest
 
 from fgrlhf.data import records
 from fgrlhf.reproduce import results
+from fgrlhf.reproduce.examples import before_after
 from fgrlhf.simulate.world import World
 
 T_1 = 12.706                                    # 97.5% quantile of Student's t, 1 degree of freedom
@@ -139,6 +140,40 @@ def test_tested_counts_the_errors_the_folders_own_world_finds(tmp_path):
     assert found == results.Tested(sampled=[0, 2], greedy=[0, 0], reference=[1, 1])
     assert found.preferences("sampled") == [1.0, 0.0]
     assert found.preferences("greedy") == [1.0, 1.0]
+
+
+def test_reading_says_the_difference_its_interval_and_whether_it_may_be_chance():
+    rate = lambda mean: {"metrics": {"win_rate": {"mean": mean}}}
+    systems = {"fine-grained": rate(0.904), "rlhf": rate(0.705), "imitation": rate(0.916)}
+    found = {(a, b): (0.0, 0.0, 0.0) for a, b in results.COMPARED}
+    found["fine-grained", "rlhf"] = (0.199, 0.168, 0.231)
+    found["fine-grained", "imitation"] = (-0.012, -0.025, 0.001)
+    comparisons = [{"label": f"{a} minus {b}, {decoding}", "mean": mean, "interval": [low, high],
+                    "per_seed": [mean]} for (a, b), (mean, low, high) in found.items()
+                   for decoding in ("sampled", "greedy")]
+    assert results.reading(systems, comparisons)[:2] == [
+        "Fine-grained PPO wins 90.4% of the test prompts against a sample of the SFT policy, "
+        "PPO-RLHF 70.5%: +19.9 points [+16.8, +23.1] sampled; +19.9 points [+16.8, +23.1] greedy.",
+        "Fine-grained PPO wins 90.4% of the test prompts against a sample of the SFT policy, SFT "
+        "on edits 91.6%: -1.2 points [-2.5, +0.1] sampled, which may be chance; -1.2 points "
+        "[-2.5, +0.1] greedy, which may be chance."]
+    assert "one seed" in results.reading(systems, comparisons)[2]
+    comparisons[0]["per_seed"] = [0.1] * 8
+    assert "over 8 seeds" in results.reading(systems, comparisons)[2]
+
+
+def test_before_and_after_are_the_first_prompts_and_those_that_became_worse():
+    """Prompts are not chosen by how they turned out, and answers that became worse are counted."""
+    world = World(3)
+    land = world.lands[0]
+    prompt, right = f"Name the river of {land}.", f"Its river is {world.facts[land, 'river']}."
+    outputs = lambda *texts: [records.Output(prompt, text, "m") for text in texts]
+    first, worse = before_after(world, outputs(right, "", right, "No."),
+                                outputs(right, right, "No.", ""), ["SFT", "Ours"], 2)
+    errors = lambda group: [(r["before_errors"], r["after_errors"]) for r in group["rows"]]
+    assert errors(first) == [(0, 0), (1, 0)] and "first 2 test prompts" in first["caption"]
+    assert errors(worse) == [(0, 2)] and "1 of 4 test prompts" in worse["caption"]
+    assert len(before_after(world, outputs(""), outputs(right), ["SFT", "Ours"], 2)) == 1
 
 
 def test_reward_models_have_the_figures_of_the_trained_ones(tmp_path):

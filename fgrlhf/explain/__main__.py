@@ -23,9 +23,13 @@ import torch
 
 from fgrlhf.checkpoint import load_model, load_tokenizer
 from fgrlhf.data.fields import UserError
+from fgrlhf.data.files import read_object
+from fgrlhf.data.readers import read_preferences
 from fgrlhf.data.records import Edit, Pair
-from fgrlhf.encode import TEMPLATES, read_preferences
+from fgrlhf.encode import TEMPLATES
 from fgrlhf.engine.config import arg, parse, run
+from fgrlhf.engine.encoding import check_encoding
+from fgrlhf.engine.states import fingerprint
 from fgrlhf.explain.explained import (
     Explained, LossSettings, UpdateSettings, explain_record, settings_of)
 from fgrlhf.explain.text import explained_text
@@ -55,7 +59,7 @@ def find(place: str, normalise: bool) -> Edit | Pair:
         raise UserError(f"--record {place}: expected FILE or FILE:ID, found no such file; "
                         "check the path")
     path, wanted = ":".join(parts[:cuts[0]]), ":".join(parts[cuts[0]:])
-    records = read_preferences(path, normalise)
+    records = read_preferences(path, normalise=normalise)
     if not wanted:
         return records[0]
     for record in records:
@@ -65,13 +69,41 @@ def find(place: str, normalise: bool) -> Edit | Pair:
                     f"one of its {len(records)} ids, the first is {records[0].id!r}")
 
 
-def policy_folders(config: Config, settings: LossSettings) -> tuple[str, str] | None:
-    """Finds the folders (policy, reference). None: flags and runs name no policy that exists."""
-    policy = config.policy or settings.model
-    if policy is None or config.policy is None and not Path(policy).exists():
+def start_of(folder: str, name: str, start: str | None) -> str | None:
+    """Returns `start`, the model from which the run that wrote `folder` was trained, or None.
+
+    `name` is its flag in that run, and its entry in done.json. Raises UserError when the model is
+    no longer there, or is no longer the one that the run started from.
+    """
+    if start is None:
         return None
+    run = Path(folder).resolve().parent
+    done = read_object(run / "done.json") if (run / "done.json").is_file() else {}
+    fault = None if Path(start).exists() else "is not there"
+    if not fault and name in (before := done.get("inputs", {})):
+        fault = None if fingerprint(start) == before[name] else "has changed since"
+    if fault:
+        raise UserError(f"{run / 'config.json'}: the run started from --{name} {start}, which "
+                        f"{fault}; restore it, or give --policy and --reference")
+    return start
+
+
+def policy_folders(config: Config, settings: LossSettings) -> tuple[str, str] | None:
+    """Finds the folders (policy, reference), or None when there is no policy.
+
+    A reward model whose start is not there any more is explained without a policy, and a line on
+    stderr says so. A policy is never explained against another reference than its own.
+    """
+    policy = config.policy
+    if policy is None:
+        try:
+            policy = start_of(config.reward, "model", settings.model)
+        except UserError as error:
+            print(f"without a policy: {error}", file=sys.stderr)
+        if policy is None:
+            return None
     start = settings_of(UpdateSettings, policy).policy
-    return policy, config.reference or (start if start and Path(start).exists() else policy)
+    return policy, config.reference or start_of(policy, "policy", start) or policy
 
 
 def explain(config: Config) -> tuple[Explained, dict[str, str]]:
@@ -82,6 +114,7 @@ def explain(config: Config) -> tuple[Explained, dict[str, str]]:
                         "sequence-level one; train one with train_rm.py --kind token")
     settings, tokenizer = settings_of(LossSettings, config.reward), load_tokenizer(config.reward)
     if config.template:
+        check_encoding(config.reward, template=config.template)
         settings = settings._replace(template=config.template)
     record, used = find(config.record, settings.normalise), {"reward": config.reward}
     if (folders := policy_folders(config, settings)) is None:
@@ -91,6 +124,7 @@ def explain(config: Config) -> tuple[Explained, dict[str, str]]:
         if load_tokenizer(folder).sha256 != tokenizer.sha256:
             raise UserError(f"--{name} {folder}: expected the tokenizer of --reward "
                             f"{config.reward}, got another; choose models of the same run")
+        check_encoding(folder, template=settings.template)
     policy, reference = (load_model(folder, "cpu", torch.float32) for folder in folders)
     update = settings_of(UpdateSettings, folders[0])
     return explain_record(record, tokenizer, reward, settings, policy, reference, update), used

@@ -9,18 +9,20 @@ Rewards, losses, advantages and the update come from the functions that train_rm
 call. Training averages over a batch in (4), (6) and (7); here the batch is this one record.
 """
 
-import json
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 import torch
 
 from fgrlhf.advantage import penalise_kl, reward_to_go, standardise
-from fgrlhf.data.files import read_bytes
+from fgrlhf.data.fields import check
+from fgrlhf.data.files import read_object
 from fgrlhf.data.records import Edit, Pair
-from fgrlhf.encode import PreferenceIds, align_sides, encode_preferences, two_sides
+from fgrlhf.encode import Encoder, PreferenceIds, two_sides
+from fgrlhf.engine.encoding import read_encoding
 from fgrlhf.engine.optimizer import Optimizer
+from fgrlhf.engine.places import relocated
 from fgrlhf.model import LLaMA
 from fgrlhf.ppo import policy_loss
 from fgrlhf.reward import PreferenceBatch, RewardModel, token_loss
@@ -39,6 +41,7 @@ class LossSettings(NamedTuple):
     template: str = "plain"
     prompt_tokens: int | None = None
     normalise: bool = False
+    cut_responses: bool = False
     unit: str = "token"
     credit_gap: bool = True
     reduce: str = "sum"
@@ -141,14 +144,22 @@ class Explained(NamedTuple):
 def settings_of(kind: type, folder: str | Path):
     """Reads the settings, LossSettings or UpdateSettings, of the run that wrote `folder`.
 
-    They are in config.json in the folder above. Returns the defaults if there is no such file, or
-    if it belongs to another kind of run (SFT).
+    They are in config.json in the folder above, and how records became ids is in the folder itself.
+    Settings that are in neither have their defaults, as for a folder of another kind of run (SFT).
     """
-    path = Path(folder).resolve().parent / "config.json"
-    saved = json.loads(read_bytes(path)) if path.is_file() else {}
+    encoding = read_encoding(folder) if kind is LossSettings else None
+    remembered = {} if encoding is None else encoding._asdict()
+    run = Path(folder).resolve().parent
+    file = run / "config.json"
+    saved = read_object(file) if file.is_file() else {}
     if {LossSettings: "u0", UpdateSettings: "beta"}[kind] not in saved:
-        return kind()
-    return kind(**{name: saved[name] for name in kind._fields if name in saved})
+        return kind(**remembered)
+    name = {LossSettings: "model", UpdateSettings: "policy"}[kind]
+    kinds = get_type_hints(kind) | {"out": str}
+    saved = {n: check(kinds[n], saved[n], str(file), n) for n in kinds if n in saved}
+    if "out" in saved and saved.get(name):              # the run may have been copied or moved
+        saved[name] = relocated(saved[name], saved["out"], run)
+    return kind(**{n: saved[n] for n in kind._fields if n in saved} | remembered)
 
 
 def explain_record(record: Edit | Pair, tokenizer: Tokenizer, reward: RewardModel,
@@ -160,11 +171,13 @@ def explain_record(record: Edit | Pair, tokenizer: Tokenizer, reward: RewardMode
     reward: a token-level model. reference: the frozen model of the KL. Without a policy there are
     no equations (5) to (7).
     """
-    ids = encode_preferences([record], tokenizer, reward.trunk.config.max_seq_len,
-                             settings.template, settings.prompt_tokens, settings.unit,
-                             settings.credit_gap)[0]
-    better, worse = two_sides(record)
-    aligned, _ = align_sides(tokenizer, worse, better, ids.rejected, ids.chosen, settings.unit)
+    encoder = Encoder(tokenizer, reward.trunk.config.max_seq_len, settings.template,
+                      settings.prompt_tokens, settings.cut_responses, settings.unit,
+                      settings.credit_gap)
+    ids, (better, worse) = encoder.preference(record), two_sides(record)
+    aligned, _ = encoder.align(worse, better, *(tokenizer.encode(text, eos=True)
+                                                for text in (worse, better)))
+    pairs = [(i, j) for i, j in aligned.pairs if i < len(ids.rejected) and j < len(ids.chosen)]
     sequences = pack([ids.prompt] * 2, [ids.chosen, ids.rejected], device=reward.device)
     with torch.no_grad():
         plus, minus = reward.token_rewards(sequences).tolist()
@@ -176,7 +189,7 @@ def explain_record(record: Edit | Pair, tokenizer: Tokenizer, reward: RewardMode
     chosen = _side(tokenizer, ids.chosen, plus, aligned.edited_changed, ids.plus, kept_plus)
     done = None if policy is None else _update(ids, reward, policy, reference, update)
     return Explained(record.id, tokenizer.decode(ids.prompt), rejected, chosen,
-                     _rows(aligned.pairs, len(ids.rejected), len(ids.chosen)),
+                     _rows(pairs, len(ids.rejected), len(ids.chosen)),
                      [(i, j) for j, i in ids.unchanged], loss, paper, reward.mean.item(),
                      reward.scale.item(), done)
 

@@ -65,7 +65,7 @@ def _lines(caption: str, lines: Sequence[Line]) -> Html:
 def _cell(name: str, value: float, largest: float) -> Html:
     """Shows a number; an advantage also has a colour, which is strongest at the largest."""
     heat = name == "A_t"
-    return tag("td", typeset(number(value, digits=3)),
+    return tag("td", typeset(number(value, digits=3)), data_label=name,
                class_="number" + heat * (" good" if value > 0 else " bad"),
                style=f"--strength:{abs(value) / largest:.2f}" if heat else None)
 

@@ -14,6 +14,7 @@ from fgrlhf.reproduce.markup import Html, tag, typeset
 from fgrlhf.reproduce.table import is_number
 
 WIDTH, HEIGHT = 900, 300
+NARROW = 340                                            # the width on a phone
 LEFT, TOP, BOTTOM = 46, 16, 256                         # of the plot; names are to its right
 STRIP_WIDTH, STRIP_HEIGHT = 150, 18
 LINE, LETTER = 15, 6.8                                  # height of a line, width of a letter
@@ -63,10 +64,12 @@ def mean_curve(seeds: Sequence[Curve]) -> Curve:
 
 def line_chart(curves: Sequence[Curve], name: str, x_label: str, reference: float | None = None,
                reference_label: str = "") -> Html:
-    """Draws curves over a common x axis, with the name of each system at the end of its curve.
+    """Draws curves over a common x axis, in two forms of which the style sheet shows one.
 
-    Several curves with the same label are drawn thin, with their mean. `reference`: a level to
-    compare with, drawn as a dotted line. `name` begins the text that a screen reader reads.
+    The wide form has the name of each system at the end of its curve, the narrow form (for a phone)
+    has a legend below. Several curves with the same label are drawn thin, with their mean.
+    `reference`: a level to compare with, drawn as a dotted line. `name` begins the text that a
+    screen reader reads.
     """
     groups: dict[str, list[Curve]] = {}
     for curve in map(_finite, curves):
@@ -75,18 +78,30 @@ def line_chart(curves: Sequence[Curve], name: str, x_label: str, reference: floa
     shown = [curve for seeds in groups.values() for curve in seeds]
     x_ticks = ticks([x for curve in shown for x in curve.x] + [0])
     y_ticks = ticks([y for curve in shown for y in curve.y] + [reference])
-    right = WIDTH - 20 - LETTER * max(map(len, groups), default=0)
-    across, down = _scale(x_ticks, LEFT, right), _scale(y_ticks, BOTTOM, TOP)
+    down = _scale(y_ticks, BOTTOM, TOP)
     means = [mean_curve(seeds) for seeds in groups.values()]
     ends = [max(curve.x[-1] for curve in seeds) for seeds in groups.values()]
     thin = [curve for seeds in groups.values() if len(seeds) > 1 for curve in seeds]
     spoken = "; ".join(f"{mean.label} ends at {mean.y[-1]:.4g}" for mean in means)
-    return tag("svg", _axes(x_ticks, y_ticks, across, down, x_label),
-               _reference(reference, reference_label, right, down),
-               [_polyline(curve, "seed", across, down) for curve in thin],
-               [_polyline(curve, "mean", across, down) for curve in means],
-               _names(means, ends, across, down), viewBox=f"0 0 {WIDTH} {HEIGHT}", class_="chart",
-               role="img", aria_label=f"{name}, over {x_label}: {spoken}.")
+
+    def drawn(width: float, right: float, kind: str) -> Html:
+        across = _scale(x_ticks, LEFT, right)
+        return tag("svg", _axes(x_ticks, y_ticks, across, down, x_label),
+                   _reference(reference, reference_label * (kind == "wide"), right, down),
+                   [_polyline(curve, "seed", across, down) for curve in thin],
+                   [_polyline(curve, "mean", across, down) for curve in means],
+                   _names(means, ends, across, down) if kind == "wide" else None,
+                   viewBox=f"0 0 {width} {HEIGHT}", class_=f"chart {kind}",
+                   role="img", aria_label=f"{name}, over {x_label}: {spoken}.")
+    samples = [(_polyline(mean._replace(x=[0, 40], y=[9, 9]), "mean", float, float), mean.label)
+               for mean in means]
+    if reference is not None:
+        samples.append((_segment(0, 9, 40, 9, "reference"), reference_label))
+    legend = [tag("li", tag("svg", line, viewBox="0 0 40 18", class_="sample", aria_hidden="true"),
+                  label) for line, label in samples]
+    names = LETTER * max(map(len, groups), default=0)
+    return tag("div", drawn(WIDTH, WIDTH - 20 - names, "wide"),
+               drawn(NARROW, NARROW - 16, "narrow"), tag("ul", legend, class_="legend narrow"))
 
 
 def strip(mean: float | None, interval: Sequence[float], per_seed: Sequence[float],

@@ -1,4 +1,8 @@
-"""Chooses the texts that the report shows, from one seed: rewards of tokens, edits, answers."""
+"""Chooses the texts that the report shows, from one seed: rewards of tokens, edits, answers.
+
+The first prompts and records of each file are shown, however they turned out. The only texts chosen
+by their outcome are the answers that became worse, and their number is shown with them.
+"""
 
 from pathlib import Path
 
@@ -18,22 +22,38 @@ from fgrlhf.simulate.world import World
 from fgrlhf.tokenizer import Tokenizer
 
 
-def examples(folder: Path, count: int = 6) -> dict:
-    """Returns the examples of the report (report.py has their form), at most `count` of each."""
+def examples(folder: Path, names: dict[str, str], count: int = 6) -> dict:
+    """Returns the examples of the report (report.py has their form), at most `count` of each.
+
+    names: the name of each system, by its key.
+    """
     world = World(int(folder.name.removeprefix("seed")))
     tokenizer = load_tokenizer(folder / "sft/policy")
     model = load_reward(folder / "rm-token/reward")
-    before = read_outputs(folder / "outputs/sft-reference.json")
-    after = read_outputs(folder / "outputs/fine-grained-test.json")
-    errors, errors_after = count_errors(world, before), count_errors(world, after)
-    bad = [output for output, n in zip(before, errors) if n >= 2][:count]
+    answers = {system: read_outputs(folder / f"outputs/{file}.json") for system, file in (
+        ("sft", "sft-reference"), ("rlhf", "rlhf-test"), ("fine-grained", "fine-grained-test"))}
     edits = read_edits(folder / "annotations/edits.jsonl")[:count]
-    both = [{"prompt": a.instruction, "before": a.output, "before_errors": n, "after": b.output,
-             "after_errors": m, "label": "fine-grained"}
-            for a, b, n, m in zip(before, after, errors, errors_after) if n][:count]
-    return {"heat_maps": [heat_map(world, tokenizer, model, output) for output in bad],
+    return {"heat_maps": [heat_map(world, tokenizer, model, answers[system][n], names[system])
+                          for n in range(count // 2) for system in answers],
             "edits": [changes(tokenizer, edit) for edit in edits],
-            "explained": explain_edit(folder, tokenizer, model), "before_after": both}
+            "explained": explain_edit(folder, tokenizer, model),
+            "before_after": before_after(world, answers["sft"], answers["fine-grained"],
+                                         [names["sft"], names["fine-grained"]], count)}
+
+
+def before_after(world: World, before: list[Output], after: list[Output], labels: list[str],
+                 count: int) -> list[dict]:
+    """Returns the answers to the first test prompts, and those that became worse."""
+    rows = [{"prompt": a.instruction, "before": a.output, "before_errors": n, "after": b.output,
+             "after_errors": m} for a, b, n, m in
+            zip(before, after, count_errors(world, before), count_errors(world, after))]
+    worse = [row for row in rows if row["after_errors"] > row["before_errors"]]
+    groups = [(f"The first {min(count, len(rows))} test prompts, whatever the answers are. The "
+               "oracle counts the errors.", rows),
+              (f"Where the answer became worse: {len(worse)} of {len(rows)} test prompts. These "
+               "are the first of them.", worse)]
+    return [{"caption": caption, "labels": labels, "rows": chosen[:count]}
+            for caption, chosen in groups if chosen]
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
@@ -43,7 +63,8 @@ def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
             for i, (start, end) in zip(ids, tokenizer.spans(ids))]
 
 
-def heat_map(world: World, tokenizer: Tokenizer, model: RewardModel, output: Output) -> dict:
+def heat_map(world: World, tokenizer: Tokenizer, model: RewardModel, output: Output,
+             name: str) -> dict:
     """One answer with the calibrated reward of each token, and the tokens inside an error."""
     prompt = encode_prompt(tokenizer, Prompt("test", output.instruction), "plain", 10 ** 6)
     ids = tokenizer.encode(output.output, eos=True)
@@ -52,8 +73,8 @@ def heat_map(world: World, tokenizer: Tokenizer, model: RewardModel, output: Out
     errors = world.errors(output.instruction, output.output)
     wrong = [any(max(e.start, start) < min(e.end, end) for e in errors)
              for start, end in tokenizer.spans(ids)]
-    return {"prompt": output.instruction, "tokens": pieces(tokenizer, ids), "rewards": rewards,
-            "errors": wrong}
+    return {"prompt": output.instruction, "label": name, "tokens": pieces(tokenizer, ids),
+            "rewards": rewards, "errors": wrong}
 
 
 def changes(tokenizer: Tokenizer, edit: Edit) -> dict:

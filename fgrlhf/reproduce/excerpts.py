@@ -17,44 +17,54 @@ MARKS = {"error": ("u", "error"), "out": ("del", "taken out"), "in": ("ins", "pu
 def heat_maps(maps: Sequence[dict]) -> Html:
     """Shows each token on the colour of its reward, with the number below and errors underlined.
 
+    Maps with the same prompt, which are neighbours, are the answers of several systems.
     All maps share one scale: the largest absolute reward has full colour. Raises ValueError when
     tokens, rewards and errors differ in number.
     """
     largest = max((abs(r) for one in maps for r in one["rewards"] if is_number(r)), default=0) or 1
-    figures = []
-    for one in maps:
-        tokens, errors = one["tokens"], one.get("errors") or [False] * len(one["tokens"])
-        figures.append(tag("figure", _request(one),
-                           tag("div", [heat_token(*each, largest) for each in
-                                       zip(tokens, one["rewards"],
-                                           ["error" if wrong else "" for wrong in errors],
-                                           strict=True)],
-                               class_="heat")))
+    figures = [tag("figure", tag("figcaption", tag("blockquote", prompt)),
+                   [_heat_map(one, largest) for one in group])
+               for prompt, group in groupby(maps, key=lambda one: one["prompt"])]
     return section(
-        "Token rewards of real rollouts",
-        tag("p", "The number under each token is its reward. Blue means above 0, orange below 0. "
+        "Token rewards of sampled answers",
+        tag("p", "The first prompts, with the answers of several systems. The number under each "
+            "token is its reward. Blue means above 0, orange below 0. "
             f"The colour is strongest at {typeset(number(largest, digits=1))}, the largest "
             "absolute reward here. ", tag("u", "A wavy underline", class_="error"),
             " marks an error that the oracle found."),
         figures)
 
 
+def _heat_map(one: dict, largest: float) -> Html:
+    errors = one.get("errors") or [False] * len(one["tokens"])
+    tokens = [heat_token(token, reward, "error" if wrong else "", largest)
+              for token, reward, wrong in zip(one["tokens"], one["rewards"], errors, strict=True)]
+    label = tag("span", one["label"], class_="role") if one.get("label") else None
+    return tag("div", label, tokens, class_="heat")
+
+
 def edits(examples: Sequence[dict]) -> Html:
     """Shows the original with changes struck out, and the edited answer with changes underlined."""
     figures = [tag("figure", _request(one), _diff(one, "original", "del"),
                    _diff(one, "edited", "ins")) for one in examples]
-    legend = tag("p", "The alignment marks the changed tokens: ", tag("del", "struck out"),
-                 " in the original, ", tag("ins", "underlined"), " in the edit.")
+    legend = tag("p", "The first annotations. The alignment marks the changed tokens: ",
+                 tag("del", "struck out"), " in the original, ", tag("ins", "underlined"),
+                 " in the edit.")
     return section("Minimal edits", legend, figures)
 
 
-def before_after(examples: Sequence[dict]) -> Html:
-    """Shows two answers to each request next to each other, with their numbers of errors."""
-    rows = [tag("tr", tag("th", one["prompt"], scope="row"), _answer(one, "before", "SFT"),
-                _answer(one, "after", one.get("label") or "after")) for one in examples]
-    caption = "Answers to test prompts. The oracle counts the errors."
-    return section("Before and after",
-                   table(caption, ["request", "before", "after"], [rows], text=True))
+def before_after(groups: Sequence[dict]) -> Html:
+    """Shows two answers to each request next to each other, with their errors or rewards.
+
+    The caption of each group says by which rule its requests were chosen.
+    """
+    tables = []
+    for group in groups:
+        labels = group["labels"]
+        rows = [tag("tr", tag("th", one["prompt"], scope="row"), _answer(one, "before", labels[0]),
+                    _answer(one, "after", labels[1])) for one in group["rows"]]
+        tables.append(table(group["caption"], ["request", "before", "after"], [rows], text=True))
+    return section("Before and after", tables)
 
 
 def _request(one: dict) -> Html:
@@ -98,6 +108,8 @@ def _diff(one: dict, side: str, mark: str) -> Html:
 
 
 def _answer(one: dict, side: str, label: str) -> Html:
-    errors = number(one.get(f"{side}_errors"))
-    count = f"{label}: {typeset(errors)} error{'s' * (errors != '1')}"
-    return tag("td", one[side], tag("span", count, class_="role"), class_="text")
+    errors, reward = number(one.get(f"{side}_errors")), one.get(f"{side}_reward")
+    said = (f"error{'s' * (errors != '1')}" if reward is None else "is R, equation (1)")
+    shown = errors if reward is None else number(reward, digits=3, sign="+")
+    return tag("td", one[side], tag("span", f"{label}: {typeset(shown)} {said}", class_="role"),
+               class_="text")

@@ -31,7 +31,7 @@ def join(children: Sequence) -> Html:
 
 
 def section(title: str, *children) -> Html:
-    return tag("section", tag("h2", title), *children)
+    return tag("section", tag("h2", title), *children, id=title.lower().replace(" ", "-"))
 
 
 def table(caption: str | None, header: Sequence, groups: Sequence[Sequence[Html]],

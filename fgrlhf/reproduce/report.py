@@ -2,23 +2,28 @@
 
 `results` has the contents of results.json, and the texts to show:
 
-    profile command seeds machine seconds notes commands      of the run; the last two are lists
+    profile command seeds machine seconds          of the run
+    reading notes commands                         lists of sentences and commands
     systems        {key: {label, role, metrics: {name: cell}}}      role: method, baseline, ...
     reward_models  {key: {label, metrics: {name: cell}}}
     comparisons    [{label, mean, interval, per_seed}]              differences of win rates
-    speed          {label, rows: [{label, baseline, method, ratio}]}    ratio: a cell or a number
+    speed          {label, names, rows: [{label, baseline, method, ratio}]}
+                   names: of baseline and method; ratio: a cell or a number
     paper          [{label, value}]                                 the figures of the paper
     curves         [{system, label, seed, metric, x_episodes, x_seconds, y}]
-    examples       {heat_maps: [{prompt, tokens, rewards, errors}],
+    examples       {heat_maps: [{prompt, label, tokens, rewards, errors}],
                     edits: [{prompt, original_tokens, original_changed,
                              edited_tokens, edited_changed}],
                     explained: [explained.Explained],
-                    before_after: [{prompt, before, before_errors, after, after_errors, label}]}
+                    before_after: [{caption, labels: [before, after], rows: [
+                        {prompt, before, before_errors, after, after_errors}]}]}
+                   before_reward and after_reward may take the place of the errors
 
 table.py describes a cell. If a part is missing, the page has no section for it. The page needs no
 network, no script and no colour: signs, numbers, dashes and underlines carry the same information.
 """
 
+import re
 from itertools import groupby
 from pathlib import Path
 from typing import Sequence
@@ -64,7 +69,7 @@ def page(results: dict) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">', tag("title", title),
         tag("style", Html(STYLE.read_text(encoding="utf-8"))), '</head>', '<body>', '<main>',
-        _header(results), *sections, '</main>', '</body>', '</html>', ''])
+        _header(results), _contents(sections), *sections, '</main>', '</body>', '</html>', ''])
 
 
 def _header(results: dict) -> Html:
@@ -80,9 +85,17 @@ def _header(results: dict) -> Html:
         mean, interval = map(typeset, cell_texts(first, DIFFERENCE))
         parts.append(tag("p", tag("b", mean, " points"), " ", interval, " ", first["label"],
                          class_="headline"))
+    parts += [tag("p", re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", sentence))
+              for sentence in results.get("reading") or []]
     if notes := results.get("notes"):
         parts.append(tag("ul", [tag("li", note) for note in notes], class_="notes"))
     return tag("header", parts)
+
+
+def _contents(sections: Sequence[Html]) -> Html:
+    titles = [re.match(r'<section id="(.+?)"><h2>(.+?)</h2>', one).groups() for one in sections]
+    links = [tag("li", tag("a", Html(title), href=f"#{name}")) for name, title in titles]
+    return tag("nav", tag("ul", links), aria_label="contents")
 
 
 def _duration(seconds: float) -> str:
@@ -139,12 +152,13 @@ def _reward_models(models: dict[str, dict]) -> Html:
 
 
 def _speed(speed: dict) -> Html:
+    header = ["measure", *(speed.get("names") or ("baseline", "method")), "ratio"]
     rows = [tag("tr", tag("th", row["label"], scope="row"),
-                [tag("td", typeset(text), class_="number") for text in
-                 (number(row.get("baseline")), number(row.get("method")), ratio(row.get("ratio")))])
+                [tag("td", typeset(text), class_="number", data_label=name) for name, text in
+                 zip(header[1:], (number(row.get("baseline")), number(row.get("method")),
+                                  ratio(row.get("ratio"))))])
             for row in speed["rows"]]
-    return section("Speed", table(speed.get("label"), ["measure", "baseline", "method", "ratio"],
-                                  [rows]))
+    return section("Speed", table(speed.get("label"), header, [rows]))
 
 
 def _paper(paper: Sequence[dict]) -> Html:
@@ -168,7 +182,7 @@ def _numbers(row: dict, columns: Sequence[Column]) -> list[Html]:
 def _number(cell: dict | None, column: Column) -> Html:
     mean, interval = map(typeset, cell_texts(cell, column))
     return tag("td", mean, tag("span", " ", interval, class_="interval") if interval else None,
-               class_="number")
+               class_="number", data_label=column.header)
 
 
 def _by_role(systems: dict[str, dict], rows: Sequence[Html]) -> list[list[Html]]:
@@ -185,7 +199,8 @@ def _strips(cells: Sequence[dict], reference: float) -> tuple[Html, list[Html]]:
     scale = ticks([reference, *(value for row in rows for part in row for value in part)])
     head = tag("th", tag("span", "drawn", class_="hidden"), strip_axis(scale, reference),
                scope="col")
-    return head, [tag("td", strip(mean[0] if mean else None, interval, seeds, scale, reference))
+    return head, [tag("td", strip(mean[0] if mean else None, interval, seeds, scale, reference),
+                      class_="drawn")
                   for mean, interval, seeds in rows]
 
 
@@ -203,9 +218,8 @@ def _curves(curves: Sequence[dict]) -> Html:
                            [factor * y if is_number(y) else None for y in c["y"]])
                      for c in curves if c["metric"] == metric and c.get(f"x_{axis}")]
             if drawn:
-                chart = line_chart(drawn, name, axis, *reference)
                 figures.append(tag("figure", tag("figcaption", tag("b", name), f", over {axis}"),
-                                   tag("div", chart, class_="scroll")))
+                                   line_chart(drawn, name, axis, *reference)))
     return section("Learning curves", tag(
         "p", "Each system has one line. With several seeds, each thin line is a seed, and the "
         "thick line is their mean up to the end of the shortest.", class_="muted"), figures)

@@ -6,11 +6,12 @@ figure has no interval, and a difference has a paired bootstrap over prompts. Th
 win rate is one fixed sample of the SFT model's answers.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
 
+from fgrlhf.data.fields import UserError
+from fgrlhf.data.files import read_json, read_object
 from fgrlhf.data.readers import read_outputs
 from fgrlhf.evaluate import bootstrap, compare, over_seeds
 from fgrlhf.reproduce.examples import examples
@@ -19,14 +20,14 @@ from fgrlhf.simulate.world import World
 
 SYSTEMS = {
     "sft": ("SFT", "start"),
-    "rlhf": ("PPO-RLHF (sequence RM on pairs)", "baseline"),
-    "sequence-edits": ("PPO, sequence RM on edits", "ablation"),
-    "fine-grained": ("Fine-grained token-level PPO", "method"),
-    "imitation": ("SFT on the edits", "control"),
+    "rlhf": ("PPO-RLHF", "baseline"),
+    "sequence-edits": ("PPO-RLHF on edits", "ablation"),
+    "fine-grained": ("Fine-grained PPO", "method"),
+    "imitation": ("SFT on edits", "control"),
     "fine-grained-imperfect": ("Fine-grained PPO, imperfect editor", "control"),
-    "imitation-imperfect": ("SFT on the edits, imperfect editor", "control"),
-    "likelihood": ("Log-likelihood as token reward", "control"),
-    "fine-grained-paper-loss": ("Fine-grained PPO, paper's token loss", "ablation"),
+    "imitation-imperfect": ("SFT on edits, imperfect editor", "control"),
+    "likelihood": ("PPO, log-likelihood as reward", "control"),
+    "fine-grained-paper-loss": ("Fine-grained PPO, paper's loss", "ablation"),
     "fine-grained-logp-feature": ("Fine-grained PPO, logp in the head", "ablation"),
 }
 REWARD_MODELS = {
@@ -41,6 +42,10 @@ REWARD_MODELS = {
 REWARD_METRICS = {"edits/pair_accuracy": "edit_accuracy", "pairs/pair_accuracy": "pair_accuracy",
                   "edits/token_auc": "token_auc", "edits/token_auc_within": "token_auc_within",
                   "edits/position_auc_within": "position_auc_within", "seconds": "seconds"}
+COMPARED = (("fine-grained", "rlhf"), ("sequence-edits", "rlhf"),
+            ("fine-grained", "sequence-edits"), ("fine-grained", "imitation"),
+            ("fine-grained-imperfect", "imitation-imperfect"),
+            ("likelihood", "sft"))
 PAPER = [{"label": "win rate gain over PPO-RLHF (LLaMA-7B, AlpacaFarm)",
           "value": "up to 5.1 points"},
          {"label": "reward model accuracy", "value": "about 85.2%"},
@@ -50,6 +55,8 @@ NOTES = ["The world is built in: it shows the mechanism, not that a 7B model gai
          "the same amount of information.",
          "A win rate compares the answers to test prompts with one fixed sample of the SFT model. "
          "The oracle of the world judges: fewer errors win, and a tie counts one half.",
+         "PPO-RLHF has a sequence-level reward model trained on pairs, and a critic; PPO-RLHF on "
+         "edits has one trained on the edits. SFT on edits imitates the edits and uses no reward.",
          "PPO runs are tested with the checkpoint that was best on dev prompts; SFT and imitation "
          "with the last one.",
          "The imperfect editor misses 30% of the errors and makes a needless edit in 10% of the "
@@ -75,7 +82,11 @@ def seed_of(folder: Path) -> int:
 
 def read_lines(path: Path) -> list[dict]:
     """Reads a .jsonl file that a run of this project wrote."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [value for _, value in read_json(path)]
+    for line in lines:
+        if isinstance(line, UserError):
+            raise line
+    return lines
 
 
 def tested(folder: Path, system: str) -> Tested:
@@ -145,7 +156,8 @@ def speed(folders: list[Path]) -> dict:
             row["method"] = sum(method) / len(method)
             row["ratio"] = cell([a / b for a, b in zip(baseline, method)])
         table.append(row)
-    return {"label": "To the baseline's best dev win rate", "rows": table}
+    return {"label": f"To the best dev win rate of {SYSTEMS['rlhf'][0]}", "rows": table,
+            "names": [SYSTEMS["rlhf"][0], SYSTEMS["fine-grained"][0]]}
 
 
 def curves(folders: list[Path], systems: list[str]) -> list[dict]:
@@ -173,10 +185,10 @@ def reward_models(folders: list[Path]) -> dict:
     table = {}
     for name, label in REWARD_MODELS.items():
         if (folders[0] / name / "done.json").exists():
-            done = [json.loads((folder / name / "done.json").read_text()) for folder in folders]
+            done = [read_object(folder / name / "done.json") for folder in folders]
             table[name] = {"label": label, "metrics": {
-                new: cell([d[old] for d in done])
-                for old, new in REWARD_METRICS.items() if old in done[0]}}
+                new: cell([math.nan if d.get(old) is None else d[old] for d in done])
+                for old, new in REWARD_METRICS.items() if any(old in d for d in done)}}
     return table
 
 
@@ -186,7 +198,7 @@ def sweep_table(folders: list[Path]) -> dict:
                    if run.name.startswith(("rlhf-", "fine-grained-"))})
     table = {}
     for run in runs:
-        done = [json.loads((folder / run / "done.json").read_text()) for folder in folders]
+        done = [read_object(folder / run / "done.json") for folder in folders]
         best = cell([d["best_dev_win_rate"] for d in done])
         table[run] = {"label": run, "role": "baseline" if run.startswith("rlhf") else "method",
                       "metrics": {"best_dev_win_rate": best}}
@@ -200,12 +212,35 @@ def figures(folders: list[Path], system: str, runs: list[Tested]) -> dict[str, l
                "win_rate_greedy": [mean(t.preferences("greedy")) for t in runs],
                "errors": [mean(t.sampled) for t in runs],
                "errors_greedy": [mean(t.greedy) for t in runs]}
-    done = [json.loads(path.read_text()) for folder in folders
+    done = [read_object(path) for folder in folders
             if (path := folder / system / "done.json").exists()]
     for name in ("best_dev_win_rate", "best_iteration", "episodes", "seconds"):
         if len(done) == len(folders) and name in done[0]:
             metrics[name] = [d[name] for d in done]
     return metrics
+
+
+def reading(systems: dict, comparisons: list[dict]) -> list[str]:
+    """Says in sentences what the first figures mean: the method, the baseline, the best control."""
+    points = lambda value: f"{100 * value:+.1f}"
+    sentences = []
+    for a, b in (("fine-grained", "rlhf"), ("fine-grained", "imitation")):
+        (name, _), (rival, _) = SYSTEMS[a], SYSTEMS[b]
+        rates = [100 * systems[s]["metrics"]["win_rate"]["mean"] for s in (a, b)]
+        told = []
+        for found in comparisons[2 * COMPARED.index((a, b)):][:2]:
+            low, high = found["interval"]
+            decoding = found["label"].split(", ")[-1]
+            told.append(f"the same {decoding}" if low == high == 0 else
+                        f"{points(found['mean'])} points [{points(low)}, {points(high)}] {decoding}"
+                        + (", which may be chance" if low <= 0 <= high else ""))
+        sentences.append(f"{name} wins {rates[0]:.1f}% of the test prompts against a sample of the "
+                         f"SFT policy, {rival} {rates[1]:.1f}%: {told[0]}; {told[1]}.")
+    seeds = len(comparisons[0]["per_seed"])
+    sentences.append(f"The intervals are over {seeds} seeds, each with its own world." if seeds > 1
+                     else "The intervals are over the test prompts of one seed. Another seed has "
+                     "another world, and its figures differ by more.")
+    return sentences
 
 
 def collect(profile: str, folders: list[Path]) -> dict:
@@ -221,12 +256,11 @@ def collect(profile: str, folders: list[Path]) -> dict:
         metrics = {name: cell(values) for name, values in figures(folders, system, runs).items()}
         systems[system] = {"label": label, "role": role, "metrics": metrics}
     by = lambda system, decoding: [t.preferences(decoding) for t in tests[system]]
-    comparisons = [difference(f"{a} minus {b}, {decoding}", by(a, decoding), by(b, decoding))
-                   for a, b in (("fine-grained", "rlhf"), ("sequence-edits", "rlhf"),
-                                ("fine-grained", "sequence-edits"), ("fine-grained", "imitation"),
-                                ("fine-grained-imperfect", "imitation-imperfect"),
-                                ("likelihood", "sft"))
-                   for decoding in ("sampled", "greedy")]
+    comparisons = [difference(f"{SYSTEMS[a][0]} minus {SYSTEMS[b][0]}, {decoding}",
+                              by(a, decoding), by(b, decoding))
+                   for a, b in COMPARED for decoding in ("sampled", "greedy")]
+    head["reading"] = reading(systems, comparisons)
     return head | {"systems": systems, "reward_models": reward_models(folders),
                    "comparisons": comparisons, "speed": speed(folders), "paper": PAPER,
-                   "curves": curves(folders, present), "examples": examples(folders[0])}
+                   "curves": curves(folders, present), 
+                   "examples": examples(folders[0], {s: SYSTEMS[s][0] for s in present})}

@@ -5,6 +5,7 @@ and are shown in percent. A value that is missing or not finite is shown as "-".
 """
 
 import math
+import textwrap
 from numbers import Real
 from typing import NamedTuple, Sequence
 
@@ -81,23 +82,27 @@ def present(rows: dict[str, dict], columns: Sequence[Column]) -> list[Column]:
             if any(cell_texts(row["metrics"].get(c.metric), c)[0] != "-" for row in rows.values())]
 
 
-def text_table(results: dict, width: int = 100) -> str:
+def text_table(results: dict, width: int = 104) -> str:
     """Writes systems, reward models, differences, speed and the paper's figures as aligned text.
+
+    Below the systems are the sentences of results["reading"].
 
     results: see report.py. A missing part is left out. No line is longer than `width`.
     """
     systems, models = results.get("systems") or {}, results.get("reward_models") or {}
     columns = (*WIN_RATES, *ERRORS, *BEST) if present(systems, WIN_RATES) else TRAINING
     parts = [_metrics("system", systems, columns, width),
+             "\n".join(line for sentence in results.get("reading") or []
+                       for line in textwrap.wrap(sentence, width)),
              _metrics("reward model", models, REWARD_MODELS, width)]
     comparisons = results.get("comparisons") or []
     parts.append(_aligned(["difference of win rates", *(c["label"] for c in comparisons)],
                           [_cells(DIFFERENCE, comparisons)], width))
     speed = results.get("speed") or {}
-    rows = speed.get("rows") or []
+    rows, names = speed.get("rows") or [], speed.get("names") or ("baseline", "method")
     parts.append(_aligned([speed.get("label") or "speed", *(row["label"] for row in rows)],
-                          [["baseline", *(number(row.get("baseline")) for row in rows)],
-                           ["method", *(number(row.get("method")) for row in rows)],
+                          [[names[0], *(number(row.get("baseline")) for row in rows)],
+                           [names[1], *(number(row.get("method")) for row in rows)],
                            ["ratio", *(ratio(row.get("ratio")) for row in rows)]], width))
     paper = results.get("paper") or []
     parts.append(_aligned(["the paper", *(row["label"] for row in paper)],
