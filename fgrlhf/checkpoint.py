@@ -29,6 +29,7 @@ from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import read_bytes, write_atomic
 from fgrlhf.engine import distributed, lora
 from fgrlhf.engine.config import arg, dispatch, run
+from fgrlhf.engine.encoding import read_encoding, write_encoding
 from fgrlhf.engine.places import refuse_run_folder
 from fgrlhf.layouts import meta
 from fgrlhf.layouts.recognise import WEIGHTS, read_layout, weight_files
@@ -265,13 +266,15 @@ class ExportConfig:
 
 
 def export(config: ExportConfig) -> None:
-    """Writes a model folder in another layout."""
+    """Writes a model folder in another layout. encoding.json, if there is one, goes along."""
     if (Path(config.model) / "reward.json").exists():
         raise UserError(f"--model {config.model}: expected a language model, got a reward model, "
                         "whose head no other program can read; choose a policy")
     tokenizer = load_tokenizer(config.model) if config.tokenizer else None
     dtype = config.dtype and getattr(torch, config.dtype)
     save_model(load_model(config.model, dtype=dtype), config.out, config.layout, tokenizer)
+    if (encoding := read_encoding(config.model)) is not None:
+        write_encoding(config.out, encoding)
     print(f"{config.out}: complete")
 
 

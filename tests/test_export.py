@@ -8,6 +8,7 @@ import torch
 
 from fgrlhf.checkpoint import ExportConfig, export, load_model, load_tokenizer, save_model
 from fgrlhf.data.fields import UserError
+from fgrlhf.engine.encoding import Encoding, read_encoding, write_encoding
 from fgrlhf.layouts.huggingface_tokenizer import _has_ties, fields, write_tokenizer
 from fgrlhf.reward import RewardModel, save_reward
 from fgrlhf.tokenizer import Piece, Tokenizer, train
@@ -97,7 +98,9 @@ def test_fields_of_a_protocol_buffer_by_hand():
 def test_export_writes_another_layout_and_dtype(tmp_path, tokenizer, capsys):
     model = variant(vocab_size=277)
     save_model(model, tmp_path / "m", tokenizer=tokenizer)
+    write_encoding(tmp_path / "m", Encoding("alpaca", 64))
     export(ExportConfig(model=str(tmp_path / "m"), out=str(tmp_path / "hf"), dtype="bfloat16"))
+    assert read_encoding(tmp_path / "hf") == Encoding("alpaca", 64)
     assert capsys.readouterr().out == f"{tmp_path / 'hf'}: complete\n"
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (config["vocab_size"], config["torch_dtype"]) == (277, "bfloat16")
