@@ -4,10 +4,16 @@ r"""Train a reward model (paper, section 2.2): token-level from minimal edits, o
     python train_rm.py --kind sequence --data pairs.jsonl --model runs/sft/policy \
         --out runs/rm-sequence
 
-The token-level kind replaces the one number per response by one number per token. Each edit is
-aligned with its original, token by token. Equation (4) raises the reward of the tokens that the
-editor put in, lowers the reward of those that were taken out, and holds the unchanged tokens near 0
-(--u0 has other choices).
+The token-level kind replaces the one number per response by one number per token. --loss chooses
+how it is trained; equation numbers are those of fgrlhf/reward.py:
+
+    paper       Bradley-Terry on R, the mean of the rewards of all tokens: (1), (2)
+    paper-u1    the same with the changed tokens only, divided by the length of the response
+    ours        (3), (4): the sum over the changed tokens, whose rewards also go up or down one by
+                one, while the rewards of unchanged tokens are held near 0
+    sum         (3) and the squared difference over U0: our first reading of the paper
+
+--reduce, --u0, --u0-weight and --token-weight change one part of the loss.
 
 --folds K trains K models, each on all records but one fold, and reports accuracy and token AUC on
 the records held out; no model is kept. Without --folds the reward model is in OUT/reward. The
@@ -37,9 +43,11 @@ from fgrlhf.evaluate import Judged, reward_table
 from fgrlhf.reward import (
     KINDS, PreferenceBatch, RewardModel, judge_preferences, save_reward, sequence_loss, token_loss)
 from fgrlhf.sequences import pack
-from kernels.token_preference import U0_TERMS, Options
+from kernels.token_preference import MARGINS, U0_TERMS, Options
 
 
+LOSSES = {"ours": Options("sum", "anchor", 0.02, 1.0), "paper": Options("response"),
+          "paper-u1": Options("share"), "sum": Options("sum", "difference", 1.0)}
 CALIBRATION_RECORDS = 512       # the rewards of their rejected responses become mean 0, deviation 1
 
 
@@ -52,14 +60,16 @@ class Config(ReadingResponses, Machinery):
     unit: str = arg("token", choices=UNITS, help="unit of the alignment")
     credit_gap: bool = arg(True, help="a pure insertion or deletion credits the token behind the "
                            "gap")
-    reduce: str = arg("sum", choices=("sum", "mean"), help="sum or mean of the rewards over U1 in "
-                      "equation (4)")
-    u0: str = arg("anchor", choices=U0_TERMS, help="loss on unchanged tokens: 'difference' is the "
-                  "paper's squared difference, 'anchor' pulls their rewards to 0, 'kept' rewards "
-                  "them like edited-in tokens")
-    u0_weight: float = arg(0.02, least=0, help="lambda, the weight of the loss on unchanged tokens")
-    token_weight: float = arg(1.0, least=0, help="weight of the logistic loss per changed token, "
-                              "which equation (4) does not have: 0 leaves it out")
+    loss: str = arg("ours", choices=tuple(LOSSES), help="token: how the rewards are trained")
+    reduce: str | None = arg(None, choices=MARGINS, help="margin: sum or mean over U1, sum over U1 "
+                             "by the response's length (share), or mean over all tokens (response)")
+    u0: str | None = arg(None, choices=U0_TERMS, help="loss on unchanged tokens: 'difference' is "
+                         "squared, 'anchor' pulls their rewards to 0, 'kept' rewards them like "
+                         "edited-in tokens")
+    u0_weight: float | None = arg(None, least=0, help="lambda, the weight of the loss on unchanged "
+                                  "tokens")
+    token_weight: float | None = arg(None, least=0, help="w, the weight of the logistic loss per "
+                                     "changed token")
     logp_feature: bool = arg(False, help="ablation: add a * logp_t to the head of a token model")
     likelihood: bool = arg(False, help="control: the untrained model's log-likelihood as reward")
     epochs: int = arg(6, least=0, help="passes over the data")
@@ -75,6 +85,11 @@ class Config(ReadingResponses, Machinery):
     limit: int | None = arg(None, least=1, help="use only the first N records")
     microbatch: int = arg(0, least=0, help="pairs per forward pass; changes memory, not results; "
                           "0: the whole batch")
+
+    def __post_init__(self):
+        for name, value in LOSSES[self.loss]._asdict().items():     # config.json shows all values
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)               # the dataclass is frozen
 
 
 def loss_of(config: Config, model: RewardModel, part: PreferenceBatch,
@@ -128,9 +143,12 @@ def new_model(config: Config, device: torch.device) -> RewardModel:
     dtype = getattr(torch, config.dtype)
     trunk = (load_adapted(config.model, device, dtype, config.lora_rank, config.seed)
              if config.lora_rank else load_model(config.model, device, dtype))
+    response = "mean" if config.reduce in ("share", "response") else "sum"          # equation (1)
     if config.likelihood:
-        return controls.LikelihoodReward(trunk)
-    return controls.LogpReward(trunk) if config.logp_feature else RewardModel(trunk, config.kind)
+        return controls.LikelihoodReward(trunk, response)
+    if config.logp_feature:
+        return controls.LogpReward(trunk, response)
+    return RewardModel(trunk, config.kind, response)
 
 
 def cross_validate(config: Config, records: list, examples: list[PreferenceIds], tokenizer,

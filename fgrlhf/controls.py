@@ -20,8 +20,8 @@ class LogpReward(RewardModel):
 
     control = "logp"
 
-    def __init__(self, trunk: LLaMA):
-        super().__init__(trunk, "token")
+    def __init__(self, trunk: LLaMA, response: str = "sum"):
+        super().__init__(trunk, "token", response)
         self.logp_weight = nn.Parameter(torch.zeros((), device=self.device))
 
     def values(self, hidden: Tensor, logp: Tensor, at: Located) -> Tensor:

@@ -152,7 +152,8 @@ def by_reward(model: RewardModel, tokenizer: Tokenizer, encoding: Encoding, syst
                                  f"{next(r for r in rewards if not math.isfinite(r))}; check the "
                                  "reward model's weights")
     differ = [ours.output != theirs.output for ours, theirs in zip(system, reference)]
-    lengths = list(map(len, seen)) if model.kind == "token" else None
+    summed = model.kind == "token" and model.response == "sum"
+    lengths = list(map(len, seen)) if summed else None
     if any(differ) and (said := constant(rewards, lengths)):
         print(said, file=sys.stderr)
     preferences = compare([-r for r in rewards[:n]], [-r for r in rewards[n:]])

@@ -1,20 +1,21 @@
 """Reward models (paper, section 2.2): token-level, and the sequence-level one of PPO-RLHF.
 
     token      r_t = v . h_t + b                      read at the position of token t itself
-               R(x, y) = sum_t r_t                    equation (1)
+               R(x, y) = 1/T sum_t r_t                equation (1), or without the 1/T
     sequence   R(x, y) = v . h_T + b                  read at the last token (EOS when y ended)
     (2)        P(y+ > y-) = sigmoid(R(x, y+) - R(x, y-))
 
-From (1) and (2) to the token loss. For an edit y+ of y-, with the margin s on the changed tokens,
+The paper's loss is -log of (2), with the mean in (1). Our loss has the sum in (1) and puts only the
+changed tokens into the margin. For an edit y+ of y-,
 
     (3)        s = sum_U1+ r_t - sum_U1- r_t
-               R(x, y+) - R(x, y-) = s + sum_U0 (r_i+ - r_j-)
+               sum_t r_t+ - sum_t r_t- = s + sum_U0 (r_i+ - r_j-)
 
 The core assumption: the unchanged tokens U0 are worth the same on both sides, so the last sum is 0
-and (2) becomes sigmoid(s). Equation (4) is -log sigmoid(s), plus a term that makes the assumption
-hold. `token_loss` trains the token model on edits by (4), `sequence_loss` the sequence model on
-pairs by (2). Both start from the SFT model, with a head at Normal(0, 1/sqrt(D+1)) (Stiennon et al.
-2020).
+and (2) becomes sigmoid(s). Our equation (4) is -log sigmoid(s), a term that makes the assumption
+hold, and a term for each changed token. `token_loss` has both losses, `sequence_loss` trains the
+sequence model by (2). All start from the SFT model, with a head at Normal(0, 1/sqrt(D+1)) (Stiennon
+et al. 2020).
 
 PPO gets calibrated rewards, (r - mean) / scale, so that the KL coefficient beta means the same for
 every reward model. `calibrate` measures mean and scale once: train_rm.py calls it on rejected
@@ -45,23 +46,26 @@ from fgrlhf.model import LLaMA
 from fgrlhf.sequences import Sequences, hidden_at, locate, pack, unflatten
 from fgrlhf.tokenizer import Tokenizer
 from kernels import token_preference
-from kernels.token_preference import Options, Preference, Totals, Unchanged
+from kernels.token_preference import Lengths, Options, Preference, Totals, Unchanged
 
 KINDS = ("token", "sequence")
+RESPONSES = ("sum", "mean")
 
 
 class RewardModel(nn.Module):
     """A LLaMA trunk with one linear head. `kind` says what the output of the head means.
 
-    `mean` and `scale` are those of `calibrate`: of r_t over tokens (kind "token"), or of R over
+    response: "mean" or "sum", how R comes from the rewards of tokens, equation (1). `mean` and
+    `scale` are those of `calibrate`: of r_t over tokens (kind "token"), or of R over
     responses (kind "sequence").
     """
 
-    def __init__(self, trunk: LLaMA, kind: str):
+    def __init__(self, trunk: LLaMA, kind: str, response: str = "sum"):
         super().__init__()
-        if kind not in KINDS:
-            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-        self.trunk, self.kind = trunk, kind
+        if kind not in KINDS or response not in RESPONSES:
+            raise ValueError(f"kind, response: expected one of {', '.join(KINDS)} and one of "
+                             f"{', '.join(RESPONSES)}, got {kind!r} and {response!r}")
+        self.trunk, self.kind, self.response = trunk, kind, response
         D, device = trunk.config.dim, trunk.head.device
         wide = torch.promote_types(trunk.head.dtype, torch.float32)
         self.head = nn.Linear(D, 1, device=device, dtype=wide)
@@ -89,7 +93,8 @@ class RewardModel(nn.Module):
     def sequence_rewards(self, sequences: Sequences) -> Tensor:
         """R(x, y) [B] on its own scale: equation (1), or the head's value at the last token."""
         if self.kind == "token":
-            return self.token_rewards(sequences).sum(-1)
+            sums = self.token_rewards(sequences).sum(-1)
+            return sums / sequences.response_lengths if self.response == "mean" else sums
         rows = torch.arange(len(sequences.tokens), device=sequences.tokens.device)
         hidden = self.trunk.hidden(sequences.tokens, lengths=sequences.lengths)
         return self.head_value(hidden[rows, sequences.lengths - 1])
@@ -168,8 +173,9 @@ def token_loss(model: RewardModel, batch: PreferenceBatch, options: Options,
     totals: those of the whole minibatch when `batch` is a part of it.
     """
     chosen, rejected = model.token_rewards(batch.sequences).chunk(2)             # [B, T] each
+    lengths = Lengths(*batch.sequences.response_lengths.chunk(2))
     return token_preference.fused(chosen, rejected, batch.plus, batch.minus, batch.unchanged,
-                                  options, totals)
+                                  lengths, options, totals)
 
 
 def sequence_loss(model: RewardModel, batch: PreferenceBatch,
@@ -198,11 +204,13 @@ def judge_preferences(model: RewardModel, records: list[Edit | Pair],
             continue
         rewards, types = [], []
         token_rewards = model.token_rewards(both)
+        R, lengths = token_rewards.sum(-1), (len(pair.chosen), len(pair.rejected))
+        if model.response == "mean":
+            R, lengths = R / both.response_lengths, None
         if isinstance(record, Edit) and record.spans is not None:
             types = span_types(tokenizer, record.original, record.spans)[:len(pair.rejected)]
             rewards = token_rewards[1, :len(types)].tolist()
-        judged.append(Judged(record.id, *token_rewards.sum(-1).tolist(), pair.change, rewards,
-                             types, (len(pair.chosen), len(pair.rejected))))
+        judged.append(Judged(record.id, *R.tolist(), pair.change, rewards, types, lengths))
     return judged
 
 
@@ -222,7 +230,8 @@ def save_reward(model: RewardModel, path: str | Path, tokenizer: Tokenizer,
                                                     *model.named_buffers()]
            if not name.startswith("trunk.")}
     write_atomic(folder / "reward_head.pt", lambda file: torch.save(own, file))
-    description = {"kind": model.kind, "control": getattr(model, "control", None)}
+    description = {"kind": model.kind, "control": getattr(model, "control", None),
+                   "response": model.response}
     write_atomic(folder / "reward.json", (json.dumps(description) + "\n").encode())
 
 
@@ -243,7 +252,7 @@ def load_reward(path: str | Path, device="cpu", dtype=None,
     for name, tensor in own.items():
         check_finite(tensor, f"{file}: tensor {name}")
     try:
-        model = _build(trunk, description["kind"], description["control"])
+        model = _build(trunk, **description)
         missing, unknown = model.load_state_dict(own, strict=False)
     except Exception as error:                      # a flipped bit in a pickle can raise anything
         raise UserError(f"{file}: damaged ({type(error).__name__}); "
@@ -254,7 +263,7 @@ def load_reward(path: str | Path, device="cpu", dtype=None,
 
 
 def describe_reward(path: str | Path) -> dict[str, str | None]:
-    """Reads the kind of a reward model, and its control (see controls.py) or None.
+    """Reads `kind` and `response` of a reward model, and its `control` (controls.py) or None.
 
     Raises UserError when the folder holds no reward model, or `reward.json` is damaged.
     """
@@ -264,13 +273,16 @@ def describe_reward(path: str | Path) -> dict[str, str | None]:
         raise UserError(f"{path}: expected a reward model folder (with reward.json), "
                         "as train_rm.py writes")
     found = read_object(file, "copy the folder again")
-    if found.get("kind") not in KINDS or found.get("control") not in (None, "logp", "likelihood"):
+    about = {name: found.get(name) for name in ("kind", "control", "response")}
+    about["response"] = about["response"] or "sum"              # an older folder
+    if (about["kind"] not in KINDS or about["control"] not in (None, "logp", "likelihood")
+            or about["response"] not in RESPONSES):
         raise UserError(f"{file}: damaged; copy the folder again")
-    return {"kind": found["kind"], "control": found.get("control")}
+    return about
 
 
-def _build(trunk: LLaMA, kind: str, control: str | None) -> RewardModel:
+def _build(trunk: LLaMA, kind: str, control: str | None, response: str) -> RewardModel:
     if control is None:
-        return RewardModel(trunk, kind)
+        return RewardModel(trunk, kind, response)
     from fgrlhf.controls import CONTROLS
-    return CONTROLS[control](trunk)
+    return CONTROLS[control](trunk, response)

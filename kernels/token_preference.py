@@ -1,6 +1,10 @@
 """The loss of the token-level reward model on minimal edits: equation (4) (paper, section 2.2).
 
-    s_b  = sum_U1+ r_t - sum_U1- r_t                        margin of pair b, changed tokens only
+    s_b  = sum_U1+ r_t - sum_U1- r_t                        "sum": margin of pair b, changed tokens
+           mean_U1+ r_t - mean_U1- r_t                      "mean"
+           1/T+ sum_U1+ r_t - 1/T- sum_U1- r_t              "share": T the tokens of a side
+           1/T+ sum_t r_t+ - 1/T- sum_t r_t-                "response": R(x, y+) - R(x, y-), all
+                                                            tokens, equation (1)
     L_bt = 1/P sum_b -log sigmoid(s_b)                      P pairs with at least one changed token
     L_u0 = lambda/M sum_U0 (r_i+ - r_j-)^2                  "difference", the paper's; M pairings
            lambda/2M sum_U0 (r_i+)^2 + (r_j-)^2             "anchor" pulls their rewards to 0
@@ -11,17 +15,18 @@
     loss = L_bt + L_u0 + L_token
 
 U1+ / U1- are the changed tokens of the chosen / rejected response, U0 the unchanged ones in pairs.
-The paper's loss is L_bt + L_u0 with "difference". Gradients, each on the tokens of its own set and
-0 elsewhere:
+The paper's loss is L_bt with "response", and nothing else (lambda = w = 0); "share" is its form on
+U1, which leaves out U0. Gradients, each on the tokens of its own set and 0 elsewhere:
 
-    dL_bt/dr+ = -sigmoid(-s_b) / P        dL_bt/dr- = sigmoid(-s_b) / P      (/ |U1| for "mean")
+    dL_bt/dr+ = -sigmoid(-s_b) / P        dL_bt/dr- = sigmoid(-s_b) / P      (/ |U1| for "mean",
+                                                            / T for "share" and "response")
     dL_u0/dr+ = 2 lambda d / M            dL_u0/dr- = -2 lambda d / M        d = r_i+ - r_j-
                 lambda r_i+ / M                       lambda r_j- / M        for "anchor"
                 -lambda sigmoid(-r_i+) / 2M           -lambda sigmoid(-r_j-) / 2M    for "kept"
     dL_token/dr+ = -w sigmoid(-r) / K       dL_token/dr- = w sigmoid(r) / K
 
-An empty side (a pure insertion or deletion) counts 0 in s_b. A pair without a changed token has no
-margin and is left out of L_bt. An empty set makes its term 0. The means are over the pairs, tokens
+An empty side (a pure insertion or deletion) counts 0 in s_b. A pair without a changed token is left
+out of L_bt. An empty set makes its term 0. The means are over the pairs, tokens
 and pairings of the whole minibatch (`Totals`). In L_bt every pair has the same weight, long
 or short.
 
@@ -45,14 +50,22 @@ class Unchanged(NamedTuple):
     rejected: Tensor              # the token's position in the rejected response
 
 
+MARGINS = ("sum", "mean", "share", "response")
 U0_TERMS = ("difference", "anchor", "kept")
 
 
 class Options(NamedTuple):
-    reduce: str = "sum"           # "sum" (the paper's) or "mean" over the U1 tokens of a side
-    u0: str = "difference"        # "difference" (the paper's), "anchor" or "kept"
-    u0_weight: float = 1.0        # lambda >= 0
-    token_weight: float = 0.0     # w >= 0; 0 is equation (4)
+    """The form of the loss. The defaults are the paper's."""
+    reduce: str = "response"      # of MARGINS: what the margin sums, and divides by
+    u0: str = "difference"        # of U0_TERMS
+    u0_weight: float = 0.0        # lambda >= 0
+    token_weight: float = 0.0     # w >= 0
+
+
+class Lengths(NamedTuple):
+    """T of each response of a batch, [B] int64 each. EOS counts."""
+    chosen: Tensor
+    rejected: Tensor
 
 
 class Totals(NamedTuple):
@@ -70,7 +83,7 @@ class Preference(NamedTuple):
     bt: Tensor                    # () L_bt
     u0: Tensor                    # () L_u0, with lambda
     token: Tensor                 # () L_token, with w
-    margin: Tensor                # [B] s_b; 0 for a pair in which nothing changed
+    margin: Tensor                # [B] s_b
 
 
 def totals(plus_mask: Tensor, minus_mask: Tensor, unchanged: Unchanged) -> Totals:
@@ -81,17 +94,19 @@ def totals(plus_mask: Tensor, minus_mask: Tensor, unchanged: Unchanged) -> Total
 
 
 def reference(rewards_chosen: Tensor, rewards_rejected: Tensor, plus_mask: Tensor,
-              minus_mask: Tensor, unchanged: Unchanged, options: Options = Options(),
-              divisors: Totals | None = None) -> Preference:
+              minus_mask: Tensor, unchanged: Unchanged, lengths: Lengths,
+              options: Options = Options(), divisors: Totals | None = None) -> Preference:
     """Computes the same as `fused`, in the plain form."""
     by = totals(plus_mask, minus_mask, unchanged) if divisors is None else divisors
     chosen, rejected = upcast(rewards_chosen), upcast(rewards_rejected)
-    plus_sum = torch.where(plus_mask, chosen, 0.0).sum(-1)                              # [B]
-    minus_sum = torch.where(minus_mask, rejected, 0.0).sum(-1)
-    if options.reduce == "mean":
-        plus_sum = plus_sum / plus_mask.sum(-1).clamp(min=1)
-        minus_sum = minus_sum / minus_mask.sum(-1).clamp(min=1)
-    margin = plus_sum - minus_sum                                                       # (3)
+    sides = []
+    for r, mask, T in ((chosen, plus_mask, lengths.chosen), (rejected, minus_mask,
+                                                              lengths.rejected)):
+        whole = torch.arange(r.shape[1], device=r.device) < T[:, None]                  # [B, T]
+        side = torch.where(whole if options.reduce == "response" else mask, r, 0.0).sum(-1)
+        count = {"sum": 1, "mean": mask.sum(-1).clamp(min=1), "share": T, "response": T}
+        sides.append(side / count[options.reduce])
+    margin = sides[0] - sides[1]                                                        # (3)
     changed = plus_mask.any(-1) | minus_mask.any(-1)
     bt = softplus(-margin)[changed].sum() / by.pairs            # softplus(-s) = -log sigmoid(s)
     plus_u0 = chosen[unchanged.pair, unchanged.chosen]                                  # [M]
@@ -105,41 +120,41 @@ def reference(rewards_chosen: Tensor, rewards_rejected: Tensor, plus_mask: Tenso
 
 
 def fused(rewards_chosen: Tensor, rewards_rejected: Tensor, plus_mask: Tensor, minus_mask: Tensor,
-          unchanged: Unchanged, options: Options = Options(),
+          unchanged: Unchanged, lengths: Lengths, options: Options = Options(),
           divisors: Totals | None = None) -> Preference:
     """The loss (4) of B pairs, and its terms. Both rewards get gradients.
 
     rewards_chosen [B, T1], rewards_rejected [B, T2]: the reward of each token at its own position,
     in any floating dtype. plus_mask [B, T1], minus_mask [B, T2] bool: True on U1+ and U1-.
-    Positions in no set (padding) may hold anything. divisors: the totals of the whole minibatch,
-    None for those of this batch. A second backward call (with retain_graph) works. Raises
+    lengths: the tokens of each response, at least 1. Padding may hold anything. divisors: the
+    totals of the whole minibatch, None for those of this batch. A second backward call (with
+    retain_graph) works. Raises
     ValueError when shapes differ or an option is unknown.
     """
-    check(rewards_chosen, rewards_rejected, plus_mask, minus_mask, unchanged, options)
+    check(rewards_chosen, rewards_rejected, plus_mask, minus_mask, unchanged, lengths, options)
     by = totals(plus_mask, minus_mask, unchanged) if divisors is None else divisors
     return Preference(*_TokenPreference.apply(rewards_chosen, rewards_rejected, plus_mask,
-                                              minus_mask, unchanged, options, by))
+                                              minus_mask, unchanged, lengths, options, by))
 
 
 class _TokenPreference(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rewards_chosen, rewards_rejected, plus_mask, minus_mask, unchanged, options,
-                by):
+    def forward(ctx, rewards_chosen, rewards_rejected, plus_mask, minus_mask, unchanged, lengths,
+                options, by):
         margin, token, grads, margin_slopes = 0.0, 0.0, [], []
-        for sign, rewards, mask in ((1, rewards_chosen, plus_mask),
-                                    (-1, rewards_rejected, minus_mask)):
-            r = torch.where(mask, sign * upcast(rewards), 0.0)                          # [B, T]
-            slope = sign * mask.to(r.dtype)                                             # ds/dr
-            if options.reduce == "mean":
-                slope /= mask.sum(-1, keepdim=True).clamp(min=1)
-            margin = margin + (r * slope.abs()).sum(-1)                                 # [B]
+        for sign, rewards, mask, T in ((1, rewards_chosen, plus_mask, lengths.chosen),
+                                       (-1, rewards_rejected, minus_mask, lengths.rejected)):
+            wide_rewards = upcast(rewards)
+            slope = sign * _weights(mask, T, options.reduce, wide_rewards.dtype)        # ds/dr
+            margin = margin + (torch.where(slope != 0, wide_rewards, 0.0) * slope).sum(-1)  # [B]
             margin_slopes.append(slope)
+            r = torch.where(mask, sign * wide_rewards, 0.0)                             # [B, T]
             token = token + (softplus(-r) * mask).sum()
             grads.append(torch.sigmoid(-r) * mask * (-sign * options.token_weight / by.changed))
         token = token * (options.token_weight / by.changed)
         changed = plus_mask.any(-1) | minus_mask.any(-1)
         bt = (softplus(-margin) * changed).sum() / by.pairs
-        pull = torch.sigmoid(-margin)[:, None] / -by.pairs                              # dL_bt/ds
+        pull = (torch.sigmoid(-margin) * changed)[:, None] / -by.pairs                  # dL_bt/ds
         grads = [g.addcmul_(pull, slope) for g, slope in zip(grads, margin_slopes)]
 
         at = ((unchanged.pair, unchanged.chosen), (unchanged.pair, unchanged.rejected))
@@ -168,8 +183,20 @@ class _TokenPreference(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
         if grad_loss is None:
-            return (None,) * 7
-        return *((g * grad_loss).to(t) for g, t in zip(ctx.saved_tensors, ctx.dtypes)), *[None] * 5
+            return (None,) * 8
+        return *((g * grad_loss).to(t) for g, t in zip(ctx.saved_tensors, ctx.dtypes)), *[None] * 6
+
+
+def _weights(mask: Tensor, lengths: Tensor, reduce: str, dtype: torch.dtype) -> Tensor:
+    """The weight of each token in the sum of its side, [B, T]: ds/dr without its sign."""
+    if reduce == "response":
+        mask = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
+    weights = mask.to(dtype)
+    if reduce == "mean":
+        weights /= mask.sum(-1, keepdim=True).clamp(min=1)
+    elif reduce != "sum":
+        weights /= lengths[:, None]
+    return weights
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -178,7 +205,7 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def check(rewards_chosen: Tensor, rewards_rejected: Tensor, plus_mask: Tensor, minus_mask: Tensor,
-          unchanged: Unchanged, options: Options) -> None:
+          unchanged: Unchanged, lengths: Lengths, options: Options) -> None:
     """Raises ValueError when shapes differ or an option is unknown."""
     if len(rewards_chosen) != len(rewards_rejected):
         raise ValueError(f"rewards_rejected: expected B = {len(rewards_chosen)} rows, one per row "
@@ -192,6 +219,9 @@ def check(rewards_chosen: Tensor, rewards_rejected: Tensor, plus_mask: Tensor, m
     if len({x.shape for x in unchanged}) != 1 or unchanged.pair.ndim != 1:
         raise ValueError(f"unchanged: expected three index tensors of one length [M], got "
                          f"{[tuple(x.shape) for x in unchanged]}; pass one entry per pairing")
-    if options.reduce not in ("sum", "mean") or options.u0 not in U0_TERMS:
-        raise ValueError("options: expected reduce = sum or mean and u0 = "
+    if any(T.shape != rewards_chosen.shape[:1] for T in lengths):
+        raise ValueError(f"lengths: expected [{len(rewards_chosen)}], one number per response, got "
+                         f"{[tuple(T.shape) for T in lengths]}; pass the response lengths")
+    if options.reduce not in MARGINS or options.u0 not in U0_TERMS:
+        raise ValueError(f"options: expected reduce = {' or '.join(MARGINS)} and u0 = "
                          f"{' or '.join(U0_TERMS)}, got {options}; correct the option")

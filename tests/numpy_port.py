@@ -471,15 +471,20 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def token_loss(rewards_chosen, rewards_rejected, plus_mask, minus_mask, unchanged, reduce, u0,
-               u0_weight, token_weight):
-    shares = []                                                 # |d margin / d reward|
-    for mask in (plus_mask, minus_mask):
-        share = mask.astype(rewards_chosen.dtype)
+def token_loss(rewards_chosen, rewards_rejected, plus_mask, minus_mask, unchanged, lengths, reduce,
+               u0, u0_weight, token_weight):
+    shares, sums = [], []                                       # shares: |d margin / d reward|
+    for mask, r, T in ((plus_mask, rewards_chosen, lengths[:, :1]),
+                       (minus_mask, rewards_rejected, lengths[:, 1:])):
+        inside = np.arange(mask.shape[1]) < T
+        share = (inside if reduce == "response" else mask).astype(r.dtype)
         if reduce == "mean":
             share /= np.maximum(share.sum(-1, keepdims=True), 1)
+        if reduce in ("share", "response"):
+            share /= T.astype(r.dtype)
         shares.append(share)
-    margin = (shares[0] * rewards_chosen).sum(-1) - (shares[1] * rewards_rejected).sum(-1)
+        sums.append((share * np.where(share > 0, r, 0)).sum(-1))
+    margin = sums[0] - sums[1]
     counted = plus_mask.any(-1) | minus_mask.any(-1)
     # int, because float32 divided by numpy's int64 would become float64.
     pairs, tokens, kept = (int(n) for n in (counted.sum(), plus_mask.sum() + minus_mask.sum(),
@@ -624,7 +629,7 @@ def ppo_step(model, tokens, prompt_lengths, response_lengths, logp_old, logp_ref
 
 def function_of(case):
     """Finds the function of a case by its name. Variants of a case differ only in their options."""
-    for ending in ("-per-token", "-one-token", "-rms", "-mean-std"):
+    for ending in ("-per-token", "-paper", "-share", "-one-token", "-rms", "-mean-std"):
         case = case.removesuffix(ending)
     return globals()[case.replace("-", "_")]
 

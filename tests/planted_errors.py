@@ -250,6 +250,34 @@ PLANTS = {
             "dz = weights[:, None] * np.exp(p) * (gap - kl[:, None]) / temperature",
             "dz = weights[:, None] * np.exp(p) * (gap - kl[:, None])"),
     },
+    "token-loss-paper": {
+        "shift: one token too many": (
+            "inside = np.arange(mask.shape[1]) < T",
+            "inside = np.arange(mask.shape[1]) <= T"),
+        "mask: only changed tokens": (
+            '(inside if reduce == "response" else mask)',
+            "mask"),
+        "sign: the sides swapped": (
+            "grads = [-pull[:, None]",
+            "grads = [pull[:, None]"),
+        "scale: sum for mean": (
+            'if reduce in ("share", "response")',
+            "if False"),
+    },
+    "token-loss-share": {
+        "shift: the other side's length": (
+            "(plus_mask, rewards_chosen, lengths[:, :1])",
+            "(plus_mask, rewards_chosen, lengths[:, 1:])"),
+        "mask: all tokens": (
+            '(inside if reduce == "response" else mask)',
+            "inside"),
+        "sign: margin": (
+            "margin = sums[0] - sums[1]",
+            "margin = sums[1] - sums[0]"),
+        "scale: mean over U1": (
+            'if reduce == "mean"',
+            "if True"),
+    },
     "token-loss": {
         "shift: U0 of the rejected side": (
             "unchanged[:, side]) for",

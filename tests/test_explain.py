@@ -30,7 +30,7 @@ from tests.small import llama, slow_logp
 VOCABULARY = 274
 SWAP = Edit("swap", "red or blue", "a red cat", "a blue cat")
 GAP = Edit("gap", "red or blue", "a red", "a red cat")
-TRAINED = LossSettings(u0="anchor", u0_weight=0.02, token_weight=1.0)
+TRAINED = LossSettings(reduce="sum", u0="anchor", u0_weight=0.02, token_weight=1.0)
 PPO = UpdateSettings(lr=0.03)
 COLUMNS = ("r_t", "old", "ref", "kl", "penalised", "A", "new", "rho", "term")
 
@@ -105,10 +105,11 @@ def test_explained_text_shows_rewards_that_give_the_margin_and_the_loss_by_hand(
     anchor = 0.02 / (2 * M) * sum(r * r for side in kept for r in side)
     token = (sum(math.log(1 + math.exp(-r)) for r in good)
              + sum(math.log(1 + math.exp(r)) for r in bad)) / K
-    paper = sum((a - b) ** 2 for a, b in zip(kept[1], kept[0])) / M
+    mean = lambda side: sum(r for _, r in side) / len(side)
+    paper = math.log(1 + math.exp(mean(minus) - mean(plus)))
     for label, name, expected in (("(4)", "L_bt", bt), ("(4)", "L_u0", anchor),
                                   ("(4)", "L_token", token), ("(4)", "L", bt + anchor + token),
-                                  ("(4) paper", "L_u0", paper), ("(4) paper", "L", bt + paper)):
+                                  ("(4) paper", "L_bt", paper), ("(4) paper", "L", paper)):
         assert values(text, label, name) == pytest.approx(expected, abs=2e-3), (label, name)
 
 
@@ -120,10 +121,12 @@ def test_explained_loss_is_the_kernels(explained):
     unchanged = token_preference.Unchanged(
         *(torch.tensor(x) for x in ([0] * len(explained.pairs), [j for _, j in explained.pairs],
                                     [i for i, _ in explained.pairs])))
+    lengths = token_preference.Lengths(*(torch.tensor([len(sets[side].rewards)])
+                                         for side in ("chosen", "rejected")))
     for loss in (explained.loss, explained.paper):
         expected = token_preference.reference(
             tensors["chosen"], tensors["rejected"], masks["chosen"], masks["rejected"], unchanged,
-            loss.options)
+            lengths, loss.options)
         assert loss[1:] == pytest.approx([expected.margin.item(), expected.bt.item(),
                                           expected.u0.item(), expected.token.item(),
                                           expected.loss.item()], rel=1e-5, abs=1e-7)
@@ -131,7 +134,7 @@ def test_explained_loss_is_the_kernels(explained):
 
 
 @pytest.mark.parametrize("u0", token_preference.U0_TERMS)
-@pytest.mark.parametrize("how", ["sum", "mean"])
+@pytest.mark.parametrize("how", ["sum", "mean", "share"])
 def test_explained_text_fills_every_option_of_the_loss_with_numbers_that_give_it(u0, how, tokenizer,
                                                                               reward):
     """The right-hand side of L_u0 as it is printed gives the kernel's value."""
@@ -144,6 +147,18 @@ def test_explained_text_fills_every_option_of_the_loss_with_numbers_that_give_it
     assert value == pytest.approx(shown.loss.u0, abs=1e-4)
     assert values(text, "(3)", "s") == pytest.approx(
         values(text, "(3)", f"{how} over U1+") - values(text, "(3)", f"{how} over U1-"), abs=1e-3)
+
+
+def test_explained_text_of_a_model_of_the_papers_loss_has_means_and_no_other_form(tokenizer):
+    torch.manual_seed(0)
+    made = RewardModel(model(1), "token", "mean").requires_grad_(False)
+    text = explained_text(explain_record(SWAP, tokenizer, made, LossSettings()))
+    minus, plus = sides(text)
+    R = [sum(r for _, r in side) / len(side) for side in (minus, plus)]
+    assert values(text, "(1)", "R(y-)") == pytest.approx(R[0], abs=1e-3)
+    assert values(text, "(1)", "R(y+)") == pytest.approx(R[1], abs=1e-3)
+    assert values(text, "(4)", "L") == pytest.approx(math.log(1 + math.exp(R[0] - R[1])), abs=2e-3)
+    assert "\n(3) " not in text and "(4) paper" not in text
 
 
 def token_rows(text: str) -> list[dict]:
@@ -243,7 +258,7 @@ def folders(tmp_path_factory, tokenizer, reward):
     save_model(model(2), root / "ppo/best", tokenizer=tokenizer)
     (root / "sft/config.json").write_text(json.dumps({"lr": 9.0, "template": "alpaca"}))
     (root / "rm/config.json").write_text(json.dumps(
-        {"u0": "anchor", "u0_weight": 0.02, "token_weight": 1.0, "epochs": 3,
+        {"reduce": "sum", "u0": "anchor", "u0_weight": 0.02, "token_weight": 1.0, "epochs": 3,
          "model": str(root / "sft/policy")}))
     (root / "ppo/config.json").write_text(json.dumps(
         {"beta": 0.5, "lr": 0.03, "policy": str(root / "sft/policy"), "iterations": 2}))

@@ -150,9 +150,11 @@ def exact_kl(hidden, head, hidden_ref, head_ref, weights, temperature):
 
 # ----- losses and advantages ----------------------------------------------------------------------
 
-def token_loss(rewards_chosen, rewards_rejected, plus_mask, minus_mask, unchanged, **options):
+def token_loss(rewards_chosen, rewards_rejected, plus_mask, minus_mask, unchanged, lengths,
+               **options):
     out = token_preference.fused(rewards_chosen, rewards_rejected, plus_mask, minus_mask,
                                  token_preference.Unchanged(*unchanged.T),
+                                 token_preference.Lengths(*lengths.T),
                                  token_preference.Options(**options))
     return out._asdict() | with_gradients(out.loss, rewards_chosen=rewards_chosen,
                                           rewards_rejected=rewards_rejected)

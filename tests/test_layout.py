@@ -155,11 +155,12 @@ def configs() -> list:
     return found
 
 
-def reads(path: Path) -> set[str]:
-    """The attributes that a file reads from its configuration."""
+def reads(path: Path, *names: str) -> set[str]:
+    """The attributes that a file reads from its configuration, and from other `names`."""
     return {node.attr for node in ast.walk(ast.parse(path.read_text()))
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-            and ast.unparse(node.value) in ("config", "self.config", "self.options", "options")}
+            and ast.unparse(node.value) in ("config", "self.config", "self.options", "options",
+                                            *names)}
 
 
 @pytest.mark.parametrize("config", configs())
@@ -167,7 +168,7 @@ def test_every_flag_is_read(config):
     """In the module of the configuration, or where the project hands the whole of it."""
     own = ROOT / (config.__module__.replace(".", "/") + ".py")
     handed = [path for path in closure(own) if path.parent.name in ("engine", "checks", "collect")]
-    read = set().union(*map(reads, [own, *handed]))
+    read = reads(own, "self").union(*map(reads, handed))
     assert {field.name for field in dataclasses.fields(config)} - read == set()
 
 

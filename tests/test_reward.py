@@ -100,7 +100,7 @@ def test_the_likelihood_control_is_the_log_likelihood():
 def test_token_rewards_refuses_a_sequence_model():
     with pytest.raises(ValueError, match="sequence-level"):
         reward_model("sequence").token_rewards(ragged())
-    with pytest.raises(ValueError, match="token, sequence, got 'word'"):
+    with pytest.raises(ValueError, match="token, sequence and one of .* got 'word'"):
         reward_model("word")
 
 
@@ -147,7 +147,8 @@ def test_ppo_rewards_of_a_sequence_model_stand_on_the_last_token_alone():
 
 # ----- losses -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("options", [Options(), Options("mean", "anchor", 0.3, 0.7)])
+@pytest.mark.parametrize("options", [Options(), Options("share"), Options("sum", u0_weight=1.0),
+                                     Options("mean", "anchor", 0.3, 0.7)])
 def test_token_loss_equals_equation_4_written_as_a_loop(options):
     """Loss and every gradient, each pair on its own and unpadded."""
     model = reward_model(dtype=torch.float64)
@@ -158,8 +159,9 @@ def test_token_loss_equals_equation_4_written_as_a_loop(options):
     for pair in PAIRS:
         plus, minus = (model.token_rewards(pack([pair.prompt], [side]))[0]
                        for side in (pair.chosen, pair.rejected))
-        sides = [r[at].sum() / (max(len(at), 1) if options.reduce == "mean" else 1)
-                 for r, at in ((plus, pair.plus), (minus, pair.minus))]
+        by = {"sum": lambda at, r: r[at].sum(), "mean": lambda at, r: r[at].sum() / max(len(at), 1),
+              "share": lambda at, r: r[at].sum() / len(r), "response": lambda at, r: r.mean()}
+        sides = [by[options.reduce](at, r) for r, at in ((plus, pair.plus), (minus, pair.minus))]
         bt = bt + softplus(sides[1] - sides[0]) / len(PAIRS)
         for i, j in pair.unchanged:
             term = (plus[i] - minus[j]) ** 2 if options.u0 == "difference" else (plus[i]**2
@@ -182,10 +184,28 @@ def test_token_loss_moves_edited_in_tokens_up_and_edited_out_tokens_down():
     seen = {}
     plain = model.token_rewards
     model.token_rewards = lambda s: seen.setdefault("r", plain(s).detach().requires_grad_())
-    token_loss(model, BATCH, Options(u0_weight=0.0)).loss.backward()
+    token_loss(model, BATCH, Options("sum")).loss.backward()
     signs = seen["r"].grad.sign().tolist()
     assert [row[:5] for row in signs] == [[0, -1, -1, 0, 0], [0, 0, 0, 0, 0], [0, -1, 0, 0, 0],
                                           [0, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]]
+
+
+def test_the_papers_loss_is_bradley_terry_on_the_mean_reward():
+    """-mean log sigmoid(R(y+) - R(y-)) with R of (1), as `sequence_loss` has it for any model."""
+    model = reward_model()
+    model.response = "mean"
+    for pair in PAIRS:
+        side = pack([pair.prompt], [pair.chosen])
+        assert model.sequence_rewards(side).item() == pytest.approx(
+            model.token_rewards(side)[0].mean().item(), abs=1e-6)
+    out, (loss, margins) = token_loss(model, BATCH, Options()), sequence_loss(model, BATCH)
+    assert out.loss.item() == pytest.approx(loss.item(), abs=1e-6)
+    torch.testing.assert_close(out.margin, margins)
+    out.loss.backward()
+    found = gradients(model)
+    loss.backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_sequence_loss_is_bradley_terry():
@@ -211,7 +231,8 @@ def test_preference_batch_rows_are_the_batch_of_those_pairs():
     assert some.totals() == alone.totals()
 
 
-@pytest.mark.parametrize("options", [Options(), Options("mean", "kept", 0.3, 0.7)])
+@pytest.mark.parametrize("options", [Options(), Options("share"), Options("sum", u0_weight=1.0),
+                                     Options("mean", "kept", 0.3, 0.7)])
 def test_losses_of_microbatches_add_up_to_the_loss_of_the_batch(options):
     model, sequence = reward_model(), reward_model("sequence")
     parts = [BATCH.rows(torch.tensor(rows)) for rows in ([0, 2], [1])]
@@ -230,13 +251,14 @@ def tokenizer(tmp_path_factory):
 
 @pytest.mark.parametrize("build", [
     lambda trunk: RewardModel(trunk, "token"), lambda trunk: RewardModel(trunk, "sequence"),
-    LogpReward, LikelihoodReward])
+    lambda trunk: RewardModel(trunk, "token", "mean"), LogpReward, LikelihoodReward])
 def test_save_reward_and_load_reward_keep_every_bit(build, tokenizer, tmp_path):
     model = build(llama(vocab_size=268))
     model.calibrate([ragged()])
     save_reward(model, tmp_path, tokenizer)
     again = load_reward(tmp_path)
     assert again.kind == model.kind and type(again) is type(model)
+    assert again.response == model.response
     assert torch.equal(model.ppo_rewards(ragged()), again.ppo_rewards(ragged()))
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name

@@ -265,10 +265,10 @@ def test_rule_5_the_preference_losses_do_not_depend_on_who_shares_the_batch():
     both, single = PreferenceBatch.of(pairs()), [PreferenceBatch.of([pair]) for pair in pairs()]
     alone = [sequence_loss(model, one)[0].item() for one in single]
     assert sequence_loss(model, both)[0].item() == pytest.approx(sum(alone) / 2, abs=1e-5)
-    options = token_preference.Options(u0_weight=0.0)
-    alone = [token_loss(model, one, options).loss.item() for one in single]
-    together = token_loss(model, both, options).loss.item()
-    assert together == pytest.approx(sum(alone) / 2, abs=1e-5)
+    for options in (token_preference.Options("sum"), token_preference.Options("response")):
+        alone = [token_loss(model, one, options).loss.item() for one in single]
+        together = token_loss(model, both, options).loss.item()
+        assert together == pytest.approx(sum(alone) / 2, abs=1e-5)
 
 
 # ----- 6. means are over the whole minibatch ------------------------------------------------------
@@ -376,6 +376,7 @@ def test_rule_9_an_all_masked_batch_gives_loss_0_and_gradient_0():
                                         torch.tensor([1, 2, 3]), torch.zeros(3)).loss,
              token_preference.fused(rewards, rewards, off, off,
                                     token_preference.Unchanged(*[empty] * 3),
+                                    token_preference.Lengths(*torch.ones(2, 2).long()),
                                     token_preference.Options(token_weight=1.0)).loss,
              value_loss(rewards, rewards.detach() + 1, rewards.detach() - 1, off, 0.2, 1)]
     sum(found).backward()

@@ -47,28 +47,33 @@ def _sum(values: list[float]) -> str:
 
 def preference_lines(explained: Explained) -> list[Line]:
     """Equations (1), (3) and (2): the probability that y+ is preferred, from the rewards."""
-    plus, minus, loss = explained.chosen, explained.rejected, explained.loss
-    total = plus.total - minus.total
-    kept = sum(plus.rewards[j] - minus.rewards[i] for i, j in explained.pairs)
-    lines = [Line("(1)", f"R({y})", f"sum of r_t over the {len(side.rewards)} tokens of {y}", "",
-                  show(side.total)) for y, side in (("y-", minus), ("y+", plus))]
-    how, sums = loss.options.reduce, []             # "sum" or "mean"
-    for y, side in (("U1+", plus), ("U1-", minus)):
-        values = side.changed()
-        divides = how == "mean" and len(values) > 0
-        sums.append(sum(values) / (len(values) if divides else 1))
-        written = f"({_sum(values)}) / {len(values)}" if divides else _sum(values)
-        lines.append(Line("(3)", f"{how} over {y}", "", written, show(sums[-1])))
-    lines.append(Line("(3)", "s", f"{how} over U1+  -  {how} over U1-",
-                      f"{show(sums[0])} - ({show(sums[1])})", show(loss.margin)))
-    lines.append(Line("(3)", "over U0, r_i+ - r_j- (core assumption: 0)", "", "", show(kept)))
-    loose = total - kept - (sum(plus.changed()) - sum(minus.changed()))
-    if any(name == "" for side in (plus, minus) for name in side.sets):
-        lines.append(Line("(3)", "tokens in no set (paired with a U1^ token)", "", "", show(loose)))
+    plus, minus, how = explained.chosen, explained.rejected, explained.loss.options.reduce
+    R = [side.total / (len(side.rewards) if explained.response == "mean" else 1)
+         for side in (minus, plus)]
+    lines = [Line("(1)", f"R({y})", f"{explained.response} of r_t over the {len(side.rewards)} "
+                  f"tokens of {y}", "", show(value))
+             for y, side, value in (("y-", minus, R[0]), ("y+", plus, R[1]))]
+    total, margin = R[1] - R[0], explained.loss.margin
     lines.append(Line("(2)", "P(y+ > y-)", "sigmoid(R(y+) - R(y-))", f"sigmoid({show(total)})",
                       show(sigmoid(total))))
-    lines.append(Line("(2)", "on U1 only", "sigmoid(s)", f"sigmoid({show(loss.margin)})",
-                      show(sigmoid(loss.margin))))
+    if how == "response":                           # the margin has all tokens
+        return lines
+    sums = []
+    for y, side in (("U1+", plus), ("U1-", minus)):
+        values = side.changed()
+        by = {"sum": 1, "mean": max(len(values), 1), "share": len(side.rewards)}[how]
+        sums.append(sum(values) / by)
+        written = f"({_sum(values)}) / {by}" if how != "sum" and values else _sum(values)
+        lines.append(Line("(3)", f"{how} over {y}", "", written, show(sums[-1])))
+    lines.append(Line("(3)", "s", f"{how} over U1+  -  {how} over U1-",
+                      f"{show(sums[0])} - ({show(sums[1])})", show(margin)))
+    kept = sum(plus.rewards[j] - minus.rewards[i] for i, j in explained.pairs)
+    lines.append(Line("(3)", "over U0, r_i+ - r_j- (core assumption: 0)", "", "", show(kept)))
+    if any(name == "" for side in (plus, minus) for name in side.sets):
+        loose = plus.total - minus.total - kept - (sum(plus.changed()) - sum(minus.changed()))
+        lines.append(Line("(3)", "tokens in no set (paired with a U1^ token)", "", "", show(loose)))
+    lines.append(Line("(2)", "on U1 only", "sigmoid(s)", f"sigmoid({show(margin)})",
+                      show(sigmoid(margin))))
     return lines
 
 
@@ -88,8 +93,10 @@ def _loss_lines(explained: Explained, loss: Loss, equation: str) -> list[Line]:
     u0 = (f"lambda / {divisor if divisor > 1 else ''}M * sum over U0 of {formula}",
           f"{options.u0_weight:g} / {divisor * M} * {show(unchanged)}")
     bt = f"-log sigmoid({show(loss.margin)})" if changed else "no changed token"
-    lines = [Line(equation, "L_bt", "-log sigmoid(s)", bt, show(loss.bt)),
-             Line(equation, "L_u0", *u0, show(loss.u0))]
+    s = "R(y+) - R(y-), R the mean" if options.reduce == "response" else "s"
+    lines = [Line(equation, "L_bt", f"-log sigmoid({s})", bt, show(loss.bt))]
+    if options.u0_weight:
+        lines.append(Line(equation, "L_u0", *u0, show(loss.u0)))
     if options.token_weight:
         terms = [*map(minus_log_sigmoid, plus.changed()),
                  *(minus_log_sigmoid(-r) for r in minus.changed())]
@@ -98,7 +105,8 @@ def _loss_lines(explained: Explained, loss: Loss, equation: str) -> list[Line]:
             "w / K * (sum over U1+ of -log sigmoid(r) + sum over U1- of -log sigmoid(-r))",
             f"{options.token_weight:g} / {max(len(changed), 1)} * ({_sum(terms)})",
             show(loss.token)))
-    parts = [loss.bt, loss.u0] + [loss.token] * bool(options.token_weight)
+    parts = ([loss.bt] + [loss.u0] * bool(options.u0_weight)
+             + [loss.token] * bool(options.token_weight))
     lines.append(Line(equation, "L", " + ".join(line.name for line in lines),
                       " + ".join(map(show, parts)), show(loss.total)))
     return lines

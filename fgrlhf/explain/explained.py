@@ -34,8 +34,7 @@ from kernels import clipped_surrogate, token_preference
 class LossSettings(NamedTuple):
     """The settings of train_rm.py that concern one record, with the names of its flags.
 
-    The defaults give the paper's form of equation (4). `model`: the model that training started
-    from.
+    The defaults give the paper's loss. `model`: the model that training started from.
     """
 
     template: str = "plain"
@@ -44,9 +43,9 @@ class LossSettings(NamedTuple):
     cut_responses: bool = False
     unit: str = "token"
     credit_gap: bool = True
-    reduce: str = "sum"
+    reduce: str = "response"
     u0: str = "difference"
-    u0_weight: float = 1.0
+    u0_weight: float = 0.0
     token_weight: float = 0.0
     model: str | None = None
 
@@ -135,7 +134,8 @@ class Explained(NamedTuple):
     rows: list[tuple[int | None, int | None]]       # (rejected, chosen) tokens, row by row
     pairs: list[tuple[int, int]]                    # U0: (rejected, chosen)
     loss: Loss
-    paper: Loss                                     # the paper's form of (4), lambda = 1
+    paper: Loss                                     # the paper's loss
+    response: str                                   # "mean" or "sum": R of equation (1)
     mean: float                                     # mean and scale of the calibration
     scale: float
     update: Update | None
@@ -190,8 +190,8 @@ def explain_record(record: Edit | Pair, tokenizer: Tokenizer, reward: RewardMode
     done = None if policy is None else _update(ids, reward, policy, reference, update)
     return Explained(record.id, tokenizer.decode(ids.prompt), rejected, chosen,
                      _rows(pairs, len(ids.rejected), len(ids.chosen)),
-                     [(i, j) for j, i in ids.unchanged], loss, paper, reward.mean.item(),
-                     reward.scale.item(), done)
+                     [(i, j) for j, i in ids.unchanged], loss, paper, reward.response,
+                     reward.mean.item(), reward.scale.item(), done)
 
 
 def _side(tokenizer: Tokenizer, ids: list[int], rewards: list[float], changed: list[bool],

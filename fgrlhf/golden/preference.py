@@ -30,17 +30,21 @@ def batch(name: str) -> dict[str, Tensor]:
             masks[side][b, list(changed)] = True
     unchanged = [(b, i, j) for b, pair in enumerate(PAIRS) for i, j in pair[3]]
     return {"rewards_chosen": rewards[0], "rewards_rejected": rewards[1], "plus_mask": masks[0],
-            "minus_mask": masks[1], "unchanged": torch.tensor(unchanged)}
+            "minus_mask": masks[1], "unchanged": torch.tensor(unchanged),
+            "lengths": torch.tensor([pair[0] for pair in PAIRS])}
 
 
 def token_loss(name: str, equation: str, computes: str, options: dict) -> Case:
     given = batch(name)
     r, s = leaves(given["rewards_chosen"], given["rewards_rejected"])
     bt, token, u0, margins = [], [], [], []
-    for b, (_, plus, minus, unchanged) in enumerate(PAIRS):
-        sides = [sum((rewards[b, t] for t in changed), number(0.0))
-                 / (max(len(changed), 1) if options["reduce"] == "mean" else 1)
-                 for rewards, changed in ((r, plus), (s, minus))]
+    reduce = options["reduce"]
+    for b, (lengths, plus, minus, unchanged) in enumerate(PAIRS):
+        sides = []
+        for rewards, changed, T in ((r, plus, lengths[0]), (s, minus, lengths[1])):
+            counted = range(T) if reduce == "response" else changed
+            by = {"sum": 1, "mean": max(len(changed), 1), "share": T, "response": T}[reduce]
+            sides.append(sum((rewards[b, t] for t in counted), number(0.0)) / by)
         margins.append(sides[0] - sides[1])
         if plus or minus:
             bt.append(softplus(-margins[-1]))
@@ -68,9 +72,18 @@ def sequence_loss() -> Case:
 
 def cases() -> list[Case]:
     common = ("Inputs: rewards [B, T]; plus_mask, minus_mask: True on U1+, U1-; unchanged [M, 3]: "
-              "U0 as (pair, chosen, rejected). margin [B] = sum_U1+ r - sum_U1- r{}; an empty side "
+              "U0 as (pair, chosen, rejected); lengths [B, 2]: tokens of both sides. margin [B] = "
+              "sum_U1+ r - sum_U1- r{}; an empty side "
               "counts 0. bt = mean of -log sigmoid(margin) over the pairs with a changed token. ")
+    paper = " u0 = token = 0. loss = bt, with gradients to both rewards."
     return [
+        token_loss("token-loss-paper", "(1), (2)", common.format(
+                   ", with the mean over all tokens of a side in place of each sum") + paper,
+                   {"reduce": "response", "u0": "difference", "u0_weight": 0.0,
+                    "token_weight": 0.0}),
+        token_loss("token-loss-share", "(2), on U1", common.format(
+                   ", each sum divided by the length of its side") + paper,
+                   {"reduce": "share", "u0": "difference", "u0_weight": 0.0, "token_weight": 0.0}),
         token_loss("token-loss", "(4)", common.format("") + "u0 = u0_weight mean_U0 (r_i+ - "
                    "r_j-)^2. token = 0. loss = bt + u0, with gradients to both rewards.",
                    {"reduce": "sum", "u0": "difference", "u0_weight": 0.5, "token_weight": 0.0}),
