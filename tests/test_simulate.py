@@ -339,6 +339,35 @@ def test_annotate_gives_one_pair_and_one_edit_of_the_worse_answer(tmp_path):
                           for e in world.errors(edit.prompt, edit.original) if e.start < e.end]
 
 
+def test_annotate_without_ties_has_decided_pairs_and_their_edits_up_to_the_limit(tmp_path):
+    """The pairs and the edits are of the same prompts, and nobody had to toss a coin."""
+    world, rng = World(1), random.Random(0)
+    prompts = requests(60, 9, world)
+    for name in ("a", "b"):
+        records.write_outputs(tmp_path / f"{name}.json", [
+            records.Output(p, world.demonstrate(p, rng), "m") for p in prompts])
+    files = str(tmp_path / "a.json"), str(tmp_path / "b.json")
+    annotate(AnnotateConfig(*files, str(tmp_path), world=1, skip_ties=True, limit=12))
+    pairs = readers.read_pairs(tmp_path / "pairs.jsonl")
+    made = readers.read_edits(tmp_path / "edits.jsonl")
+    assert [p.prompt for p in pairs] == [e.prompt for e in made] and len(pairs) == 12
+    count = lambda prompt, text: len(world.errors(prompt, text))
+    assert all(count(p.prompt, p.chosen) < count(p.prompt, p.rejected) for p in pairs)
+    with pytest.raises(UserError, match="answers for 60 annotated prompts, got .* in 60"):
+        annotate(AnnotateConfig(*files, str(tmp_path / "out"), world=1, skip_ties=True, limit=60))
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_sentences_are_put_in_with_either_wording():
+    """An editor who always writes "makes" would teach the word, and not what is missing."""
+    world = World(3)
+    fixes = [error.fix for prompt in requests(200, 9, world) for error in world.errors(prompt, "")]
+    sums = [fix for fix in fixes if " plus " in fix]
+    facts = [fix for fix in fixes if " plus " not in fix]
+    for some, word in ((sums, "makes"), (facts, "Its")):
+        assert 0.4 < sum(word in fix for fix in some) / len(some) < 0.6
+
+
 def test_annotate_leaves_out_edits_that_end_blank(tmp_path):
     """The editor removes the only sentence and misses the missing items: nothing is left."""
     prompts = list(dict.fromkeys(requests(40, 9)))

@@ -48,8 +48,9 @@ class AnnotateConfig:
     miss: float = arg(0.0, least=0, help="probability that the editor misses an error")
     needless: float = arg(0.0, least=0, help="probability that an edit also swaps the wording of a "
                             "sentence")
-    skip_ties: bool = arg(False, help="leave out pairs with the same number of errors (for "
-                           "evaluation only)")
+    skip_ties: bool = arg(False, help="leave out prompts whose two answers have the same number of "
+                           "errors: nobody can prefer one")
+    limit: int | None = arg(None, least=1, help="stop after N annotated prompts")
     spans: bool = arg(False, help="write the spans of the errors into edits.jsonl (for "
                        "evaluation only)")
 
@@ -86,13 +87,19 @@ def annotate(config: AnnotateConfig) -> None:
         raise UserError(f"{config.others}: expected the prompts of {config.outputs} in the same "
                         "order; write both with `eval.py outputs` from one prompt file")
     world.check_requests((o.instruction for o in firsts), config.outputs)
-    pairs, edits = [], []
+    pairs, edits, annotated, ties = [], [], 0, 0
     for i, (first, second) in enumerate(zip(firsts, seconds)):
         prompt, texts = first.instruction, (first.output, second.output)
+        if config.limit == annotated:
+            break
         better = prefer(world, prompt, *texts, rng, config.noise)
+        if compare_errors(world, prompt, *texts) == 0:
+            ties += 1
+            if config.skip_ties:
+                continue
+        annotated += 1
         chosen, rejected = texts[better - 1], texts[2 - better]
-        tied = config.skip_ties and compare_errors(world, prompt, *texts) == 0
-        if chosen != rejected and chosen and rejected and not tied:
+        if chosen != rejected and chosen and rejected:
             pairs.append(records.Pair(f"pair-{i}", prompt, chosen, rejected, annotator="simulated"))
         edited = minimal_edit(world, prompt, rejected, rng, config.miss, config.needless)
         if rejected and edited and edited != rejected:
@@ -101,10 +108,14 @@ def annotate(config: AnnotateConfig) -> None:
                           if e.start < e.end)              # an omission has no characters
             edits.append(records.Edit(f"edit-{i}", prompt, rejected, edited, annotator="simulated",
                                       spans=spans if config.spans else None))
+    if config.limit and annotated < config.limit:
+        raise UserError(f"{config.outputs}: expected answers for {config.limit} annotated prompts, "
+                        f"got {annotated} in {len(firsts)}; answer more prompts, or lower --limit")
     out = Path(config.out)
     records.write_jsonl(out / "pairs.jsonl", pairs)
     records.write_jsonl(out / "edits.jsonl", edits)
-    print(f"{len(firsts)} prompts annotated: {len(pairs)} pairs and {len(edits)} edits in {out} "
+    print(f"{annotated} prompts annotated: {len(pairs)} pairs and {len(edits)} edits in {out}; "
+          f"{ties} ties {'left out' if config.skip_ties else 'decided by a coin'} "
           "(two identical answers give no pair, a perfect answer no edit, a blank text neither)")
 
 

@@ -196,7 +196,9 @@ class World:
         previous = 0
         for item in items.values():
             if item.key not in end_of:
-                fix = self.sentence(item, item.answer, item.unit, random.Random(0))
+                # Either wording, drawn by the text: an editor without a style of its own.
+                wording = random.Random(f"{prompt} {answer} {item.key}")
+                fix = self.sentence(item, item.answer, item.unit, wording)
                 fix = " " + fix if previous else fix + " "
                 found.append(Error(previous, previous, "missing", fix))
             previous = end_of.get(item.key, previous)
