@@ -12,10 +12,11 @@ outputs writes answers in AlpacaEval's format. win-rate asks a judge which of tw
 the oracle of the built-in world, a reward model, a language model, or judgements that somebody
 recorded. reward-model measures the accuracy on pairs, and the token AUC where records have spans.
 
-Answers are joined by instruction and input, in any order. Figures go to stdout as one JSON object,
-progress to stderr. win_rate is the mean over prompts of 1 (win), 1/2 (tie) and 0 (loss). A recorded
-preference between 1 and 2 counts preference - 1, as in AlpacaEval; discrete_win_rate counts it as a
-win, a tie or a loss. A null preference is a failed judgement: it is left out and counted.
+Answers are joined by instruction, input and context, in any order. Figures go to stdout as one JSON
+object, progress to stderr. win_rate is the mean over prompts of 1 (win), 1/2 (tie) and 0 (loss). A
+recorded preference between 1 and 2 counts preference - 1, as in AlpacaEval; discrete_win_rate
+counts it as a win, a tie or a loss. A null preference is a failed judgement: it is left out and
+counted.
 AlpacaEval's length_controlled_winrate is not computed; avg_length is there to compare lengths.
 """
 

@@ -40,6 +40,7 @@ STEP = ((1, 1), (1, 1), (1, 0), (0, 1))                     # what each move add
 NEVER = 1 << 62                                             # above the cost of any path
 MOST_CELLS = 1 << 28                                        # 16,384 tokens against 16,384
 MOST_VISITED = 1 << 22                                      # of these, visited one by one
+MOST_WORD_PAIRS = 1 << 20                                   # the same for words: 5 seconds
 
 # Letters of scripts without blanks between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese.
 UNSPACED = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
@@ -273,7 +274,7 @@ def _best_words(a: list[str | None], b: list[str | None]) -> tuple[list[Pair], i
     E, columns = n + m, {}
     for j in range(m - 1):
         columns.setdefault((b[j], b[j + 1]), []).append(j)
-    if sum(len(columns.get(pair, ())) for pair in zip(a, a[1:])) > MOST_VISITED:
+    if sum(len(columns.get(pair, ())) for pair in zip(a, a[1:])) > MOST_WORD_PAIRS:
         raise UserError(f"expected two texts that do not repeat themselves, got {n - 2} and "
                         f"{m - 2} words with too many equal pairs; split or shorten them")
     starts, next_start = _Starts(m), {}                     # by the last match of a block

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fgrlhf.data.fields import UserError
+from fgrlhf.data.fields import UserError, show
 from fgrlhf.data.files import read_bytes, write_atomic
 from fgrlhf.engine import distributed, lora
 from fgrlhf.engine.config import arg, dispatch, run
@@ -174,7 +174,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     adds_bos = read_settings(settings).get("add_bos_token") if settings.exists() else None
     if adds_bos not in (None, True, False):
         raise UserError(f"{settings}: add_bos_token: expected true or false, got "
-                        f"{in_a_line(adds_bos)}; correct the file")
+                        f"{show(adds_bos)}; correct the file")
     return Tokenizer(file, adds_bos=adds_bos is not False)
 
 
@@ -270,6 +270,8 @@ def export(config: ExportConfig) -> None:
     if (Path(config.model) / "reward.json").exists():
         raise UserError(f"--model {config.model}: expected a language model, got a reward model, "
                         "whose head no other program can read; choose a policy")
+    for held in weight_files(Path(config.out), "meta") + weight_files(Path(config.out), "hf"):
+        raise UserError(f"--out {config.out}: already holds {held.name}; choose an empty folder")
     tokenizer = load_tokenizer(config.model) if config.tokenizer else None
     dtype = config.dtype and getattr(torch, config.dtype)
     save_model(load_model(config.model, dtype=dtype), config.out, config.layout, tokenizer)

@@ -235,7 +235,8 @@ def read_encoded(path: str, encoder: Encoder, normalise: bool, limit: int | None
     def encode(record):
         ids = encoder.preference(record)
         if ids.chosen == ids.rejected:
-            return LeftOut("both sides have the same tokens")
+            cut = ids.chosen[-1] != encoder.tokenizer.eos_id
+            return LeftOut("both sides have the same tokens" + " up to the cut" * cut)
         return record, ids
     both = each(read_preferences(path, on_bad_record, normalise)[:limit], encode, on_bad_record,
                 path)

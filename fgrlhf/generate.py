@@ -49,10 +49,16 @@ def next_token(logits: Tensor, temperature: float, top_p: float, uniform: Tensor
 
     The distribution is softmax(logits / temperature), restricted to the fewest most probable tokens
     that sum to at least `top_p`. It is sampled by inverse CDF. Temperature 0 takes the argmax.
+    Raises FloatingPointError for logits that are NaN or infinite.
     """
+    scaled = logits.float() / (temperature or 1.0)
+    if not scaled.isfinite().all():
+        raise FloatingPointError(
+            f"logits: expected finite numbers, got others in {logits.dtype} at temperature "
+            f"{temperature:g}; try --dtype float32, temperature 0 or 1, or another checkpoint")
     if temperature == 0:
         return logits.argmax(-1)
-    logp = torch.log_softmax(logits.float() / temperature, dim=-1)
+    logp = torch.log_softmax(scaled, dim=-1)
     if top_p < 1:
         ordered, index = logp.sort(dim=-1, descending=True)
         beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p       # enough without them

@@ -35,6 +35,7 @@ def answers(policy: LLaMA, tokenizer: Tokenizer, prompts: list[Prompt], template
     """Answers each prompt once, in batches of similar length. Temperature 0 is greedy.
 
     Answers that are compared must not share random numbers: give another seed or another purpose.
+    Raises FloatingPointError when the policy's log-probabilities are not finite.
     """
     room = policy.config.max_seq_len - max_new_tokens
     ids = [encode_prompt(tokenizer, prompt, template, room) for prompt in prompts]
@@ -44,6 +45,10 @@ def answers(policy: LLaMA, tokenizer: Tokenizer, prompts: list[Prompt], template
         rows = order[start:start + batch]
         rollout = sample(policy, [ids[i] for i in rows], tokenizer.eos_id, max_new_tokens,
                          temperature, generator(seed, purpose, start))
+        if not rollout.logp_old.isfinite().all():
+            raise FloatingPointError("log-probabilities of the answers: expected finite numbers, "
+                                     f"got others at temperature {temperature:g}; try temperature "
+                                     "0 or 1, or another checkpoint of the policy")
         tokens, prompt_lengths, lengths = rollout.sequences
         for row, i in enumerate(rows):
             response = tokens[row, prompt_lengths[row]:prompt_lengths[row] + lengths[row]].tolist()
@@ -77,37 +82,55 @@ def prompt_of(output: Output, template: str) -> Prompt:
 
 def joined(outputs: list[Output], reference: list[Output],
            names: tuple[str, str] = ("outputs", "reference")) -> list[Output]:
-    """Returns `outputs` in the order of `reference`, joined by instruction and input.
+    """Returns `outputs` in the order of `reference`, joined by instruction, input and context.
 
-    When one prompt has several answers, the first is joined with the first. Raises UserError, which
-    names a prompt that only one of the two lists answers. names: of the two lists, for the message.
+    The context counts when both lists have such a field. When one prompt has several answers, the
+    first is joined with the first. Raises UserError, which names a prompt that only one of the two
+    lists answers. names: of the two lists, for the message.
     """
+    both = all(any(map(_context, part)) for part in (outputs, reference))
+    key = lambda output: (*_prompt(output), _context(output) if both else None)
     found = defaultdict(list)
     for output in outputs:
-        found[_prompt(output)].append(output)
-    given, asked = Counter(map(_prompt, outputs)), Counter(map(_prompt, reference))
+        found[key(output)].append(output)
+    given, asked = Counter(map(key, outputs)), Counter(map(key, reference))
     for name, have, other, wanted in ((names[0], given, names[1], asked),
                                       (names[1], asked, names[0], given)):
         if missing := list(wanted - have):
-            (instruction, extra), more = missing[0], len(missing) - 1
+            (instruction, extra, context), more = missing[0], len(missing) - 1
             raise UserError(
                 f"{name}: expected an answer to every prompt of {other}, got {have[missing[0]]} of "
                 f"{wanted[missing[0]]} to {show(instruction)}"
                 + (f" with the input {show(extra)}" if extra else "")
+                + (f" with the context {show(context)}" if context else "")
                 + (f" and too few to {more} more" if more else "")
                 + "; answer both from one prompt file")
-    return [found[_prompt(output)].pop(0) for output in reference]
+    return [found[key(output)].pop(0) for output in reference]
 
 
 def _prompt(output: Output) -> tuple[str, str | None]:
     return output.instruction, input_of(output)
 
 
-def check_same_prompts(system: list[Output], reference: list[Output]) -> None:
-    """Raises UserError unless both lists answer the same prompts in the same order."""
+def _context(output: Output) -> str | None:
+    """Returns the `context` of an output as JSON, the same for equal values, or None."""
+    value = json.loads(dict(output.other).get("context", "null"))
+    return json.dumps(value, sort_keys=True) if value else None
+
+
+def check_same_prompts(system: list[Output], reference: list[Output], template: str = "") -> None:
+    """Raises UserError unless both lists answer the same prompts in the same order.
+
+    template: of the prompts, when their passages count, because the template shows them.
+    """
     if list(map(_prompt, system)) != list(map(_prompt, reference)):
         raise UserError(f"outputs: expected the {len(reference)} instructions of the reference in "
                         f"the same order, got {len(system)} others; join them first")
+    for ours, theirs in zip(system, reference):
+        if prompt_of(ours, template).context != prompt_of(theirs, template).context:
+            raise UserError(f"outputs: expected the same context as in the reference, because the "
+                            f"template {template} shows it, got another for "
+                            f"{show(ours.instruction)}; answer both from one prompt file")
 
 
 # ----- judges -------------------------------------------------------------------------------------
@@ -142,7 +165,7 @@ def by_reward(model: RewardModel, tokenizer: Tokenizer, encoding: Encoding, syst
     answers of which the model sees the same beginning give None. stderr says how many answers are
     cut, and when the model is constant.
     """
-    check_same_prompts(system, reference)
+    check_same_prompts(system, reference, encoding.template)
     both, n = [*system, *reference], len(system)
     prompts, seen = encode_outputs(model, tokenizer, encoding, both)
     rewards = [model.sequence_rewards(pack([prompt], [ids], device=model.device)).item()

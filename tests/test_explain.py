@@ -312,6 +312,17 @@ def test_explain_refuses_bad_input_in_one_line(folders, change, message, tokeniz
     assert "\n" not in str(error.value)
 
 
+def test_explain_cuts_a_response_that_does_not_fit_only_if_told(folders, tmp_path, capsys):
+    long = " ".join(["red"] * 400)
+    write_jsonl(tmp_path / "e.jsonl", [Edit("long", "x", "a cat " + long, "a dog " + long)])
+    place = {"record": str(tmp_path / "e.jsonl")}
+    with pytest.raises(UserError, match="or pass --cut-responses"):
+        explain.explain(config(folders, **place))
+    explained, _ = explain.explain(config(folders, **place, cut_responses=True))
+    assert explained.rejected.texts[-1] != "</s>" and "U1" in explained.rejected.sets
+    assert "record 'long': 2 responses lost their end" in capsys.readouterr().err
+
+
 def test_explain_refuses_another_tokenizer(folders, tmp_path):
     other = train(["a red cat or a blue one"] * 9, VOCABULARY - 1, tmp_path / "t.model")
     save_model(llama(0, VOCABULARY - 1), tmp_path / "policy", tokenizer=other)

@@ -117,6 +117,8 @@ def test_export_refuses_a_reward_model_and_a_folder_in_use(tmp_path, tokenizer):
     with pytest.raises(UserError, match="expected a language model, got a reward model"):
         export(ExportConfig(model=str(tmp_path / "r"), out=str(tmp_path / "hf")))
     save_model(variant(), tmp_path / "m", tokenizer=tokenizer)
-    with pytest.raises(UserError, match="already holds consolidated.00.pth"):
-        export(ExportConfig(model=str(tmp_path / "m"), out=str(tmp_path / "m")))
+    for layout in ("hf", "meta"):           # the second would round the model itself to bfloat16
+        with pytest.raises(UserError, match="already holds consolidated.00.pth"):
+            export(ExportConfig(model=str(tmp_path / "m"), out=str(tmp_path / "m"), layout=layout,
+                                dtype="bfloat16"))
     assert same(load_model(tmp_path / "m"), variant())

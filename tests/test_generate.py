@@ -155,6 +155,20 @@ def test_generate_refuses_in_one_line(flags, message, folder, capsysbinary):
     assert message in err.decode() and err.count(b"\n") == 1
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_next_token_stops_at_logits_that_are_not_finite(value, temperature):
+    """A float16 checkpoint can overflow although each of its weights is finite."""
+    logits = torch.tensor([[0.0, 1.0], [value, 0.0]], dtype=torch.float16)
+    with pytest.raises(FloatingPointError, match="got others in torch.float16 at temperature"):
+        next_token(logits, temperature, 1.0, torch.zeros(2, dtype=torch.float64))
+
+
+def test_next_token_stops_at_a_temperature_that_overflows():
+    with pytest.raises(FloatingPointError, match="at temperature 1e-40; try"):
+        next_token(torch.tensor([[0.0, 1.0]]), 1e-40, 1.0, torch.zeros(1, dtype=torch.float64))
+
+
 def test_stories260k_continues_alike_from_our_own_folders(data_dir, tmp_path):
     model = load_model(data_dir / "stories260K")
     expected = added(model, [[1]], count=64, temperature=0.0)

@@ -145,6 +145,31 @@ def test_joined_refuses_an_input_that_is_no_text():
         joined([answered("q", "", 5)], [answered("q", "", 5)])
 
 
+def with_passage(text: str, title: str | None) -> Output:
+    passages = [] if title is None else [{"title": title, "text": "Text."}]
+    return Output("q", text, "m", other=(("context", json.dumps(passages)),))
+
+
+def test_joined_tells_equal_questions_on_other_passages_apart():
+    ours, theirs = ([with_passage(text, title) for text, title in (("1", "A"), ("2", "B"))],
+                    [with_passage(text, title) for text, title in (("", "B"), ("", "A"))])
+    assert [o.output for o in joined(ours, theirs)] == ["2", "1"]
+    other_keys = replace(theirs[1], other=(("context", '[{"text": "Text.", "title": "A"}]'),))
+    assert [o.output for o in joined(ours, [theirs[0], other_keys])] == ["2", "1"]
+    with pytest.raises(UserError, match=r"A: .* got 0 of 1 to 'q' with the context '.*C"):
+        joined(ours, [theirs[0], with_passage("", "C")], ("A", "B"))
+    assert joined(ours, [answered("q", "")] * 2) == ours               # only one file has passages
+
+
+def test_by_reward_refuses_passages_that_only_one_file_has(tokenizer):
+    """With the template "qa" the two answers would be judged behind different prompts."""
+    model = RewardModel(llama(vocab_size=300, max_seq_len=320), "sequence")
+    ours, theirs = [with_passage("It", "A")], [with_passage("No", None)]
+    assert by_reward(model, tokenizer, Encoding("plain"), ours, theirs) != [None]
+    with pytest.raises(UserError, match="expected the same context as in the reference"):
+        by_reward(model, tokenizer, Encoding("qa"), ours, theirs)
+
+
 def test_win_rate_joins_two_files_by_instruction_and_input_in_any_order(tmp_path):
     """The oracle ignores `input`, so a wrong join would give other errors."""
     texts = {"A": RIGHT, "B": ONE_WRONG, "": ALL_WRONG}
@@ -291,6 +316,16 @@ def test_answers_come_in_the_order_of_the_prompts_whatever_the_batch(tokenizer):
     assert found[1] == found[2] == found[5]
     assert [o.instruction for o in found[1]] == [p.prompt for p in prompts]
     assert {o.generator for o in found[1]} == {"me"} and len({o.output for o in found[1]}) > 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_of_a_model_that_overflows_stop(temperature, tokenizer):
+    """Every weight is finite, but the hidden states are not: otherwise the answers are noise."""
+    policy = llama(vocab_size=300, max_seq_len=160)
+    for matrix in (policy.layers[0].feed_forward.w1, policy.layers[0].feed_forward.w3):
+        matrix.weight.data.mul_(1e25)
+    with pytest.raises(FloatingPointError, match="log-probabilities of the answers"):
+        answers(policy, tokenizer, [Prompt("a", ASKED)], "plain", 4, temperature, 0)
 
 
 def test_answers_are_a_function_of_seed_and_purpose(tokenizer):

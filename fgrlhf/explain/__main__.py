@@ -48,6 +48,8 @@ class Config:
                                            "policy itself)")
     template: str | None = arg(None, choices=tuple(TEMPLATES),
                                help="template of the prompt (default: that of the reward model)")
+    cut_responses: bool = arg(False, help="cut a response that does not fit the model's context "
+                              "(default: as in the training of the reward model)")
     html: str | None = arg(None, help="also write an HTML page with the same contents to this file")
 
 
@@ -116,6 +118,8 @@ def explain(config: Config) -> tuple[Explained, dict[str, str]]:
     if config.template:
         check_encoding(config.reward, template=config.template)
         settings = settings._replace(template=config.template)
+    if config.cut_responses:
+        settings = settings._replace(cut_responses=True)
     record, used = find(config.record, settings.normalise), {"reward": config.reward}
     if (folders := policy_folders(config, settings)) is None:
         return explain_record(record, tokenizer, reward, settings), used

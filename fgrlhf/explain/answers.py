@@ -21,7 +21,7 @@ from fgrlhf.engine.config import arg, parse, run
 from fgrlhf.engine.encoding import Encoding, check_encoding
 from fgrlhf.explain.explained import surfaces
 from fgrlhf.explain.text import visible
-from fgrlhf.judge import encode_outputs, joined
+from fgrlhf.judge import check_same_prompts, encode_outputs, joined
 from fgrlhf.reproduce.report import write_report
 from fgrlhf.reward import RewardModel, load_reward
 from fgrlhf.sequences import pack
@@ -65,6 +65,7 @@ def main(config: Config) -> None:
     encoding = check_encoding(config.reward, template=config.template) or Encoding(config.template)
     before = read_outputs(config.before)
     after = joined(read_outputs(config.after), before, (config.after, config.before))
+    check_same_prompts(after, before, encoding.template)
     model, tokenizer = load_reward(config.reward), load_tokenizer(config.reward)
     pairs = list(zip(*(rewarded(model, tokenizer, encoding, outputs[:config.limit], label)
                        for outputs, label in ((before, "before"), (after, "after")))))

@@ -175,6 +175,7 @@ def explain_record(record: Edit | Pair, tokenizer: Tokenizer, reward: RewardMode
                       settings.prompt_tokens, settings.cut_responses, settings.unit,
                       settings.credit_gap)
     ids, (better, worse) = encoder.preference(record), two_sides(record)
+    encoder.counted(f"record {record.id!r}")
     aligned, _ = encoder.align(worse, better, *(tokenizer.encode(text, eos=True)
                                                 for text in (worse, better)))
     pairs = [(i, j) for i, j in aligned.pairs if i < len(ids.rejected) and j < len(ids.chosen)]
