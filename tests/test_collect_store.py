@@ -102,7 +102,8 @@ def test_align_long_finds_few_changes_in_a_very_long_text():
 
 @pytest.mark.parametrize("a, b, distance", [
     (["a"] * 9_000, ["b"] * 8_000, 9_000), (["a"] * 9_000, ["a"] * 8_000, 1_000),
-    (["a"] * 9_000, [], 9_000), ([str(i) for i in range(9_000)], ["x", "y"], 9_000)])
+    (["a"] * 9_000, [], 9_000), ([str(i) for i in range(9_000)], ["x", "y"], 9_000),
+    (["a"] * 4, ["a"] * 200_000, 199_996), (["a", "b", "c"], ["b"] * 200_000, 200_000)])
 def test_align_long_takes_texts_that_have_little_in_common(a, b, distance):
     assert align_long(a, b).distance == distance
 
@@ -261,6 +262,25 @@ def test_store_refuses_a_second_writer_until_the_first_has_closed(tmp_path):
         with pytest.raises(UserError, match="expected no other writer"):
             Store(tmp_path / "e.jsonl")
     Store(tmp_path / "e.jsonl").close()
+
+
+def test_store_continues_a_file_that_an_editor_saved_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "e.jsonl"
+    with Store(path) as store:
+        store.add(TASK.edit("The cat sat.", "ann", HOW))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    with Store(path) as store:
+        assert store.add(Task("r2", "p", "c", "r").edit("x", None, HOW))
+    assert [edit.id for edit in read_edits(path)] == ["r1", "r2"]
+
+
+@pytest.mark.parametrize("names", [("e.alice", "e.bob"), ("edits-0.5", "edits-0.3"), ("e", "f")])
+def test_store_shares_no_skipped_records_with_another_file(tmp_path, names):
+    with Store(tmp_path / names[0]) as store, Store(tmp_path / names[1]) as other:
+        store.add(TASK.skip("skipped", "unclear", "ann", HOW))
+        other.add(TASK.edit("The cat sat.", "ann", HOW))
+    with Store(tmp_path / names[1]) as other:
+        assert other.counts() == {"edited": 1}
 
 
 def test_store_add_leaves_no_half_line_when_the_disk_is_full(tmp_path, monkeypatch):

@@ -206,6 +206,17 @@ def test_a_completion_whose_label_is_false_is_not_imitated(lines, capsys):
     assert len(read_prompts(path)) == 2
 
 
+def test_a_label_is_true_or_false_and_0_is_false(lines):
+    """Tables have 0 and 1. A string, "False" in a converted CSV, is refused."""
+    path = lines({"prompt": "p", "completion": "bad", "label": 0},
+                 {"prompt": "q", "completion": "good", "label": 1},
+                 {"prompt": "r", "completion": "good", "label": None})
+    assert [found.prompt for found in read_demonstrations(path)] == ["q", "r"]
+    path = lines({"prompt": "p", "completion": "bad", "label": "False"})
+    assert (f"{path}:1: label: expected true or false, got 'False'"
+            in refusal(read_demonstrations, path))
+
+
 ROLES = "expected the roles user and assistant by turns, at most one system before them, and "
 
 

@@ -6,6 +6,7 @@ test_collect.py the whole command.
 
 import hashlib
 import json
+import time
 
 import pytest
 
@@ -142,6 +143,15 @@ def test_parse_object_leaves_other_keys_out():
 def test_parse_object_refuses_everything_else(text, flaw):
     with pytest.raises(Flaw, match=flaw):
         parse_object(text, "a")
+
+
+@pytest.mark.parametrize("text", ["{" * 10**6, '{"a":' * 200_000, '{"a":1,\n' * 110_000])
+def test_parse_object_gives_up_on_a_million_characters_that_repeat(text):
+    """Without a limit, the first of these texts takes five minutes."""
+    start = time.perf_counter()
+    with pytest.raises(Flaw, match="too many opening braces"):
+        parse_object(text, "a")
+    assert time.perf_counter() - start < 20
 
 
 @pytest.mark.parametrize("text, flaw", [

@@ -35,7 +35,7 @@ from fgrlhf.collect.cache import Cache
 from fgrlhf.collect.change import FREE_WORDS, measure
 from fgrlhf.collect.desk import drafts_path, read_drafts
 from fgrlhf.collect.resume import resumed
-from fgrlhf.collect.store import OUTCOMES, Skip, Store, recorded
+from fgrlhf.collect.store import OUTCOMES, Skip, Store, path_beside, recorded
 from fgrlhf.collect.tasks import Answer, Task, read_tasks
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.records import Edit, Provenance
@@ -123,7 +123,7 @@ def by_llm(tasks: list[Task], store: Store, asking: client.Client, max_change: f
 
     Returns False if a question failed. Such a task gets no record, so the next run asks again.
     """
-    asking.cache = Cache(store.path.with_name(store.path.stem + ".cache.jsonl"))
+    asking.cache = Cache(path_beside(store.path, "cache"))
     todo, problem = store.remaining(tasks), ""
     answers = asking.gather(todo, timed(llm.editor(asking, max_change, free_words)))
     with closing(asking.cache), closing(answers):    # answers close first: they fill the cache

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from fgrlhf.collect.change import FREE_WORDS, Change, excess, measure
 from fgrlhf.collect.line_ends import keep_line_ends
-from fgrlhf.collect.store import Skip, Store
+from fgrlhf.collect.store import Skip, Store, path_beside
 from fgrlhf.collect.tasks import Task
 from fgrlhf.data.fields import Text, UserError, check
 from fgrlhf.data.files import read_json
@@ -68,7 +68,7 @@ class Lease:
 
 def drafts_path(path: Path) -> Path:
     """Returns the path of the file of drafts."""
-    return path.with_name(path.stem + ".drafts.jsonl")
+    return path_beside(path, "drafts")
 
 
 def read_drafts(path: Path) -> list[Draft]:

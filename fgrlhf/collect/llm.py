@@ -25,6 +25,7 @@ EDIT_PROMPT = "edit-1"                            # records keep this name as pr
 ANSWERS = 2                                       # the model is asked at most so often per record
 LEAK_WORDS = 8                                    # so many equal words in a row are no accident
 CHARACTERS_PER_TOKEN = 4                          # roughly, in English; only for the estimate
+LONGEST_SEARCH = 10**9                            # characters before all "{", about a second
 PREAMBLE = re.compile(r"\W*(sure|certainly|of course|here(['’]s| is| are)|"
                       r"(the |my )?(minimally )?edited (response|version|text))\b[^\n]{0,80}?:",
                       re.IGNORECASE)
@@ -93,12 +94,15 @@ def parse_object(text: str, *keys: str) -> dict:
 
     decoder = json.JSONDecoder(object_pairs_hook=once)
     found, at, reasons, nothing = [], 0, bool(REASONING.match(text)), "it is not one JSON object"
-    problem = nothing
+    problem, searched = nothing, 0
     while mark := OBJECT_OR_END.search(text, at):
         at = mark.end()
         if mark[1]:                               # what was found is a draft
             found, reasons, problem = [], False, nothing
             continue
+        searched += mark.start()                  # json counts the lines up to here for its message
+        if searched > LONGEST_SEARCH:
+            raise Flaw(f"{nothing} (it has too many opening braces)")
         try:
             value, at = decoder.raw_decode(text, mark.start())
         except Flaw:

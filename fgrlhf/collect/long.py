@@ -7,6 +7,7 @@ from fgrlhf.align import Alignment, align
 from fgrlhf.data.fields import UserError
 
 LARGE = 3000 * 3000                               # cells (n times m) of one exact alignment
+LONGEST = 10_000                                  # parts of one side; each cell costs that much
 
 
 def align_long(a: list[str], b: list[str]) -> Alignment:
@@ -37,8 +38,10 @@ def align_long(a: list[str], b: list[str]) -> Alignment:
 
 def _exact(a: list[str], b: list[str]) -> Alignment | None:
     """Returns the alignment of two short lists; None if they are long or too different."""
+    if len(a) * len(b) > LARGE or max(len(a), len(b)) > LONGEST:
+        return None
     try:
-        return align(a, b) if len(a) * len(b) <= LARGE else None
+        return align(a, b)
     except UserError:
         return None
 

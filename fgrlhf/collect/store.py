@@ -11,6 +11,7 @@ program, every line for which `add` returned is there. A last line that was cut 
 call that never returned; the next Store removes it.
 """
 
+import codecs
 import json
 import os
 import threading
@@ -125,9 +126,18 @@ class Store:
         self.close()
 
 
+def path_beside(path: Path, name: str) -> Path:
+    """Returns the path of another file of a collection: EDITS.NAME.jsonl next to EDITS.jsonl.
+
+    Other suffixes stay, so that edits.alice and edits.bob do not share their files.
+    """
+    stem = path.stem if path.suffix in (".jsonl", ".json") else path.name
+    return path.with_name(f"{stem}.{name}.jsonl")
+
+
 def skipped_path(path: Path) -> Path:
     """Returns the path of the file of skipped records."""
-    return path.with_name(path.stem + ".skipped.jsonl")
+    return path_beside(path, "skipped")
 
 
 def recorded(path: Path) -> dict[str, Edit | Skip]:
@@ -138,7 +148,7 @@ def recorded(path: Path) -> dict[str, Edit | Skip]:
 
 def _read(path: Path, kind: type) -> list:
     """Reads the records of a file. A last line that was cut off is left out."""
-    data = path.read_bytes() if path.exists() else b""
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8) if path.exists() else b""
     if not data:
         return []
     if data.lstrip()[:1] != b"{":

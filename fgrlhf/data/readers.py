@@ -149,7 +149,10 @@ def _any(value, place: str):
                         "rename or add the field")
     kind = Pair if paired else Demonstration if "output" in value else Prompt
     record = check(kind, value, place, also=value if foreign else ())
-    if "completion" in names and value.get("label") is False:          # TRL's unpaired preferences
+    label = value.get("label") if "completion" in names else None      # TRL's unpaired preferences
+    if label not in (None, 0, 1):
+        refuse(place, "label", "true or false", label)
+    if label == 0:
         return NoEdit(check(Prompt, value, place, also=value), "the completion's label is false")
     return record
 
