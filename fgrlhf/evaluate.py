@@ -151,6 +151,7 @@ class Judged(NamedTuple):
     rewards: list[float] = []           # r_t of the rejected response, EOS left out
     types: list[str] = []               # the type of the error span that holds the token, or ""
     lengths: tuple[int, int] | None = None      # tokens of y+ and y-, when R is a sum over them
+    drift: list[float] = []             # r_i+ - r_j- of each pair of U0
 
 
 def reward_table(judged: Sequence[Judged], minimal: float = 0.4) -> dict[str, float]:
@@ -163,6 +164,11 @@ def reward_table(judged: Sequence[Judged], minimal: float = 0.4) -> dict[str, fl
         ..._within                  the mean of the AUC inside each response
         token_auc/TYPE              spans of one type against the tokens outside any span
         minimal/...                 the preferences whose share of changed tokens is below `minimal`
+        r_errors, r_behind, r_elsewhere     mean r_t on tokens inside a span, on tokens behind the
+                                    first span, and on the others; 0 is the mean over all, 1 the
+                                    standard deviation
+        u0_drift                    root mean square of r_i+ - r_j- over U0, in the same unit: the
+                                    core assumption says 0
 
     Entries that need lengths or spans are absent without them, and so is an AUC without tokens
     inside and outside the spans. Raises FloatingPointError for a reward that is not finite.
@@ -193,8 +199,27 @@ def reward_table(judged: Sequence[Judged], minimal: float = 0.4) -> dict[str, fl
         for name, scores in (("token_auc", costs), ("position_auc", places)):
             table[prefix + name] = auc(np.concatenate(scores), np.concatenate(labels))
             table[prefix + name + "_within"] = auc_within(list(zip(scores, labels)))
+    table |= _places(judged)
     for kind in sorted({k for j in judged for k in j.types} - {""}):
         scores = [-r for j in judged for r, k in zip(j.rewards, j.types) if k in ("", kind)]
         table[f"token_auc/{kind}"] = auc(scores, [k == kind for j in judged for k in j.types
                                                   if k in ("", kind)])
     return {name: value for name, value in table.items() if not math.isnan(value)}
+
+
+def _places(judged: Sequence[Judged]) -> dict[str, float]:
+    """Where the token rewards are low, in standard deviations (see reward_table)."""
+    spanned = [j for j in judged if any(j.types)]
+    rewards = np.array([r for j in spanned for r in j.rewards])
+    if all(all(j.types) for j in spanned) or not (spread := np.std(rewards)):
+        return {}
+    groups = {"r_errors": [], "r_behind": [], "r_elsewhere": []}
+    for j in spanned:
+        first = next(t for t, kind in enumerate(j.types) if kind)
+        for t, (r, kind) in enumerate(zip(j.rewards, j.types)):
+            groups["r_errors" if kind else "r_behind" if t > first else "r_elsewhere"].append(r)
+    found = {name: float((np.mean(some) - rewards.mean()) / spread)
+             for name, some in groups.items() if some}
+    if drift := [d for j in spanned for d in j.drift]:
+        found["u0_drift"] = float(np.sqrt(np.mean(np.square(drift))) / spread)
+    return found

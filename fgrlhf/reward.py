@@ -202,7 +202,7 @@ def judge_preferences(model: RewardModel, records: list[Edit | Pair],
         if model.kind == "sequence":
             judged.append(Judged(record.id, *model.sequence_rewards(both).tolist(), pair.change))
             continue
-        rewards, types = [], []
+        rewards, types, drift = [], [], []
         token_rewards = model.token_rewards(both)
         R, lengths = token_rewards.sum(-1), (len(pair.chosen), len(pair.rejected))
         if model.response == "mean":
@@ -210,7 +210,8 @@ def judge_preferences(model: RewardModel, records: list[Edit | Pair],
         if isinstance(record, Edit) and record.spans is not None:
             types = span_types(tokenizer, record.original, record.spans)[:len(pair.rejected)]
             rewards = token_rewards[1, :len(types)].tolist()
-        judged.append(Judged(record.id, *R.tolist(), pair.change, rewards, types, lengths))
+            drift = [(token_rewards[0, i] - token_rewards[1, j]).item() for i, j in pair.unchanged]
+        judged.append(Judged(record.id, *R.tolist(), pair.change, rewards, types, lengths, drift))
     return judged
 
 

@@ -167,6 +167,17 @@ def test_reward_table_by_hand():
     assert table["position_auc"] == pytest.approx(sum(wins) / 20)
 
 
+def test_reward_table_says_where_rewards_are_low_and_how_far_unchanged_tokens_drift():
+    """In standard deviations: errors -3 and -1, behind the first of them 0 and 2, before it 2."""
+    judged = [Judged("a", 1.0, 0.0, 0.1, [2.0, -3.0, 0.0, -1.0, 2.0], ["", "fact", "", "fact", ""],
+                     drift=[1.0, -2.0])]
+    table, spread = reward_table(judged), math.sqrt((4 + 9 + 0 + 1 + 4) / 5)
+    assert table["r_errors"] == pytest.approx(-2 / spread)
+    assert table["r_behind"] == pytest.approx(1 / spread)
+    assert table["r_elsewhere"] == pytest.approx(2 / spread)
+    assert table["u0_drift"] == pytest.approx(math.sqrt(2.5) / spread)
+
+
 def test_reward_table_has_no_auc_without_spans():
     assert reward_table(JUDGED[3:]) == {"pairs": 1, "pair_accuracy": 1.0, "minimal/pairs": 0}
 
