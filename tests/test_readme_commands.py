@@ -14,7 +14,7 @@ import pytest
 from fgrlhf.checkpoint import load_tokenizer, save_model
 from fgrlhf.data.records import Demonstration, Edit, write_jsonl
 from fgrlhf.engine.config import parser
-from fgrlhf.reproduce import __main__ as reproduce
+from fgrlhf.reproduce import stages
 from fgrlhf.tokenizer import train
 from tests import processes
 from tests.small import llama
@@ -92,8 +92,8 @@ def test_own_data_goes_from_twenty_edits_to_a_win_rate(folder):
 
 def test_own_data_names_what_the_quick_profile_leaves():
     text = TEXTS["README.md"]
-    seed = reproduce.Seed(0, Path("runs/quick/seed0"), reproduce.SCALES["quick"], "cpu")
-    reproduce.start(seed)
+    seed = stages.Seed(0, Path("runs/quick/seed0"), stages.SCALES["quick"], "cpu")
+    stages.start(seed)
     left = {stage.command[stage.command.index("--out") + 1] for stage in seed.stages}
     for name in ("EDITS", "PROMPTS", "MODEL"):
         path = Path(re.search(rf"^{name}=(\S+)", text, re.M)[1])
@@ -124,19 +124,19 @@ def test_glossary_has_every_metric_that_these_runs_left(folder):
 def test_explain_command_of_the_readme_names_what_the_quick_profile_leaves():
     words = block_of("fgrlhf/explain/README.md", "python -m fgrlhf.explain")[0]
     config = config_of(words)(**vars(parser(config_of(words)).parse_args(words[3:])))
-    seed = reproduce.Seed(0, Path("runs/quick/seed0"), reproduce.SCALES["quick"], "cpu")
-    reproduce.start(seed), reproduce.compare_systems(seed)
+    seed = stages.Seed(0, Path("runs/quick/seed0"), stages.SCALES["quick"], "cpu")
+    stages.start(seed), stages.compare_systems(seed)
     left = {stage.command[stage.command.index("--out") + 1] for stage in seed.stages}
     used = (config.reward, config.record, config.policy)
     assert {str(Path(path).parent) for path in used} <= left
 
 
 @pytest.mark.parametrize("options", [(), ("bfloat16", 8)])
-@pytest.mark.parametrize("profile", reproduce.SCALES)
+@pytest.mark.parametrize("profile", stages.SCALES)
 def test_every_stage_of_reproduce_is_a_command_its_script_understands(profile, options):
-    seed = reproduce.Seed(0, Path("runs/x/seed0"), reproduce.SCALES[profile], "cpu", *options)
-    reproduce.start(seed)
-    (reproduce.sweep if profile == "sweep" else reproduce.compare_systems)(seed)
+    seed = stages.Seed(0, Path("runs/x/seed0"), stages.SCALES[profile], "cpu", *options)
+    stages.start(seed)
+    (stages.sweep if profile == "sweep" else stages.compare_systems)(seed)
     for stage in seed.stages:
         words = shlex.split(stage.text[stage.text.index("python "):])
         subcommand = words[1] == "eval.py" or words[2] == "fgrlhf.simulate"
@@ -145,8 +145,8 @@ def test_every_stage_of_reproduce_is_a_command_its_script_understands(profile, o
 
 def test_stages_of_reproduce_take_its_dtype_and_those_behind_sft_its_adapters():
     """Every model is in bfloat16; all that is trained has adapters, but for the SFT model."""
-    seed = reproduce.Seed(0, Path("runs/x/seed0"), reproduce.SCALES["quick"], "cpu", "bfloat16", 8)
-    reproduce.start(seed), reproduce.compare_systems(seed)
+    seed = stages.Seed(0, Path("runs/x/seed0"), stages.SCALES["quick"], "cpu", "bfloat16", 8)
+    stages.start(seed), stages.compare_systems(seed)
     trained = 0
     for stage in seed.stages:
         config = config_of(["python", *stage.command])
@@ -156,7 +156,7 @@ def test_stages_of_reproduce_take_its_dtype_and_those_behind_sft_its_adapters():
         if "lora_rank" in given:
             trained += 1
             assert given["lora_rank"] == (0 if given.get("init") else 8), stage.text
-    assert trained == 1 + 5 + 5 + 2                     # SFT, reward models, PPO, imitation
+    assert trained == 1 + 3 + 3 + 2                     # SFT, reward models, PPO, rivals
 
 
 def test_make_reproduce_is_the_quick_profile():

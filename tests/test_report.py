@@ -63,9 +63,9 @@ def results() -> dict:
                 "pair_accuracy": {"mean": math.nan, "interval": [math.nan] * 2}}}},
         "comparisons": [{"label": "Fine-grained PPO minus PPO-RLHF"} | cell(0.19, 0.214),
                         {"label": "likelihood minus sft"} | cell(-0.04, half=None)],
-        "speed": {"label": "To the best", "names": ["PPO-RLHF", "Fine <grained>"], "rows": [
+        "speed": [{"label": "To the best", "names": ["PPO-RLHF", "Fine <grained>"], "rows": [
             {"label": "episodes", "baseline": 3904, "method": 448, "ratio": cell(8.7, half=1.1)},
-            {"label": "seconds", "baseline": math.inf, "method": 5.07, "ratio": None}]},
+            {"label": "seconds", "baseline": math.inf, "method": 5.07, "ratio": None}]}],
         "paper": [{"label": "reward model accuracy", "value": "about 85.2%"}],
         "curves": [curve("rlhf", "PPO-RLHF", 0, [0.5, 0.55, 0.6, 0.62]),
                    curve("rlhf", "PPO-RLHF", 1, [0.5, 0.53, 0.58]),
@@ -331,8 +331,8 @@ def test_text_table_is_this_text():
                         "win_rate": one_seed(1.0), "errors": one_seed(0.374),
                         "best_iteration": cell(24)}}},
         "comparisons": [{"label": "b minus a"} | cell(0.2021, half=0.0533)],
-        "speed": {"rows": [
-            {"label": "episodes", "baseline": 3904, "method": 448.0, "ratio": 8.714}]}})
+        "speed": [{"rows": [
+            {"label": "episodes", "baseline": 3904, "method": 448.0, "ratio": 8.714}]}]})
     assert table.splitlines() == [
         "system                win rate %  errors  best it.",
         "--------------------------------------------------",

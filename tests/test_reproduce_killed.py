@@ -1,7 +1,7 @@
 """`python -m fgrlhf.reproduce` killed at random moments and called again: the same results.
 
-The run is the sweep profile with one point of its grid and very small stages: 12 stages, of every
-kind except the test answers of the other profiles.
+The run is the sweep profile with one point of each grid and very small stages, of every kind except
+the test answers of the other profiles.
 """
 
 import json
@@ -18,6 +18,8 @@ LESS = {                                # these options make each stage short
     "train_rm.py": ("--epochs", "1", "--batch", "4", "--save-every", "1"),
     "train_ppo.py": ("--iterations", "2", "--rollouts", "4", "--max-new-tokens", "8",
                      "--save-every", "1", "--eval-every", "1"),
+    "annotate": ("--limit", "12"),
+    "fgrlhf.dpo": ("--epochs", "1", "--batch", "4", "--save-every", "1"),
     "outputs": ("--max-new-tokens", "8")}
 
 
@@ -27,9 +29,10 @@ def make_small(command: list[str]) -> None:
     The stages are forks of this process; otherwise each would import torch again.
     """
     from fgrlhf.engine.config import parse, run
-    from fgrlhf.reproduce import __main__ as reproduce, pipeline
+    from fgrlhf.reproduce import __main__ as reproduce, pipeline, stages
     pipeline.subprocess.Popen = processes.Stage
-    reproduce.GRID[1:] = []
+    for grid in (stages.GRID, stages.IMITATION_GRID, stages.DPO_GRID):
+        grid[1:] = []
     init = pipeline.Stage.__init__
 
     def smaller(self, name, command, needs=()):

@@ -87,18 +87,26 @@ def test_dev_curve_joins_metrics_and_timing_of_each_evaluation(tmp_path):
     assert results.dev_curve(tmp_path, "rlhf") == [(20, 3.0, 0.4, 2.0), (40, 6.0, 0.6, 2.0)]
 
 
-def test_speed_compares_when_both_first_reach_the_baselines_best(tmp_path):
-    """Seed 0: 40 against 20 episodes, 4 against 6 seconds; seed 1: 30 against 10, 3 against 3."""
+def test_speed_compares_by_both_definitions_and_counts_the_reward_models_separately(tmp_path):
+    """To the baseline's best: 40 against 20 episodes, 4 against 6 seconds; 30 and 10, 3 and 3."""
     folders = [tmp_path / "seed0", tmp_path / "seed1"]
     write_run(folders[0] / "rlhf", {2: 0.5, 4: 0.6}, 1.0)
     write_run(folders[0] / "fine-grained", {1: 0.3, 2: 0.6, 3: 0.9}, 3.0)
     write_run(folders[1] / "rlhf", {1: 0.2, 3: 0.7, 4: 0.7}, 1.0)
     write_run(folders[1] / "fine-grained", {1: 0.8, 2: 0.1}, 3.0)
-    episodes, seconds = results.speed(folders)["rows"]
-    assert (episodes["label"], episodes["baseline"], episodes["method"]) == ("episodes", 35, 15)
+    for folder in folders:
+        write_done(folder / "rm-sequence", seconds=4.0)
+        write_done(folder / "rm-token", seconds=8.0)
+    episodes, seconds, own, own_seconds, trained = results.speed(folders, "fine-grained",
+                                                                 "rm-token")["rows"]
+    assert (episodes["label"], episodes["baseline"], episodes["method"]) == (
+        "episodes to the best of PPO-RLHF", 35, 15)
     assert episodes["ratio"]["per_seed"] == [2.0, 3.0] and episodes["ratio"]["mean"] == 2.5
-    assert (seconds["label"], seconds["baseline"], seconds["method"]) == ("seconds", 3.5, 4.5)
+    assert (seconds["baseline"], seconds["method"]) == (3.5, 4.5)
     assert seconds["ratio"]["per_seed"] == pytest.approx([2 / 3, 1.0])
+    assert (own["label"], own["baseline"], own["method"]) == ("episodes to its own best", 35, 20)
+    assert (own_seconds["baseline"], own_seconds["method"]) == (3.5, 6.0)
+    assert (trained["baseline"], trained["method"], trained["ratio"]["mean"]) == (4.0, 8.0, 0.5)
 
 
 def test_speed_reports_a_method_that_does_not_get_there_in_every_run(tmp_path):
@@ -106,9 +114,12 @@ def test_speed_reports_a_method_that_does_not_get_there_in_every_run(tmp_path):
     for folder, reached in zip(folders, (0.9, 0.4)):
         write_run(folder / "rlhf", {2: 0.5}, 1.0)
         write_run(folder / "fine-grained", {1: reached}, 1.0)
-    for row in results.speed(folders)["rows"]:
+        write_done(folder / "rm-sequence", seconds=4.0)
+        write_done(folder / "rm-token", seconds=8.0)
+    found = results.speed(folders, "fine-grained", "rm-token")
+    for row in found["rows"][:2]:
         assert row["method"] == "not in every run" and row["ratio"] is None
-    json.dumps(results.speed(folders), allow_nan=False)
+    json.dumps(found, allow_nan=False)
 
 
 def test_curves_have_win_rate_reward_and_kl_per_response_of_every_ppo_run(tmp_path):
@@ -143,23 +154,28 @@ def test_tested_counts_the_errors_the_folders_own_world_finds(tmp_path):
 
 
 def test_reading_says_the_difference_its_interval_and_whether_it_may_be_chance():
-    rate = lambda mean: {"metrics": {"win_rate": {"mean": mean}}}
-    systems = {"fine-grained": rate(0.904), "rlhf": rate(0.705), "imitation": rate(0.916)}
+    rate = lambda mean: {"metrics": {"win_rate": {"mean": mean}, "ceiling": {"mean": 0.934}}}
+    systems = {"fine-grained-paper": rate(0.801), "fine-grained": rate(0.904), "rlhf": rate(0.705),
+               "imitation": rate(0.916), "dpo-sft": rate(0.9), "sft": rate(0.5)}
     found = {(a, b): (0.0, 0.0, 0.0) for a, b in results.COMPARED}
     found["fine-grained", "rlhf"] = (0.199, 0.168, 0.231)
     found["fine-grained", "imitation"] = (-0.012, -0.025, 0.001)
     comparisons = [{"label": f"{a} minus {b}, {decoding}", "mean": mean, "interval": [low, high],
                     "per_seed": [mean]} for (a, b), (mean, low, high) in found.items()
                    for decoding in ("sampled", "greedy")]
-    assert results.reading(systems, comparisons)[:2] == [
-        "Fine-grained PPO wins 90.4% of the test prompts against a sample of the SFT policy, "
-        "PPO-RLHF 70.5%: +19.9 points [+16.8, +23.1] sampled; +19.9 points [+16.8, +23.1] greedy.",
-        "Fine-grained PPO wins 90.4% of the test prompts against a sample of the SFT policy, SFT "
-        "on edits 91.6%: -1.2 points [-2.5, +0.1] sampled, which may be chance; -1.2 points "
-        "[-2.5, +0.1] greedy, which may be chance."]
-    assert "one seed" in results.reading(systems, comparisons)[2]
+    told = results.reading(systems, comparisons)
+    assert told[1:3] == [
+        "Fine-grained PPO, our loss wins 90.4% of the test prompts against a sample of the SFT "
+        "policy, PPO-RLHF 70.5%: +19.9 points [+16.8, +23.1] sampled; +19.9 points [+16.8, +23.1] "
+        "greedy.",
+        "Fine-grained PPO, our loss wins 90.4% of the test prompts against a sample of the SFT "
+        "policy, SFT on edits 91.6%: -1.2 points [-2.5, +0.1] sampled, which may be chance; -1.2 "
+        "points [-2.5, +0.1] greedy, which may be chance."]
+    assert told[0].startswith("Fine-grained PPO, paper's loss wins 80.1%")
+    assert "the same sampled; the same greedy." in told[3] and "more than 93.4%" in told[4]
+    assert "one seed" in told[-1]
     comparisons[0]["per_seed"] = [0.1] * 8
-    assert "over 8 seeds" in results.reading(systems, comparisons)[2]
+    assert "over 8 seeds" in results.reading(systems, comparisons)[-1]
 
 
 def test_before_and_after_are_the_first_prompts_and_those_that_became_worse():

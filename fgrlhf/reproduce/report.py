@@ -7,7 +7,7 @@
     systems        {key: {label, role, metrics: {name: cell}}}      role: method, baseline, ...
     reward_models  {key: {label, metrics: {name: cell}}}
     comparisons    [{label, mean, interval, per_seed}]              differences of win rates
-    speed          {label, names, rows: [{label, baseline, method, ratio}]}
+    speed          [{label, names, rows: [{label, baseline, method, ratio}]}]
                    names: of baseline and method; ratio: a cell or a number
     paper          [{label, value}]                                 the figures of the paper
     curves         [{system, label, seed, metric, x_episodes, x_seconds, y}]
@@ -147,18 +147,23 @@ def _reward_models(models: dict[str, dict]) -> Html:
     return section("Reward models", table(
         "How often the better side of a held-out preference gets the higher reward, on edit pairs "
         "and on ordinary pairs (chance: 50). AUC: how well low token rewards find the oracle's "
-        "error spans, over all tokens and within a response (chance: .5).",
+        "error spans, over all tokens and within a response (chance: .5). The last columns are "
+        "mean token rewards on errors, behind the first error and elsewhere, and the root mean "
+        "square of r+ - r- over unchanged tokens, all in standard deviations of the rewards.",
         ["reward model", *(c.header for c in columns)], [rows]))
 
 
-def _speed(speed: dict) -> Html:
-    header = ["measure", *(speed.get("names") or ("baseline", "method")), "ratio"]
-    rows = [tag("tr", tag("th", row["label"], scope="row"),
-                [tag("td", typeset(text), class_="number", data_label=name) for name, text in
-                 zip(header[1:], (number(row.get("baseline")), number(row.get("method")),
-                                  ratio(row.get("ratio"))))])
-            for row in speed["rows"]]
-    return section("Speed", table(speed.get("label"), header, [rows]))
+def _speed(compared: Sequence[dict]) -> Html:
+    tables = []
+    for speed in compared:
+        header = ["measure", *(speed.get("names") or ("baseline", "method")), "ratio"]
+        rows = [tag("tr", tag("th", row["label"], scope="row"),
+                    [tag("td", typeset(text), class_="number", data_label=name) for name, text in
+                     zip(header[1:], (number(row.get("baseline")), number(row.get("method")),
+                                      ratio(row.get("ratio"))))])
+                for row in speed["rows"]]
+        tables.append(table(speed.get("label"), header, [rows]))
+    return section("Speed", tables)
 
 
 def _paper(paper: Sequence[dict]) -> Html:

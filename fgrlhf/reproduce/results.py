@@ -15,53 +15,10 @@ from fgrlhf.data.files import read_json, read_object
 from fgrlhf.data.readers import read_outputs
 from fgrlhf.evaluate import bootstrap, compare, over_seeds
 from fgrlhf.reproduce.examples import examples
+from fgrlhf.reproduce.names import (
+    COMPARED, NOTES, PAPER, REWARD_METRICS, REWARD_MODELS, SYSTEMS)
 from fgrlhf.simulate.oracle import count_errors
 from fgrlhf.simulate.world import World
-
-SYSTEMS = {
-    "sft": ("SFT", "start"),
-    "rlhf": ("PPO-RLHF", "baseline"),
-    "sequence-edits": ("PPO-RLHF on edits", "ablation"),
-    "fine-grained": ("Fine-grained PPO", "method"),
-    "imitation": ("SFT on edits", "control"),
-    "fine-grained-imperfect": ("Fine-grained PPO, imperfect editor", "control"),
-    "imitation-imperfect": ("SFT on edits, imperfect editor", "control"),
-    "likelihood": ("PPO, log-likelihood as reward", "control"),
-    "fine-grained-paper-loss": ("Fine-grained PPO, paper's loss", "ablation"),
-    "fine-grained-logp-feature": ("Fine-grained PPO, logp in the head", "ablation"),
-}
-REWARD_MODELS = {
-    "rm-sequence": "Sequence-level on pairs",
-    "rm-sequence-edits": "Sequence-level on edits",
-    "rm-token": "Token-level on edits",
-    "rm-token-imperfect": "Token-level, imperfect editor",
-    "rm-likelihood": "Untrained log-likelihood",
-    "rm-token-paper-loss": "Token-level, paper's loss",
-    "rm-token-logp-feature": "Token-level, logp in the head",
-}
-REWARD_METRICS = {"edits/pair_accuracy": "edit_accuracy", "pairs/pair_accuracy": "pair_accuracy",
-                  "edits/token_auc": "token_auc", "edits/token_auc_within": "token_auc_within",
-                  "edits/position_auc_within": "position_auc_within", "seconds": "seconds"}
-COMPARED = (("fine-grained", "rlhf"), ("sequence-edits", "rlhf"),
-            ("fine-grained", "sequence-edits"), ("fine-grained", "imitation"),
-            ("fine-grained-imperfect", "imitation-imperfect"),
-            ("likelihood", "sft"))
-PAPER = [{"label": "win rate gain over PPO-RLHF (LLaMA-7B, AlpacaFarm)",
-          "value": "up to 5.1 points"},
-         {"label": "reward model accuracy", "value": "about 85.2%"},
-         {"label": "time to converge against PPO-RLHF", "value": "half"}]
-NOTES = ["The world is built in: it shows the mechanism, not that a 7B model gains as much.",
-         "An edit carries more information than a label, so the same number of annotations is not "
-         "the same amount of information.",
-         "A win rate compares the answers to test prompts with one fixed sample of the SFT model. "
-         "The oracle of the world judges: fewer errors win, and a tie counts one half.",
-         "PPO-RLHF has a sequence-level reward model trained on pairs, and a critic; PPO-RLHF on "
-         "edits has one trained on the edits. SFT on edits imitates the edits and uses no reward.",
-         "PPO runs are tested with the checkpoint that was best on dev prompts; SFT and imitation "
-         "with the last one.",
-         "The imperfect editor misses 30% of the errors and makes a needless edit in 10% of the "
-         "answers."]
-
 
 class Tested(NamedTuple):
     """The errors of one system on each test prompt of one seed."""
@@ -136,28 +93,36 @@ def first_reaching(curve: list[tuple], win_rate: float) -> tuple[float, float]:
     return next(((e, s) for e, s, w, _ in curve if w >= win_rate), (math.inf, math.inf))
 
 
-def speed(folders: list[Path]) -> dict:
-    """Compares the episodes and seconds that baseline and method need, averaged over seeds.
+def speed(folders: list[Path], method: str, reward_model: str) -> dict:
+    """Compares what the baseline and a method need, averaged over seeds, by two definitions.
 
-    Both are measured when a run first reaches the best dev win rate of the baseline of its seed.
+    To the baseline's best dev win rate of the same seed; and, as the paper has it, each to its own
+    best. The training of the reward models is a row of its own and is in no other.
     """
-    rows = {"episodes": ([], []), "seconds": ([], [])}
+    baseline, rows = "rlhf", {}
+    add = lambda label, a, b: rows.setdefault(label, []).append((a, b))
     for folder in folders:
-        baseline = dev_curve(folder, "rlhf")
-        best = max(point[2] for point in baseline)
-        for curve, side in ((baseline, 0), (dev_curve(folder, "fine-grained"), 1)):
-            for unit, value in zip(("episodes", "seconds"), first_reaching(curve, best)):
-                rows[unit][side].append(value)
+        ours, theirs = dev_curve(folder, method), dev_curve(folder, baseline)
+        best = max(point[2] for point in theirs)
+        own = max(point[2] for point in ours)
+        for k, unit in enumerate(("episodes", "seconds")):
+            target = f"{unit} to the best of {SYSTEMS[baseline][0]}"
+            add(target, first_reaching(theirs, best)[k], first_reaching(ours, best)[k])
+        for k, unit in enumerate(("episodes", "seconds")):
+            add(f"{unit} to its own best", first_reaching(theirs, best)[k],
+                first_reaching(ours, own)[k])
+        trained = [read_object(folder / name / "done.json")["seconds"]
+                   for name in ("rm-sequence", reward_model)]
+        add("seconds for the reward model", *trained)
     table = []
-    for unit, (baseline, method) in rows.items():
-        row = {"label": unit, "baseline": sum(baseline) / len(baseline),
-               "method": "not in every run", "ratio": None}
-        if math.inf not in method:
-            row["method"] = sum(method) / len(method)
-            row["ratio"] = cell([a / b for a, b in zip(baseline, method)])
-        table.append(row)
-    return {"label": f"To the best dev win rate of {SYSTEMS['rlhf'][0]}", "rows": table,
-            "names": [SYSTEMS["rlhf"][0], SYSTEMS["fine-grained"][0]]}
+    for label, values in rows.items():
+        theirs, ours = zip(*values)
+        reached = math.inf not in ours
+        table.append({"label": label, "baseline": sum(theirs) / len(theirs),
+                      "method": sum(ours) / len(ours) if reached else "not in every run",
+                      "ratio": cell([a / b for a, b in values]) if reached else None})
+    names = [SYSTEMS[baseline][0], SYSTEMS[method][0]]
+    return {"label": f"{names[1]}, dev win rates", "names": names, "rows": table}
 
 
 def curves(folders: list[Path], systems: list[str]) -> list[dict]:
@@ -194,15 +159,27 @@ def reward_models(folders: list[Path]) -> dict:
 
 def sweep_table(folders: list[Path]) -> dict:
     """Reads the best dev win rate of every point of the sweep."""
+    roles = {"rlhf-": "baseline", "fine-grained-": "method", "imitation-": "rival",
+             "dpo-sft-": "rival"}
     runs = sorted({run.name for folder in folders for run in folder.iterdir()
-                   if run.name.startswith(("rlhf-", "fine-grained-"))})
-    table = {}
-    for run in runs:
-        done = [read_object(folder / run / "done.json") for folder in folders]
-        best = cell([d["best_dev_win_rate"] for d in done])
-        table[run] = {"label": run, "role": "baseline" if run.startswith("rlhf") else "method",
-                      "metrics": {"best_dev_win_rate": best}}
-    return table
+                   if run.name.startswith(tuple(roles))})
+    return {run: {"label": run, "role": next(role for start, role in roles.items()
+                                             if run.startswith(start)),
+                  "metrics": {"best_dev_win_rate": cell([dev_win_rate(folder, run)
+                                                         for folder in folders])}}
+            for run in runs}
+
+
+def dev_win_rate(folder: Path, run: str) -> float:
+    """The best dev win rate of a PPO run, or that of the last policy of another run."""
+    done = read_object(folder / run / "done.json")
+    if "best_dev_win_rate" in done:
+        return done["best_dev_win_rate"]
+    world, outputs = World(seed_of(folder)), folder / "outputs"
+    errors, reference = (count_errors(world, read_outputs(outputs / f"{name}.json"))
+                         for name in (f"{run}-dev", "sft-dev"))
+    preferences = compare(errors, reference)
+    return sum(preferences) / len(preferences)
 
 
 def figures(folders: list[Path], system: str, runs: list[Tested]) -> dict[str, list[float]]:
@@ -211,7 +188,9 @@ def figures(folders: list[Path], system: str, runs: list[Tested]) -> dict[str, l
     metrics = {"win_rate": [mean(t.preferences("sampled")) for t in runs],
                "win_rate_greedy": [mean(t.preferences("greedy")) for t in runs],
                "errors": [mean(t.sampled) for t in runs],
-               "errors_greedy": [mean(t.greedy) for t in runs]}
+               "errors_greedy": [mean(t.greedy) for t in runs],
+               "perfect": [mean([n == 0 for n in t.sampled]) for t in runs],
+               "ceiling": [mean([1.0 if n else 0.5 for n in t.reference]) for t in runs]}
     done = [read_object(path) for folder in folders
             if (path := folder / system / "done.json").exists()]
     for name in ("best_dev_win_rate", "best_iteration", "episodes", "seconds"):
@@ -221,14 +200,14 @@ def figures(folders: list[Path], system: str, runs: list[Tested]) -> dict[str, l
 
 
 def reading(systems: dict, comparisons: list[dict]) -> list[str]:
-    """Says in sentences what the first figures mean: the method, the baseline, the best control."""
+    """Says in sentences what the first figures mean: both losses, the baseline, the rivals."""
     points = lambda value: f"{100 * value:+.1f}"
     sentences = []
-    for a, b in (("fine-grained", "rlhf"), ("fine-grained", "imitation")):
+    for n, (a, b) in enumerate(COMPARED[:4]):
         (name, _), (rival, _) = SYSTEMS[a], SYSTEMS[b]
         rates = [100 * systems[s]["metrics"]["win_rate"]["mean"] for s in (a, b)]
         told = []
-        for found in comparisons[2 * COMPARED.index((a, b)):][:2]:
+        for found in comparisons[2 * n:][:2]:
             low, high = found["interval"]
             decoding = found["label"].split(", ")[-1]
             told.append(f"the same {decoding}" if low == high == 0 else
@@ -236,6 +215,9 @@ def reading(systems: dict, comparisons: list[dict]) -> list[str]:
                         + (", which may be chance" if low <= 0 <= high else ""))
         sentences.append(f"{name} wins {rates[0]:.1f}% of the test prompts against a sample of the "
                          f"SFT policy, {rival} {rates[1]:.1f}%: {told[0]}; {told[1]}.")
+    ceiling = systems["sft"]["metrics"]["ceiling"]["mean"]
+    sentences.append(f"No system can win more than {100 * ceiling:.1f}%, because against a perfect "
+                     "answer of the SFT policy the best is a tie.")
     seeds = len(comparisons[0]["per_seed"])
     sentences.append(f"The intervals are over {seeds} seeds, each with its own world." if seeds > 1
                      else "The intervals are over the test prompts of one seed. Another seed has "
@@ -258,9 +240,12 @@ def collect(profile: str, folders: list[Path]) -> dict:
     by = lambda system, decoding: [t.preferences(decoding) for t in tests[system]]
     comparisons = [difference(f"{SYSTEMS[a][0]} minus {SYSTEMS[b][0]}, {decoding}",
                               by(a, decoding), by(b, decoding))
-                   for a, b in COMPARED for decoding in ("sampled", "greedy")]
+                   for a, b in COMPARED if {a, b} <= set(present)
+                   for decoding in ("sampled", "greedy")]
     head["reading"] = reading(systems, comparisons)
     return head | {"systems": systems, "reward_models": reward_models(folders),
-                   "comparisons": comparisons, "speed": speed(folders), "paper": PAPER,
+                   "comparisons": comparisons, "paper": PAPER,
+                   "speed": [speed(folders, method, reward_model) for method, reward_model in
+                             (("fine-grained-paper", "rm-paper"), ("fine-grained", "rm-token"))],
                    "curves": curves(folders, present), 
                    "examples": examples(folders[0], {s: SYSTEMS[s][0] for s in present})}

@@ -23,7 +23,7 @@ class Column(NamedTuple):
 
 WIN_RATES = (Column("win_rate", "win rate %", 100, 1),
              Column("win_rate_greedy", "greedy %", 100, 1))
-ERRORS = (Column("errors", "errors", 1, 2, False),)
+ERRORS = (Column("perfect", "perfect %", 100, 1, False), Column("errors", "errors", 1, 2, False))
 GREEDY_ERRORS = (Column("errors_greedy", "errors, greedy", 1, 2, False),)
 BEST = (Column("best_iteration", "best it.", 1, 0, False),)
 TRAINING = (Column("best_dev_win_rate", "best dev win rate %", 100, 1, False), *BEST,
@@ -31,7 +31,11 @@ TRAINING = (Column("best_dev_win_rate", "best dev win rate %", 100, 1, False), *
 REWARD_MODELS = (Column("edit_accuracy", "edit pairs %", 100, 1),
                  Column("pair_accuracy", "pairs %", 100, 1),
                  Column("token_auc", "token AUC", 1, 3, False),
-                 Column("token_auc_within", "AUC within", 1, 3, False))
+                 Column("token_auc_within", "AUC within", 1, 3, False),
+                 Column("r_errors", "r errors", 1, 2, False),
+                 Column("r_behind", "behind", 1, 2, False),
+                 Column("r_elsewhere", "elsewhere", 1, 2, False),
+                 Column("u0_drift", "U0 drift", 1, 2, False))
 RATIO = Column("", "ratio", 1, 1)
 DIFFERENCE = Column("", "points", 100, 1, sign="+")
 
@@ -98,12 +102,12 @@ def text_table(results: dict, width: int = 104) -> str:
     comparisons = results.get("comparisons") or []
     parts.append(_aligned(["difference of win rates", *(c["label"] for c in comparisons)],
                           [_cells(DIFFERENCE, comparisons)], width))
-    speed = results.get("speed") or {}
-    rows, names = speed.get("rows") or [], speed.get("names") or ("baseline", "method")
-    parts.append(_aligned([speed.get("label") or "speed", *(row["label"] for row in rows)],
-                          [[names[0], *(number(row.get("baseline")) for row in rows)],
-                           [names[1], *(number(row.get("method")) for row in rows)],
-                           ["ratio", *(ratio(row.get("ratio")) for row in rows)]], width))
+    for speed in results.get("speed") or []:
+        rows, names = speed["rows"], speed.get("names") or ("baseline", "method")
+        parts.append(_aligned(["speed", *(row["label"] for row in rows)],
+                              [[names[0], *(number(row.get("baseline")) for row in rows)],
+                               [names[1], *(number(row.get("method")) for row in rows)],
+                               ["ratio", *(ratio(row.get("ratio")) for row in rows)]], width))
     paper = results.get("paper") or []
     parts.append(_aligned(["the paper", *(row["label"] for row in paper)],
                           [["value", *(row["value"] for row in paper)]], width))

@@ -1,0 +1,211 @@
+"""The stages of a profile: every command of one seed, with its settings and what it needs first.
+
+Each seed has its own world, SFT model, answers to annotate, reward models and PPO runs. All systems
+of a seed start from its SFT model and use the same number of annotations, one per prompt. Prompts
+whose two answers have the same number of errors are not annotated, because nobody can prefer one.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fgrlhf.reproduce.pipeline import Stage
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The sizes of a profile. The settings of the methods are the same in all profiles."""
+
+    annotations: int = 1000         # annotated prompts, with one pair and one edit each
+    answered: int = 1800            # prompts with two answers; those with a tie are not annotated
+    dev: int = 200                  # dev prompts
+    test: int = 400                 # test prompts
+    method_iterations: int = 40     # PPO iterations without a critic
+    baseline_iterations: int = 40   # PPO iterations with critic and GAE
+    ablations: bool = False
+
+
+SCALES = {"quick": Scale(method_iterations=30, baseline_iterations=30),
+          "sweep": Scale(),
+          "full": Scale(test=600, method_iterations=60, baseline_iterations=100, ablations=True)}
+# Chosen on the dev prompts of other worlds; README.md in this folder has the sweep.
+RLHF = ("--method", "rlhf", "--gamma", "1", "--gae-lambda", "0.95", "--beta", "0.2", "--lr", "6e-4")
+METHOD = ("--method", "fine-grained", "--gamma", "0", "--beta", "0.5", "--lr", "1.2e-3")
+PAPER = ("--method", "fine-grained", "--gamma", "0", "--beta", "0.5", "--lr", "6e-4")
+IMITATION = ("--epochs", "6", "--lr", "4e-3")
+DPO = ("--sft-weight", "1", "--beta", "0.3", "--lr", "2e-3")
+IMPERFECT = ("--miss", "0.3", "--needless", "0.1")
+# The learning rates with --lora-rank; README.md says which were tried.
+LORA = {"token": ("--lr", "1e-2"), "sequence": ("--lr", "3e-3"), "method": ("--lr", "5e-3"),
+        "rlhf": ("--lr", "2.5e-3", "--value-lr", "2.5e-3"), "imitation": ("--lr", "8e-3")}
+# The grids of the sweep: six points for each system.
+GRID = [(beta, lr) for beta in ("0.2", "0.5", "1.0") for lr in ("6e-4", "1.2e-3")]
+IMITATION_GRID = [(epochs, lr) for epochs in ("3", "6") for lr in ("1e-3", "2e-3", "4e-3")]
+DPO_GRID = [(beta, lr) for beta in ("0.1", "0.3") for lr in ("5e-4", "1e-3", "2e-3")]
+
+
+class Seed:
+    """Builds the stages of one seed. `at` turns a name into a path in the folder of the seed."""
+
+    def __init__(self, seed: int, folder: Path, scale: Scale, device: str, dtype: str = "float32",
+                 lora_rank: int = 0):
+        self.seed, self.folder, self.scale = str(seed), folder, scale
+        self.lora_rank, self.stages = lora_rank, []
+        self.rlhf, self.method = RLHF + self.adapters("rlhf"), METHOD + self.adapters("method")
+        self.paper = PAPER + self.adapters("method")
+        self.common = ("--device", device) + (("--dtype", dtype) if dtype != "float32" else ())
+
+    def at(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def add(self, name: str, *command: str, needs: tuple[str, ...] = ()) -> None:
+        prefix = self.folder.name
+        if "fgrlhf.simulate" not in command:                    # the world needs no device
+            command += self.common
+        self.stages.append(Stage(f"{prefix}.{name}", command,
+                                 tuple(f"{prefix}.{need}" for need in needs)))
+
+    def adapters(self, kind: str) -> tuple[str, ...]:
+        """The options that --lora-rank adds to a stage that trains from the SFT model."""
+        return ("--lora-rank", str(self.lora_rank), *LORA[kind]) if self.lora_rank else ()
+
+    def outputs(self, name: str, policy: str, prompts: str, *options: str, needs=()) -> None:
+        """Adds the answers of a policy to the prompts of a file."""
+        self.add(name, "eval.py", "outputs", "--policy", self.at(policy), "--prompts",
+                 self.at(f"world/{prompts}.jsonl"), "--out", self.at(f"outputs/{name}.json"),
+                 *options, needs=needs)
+
+    def annotate(self, name: str, first: str, second: str, *options: str) -> None:
+        """Adds the preferred one of two answers to each prompt, and an edit of the other."""
+        self.add(name, "-m", "fgrlhf.simulate", "annotate", "--world", self.seed,
+                 "--seed", self.seed, "--outputs", self.at(f"outputs/{first}.json"),
+                 "--others", self.at(f"outputs/{second}.json"), "--out", self.at(name), *options,
+                 needs=(first, second))
+
+    def reward(self, name: str, data: str, *options: str) -> None:
+        """Adds a reward model that starts from the SFT model, evaluated on held-out edits."""
+        kind = "sequence" if "sequence" in options else "token"
+        self.add(name, "train_rm.py", "--data", self.at(data), "--model", self.at("sft/policy"),
+                 "--seed", self.seed, "--out", self.at(name),
+                 "--eval-edits", self.at("held-out/edits.jsonl"),
+                 "--eval-pairs", self.at("held-out/pairs.jsonl"), "--resume", *options,
+                 *self.adapters(kind), needs=(data.split("/")[0], "held-out"))
+
+    def ppo(self, name: str, reward: str, iterations: int, *options: str,
+            test: bool = True) -> None:
+        """Adds a PPO run from the SFT model, and its best policy's answers to the test prompts."""
+        self.add(name, "train_ppo.py", "--policy", self.at("sft/policy"),
+                 "--reward", self.at(f"{reward}/reward"), "--prompts", self.at("world/train.jsonl"),
+                 "--dev-prompts", self.at("world/dev.jsonl"),
+                 "--dev-reference", self.at("outputs/sft-dev.json"), "--world", self.seed,
+                 "--seed", self.seed, "--iterations", str(iterations), "--out", self.at(name),
+                 "--lr-decay", "--resume", *options, needs=(reward, "sft-dev"))
+        if test:
+            self.test(name, f"{name}/best", name)
+
+    def directly(self, name: str, module: str, data: str, *options: str,
+                 prompts: str = "test") -> None:
+        """Adds a policy trained on annotations without a reward model, and its answers.
+
+        module: fgrlhf.sft imitates the better side, fgrlhf.dpo compares both.
+        """
+        self.add(name, "-m", module, "--data", self.at(data), "--model", self.at("sft/policy"),
+                 "--seed", self.seed, "--muon-lr", "0", "--out", self.at(name), "--resume",
+                 *options, *self.adapters("imitation"), needs=(data.split("/")[0],))
+        if prompts == "test":
+            self.test(name, f"{name}/policy", name)
+        else:
+            self.outputs(f"{name}-dev", f"{name}/policy", prompts, "--seed", "3", needs=(name,))
+
+    def test(self, system: str, policy: str, need: str) -> None:
+        """Adds the sampled and the greedy answers of a policy to the test prompts."""
+        self.outputs(f"{system}-test", policy, "test", "--seed", "7", "--greedy-out",
+                     self.at(f"outputs/{system}-test-greedy.json"), needs=(need,))
+
+
+def start(seed: Seed) -> None:
+    """Adds world, SFT model, answers to annotate, annotations and the dev reference."""
+    scale = seed.scale
+    seed.add("world", "-m", "fgrlhf.simulate", "world", "--world", seed.seed, "--seed", seed.seed,
+             "--out", seed.at("world"), "--dev", str(scale.dev), "--test", str(scale.test))
+    seed.add("sft", "-m", "fgrlhf.sft", "--data", seed.at("world/demonstrations.jsonl"),
+             "--init", "tiny", "--tokenizer", seed.at("world/tokenizer.model"),
+             "--seed", seed.seed, "--epochs", "2", "--batch", "16", "--muon-lr", "5e-3",
+             "--out", seed.at("sft"), "--resume", needs=("world",))
+    limit = ("--limit", str(scale.answered))
+    for name, prompts, *options in (("first", "train", "--seed", "1", *limit),
+                                    ("second", "train", "--seed", "2", *limit),
+                                    ("sft-dev", "dev", "--seed", "3"),
+                                    ("sft-dev-second", "dev", "--seed", "4")):
+        seed.outputs(name, "sft/policy", prompts, *options, needs=("sft",))
+    decided = ("--skip-ties", "--limit", str(scale.annotations))
+    seed.annotate("annotations", "first", "second", *decided)
+    seed.annotate("held-out", "sft-dev", "sft-dev-second", "--spans", "--skip-ties")
+
+
+def compare_systems(seed: Seed) -> None:
+    """Adds the systems of the comparison; the full profile adds controls and ablations."""
+    scale, edits, pairs = seed.scale, "annotations/edits.jsonl", "annotations/pairs.jsonl"
+    method, baseline = scale.method_iterations, scale.baseline_iterations
+    seed.reward("rm-token", edits)
+    seed.reward("rm-paper", edits, "--loss", "paper")
+    seed.reward("rm-sequence", pairs, "--kind", "sequence", "--epochs", "3")
+    seed.ppo("rlhf", "rm-sequence", baseline, *seed.rlhf)
+    seed.ppo("fine-grained-paper", "rm-paper", method, *seed.paper)
+    seed.ppo("fine-grained", "rm-token", method, *seed.method)
+    if scale.ablations:
+        controls_and_ablations(seed)
+    seed.directly("dpo-sft", "fgrlhf.dpo", edits, *DPO)                 # short stages last
+    seed.directly("imitation", "fgrlhf.sft", edits, *IMITATION)
+    seed.test("sft", "sft/policy", "sft")
+    seed.outputs("sft-reference", "sft/policy", "test", "--seed", "8", needs=("sft",))
+
+
+def controls_and_ablations(seed: Seed) -> None:
+    scale, edits, pairs = seed.scale, "annotations/edits.jsonl", "annotations/pairs.jsonl"
+    method, baseline = scale.method_iterations, scale.baseline_iterations
+    sequence = ("--kind", "sequence", "--epochs", "3")
+    # reward models on the other data: token on pairs, sequence on edits
+    seed.reward("rm-sequence-edits", edits, *sequence)
+    seed.ppo("sequence-edits", "rm-sequence-edits", baseline, *seed.rlhf)
+    seed.reward("rm-token-pairs", pairs)
+    seed.ppo("fine-grained-pairs", "rm-token-pairs", method, *seed.method)
+    # an editor who misses errors
+    seed.annotate("imperfect", "first", "second", *IMPERFECT, "--skip-ties", "--limit",
+                  str(scale.annotations))
+    seed.reward("rm-token-imperfect", "imperfect/edits.jsonl")
+    seed.ppo("fine-grained-imperfect", "rm-token-imperfect", method, *seed.method)
+    seed.directly("imitation-imperfect", "fgrlhf.sft", "imperfect/edits.jsonl", *IMITATION)
+    seed.directly("dpo-sft-imperfect", "fgrlhf.dpo", "imperfect/edits.jsonl", *DPO)
+    # ties decided by a coin, as AlpacaFarm's annotators do
+    seed.annotate("ties", "first", "second", "--limit", str(scale.annotations))
+    seed.reward("rm-sequence-ties", "ties/pairs.jsonl", *sequence)
+    seed.ppo("rlhf-ties", "rm-sequence-ties", baseline, *seed.rlhf)
+    # other losses and rewards
+    seed.reward("rm-likelihood", edits, "--likelihood")
+    seed.ppo("likelihood", "rm-likelihood", method, *seed.method)
+    for name, options in (("sum", ("--loss", "sum")), ("logp-feature", ("--logp-feature",))):
+        seed.reward(f"rm-token-{name}", edits, *options)
+        seed.ppo(f"fine-grained-{name}", f"rm-token-{name}", method, *seed.method)
+    seed.directly("dpo", "fgrlhf.dpo", edits, *DPO, "--sft-weight", "0")
+    seed.directly("dpo-pairs", "fgrlhf.dpo", pairs, *DPO, "--sft-weight", "0")
+
+
+def sweep(seed: Seed) -> None:
+    """Adds six settings of each system. The dev prompts of worlds that are not reported decide."""
+    edits, scale = "annotations/edits.jsonl", seed.scale
+    seed.reward("rm-token", edits)
+    seed.reward("rm-paper", edits, "--loss", "paper")
+    seed.reward("rm-sequence", "annotations/pairs.jsonl", "--kind", "sequence", "--epochs", "3")
+    for beta, lr in GRID:
+        point = ("--beta", beta, "--lr", lr)
+        for name, reward, settings, iterations in (
+                ("fine-grained", "rm-token", seed.method, scale.method_iterations),
+                ("fine-grained-paper", "rm-paper", seed.paper, scale.method_iterations),
+                ("rlhf", "rm-sequence", seed.rlhf, scale.baseline_iterations)):
+            seed.ppo(f"{name}-{beta}-{lr}", reward, iterations, *settings, *point, test=False)
+    for epochs, lr in IMITATION_GRID:
+        seed.directly(f"imitation-{epochs}-{lr}", "fgrlhf.sft", edits, "--epochs", epochs,
+                      "--lr", lr, prompts="dev")
+    for beta, lr in DPO_GRID:
+        seed.directly(f"dpo-sft-{beta}-{lr}", "fgrlhf.dpo", edits, *DPO, "--beta", beta, "--lr", lr,
+                      prompts="dev")
