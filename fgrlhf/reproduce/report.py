@@ -34,8 +34,8 @@ from fgrlhf.reproduce import excerpts
 from fgrlhf.reproduce.chart import Curve, line_chart, strip, strip_axis, ticks
 from fgrlhf.reproduce.markup import Html, section, table, tag, typeset
 from fgrlhf.reproduce.table import (
-    DIFFERENCE, ERRORS, GREEDY_ERRORS, REWARD_MODELS, TRAINING, WIN_RATES, Column, cell_texts,
-    interval_of, is_number, number, present, ratio, text_table)
+    DIFFERENCE, ERRORS, GREEDY_ERRORS, PLACES, REWARD_MODELS, TRAINING, WIN_RATES, Column,
+    cell_texts, interval_of, is_number, number, present, ratio, text_table)
 
 STYLE = Path(__file__).parent / "style.css"
 # With this policy the browser refuses everything that is not on the page.
@@ -142,7 +142,7 @@ def _comparisons(comparisons: Sequence[dict]) -> Html:
 
 
 def _reward_models(models: dict[str, dict]) -> Html:
-    columns = present(models, REWARD_MODELS)
+    columns = present(models, (*REWARD_MODELS, *PLACES))
     rows = [tag("tr", _name(model), _numbers(model, columns)) for model in models.values()]
     return section("Reward models", table(
         "How often the better side of a held-out preference gets the higher reward, on edit pairs "

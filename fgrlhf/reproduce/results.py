@@ -128,13 +128,13 @@ def speed(folders: list[Path], method: str, reward_model: str) -> dict:
 def curves(folders: list[Path], systems: list[str]) -> list[dict]:
     """Reads the dev win rate of the PPO runs, and their reward and KL per response."""
     result = []
-    trained = [system for system in systems if not system.startswith(("imitation", "sft"))]
     for folder in folders:
-        for system in trained:
-            if not (folder / system / "metrics.jsonl").exists():
+        for system in systems:
+            points = dev_curve(folder, system) if (folder / system).exists() else []
+            if not points:                                          # not PPO
                 continue
             head = {"system": system, "label": SYSTEMS[system][0], "seed": seed_of(folder)}
-            episodes, seconds, win_rates, _ = map(list, zip(*dev_curve(folder, system)))
+            episodes, seconds, win_rates, _ = map(list, zip(*points))
             result.append(head | {"metric": "win_rate", "x_episodes": episodes,
                                   "x_seconds": seconds, "y": win_rates})
             lines = read_lines(folder / system / "metrics.jsonl")

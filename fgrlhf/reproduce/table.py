@@ -31,11 +31,10 @@ TRAINING = (Column("best_dev_win_rate", "best dev win rate %", 100, 1, False), *
 REWARD_MODELS = (Column("edit_accuracy", "edit pairs %", 100, 1),
                  Column("pair_accuracy", "pairs %", 100, 1),
                  Column("token_auc", "token AUC", 1, 3, False),
-                 Column("token_auc_within", "AUC within", 1, 3, False),
-                 Column("r_errors", "r errors", 1, 2, False),
-                 Column("r_behind", "behind", 1, 2, False),
-                 Column("r_elsewhere", "elsewhere", 1, 2, False),
-                 Column("u0_drift", "U0 drift", 1, 2, False))
+                 Column("token_auc_within", "AUC within", 1, 3, False))
+PLACES = (Column("r_errors", "r errors", 1, 2, False), Column("r_behind", "behind", 1, 2, False),
+          Column("r_elsewhere", "elsewhere", 1, 2, False),
+          Column("u0_drift", "U0 drift", 1, 2, False))
 RATIO = Column("", "ratio", 1, 1)
 DIFFERENCE = Column("", "points", 100, 1, sign="+")
 
@@ -97,8 +96,10 @@ def text_table(results: dict, width: int = 104) -> str:
     columns = (*WIN_RATES, *ERRORS, *BEST) if present(systems, WIN_RATES) else TRAINING
     parts = [_metrics("system", systems, columns, width),
              "\n".join(line for sentence in results.get("reading") or []
-                       for line in textwrap.wrap(sentence, width)),
-             _metrics("reward model", models, REWARD_MODELS, width)]
+                       for line in textwrap.wrap(sentence, width, break_on_hyphens=False)),
+             _metrics("reward model", models, REWARD_MODELS, width),
+             _metrics("token rewards", {name: model for name, model in models.items()
+                                        if present({name: model}, PLACES)}, PLACES, width)]
     comparisons = results.get("comparisons") or []
     parts.append(_aligned(["difference of win rates", *(c["label"] for c in comparisons)],
                           [_cells(DIFFERENCE, comparisons)], width))
