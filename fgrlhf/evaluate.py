@@ -208,7 +208,7 @@ def reward_table(judged: Sequence[Judged], minimal: float = 0.4) -> dict[str, fl
 
 
 def _places(judged: Sequence[Judged]) -> dict[str, float]:
-    """Where the token rewards are low, in standard deviations (see reward_table)."""
+    """Returns the entries r_errors to u0_drift of `reward_table`, in standard deviations."""
     spanned = [j for j in judged if any(j.types)]
     rewards = np.array([r for j in spanned for r in j.rewards])
     if all(all(j.types) for j in spanned) or not (spread := np.std(rewards)):

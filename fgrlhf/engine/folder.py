@@ -1,4 +1,4 @@
-"""What is in an output folder already, and whether this run may write there.
+"""Checks of an output folder before a run: what it holds, and who else writes there.
 
 A run is refused before models are loaded when the folder is not its own: another process is writing
 to it, another run has finished or begun in it, or --resume finds other settings or other inputs.
@@ -148,7 +148,7 @@ class OutputFolder:
         return next((n for n in names if n not in own and before.get(n) != now.get(n)), None)
 
     def _machine(self) -> dict:
-        """What changes the last digits of a run, and nothing else of it."""
+        """Returns what changes the last digits of a run and nothing else."""
         here = {name: getattr(self.config, name) for name in ROUNDING if hasattr(self.config, name)}
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         return here | {"device": self.config.device.replace("auto", auto),
