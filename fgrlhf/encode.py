@@ -8,9 +8,10 @@ A response that does not fit the context is refused, or cut and counted. A cut r
 like a truncated one. Both sides of an edit are aligned before they are cut.
 """
 
+import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -164,6 +165,12 @@ class Encoder:
         ids = self._whole(text)
         return ids[:self._room(record, prompt, [ids])]
 
+    def demonstration(self, record) -> tuple[list[int], list[int]]:
+        """Returns the ids of the prompt and of the response to imitate, `record.output`."""
+        with self._counting():
+            prompt = self.prompt(record)
+            return prompt, self.response(record, record.output, prompt)
+
     def preference(self, record: Edit | Pair) -> PreferenceIds:
         """Aligns the two sides of a record, token by token or word by word, and cuts them to fit.
 
@@ -171,6 +178,10 @@ class Encoder:
         chosen side. With `credit_gap` the unchanged token right behind the gap is credited instead,
         because the policy chose that token there. An early EOS is thus charged with an omission.
         """
+        with self._counting():
+            return self._preference(record)
+
+    def _preference(self, record: Edit | Pair) -> PreferenceIds:
         prompt, (better, worse) = self.prompt(record), two_sides(record)
         chosen, rejected = self._whole(better), self._whole(worse)
         try:
@@ -198,6 +209,17 @@ class Encoder:
             alignment = align_words(worse, better, self.tokenizer.offsets(worse, eos=True),
                                     self.tokenizer.offsets(better, eos=True))
         return alignment, change
+
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Takes back the counts of a record that is refused."""
+        before = self.counts.copy()
+        try:
+            yield
+        except UserError:
+            self.counts.clear()
+            self.counts.update(before)
+            raise
 
     def _whole(self, text: str) -> list[int]:
         ids = self.tokenizer.encode(text, eos=True)

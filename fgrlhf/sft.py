@@ -20,7 +20,6 @@ from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer, save_mod
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import each
 from fgrlhf.data.readers import read_demonstrations
-from fgrlhf.data.records import Demonstration
 from fgrlhf.encode import Encoder, ReadingResponses
 from fgrlhf.engine import distributed
 from fgrlhf.engine.config import Machinery, arg, parse, run
@@ -96,11 +95,9 @@ def loss_of(model: LLaMA, sequences: Sequences, tokens: int | None = None) -> to
 
 def read_examples(config: Config, encoder: Encoder) -> tuple[list[list[int]], list[list[int]]]:
     """Returns the ids of the prompts and of the responses."""
-    def encode(record: Demonstration) -> tuple[list[int], list[int]]:
-        prompt = encoder.prompt(record)
-        return prompt, encoder.response(record, record.output, prompt)
     records = read_demonstrations(config.data, config.on_bad_record)[:config.limit]
-    prompts, responses = zip(*each(records, encode, config.on_bad_record, config.data))
+    prompts, responses = zip(*each(records, encoder.demonstration, config.on_bad_record,
+                                   config.data))
     return prompts, responses
 
 

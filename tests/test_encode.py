@@ -7,7 +7,7 @@ import pytest
 import train_rm
 from fgrlhf import sft
 from fgrlhf.data.fields import UserError
-from fgrlhf.data.records import Edit, Pair, Prompt, Span, write_jsonl
+from fgrlhf.data.records import Demonstration, Edit, Pair, Prompt, Span, write_jsonl
 from fgrlhf.encode import COUNTED, Encoder, encode_prompt, encode_response, read_encoded, span_types
 from fgrlhf.engine.config import parse
 from fgrlhf.tokenizer import Tokenizer, train
@@ -170,6 +170,19 @@ def test_trainers_refuse_or_cut_count_and_leave_out(tmp_path, capfd):
         assert f"{cut} responses lost their end and EOS (--cut-responses)" in said
         left_out = ": left out 1 of 3 records: both sides have the same tokens up to the cut"
         assert (left_out in said) == (name != "sft")
+
+
+def test_a_record_that_is_refused_leaves_no_count(tokenizer):
+    """Its prompt was cut, and then its response did not fit."""
+    encoder = Encoder(tokenizer, 8, "plain", 3)
+    prompt = "the river is red and the bear is big"
+    for refused in (lambda: encoder.preference(Edit("e", prompt, LONG, LONG + " big")),
+                    lambda: encoder.demonstration(Demonstration("d", prompt, LONG))):
+        with pytest.raises(UserError, match="response: expected at most 5 tokens"):
+            refused()
+        assert not +encoder.counts
+    encoder.demonstration(Demonstration("d", prompt, "the bear"))
+    assert encoder.counts["prompts_cut"] == 1
 
 
 # ----- tokenizers that change the text ------------------------------------------------------------

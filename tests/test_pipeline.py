@@ -195,8 +195,8 @@ def test_a_damaged_result_is_named_with_what_to_remove(folder):
     (folder / "seed0/outputs").mkdir(parents=True)
     for name in ("sft-test", "sft-test-greedy", "sft-reference"):
         (folder / f"seed0/outputs/{name}.json").write_text('[{"instruction": "x", "outp')
-    with pytest.raises(UserError, match=r"sft-test\.json.*; to make it again, remove the folder of "
-                                        "its run and its record in .*stages, and repeat"):
+    with pytest.raises(UserError, match=r"sft-test\.json.*; to make a file again, remove the "
+                                        "folder of its run and its record in .*stages"):
         reproduce.collected(config, seeds)
     (folder / "seconds.json").write_text("1.5")
     assert reproduce.wall_seconds(folder, 2.0) == 3.5

@@ -57,14 +57,16 @@ def wall_seconds(out: Path, this_call: float) -> float:
 
 
 def collected(config: Config, seeds: list[Seed]) -> dict:
-    """Collects the results. A file that was damaged since its stage ran is refused in one line."""
+    """Collects the results. A file that was changed since its stage ran is refused in one line."""
     try:
         return collect(config.profile, [seed.folder for seed in seeds])
     except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
         what = error if isinstance(error, UserError) else (
-            f"{config.out}: a file of a finished stage is damaged ({type(error).__name__} {error})")
-        raise UserError(f"{what}; to make it again, remove the folder of its run and its record in "
-                        f"{Path(config.out) / 'stages'}, and repeat the command") from None
+            f"{config.out}: the files of the finished stages do not give results "
+            f"({type(error).__name__} {error}), because one has changed or the program has a fault")
+        raise UserError(f"{what}; to make a file again, remove the folder of its run and its "
+                        f"record in {Path(config.out) / 'stages'}, and repeat the command"
+                        ) from None
 
 
 def command_of(config: Config) -> str:
