@@ -12,7 +12,6 @@ import io
 import json
 import os
 import random
-import resource
 import shutil
 import struct
 import subprocess
@@ -29,6 +28,7 @@ import torch
 from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer, save_model
 from fgrlhf.data.fields import UserError
 from fgrlhf.generate import continue_batch
+from tests.test_fuzz import peak_memory
 
 COUNT = int(os.environ.get("FGRLHF_FUZZ_CHECKPOINTS", 60))
 SECONDS, MEBIBYTES = 10, 1024
@@ -230,7 +230,7 @@ def main(count: int, first: int) -> int:
     for name in sorted({name for name, _ in results}):
         print(f"{name:36}" + "".join(f"{kind} {results[name, kind]:<6}" for kind in (
             "used", "refused", "WRONG")))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    peak = peak_memory()
     print(f"{count} mutations: {wrong} wrong, the slowest {slowest:.2f} s, peak {peak} MiB")
     return int(wrong > 0 or peak > MEBIBYTES)
 
