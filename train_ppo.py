@@ -85,7 +85,8 @@ class Config(ReadingRecords, Machinery):                # and --template, --seed
     dev_prompts: str | None = arg(None, help="dev prompts, to choose the best policy")
     dev_reference: str | None = arg(None, help="the reference's outputs on the dev prompts")
     world: int | None = arg(None, help="seed of the built-in world whose oracle judges dev answers")
-    eval_every: int = arg(5, least=1, help="iterations between dev evaluations")
+    eval_every: int = arg(5, least=1, help="iterations between dev evaluations; every second one "
+                          "at first, up to twice this number")
     exact_kl: int = arg(0, least=0, help="also log the KL over the whole vocabulary, of this many "
                         "responses per iteration")
     skip_checks: bool = arg(False, help="start without the startup checks")
@@ -163,7 +164,7 @@ def train(config: Config) -> None:
             metrics = update(config, players, batch, iteration) | statistics
         # step 6
         metrics["rollout/episodes"] = iteration * config.rollouts
-        if judge and (iteration % config.eval_every == 0 or iteration == config.iterations):
+        if judge and evaluates(config, iteration):
             with log.untimed():
                 metrics |= evaluate(config, players, judge, log, best, iteration)
         log.end_step(iteration, metrics, best, **parts)
@@ -301,6 +302,15 @@ def dev_judge(config: Config, tokenizer: Tokenizer) -> OracleJudge | None:
     for record in judge.prompts:
         encode_prompt(tokenizer, record, config.template, room)             # refuses a long one
     return judge
+
+
+def evaluates(config: Config, iteration: int) -> bool:
+    """True after every --eval-every iterations, after the last, and after 2, 4, .. at first.
+
+    Policies change fastest at first, and how fast is one of the questions.
+    """
+    early = iteration <= 2 * config.eval_every and iteration % 2 == 0
+    return early or iteration % config.eval_every == 0 or iteration == config.iterations
 
 
 def evaluate(config: Config, players: Players, judge: OracleJudge, log: Run, best: dict,

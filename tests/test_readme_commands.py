@@ -92,7 +92,7 @@ def test_own_data_goes_from_twenty_edits_to_a_win_rate(folder):
 
 def test_own_data_names_what_the_quick_profile_leaves():
     text = TEXTS["README.md"]
-    seed = stages.Seed(0, Path("runs/quick/seed0"), stages.SCALES["quick"], "cpu")
+    seed = stages.Seed(0, Path("runs/quick/seed0"), "cpu")
     stages.start(seed)
     left = {stage.command[stage.command.index("--out") + 1] for stage in seed.stages}
     for name in ("EDITS", "PROMPTS", "MODEL"):
@@ -124,7 +124,7 @@ def test_glossary_has_every_metric_that_these_runs_left(folder):
 def test_explain_command_of_the_readme_names_what_the_quick_profile_leaves():
     words = block_of("fgrlhf/explain/README.md", "python -m fgrlhf.explain")[0]
     config = config_of(words)(**vars(parser(config_of(words)).parse_args(words[3:])))
-    seed = stages.Seed(0, Path("runs/quick/seed0"), stages.SCALES["quick"], "cpu")
+    seed = stages.Seed(0, Path("runs/quick/seed0"), "cpu")
     stages.start(seed), stages.compare_systems(seed)
     left = {stage.command[stage.command.index("--out") + 1] for stage in seed.stages}
     used = (config.reward, config.record, config.policy)
@@ -132,11 +132,11 @@ def test_explain_command_of_the_readme_names_what_the_quick_profile_leaves():
 
 
 @pytest.mark.parametrize("options", [(), ("bfloat16", 8)])
-@pytest.mark.parametrize("profile", stages.SCALES)
+@pytest.mark.parametrize("profile", stages.PROFILES)
 def test_every_stage_of_reproduce_is_a_command_its_script_understands(profile, options):
-    seed = stages.Seed(0, Path("runs/x/seed0"), stages.SCALES[profile], "cpu", *options)
+    seed = stages.Seed(0, Path("runs/x/seed0"), "cpu", *options)
     stages.start(seed)
-    (stages.sweep if profile == "sweep" else stages.compare_systems)(seed)
+    stages.PROFILES[profile](seed)
     for stage in seed.stages:
         words = shlex.split(stage.text[stage.text.index("python "):])
         subcommand = words[1] == "eval.py" or words[2] == "fgrlhf.simulate"
@@ -145,7 +145,7 @@ def test_every_stage_of_reproduce_is_a_command_its_script_understands(profile, o
 
 def test_stages_of_reproduce_take_its_dtype_and_those_behind_sft_its_adapters():
     """Every model is in bfloat16; all that is trained has adapters, but for the SFT model."""
-    seed = stages.Seed(0, Path("runs/x/seed0"), stages.SCALES["quick"], "cpu", "bfloat16", 8)
+    seed = stages.Seed(0, Path("runs/x/seed0"), "cpu", "bfloat16", 8)
     stages.start(seed), stages.compare_systems(seed)
     trained = 0
     for stage in seed.stages:

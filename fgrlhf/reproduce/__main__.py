@@ -26,13 +26,13 @@ from fgrlhf.engine.distributed import pick_device
 from fgrlhf.reproduce.pipeline import run_stages
 from fgrlhf.reproduce.report import text_table, write_report
 from fgrlhf.reproduce.results import collect
-from fgrlhf.reproduce.stages import SCALES, Seed, compare_systems, start, sweep
+from fgrlhf.reproduce.stages import PROFILES, Seed, start
 
 
 @dataclass(frozen=True)
 class Config:
     out: str = arg(help="folder for all runs, results.json and report.html")
-    profile: str = arg("quick", choices=("quick", "full", "sweep"),
+    profile: str = arg("quick", choices=tuple(PROFILES),
                        help="quick: minutes per seed; full: longer runs and all ablations; "
                             "sweep: the settings that were tried, on dev prompts only")
     seeds: int = arg(1, least=1, help="number of seeds; each seed has its own world")
@@ -80,13 +80,11 @@ def command_of(config: Config) -> str:
 def main(config: Config) -> None:
     pick_device(config.device)                              # refused now, not by the first stage
     out, started = Path(config.out), time.perf_counter()
-    scale = SCALES[config.profile]
-    seeds = [Seed(number, out / f"seed{number}", scale, config.device, config.dtype,
-                  config.lora_rank)
+    seeds = [Seed(number, out / f"seed{number}", config.device, config.dtype, config.lora_rank)
              for number in range(config.first_seed, config.first_seed + config.seeds)]
     for seed in seeds:
         start(seed)
-        (sweep if config.profile == "sweep" else compare_systems)(seed)
+        PROFILES[config.profile](seed)
     stages = [stage for seed in seeds for stage in seed.stages]
     run_stages(stages, out, config.workers)
     results = collected(config, seeds) | {

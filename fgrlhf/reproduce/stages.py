@@ -5,28 +5,16 @@ of a seed start from its SFT model and use the same number of annotations, one p
 whose two answers have the same number of errors are not annotated, because nobody can prefer one.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 from fgrlhf.reproduce.pipeline import Stage
 
 
-@dataclass(frozen=True)
-class Scale:
-    """The sizes of a profile. The settings of the methods are the same in all profiles."""
-
-    annotations: int = 1000         # annotated prompts, with one pair and one edit each
-    answered: int = 1800            # prompts with two answers; those with a tie are not annotated
-    dev: int = 200                  # dev prompts
-    test: int = 400                 # test prompts
-    method_iterations: int = 40     # PPO iterations without a critic
-    baseline_iterations: int = 40   # PPO iterations with critic and GAE
-    ablations: bool = False
-
-
-SCALES = {"quick": Scale(method_iterations=30, baseline_iterations=30),
-          "sweep": Scale(),
-          "full": Scale(test=600, method_iterations=60, baseline_iterations=100, ablations=True)}
+ANNOTATIONS = 1000              # annotated prompts, with one pair and one edit each
+ANSWERED = 1800                 # prompts with two answers; those with a tie are not annotated
+DEV, TEST = 200, 400            # dev and test prompts
+ITERATIONS = 30                 # of every PPO run
 # Chosen on the dev prompts of other worlds; README.md in this folder has the sweep.
 RLHF = ("--method", "rlhf", "--gamma", "1", "--gae-lambda", "0.95", "--beta", "0.2", "--lr", "6e-4")
 METHOD = ("--method", "fine-grained", "--gamma", "0", "--beta", "0.5", "--lr", "1.2e-3")
@@ -46,9 +34,9 @@ DPO_GRID = [(beta, lr) for beta in ("0.1", "0.3") for lr in ("5e-4", "1e-3", "2e
 class Seed:
     """Builds the stages of one seed. `at` turns a name into a path in the folder of the seed."""
 
-    def __init__(self, seed: int, folder: Path, scale: Scale, device: str, dtype: str = "float32",
+    def __init__(self, seed: int, folder: Path, device: str, dtype: str = "float32",
                  lora_rank: int = 0):
-        self.seed, self.folder, self.scale = str(seed), folder, scale
+        self.seed, self.folder = str(seed), folder
         self.lora_rank, self.stages = lora_rank, []
         self.rlhf, self.method = RLHF + self.adapters("rlhf"), METHOD + self.adapters("method")
         self.paper = PAPER + self.adapters("method")
@@ -90,7 +78,7 @@ class Seed:
                  "--eval-pairs", self.at("held-out/pairs.jsonl"), "--resume", *options,
                  *self.adapters(kind), needs=(data.split("/")[0], "held-out"))
 
-    def ppo(self, name: str, reward: str, iterations: int, *options: str,
+    def ppo(self, name: str, reward: str, *options: str, iterations: int = ITERATIONS,
             test: bool = True) -> None:
         """Adds a PPO run from the SFT model, and its best policy's answers to the test prompts."""
         self.add(name, "train_ppo.py", "--policy", self.at("sft/policy"),
@@ -124,88 +112,92 @@ class Seed:
 
 def start(seed: Seed) -> None:
     """Adds world, SFT model, answers to annotate, annotations and the dev reference."""
-    scale = seed.scale
     seed.add("world", "-m", "fgrlhf.simulate", "world", "--world", seed.seed, "--seed", seed.seed,
-             "--out", seed.at("world"), "--dev", str(scale.dev), "--test", str(scale.test))
+             "--out", seed.at("world"), "--dev", str(DEV), "--test", str(TEST))
     seed.add("sft", "-m", "fgrlhf.sft", "--data", seed.at("world/demonstrations.jsonl"),
              "--init", "tiny", "--tokenizer", seed.at("world/tokenizer.model"),
              "--seed", seed.seed, "--epochs", "2", "--batch", "16", "--muon-lr", "5e-3",
              "--out", seed.at("sft"), "--resume", needs=("world",))
-    limit = ("--limit", str(scale.answered))
+    limit = ("--limit", str(ANSWERED))
     for name, prompts, *options in (("first", "train", "--seed", "1", *limit),
                                     ("second", "train", "--seed", "2", *limit),
                                     ("sft-dev", "dev", "--seed", "3"),
                                     ("sft-dev-second", "dev", "--seed", "4")):
         seed.outputs(name, "sft/policy", prompts, *options, needs=("sft",))
-    decided = ("--skip-ties", "--limit", str(scale.annotations))
+    decided = ("--skip-ties", "--limit", str(ANNOTATIONS))
     seed.annotate("annotations", "first", "second", *decided)
     seed.annotate("held-out", "sft-dev", "sft-dev-second", "--spans", "--skip-ties")
 
 
 def compare_systems(seed: Seed) -> None:
-    """Adds the systems of the comparison; the full profile adds controls and ablations."""
-    scale, edits, pairs = seed.scale, "annotations/edits.jsonl", "annotations/pairs.jsonl"
-    method, baseline = scale.method_iterations, scale.baseline_iterations
+    """Adds the systems of the comparison, profile quick."""
+    edits, pairs = "annotations/edits.jsonl", "annotations/pairs.jsonl"
     seed.reward("rm-token", edits)
     seed.reward("rm-paper", edits, "--loss", "paper")
     seed.reward("rm-sequence", pairs, "--kind", "sequence", "--epochs", "3")
-    seed.ppo("rlhf", "rm-sequence", baseline, *seed.rlhf)
-    seed.ppo("fine-grained-paper", "rm-paper", method, *seed.paper)
-    seed.ppo("fine-grained", "rm-token", method, *seed.method)
-    if scale.ablations:
-        controls_and_ablations(seed)
+    seed.ppo("rlhf", "rm-sequence", *seed.rlhf)
+    seed.ppo("fine-grained-paper", "rm-paper", *seed.paper)
+    seed.ppo("fine-grained", "rm-token", *seed.method)
     seed.directly("dpo-sft", "fgrlhf.dpo", edits, *DPO)                 # short stages last
     seed.directly("imitation", "fgrlhf.sft", edits, *IMITATION)
     seed.test("sft", "sft/policy", "sft")
     seed.outputs("sft-reference", "sft/policy", "test", "--seed", "8", needs=("sft",))
 
 
+def full(seed: Seed) -> None:
+    """Adds the systems of the comparison, controls and ablations, profile full."""
+    compare_systems(seed)
+    controls_and_ablations(seed)
+
+
 def controls_and_ablations(seed: Seed) -> None:
-    scale, edits, pairs = seed.scale, "annotations/edits.jsonl", "annotations/pairs.jsonl"
-    method, baseline = scale.method_iterations, scale.baseline_iterations
+    edits, pairs = "annotations/edits.jsonl", "annotations/pairs.jsonl"
     sequence = ("--kind", "sequence", "--epochs", "3")
     # reward models on the other data: token on pairs, sequence on edits
     seed.reward("rm-sequence-edits", edits, *sequence)
-    seed.ppo("sequence-edits", "rm-sequence-edits", baseline, *seed.rlhf)
+    seed.ppo("sequence-edits", "rm-sequence-edits", *seed.rlhf)
     seed.reward("rm-token-pairs", pairs)
-    seed.ppo("fine-grained-pairs", "rm-token-pairs", method, *seed.method)
+    seed.ppo("fine-grained-pairs", "rm-token-pairs", *seed.method)
     # an editor who misses errors
     seed.annotate("imperfect", "first", "second", *IMPERFECT, "--skip-ties", "--limit",
-                  str(scale.annotations))
+                  str(ANNOTATIONS))
     seed.reward("rm-token-imperfect", "imperfect/edits.jsonl")
-    seed.ppo("fine-grained-imperfect", "rm-token-imperfect", method, *seed.method)
+    seed.ppo("fine-grained-imperfect", "rm-token-imperfect", *seed.method)
     seed.directly("imitation-imperfect", "fgrlhf.sft", "imperfect/edits.jsonl", *IMITATION)
     seed.directly("dpo-sft-imperfect", "fgrlhf.dpo", "imperfect/edits.jsonl", *DPO)
     # ties decided by a coin, as AlpacaFarm's annotators do
-    seed.annotate("ties", "first", "second", "--limit", str(scale.annotations))
+    seed.annotate("ties", "first", "second", "--limit", str(ANNOTATIONS))
     seed.reward("rm-sequence-ties", "ties/pairs.jsonl", *sequence)
-    seed.ppo("rlhf-ties", "rm-sequence-ties", baseline, *seed.rlhf)
+    seed.ppo("rlhf-ties", "rm-sequence-ties", *seed.rlhf)
     # other losses and rewards
     seed.reward("rm-likelihood", edits, "--likelihood")
-    seed.ppo("likelihood", "rm-likelihood", method, *seed.method)
+    seed.ppo("likelihood", "rm-likelihood", *seed.method)
     for name, options in (("sum", ("--loss", "sum")), ("logp-feature", ("--logp-feature",))):
         seed.reward(f"rm-token-{name}", edits, *options)
-        seed.ppo(f"fine-grained-{name}", f"rm-token-{name}", method, *seed.method)
+        seed.ppo(f"fine-grained-{name}", f"rm-token-{name}", *seed.method)
     seed.directly("dpo", "fgrlhf.dpo", edits, *DPO, "--sft-weight", "0")
     seed.directly("dpo-pairs", "fgrlhf.dpo", pairs, *DPO, "--sft-weight", "0")
 
 
 def sweep(seed: Seed) -> None:
     """Adds six settings of each system. The dev prompts of worlds that are not reported decide."""
-    edits, scale = "annotations/edits.jsonl", seed.scale
+    edits = "annotations/edits.jsonl"
     seed.reward("rm-token", edits)
     seed.reward("rm-paper", edits, "--loss", "paper")
     seed.reward("rm-sequence", "annotations/pairs.jsonl", "--kind", "sequence", "--epochs", "3")
     for beta, lr in GRID:
         point = ("--beta", beta, "--lr", lr)
-        for name, reward, settings, iterations in (
-                ("fine-grained", "rm-token", seed.method, scale.method_iterations),
-                ("fine-grained-paper", "rm-paper", seed.paper, scale.method_iterations),
-                ("rlhf", "rm-sequence", seed.rlhf, scale.baseline_iterations)):
-            seed.ppo(f"{name}-{beta}-{lr}", reward, iterations, *settings, *point, test=False)
+        for name, reward, settings in (("fine-grained", "rm-token", seed.method),
+                                       ("fine-grained-paper", "rm-paper", seed.paper),
+                                       ("rlhf", "rm-sequence", seed.rlhf)):
+            seed.ppo(f"{name}-{beta}-{lr}", reward, *settings, *point, iterations=40, test=False)
     for epochs, lr in IMITATION_GRID:
         seed.directly(f"imitation-{epochs}-{lr}", "fgrlhf.sft", edits, "--epochs", epochs,
                       "--lr", lr, prompts="dev")
     for beta, lr in DPO_GRID:
         seed.directly(f"dpo-sft-{beta}-{lr}", "fgrlhf.dpo", edits, *DPO, "--beta", beta, "--lr", lr,
                       prompts="dev")
+
+
+PROFILES: dict[str, Callable[[Seed], None]] = {
+    "quick": compare_systems, "full": full, "sweep": sweep}
