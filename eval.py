@@ -1,6 +1,7 @@
 r"""Evaluate policies and reward models (the paper, section 3.2).
 
     python eval.py outputs      --policy DIR --prompts FILE --out A.json
+    python eval.py outputs      --policy DIR --prompts FILE --out B.json --best-of 16 --reward DIR
     python eval.py win-rate     --outputs A.json --reference B.json --judge oracle --world 0
     python eval.py win-rate     --outputs A.json --reference B.json --judge reward --reward DIR
     python eval.py win-rate     --outputs A.json --reference B.json --judge llm --model NAME \
@@ -22,7 +23,7 @@ AlpacaEval's length_controlled_winrate is not computed; avg_length is there to c
 
 import json
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +44,11 @@ from fgrlhf.engine.config import Computation, arg, dispatch, run
 from fgrlhf.engine.distributed import pick_device
 from fgrlhf.engine.encoding import Encoding, check_encoding
 from fgrlhf.evaluate import constant, reward_table, win_rates
-from fgrlhf.judge import answers, by_reward, joined, preferences_of
-from fgrlhf.reward import judge_preferences, load_reward
+from fgrlhf.judge import answers, best_of, by_reward, joined, preferences_of
+from fgrlhf.reward import RewardModel, judge_preferences, load_reward
 from fgrlhf.simulate.oracle import by_oracle
 from fgrlhf.simulate.world import World
+from fgrlhf.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,10 @@ class OutputsConfig(ReadingRecords, Computation):
     prompts: str = arg(help="prompts to answer")
     out: str = arg(help="file for the answers, in AlpacaEval's model_outputs.json format")
     greedy_out: str | None = arg(None, help="also write greedy answers to this file")
+    temperatures: str = arg("", help="also answer at these, as 0.7,0.5: each in a file next to --out "
+                            "(answers.json: answers-0.7.json)")
+    best_of: int = arg(1, least=1, help="sample N answers and keep the one with the highest reward")
+    reward: str | None = arg(None, help="with --best-of: folder of the reward model")
     max_new_tokens: int = arg(64, least=1, help="longest answer")
     temperature: float = arg(1.0, least=0, help="0 is greedy")
     seed: int = arg(0, help="seed of the sampling")
@@ -91,6 +97,11 @@ def outputs(config: OutputsConfig) -> dict:
         if Path(config.greedy_out).resolve() == Path(config.out).resolve():
             raise UserError(f"--greedy-out {config.greedy_out}: expected another file than --out")
         wanted.append((config.greedy_out, 0.0))
+    out = Path(config.out)
+    for temperature in filter(None, config.temperatures.split(",")):
+        wanted.append((str(out.with_stem(f"{out.stem}-{temperature}")), positive(temperature)))
+    if (config.best_of > 1) != (config.reward is not None):
+        raise UserError("--best-of and --reward: expected both, and N at least 2, or neither")
     prompts = read_prompts(config.prompts, config.on_bad_record)[:config.limit]
     context = load_model(config.policy, device="meta").config.max_seq_len    # reads no weights
     if config.max_new_tokens > context - 2:                         # BOS and a token of the prompt
@@ -103,11 +114,32 @@ def outputs(config: OutputsConfig) -> dict:
                                            context - config.max_new_tokens) and prompt
     prompts = each(prompts, fitting, config.on_bad_record, config.prompts)
     policy = load_model(config.policy, device, getattr(torch, config.dtype))
+    ask = lambda temperature, purpose="answers": answers(
+        policy, tokenizer, prompts, config.template, config.max_new_tokens, temperature,
+        config.seed, str(config.policy), config.batch, purpose)
     for path, temperature in wanted:
-        write_outputs(path, answers(policy, tokenizer, prompts, config.template,
-                                    config.max_new_tokens, temperature, config.seed,
-                                    str(config.policy), config.batch))
+        found = ask(temperature)
+        if config.reward:
+            tries = [found, *(ask(temperature, f"try {k}") for k in range(2, config.best_of + 1))]
+            found = best_of(*reward_model_of(config, device), tries)
+        write_outputs(path, found)
     return {"outputs": len(prompts), "out": [path for path, _ in wanted]}
+
+
+def positive(text: str) -> float:
+    """Reads one of --temperatures."""
+    with suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise UserError(f"--temperatures: expected numbers above 0 with commas between them, got "
+                    f"{text!r}")
+
+
+def reward_model_of(config, device: torch.device) -> tuple[RewardModel, Tokenizer, Encoding]:
+    """Returns the reward model of --reward with its tokenizer and the encoding of its training."""
+    encoding = check_encoding(config.reward, template=config.template)
+    return (load_reward(config.reward, device, getattr(torch, config.dtype)),
+            load_tokenizer(config.reward), encoding or Encoding(config.template))
 
 
 def asked_llm(config: WinRateConfig, system: list[Output],
@@ -137,10 +169,8 @@ def preferences(config: WinRateConfig) -> tuple[list[float | None], list[str]]:
         return by_oracle(World(config.world), system, reference), texts
     if config.judge == "llm":
         return asked_llm(config, system, reference), texts
-    encoding = check_encoding(config.reward, template=config.template)
-    model = load_reward(config.reward, pick_device(config.device), getattr(torch, config.dtype))
-    return by_reward(model, load_tokenizer(config.reward), encoding or Encoding(config.template),
-                     system, reference), texts
+    judge = reward_model_of(config, pick_device(config.device))
+    return by_reward(*judge, system, reference), texts
 
 
 def win_rate(config: WinRateConfig) -> dict:

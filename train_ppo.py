@@ -46,6 +46,8 @@ from fgrlhf.engine.draws import batches, generator
 from fgrlhf.engine.encoding import Encoding, write_encoding
 from fgrlhf.engine.players import Players, load, prepare, prompt_room
 from fgrlhf.engine.run import Run
+from fgrlhf.group import METHODS as GROUPED
+from fgrlhf.group import group_advantage
 from fgrlhf.judge import answers
 from fgrlhf.ppo import check_first_ratio, exact_kl_of, policy_loss, rollout_metrics
 from fgrlhf.rollout import Rollout, sample_shared
@@ -56,7 +58,8 @@ from fgrlhf.tokenizer import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ReadingRecords, Machinery):                # and --template, --seed, --resume, ...
-    method: str = arg(choices=("fine-grained", "rlhf"), help="token advantages, or critic and GAE")
+    method: str = arg(choices=("fine-grained", "rlhf", *GROUPED), help="token advantages; critic "
+                      "and GAE; or other responses to the same prompt as the baseline (group.py)")
     policy: str = arg(help="folder of the SFT model; policy and frozen reference start from it")
     reward: str = arg(help="folder of the reward model")
     prompts: str = arg(help="prompts to sample responses to")
@@ -70,7 +73,9 @@ class Config(ReadingRecords, Machinery):                # and --template, --seed
                               "myopic advantage; above 0 it is a discounted reward-to-go. rlhf: "
                               "gamma of GAE, by default 1")
     standardise: str = arg("rms", choices=("rms", "mean-std", "none"),
-                           help="fine-grained: how advantages are standardised per batch")
+                           help="fine-grained, rloo, grpo: how advantages are standardised per "
+                           "batch")
+    group: int = arg(4, least=2, help="rloo, grpo: responses per prompt, a divisor of --rollouts")
     clip_eps: float = arg(0.2, least=0, help="the ratio is clipped to [1 - eps, 1 + eps]")
     epochs: int = arg(2, least=1, help="passes over each batch of rollouts")
     minibatches: int = arg(2, least=1, help="updates per pass")
@@ -198,10 +203,14 @@ def make_experience(config: Config, players: Players, iteration: int) -> tuple[R
     # 3. equation (5): the reward of each token minus beta times its KL
     penalised = penalise_kl(rewards, logp_old, logp_ref, mask, config.beta)
     # 4. advantages
-    if players.critic is None:
+    values = returns = None
+    if config.method == "fine-grained":
         # equation (6); with gamma 0, the paper's, reward_to_go returns its input
-        values = returns = None
         advantages = reward_to_go(penalised, mask, config.gamma)
+        advantages = standardise(advantages, mask, config.standardise)
+    elif config.method in GROUPED:
+        # a rival: one advantage per response
+        advantages = group_advantage(penalised, mask, config.group, config.method)
         advantages = standardise(advantages, mask, config.standardise)
     else:
         # the baseline: GAE with the values of the critic
@@ -248,13 +257,17 @@ def update(config: Config, players: Players, batch: Batch, iteration: int) -> di
 
 
 def prompts_of(config: Config, count: int, iteration: int) -> list[int]:
-    """The prompts of an iteration, from shuffled passes over all `count` prompts."""
-    rows = []
-    for k in range((iteration - 1) * config.rollouts, iteration * config.rollouts):
+    """The prompts of an iteration, from shuffled passes over all `count` prompts.
+
+    With rloo and grpo each prompt stands --group times in a row.
+    """
+    rows, group = [], config.group if config.method in GROUPED else 1
+    prompts = config.rollouts // group
+    for k in range((iteration - 1) * prompts, iteration * prompts):
         prompt_pass, cursor = divmod(k, count)
         if not rows or cursor == 0:
             order = batches(count, count, config.seed, prompt_pass)[0]
-        rows.append(order[cursor])
+        rows += [order[cursor]] * group
     return rows
 
 
@@ -283,6 +296,9 @@ def check_flags(config: Config) -> None:
     if config.rollouts < config.minibatches:
         raise UserError(f"--minibatches {config.minibatches}: "
                         f"expected 1..{config.rollouts} (--rollouts)")
+    if config.method in GROUPED and config.rollouts % config.group:
+        raise UserError(f"--group {config.group}: expected a divisor of --rollouts "
+                        f"{config.rollouts}")
     if not config.temperature > 0:
         raise UserError(f"--temperature {config.temperature}: expected a number above 0")
     missing = [config.dev_prompts is None, config.dev_reference is None, config.world is None]

@@ -12,8 +12,10 @@ how it is trained; equation numbers are those of fgrlhf/reward.py:
     ours        (3), (4): the sum over the changed tokens, whose rewards also go up or down one by
                 one, while the rewards of unchanged tokens are held near 0
     sum         (3) and the squared difference over U0: our first reading of the paper
+    tlcr        a rival's (TLCR, Yoon et al. 2024): each changed token is classified separately, with
+                p = sigmoid(r_t), and PPO gets the reward 2 p - 1
 
---reduce, --u0, --u0-weight and --token-weight change one part of the loss.
+--reduce, --u0, --u0-weight, --token-weight and --pair-weight change one part of the loss.
 
 --folds K trains K models, each on all records but one fold, and reports accuracy and token AUC on
 the records held out; no model is kept. Without --folds the reward model is in OUT/reward. The
@@ -47,7 +49,8 @@ from kernels.token_preference import MARGINS, U0_TERMS, Options
 
 
 LOSSES = {"ours": Options("sum", "anchor", 0.02, 1.0), "paper": Options("response"),
-          "paper-u1": Options("share"), "sum": Options("sum", "difference", 1.0)}
+          "paper-u1": Options("share"), "sum": Options("sum", "difference", 1.0),
+          "tlcr": Options("sum", "anchor", 0.02, 1.0, pair_weight=0.0)}
 CALIBRATION_RECORDS = 512       # the rewards of their rejected responses become mean 0, deviation 1
 
 
@@ -70,6 +73,7 @@ class Config(ReadingResponses, Machinery):
                                   "tokens")
     token_weight: float | None = arg(None, least=0, help="w, the weight of the logistic loss per "
                                      "changed token")
+    pair_weight: float | None = arg(None, least=0, help="p, the weight of Bradley-Terry on pairs")
     logp_feature: bool = arg(False, help="ablation: add a * logp_t to the head of a token model")
     likelihood: bool = arg(False, help="control: the untrained model's log-likelihood as reward")
     epochs: int = arg(6, least=0, help="passes over the data")
@@ -103,7 +107,7 @@ def loss_of(config: Config, model: RewardModel, part: PreferenceBatch,
     if config.kind == "sequence":
         loss, margins = sequence_loss(model, part, pairs)
         return loss, {"rm/accuracy": (margins > 0).sum() / pairs}
-    options = Options(config.reduce, config.u0, config.u0_weight, config.token_weight)
+    options = Options(*(getattr(config, name) for name in Options._fields))
     out = token_loss(model, part, options, whole.totals())
     return out.loss, {"rm/bt": out.bt, "rm/u0": out.u0, "rm/token": out.token,
                       "rm/accuracy": (out.margin > 0).sum() / pairs}
@@ -148,7 +152,7 @@ def new_model(config: Config, device: torch.device) -> RewardModel:
         return controls.LikelihoodReward(trunk, response)
     if config.logp_feature:
         return controls.LogpReward(trunk, response)
-    return RewardModel(trunk, config.kind, response)
+    return RewardModel(trunk, config.kind, response, config.loss == "tlcr")
 
 
 def cross_validate(config: Config, records: list, examples: list[PreferenceIds], tokenizer,

@@ -156,6 +156,34 @@ def encode_outputs(model: RewardModel, tokenizer: Tokenizer, encoding: Encoding,
 
 
 @torch.no_grad()
+def rewards_of(model: RewardModel, tokenizer: Tokenizer, encoding: Encoding,
+               outputs: list[Output]) -> tuple[list[float], list[list[int]]]:
+    """Returns R(x, y) of each answer, on the model's own scale, and the ids that the model saw.
+
+    Raises FloatingPointError when a reward is not finite.
+    """
+    prompts, seen = encode_outputs(model, tokenizer, encoding, outputs)
+    rewards = [model.sequence_rewards(pack([prompt], [ids], device=model.device)).item()
+               for prompt, ids in zip(tqdm(prompts, desc="judge", leave=False), seen)]
+    if not all(map(math.isfinite, rewards)):
+        raise FloatingPointError("rewards: expected finite numbers, got "
+                                 f"{next(r for r in rewards if not math.isfinite(r))}; check the "
+                                 "reward model's weights")
+    return rewards, seen
+
+
+def best_of(model: RewardModel, tokenizer: Tokenizer, encoding: Encoding,
+            tries: list[list[Output]]) -> list[Output]:
+    """Returns the answer with the highest R(x, y) to each prompt (best-of-n).
+
+    tries: n lists of answers to the same prompts in the same order.
+    """
+    rewards, _ = rewards_of(model, tokenizer, encoding, [o for one in tries for o in one])
+    prompts = range(len(tries[0]))
+    best = [max(range(len(tries)), key=lambda k: rewards[k * len(prompts) + i]) for i in prompts]
+    return [tries[k][i] for i, k in enumerate(best)]
+
+
 def by_reward(model: RewardModel, tokenizer: Tokenizer, encoding: Encoding, system: list[Output],
               reference: list[Output]) -> list[float | None]:
     """The preferences of a reward model: the answer with the higher R(x, y) wins.
@@ -166,14 +194,8 @@ def by_reward(model: RewardModel, tokenizer: Tokenizer, encoding: Encoding, syst
     cut, and when the model is constant.
     """
     check_same_prompts(system, reference, encoding.template)
-    both, n = [*system, *reference], len(system)
-    prompts, seen = encode_outputs(model, tokenizer, encoding, both)
-    rewards = [model.sequence_rewards(pack([prompt], [ids], device=model.device)).item()
-               for prompt, ids in zip(tqdm(prompts, desc="judge", leave=False), seen)]
-    if not all(map(math.isfinite, rewards)):
-        raise FloatingPointError("rewards: expected finite numbers, got "
-                                 f"{next(r for r in rewards if not math.isfinite(r))}; check the "
-                                 "reward model's weights")
+    n = len(system)
+    rewards, seen = rewards_of(model, tokenizer, encoding, [*system, *reference])
     differ = [ours.output != theirs.output for ours, theirs in zip(system, reference)]
     summed = model.kind == "token" and model.response == "sum"
     lengths = list(map(len, seen)) if summed else None

@@ -57,15 +57,17 @@ class RewardModel(nn.Module):
 
     response: "mean" or "sum", how R comes from the rewards of tokens, equation (1). `mean` and
     `scale` are those of `calibrate`: of r_t over tokens (kind "token"), or of R over
-    responses (kind "sequence").
+    responses (kind "sequence"). confidence: PPO gets 2 sigmoid(r_t) - 1 in [-1, 1] in place of r_t,
+    divided by its scale only, because 0 means "neither right nor wrong" (TLCR's form).
     """
 
-    def __init__(self, trunk: LLaMA, kind: str, response: str = "sum"):
+    def __init__(self, trunk: LLaMA, kind: str, response: str = "sum", confidence: bool = False):
         super().__init__()
         if kind not in KINDS or response not in RESPONSES:
             raise ValueError(f"kind, response: expected one of {', '.join(KINDS)} and one of "
                              f"{', '.join(RESPONSES)}, got {kind!r} and {response!r}")
         self.trunk, self.kind, self.response = trunk, kind, response
+        self.confidence = confidence
         D, device = trunk.config.dim, trunk.head.device
         wide = torch.promote_types(trunk.head.dtype, torch.float32)
         self.head = nn.Linear(D, 1, device=device, dtype=wide)
@@ -103,20 +105,25 @@ class RewardModel(nn.Module):
         """Calibrated rewards for PPO, [B, T]: one per token, or all of R on the last token."""
         mask = sequences.response_mask
         if self.kind == "token":
-            return torch.where(mask, (self.token_rewards(sequences) - self.mean) / self.scale, 0.0)
+            rewards = self._for_ppo(self.token_rewards(sequences))
+            return torch.where(mask, (rewards - self.mean) / self.scale, 0.0)
         steps = torch.arange(mask.shape[1], device=mask.device)
         last = steps == sequences.response_lengths[:, None] - 1                  # [B, T]
         calibrated = (self.sequence_rewards(sequences) - self.mean) / self.scale
         return torch.where(last, calibrated[:, None], 0.0)
 
+    def _for_ppo(self, rewards: Tensor) -> Tensor:
+        return 2 * rewards.sigmoid() - 1 if self.confidence else rewards
+
     @torch.no_grad()
     def calibrate(self, samples: list[Sequences]) -> None:
         """Sets mean and scale: the mean and standard deviation of r_t or R over `samples`."""
         if self.kind == "token":
-            values = torch.cat([self.token_rewards(s)[s.response_mask] for s in samples])
+            values = self._for_ppo(torch.cat([self.token_rewards(s)[s.response_mask]
+                                              for s in samples]))
         else:
             values = torch.cat([self.sequence_rewards(s) for s in samples])
-        self.mean.copy_(values.mean())
+        self.mean.copy_(values.mean() * (not self.confidence))
         self.scale.copy_(values.std(correction=0).clamp(min=1e-6))
 
 
@@ -232,7 +239,7 @@ def save_reward(model: RewardModel, path: str | Path, tokenizer: Tokenizer,
            if not name.startswith("trunk.")}
     write_atomic(folder / "reward_head.pt", lambda file: torch.save(own, file))
     description = {"kind": model.kind, "control": getattr(model, "control", None),
-                   "response": model.response}
+                   "response": model.response, "confidence": model.confidence}
     write_atomic(folder / "reward.json", (json.dumps(description) + "\n").encode())
 
 
@@ -263,8 +270,8 @@ def load_reward(path: str | Path, device="cpu", dtype=None,
     return model
 
 
-def describe_reward(path: str | Path) -> dict[str, str | None]:
-    """Reads `kind` and `response` of a reward model, and its `control` (controls.py) or None.
+def describe_reward(path: str | Path) -> dict[str, str | bool | None]:
+    """Reads kind, response and confidence of a reward model, and its control (controls.py) or None.
 
     Raises UserError when the folder holds no reward model, or `reward.json` is damaged.
     """
@@ -274,16 +281,18 @@ def describe_reward(path: str | Path) -> dict[str, str | None]:
         raise UserError(f"{path}: expected a reward model folder (with reward.json), "
                         "as train_rm.py writes")
     found = read_object(file, "copy the folder again")
-    about = {name: found.get(name) for name in ("kind", "control", "response")}
+    about = {name: found.get(name) for name in ("kind", "control", "response", "confidence")}
     about["response"] = about["response"] or "sum"              # an older folder
+    about["confidence"] = about["confidence"] or False
     if (about["kind"] not in KINDS or about["control"] not in (None, "logp", "likelihood")
-            or about["response"] not in RESPONSES):
+            or about["response"] not in RESPONSES or about["confidence"] not in (True, False)):
         raise UserError(f"{file}: damaged; copy the folder again")
     return about
 
 
-def _build(trunk: LLaMA, kind: str, control: str | None, response: str) -> RewardModel:
+def _build(trunk: LLaMA, kind: str, control: str | None, response: str,
+           confidence: bool) -> RewardModel:
     if control is None:
-        return RewardModel(trunk, kind, response)
+        return RewardModel(trunk, kind, response, confidence)
     from fgrlhf.controls import CONTROLS
     return CONTROLS[control](trunk, response)

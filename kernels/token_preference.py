@@ -5,7 +5,7 @@
            1/T+ sum_U1+ r_t - 1/T- sum_U1- r_t              "share": T the tokens of a side
            1/T+ sum_t r_t+ - 1/T- sum_t r_t-                "response": R(x, y+) - R(x, y-), all
                                                             tokens, equation (1)
-    L_bt = 1/P sum_b -log sigmoid(s_b)                      P pairs with at least one changed token
+    L_bt = p/P sum_b -log sigmoid(s_b)                      P pairs with at least one changed token
     L_u0 = lambda/M sum_U0 (r_i+ - r_j-)^2                  "difference", the paper's; M pairings
            lambda/2M sum_U0 (r_i+)^2 + (r_j-)^2             "anchor" pulls their rewards to 0
            lambda/2M sum_U0 -log sigmoid(r_i+) - log sigmoid(r_j-)    "kept" rewards them like the
@@ -15,10 +15,10 @@
     loss = L_bt + L_u0 + L_token
 
 U1+ / U1- are the changed tokens of the chosen / rejected response, U0 the unchanged ones in pairs.
-The paper's loss is L_bt with "response", and nothing else (lambda = w = 0); "share" is its form on
-U1, which leaves out U0. Gradients, each on the tokens of its own set and 0 elsewhere:
+The paper's loss is L_bt with "response", and nothing else (p = 1, lambda = w = 0); "share" is its
+form on U1, which leaves out U0. Gradients, each on the tokens of its own set and 0 elsewhere:
 
-    dL_bt/dr+ = -sigmoid(-s_b) / P        dL_bt/dr- = sigmoid(-s_b) / P      (/ |U1| for "mean",
+    dL_bt/dr+ = -p sigmoid(-s_b) / P      dL_bt/dr- = p sigmoid(-s_b) / P    (/ |U1| for "mean",
                                                             / T for "share" and "response")
     dL_u0/dr+ = 2 lambda d / M            dL_u0/dr- = -2 lambda d / M        d = r_i+ - r_j-
                 lambda r_i+ / M                       lambda r_j- / M        for "anchor"
@@ -60,6 +60,7 @@ class Options(NamedTuple):
     u0: str = "difference"        # of U0_TERMS
     u0_weight: float = 0.0        # lambda >= 0
     token_weight: float = 0.0     # w >= 0
+    pair_weight: float = 1.0      # p >= 0
 
 
 class Lengths(NamedTuple):
@@ -80,7 +81,7 @@ class Totals(NamedTuple):
 
 class Preference(NamedTuple):
     loss: Tensor                  # () bt + u0 + token; the only member with a gradient
-    bt: Tensor                    # () L_bt
+    bt: Tensor                    # () L_bt, with p
     u0: Tensor                    # () L_u0, with lambda
     token: Tensor                 # () L_token, with w
     margin: Tensor                # [B] s_b
@@ -108,7 +109,7 @@ def reference(rewards_chosen: Tensor, rewards_rejected: Tensor, plus_mask: Tenso
         sides.append(side / count[options.reduce])
     margin = sides[0] - sides[1]                                                        # (3)
     changed = plus_mask.any(-1) | minus_mask.any(-1)
-    bt = softplus(-margin)[changed].sum() / by.pairs            # softplus(-s) = -log sigmoid(s)
+    bt = softplus(-margin)[changed].sum() * (options.pair_weight / by.pairs)
     plus_u0 = chosen[unchanged.pair, unchanged.chosen]                                  # [M]
     minus_u0 = rejected[unchanged.pair, unchanged.rejected]
     u0 = {"difference": (plus_u0 - minus_u0) ** 2, "anchor": (plus_u0 ** 2 + minus_u0 ** 2) / 2,
@@ -153,8 +154,9 @@ class _TokenPreference(torch.autograd.Function):
             grads.append(torch.sigmoid(-r) * mask * (-sign * options.token_weight / by.changed))
         token = token * (options.token_weight / by.changed)
         changed = plus_mask.any(-1) | minus_mask.any(-1)
-        bt = (softplus(-margin) * changed).sum() / by.pairs
-        pull = (torch.sigmoid(-margin) * changed)[:, None] / -by.pairs                  # dL_bt/ds
+        bt_scale = options.pair_weight / by.pairs
+        bt = (softplus(-margin) * changed).sum() * bt_scale         # softplus(-s) = -log sigmoid(s)
+        pull = (torch.sigmoid(-margin) * changed)[:, None] * -bt_scale                  # dL_bt/ds
         grads = [g.addcmul_(pull, slope) for g, slope in zip(grads, margin_slopes)]
 
         at = ((unchanged.pair, unchanged.chosen), (unchanged.pair, unchanged.rejected))

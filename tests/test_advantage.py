@@ -7,6 +7,7 @@ import torch
 
 from fgrlhf.advantage import penalise_kl, reward_to_go, standardise
 from fgrlhf.baseline import generalised_advantage
+from fgrlhf.group import group_advantage
 
 LENGTHS = [7, 1, 4, 6]
 MASK = torch.arange(7) < torch.tensor(LENGTHS)[:, None]
@@ -122,3 +123,28 @@ def test_generalised_advantage_returns_the_reward_to_go_when_lambda_is_one():
     _, returns = generalised_advantage(numbers(4), numbers(5), MASK, 0.8, 1.0)
     _, others = generalised_advantage(numbers(4), 100 * numbers(6), MASK, 0.8, 1.0)
     torch.testing.assert_close(returns, others, atol=1e-10, rtol=0)
+
+
+# ----- RLOO and GRPO ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("group", [2, 4])
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+def test_group_advantage_compares_a_response_with_the_others_to_its_prompt(method, group):
+    """By their definitions, response by response; the same on every token, nothing in padding."""
+    x = numbers(3)
+    R = [x[b, :n].sum().item() for b, n in enumerate(LENGTHS)]
+    found = group_advantage(spoiled(x), MASK, group, method)
+    for b, n in enumerate(LENGTHS):
+        first = b // group * group
+        everyone = R[first:first + group]
+        others = R[first:b] + R[b + 1:first + group]
+        mean = sum(everyone) / group
+        deviation = (sum((r - mean) ** 2 for r in everyone) / group) ** 0.5
+        expected = (R[b] - sum(others) / len(others) if method == "rloo" else
+                    (R[b] - mean) / (deviation + 1e-6))
+        assert found[b].tolist() == pytest.approx([expected] * n + [0.0] * (7 - n))
+
+
+def test_group_advantage_refuses_half_a_group():
+    with pytest.raises(ValueError, match="a divisor of the 4 rows"):
+        group_advantage(numbers(0), MASK, 3, "rloo")

@@ -21,7 +21,7 @@ from fgrlhf.data.records import Annotation, Edit, Output, Passage, Prompt, Span
 from fgrlhf.encode import encode_prompt
 from fgrlhf.engine.config import parse
 from fgrlhf.engine.encoding import Encoding
-from fgrlhf.judge import answers, by_reward, check_same_prompts, joined, preferences_of
+from fgrlhf.judge import answers, best_of, by_reward, check_same_prompts, joined, preferences_of
 from fgrlhf.reward import RewardModel, save_reward
 from fgrlhf.sequences import pack
 from fgrlhf.simulate.oracle import OracleJudge, by_oracle
@@ -262,6 +262,9 @@ def test_by_reward_prefers_the_higher_reward(tokenizer):
     assert by_reward(model, tokenizer, plain, outputs(*texts), outputs(*others)) == expected
     assert 0 < sum(expected) < 4
     assert by_reward(model, tokenizer, Encoding("plain"), outputs(RIGHT), outputs(RIGHT)) == [0.5]
+    best = best_of(model, tokenizer, plain, [outputs(*texts), outputs(*others)])
+    assert [o.output for o in best] == [a if R[i] > R[(i + 1) % 4] else b
+                                        for i, (a, b) in enumerate(zip(texts, others))]
 
 
 def test_by_reward_tells_answers_that_do_not_fit_from_ties(tokenizer, capsys):
@@ -452,6 +455,22 @@ def test_outputs_asks_for_no_more_tokens_than_the_context_holds(folder):
         assert not (folder / "out.json").exists()
     assert evaluated("outputs", evaluation.OutputsConfig, *flags, 8)["outputs"] == 1
     assert [o.instruction for o in read_outputs(folder / "out.json")] == ["Name it."]
+
+
+def test_outputs_writes_every_temperature_and_the_best_of_n(folder):
+    """Each file is what a command with that temperature writes."""
+    flags = ("--policy", folder / "policy", "--prompts", folder / "prompts.jsonl",
+             "--max-new-tokens", 8, "--out")
+    ask = lambda *more: evaluated("outputs", evaluation.OutputsConfig, *flags, *more)
+    ask(folder / "t.json", "--temperatures", "0.7,3")
+    ask(folder / "alone.json", "--temperature", 0.7)
+    assert (folder / "t-0.7.json").read_bytes() == (folder / "alone.json").read_bytes()
+    assert (folder / "t-3.json").exists()
+    ask(folder / "best.json", "--best-of", 3, "--reward", folder / "reward")
+    assert len(read_outputs(folder / "best.json")) == 1
+    for wrong in (("--temperatures", "0.7,hot"), ("--best-of", 2), ("--reward", folder / "reward")):
+        with pytest.raises(UserError, match=f"{wrong[0]}.*: expected"):
+            ask(folder / "no.json", *wrong)
 
 
 def test_outputs_refuses_one_file_for_two_kinds_of_answers(folder):

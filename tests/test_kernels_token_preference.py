@@ -12,7 +12,8 @@ from kernels.token_preference import Lengths, Options, Totals, Unchanged
 
 OPTIONS = [Options(reduce, u0, 0.3, w) for reduce, u0, w in
            itertools.product(("sum", "mean"), ("difference", "anchor", "kept"), (0.0, 0.7))]
-OPTIONS += [Options("response"), Options("share"), Options("response", "anchor", 0.3, 0.7)]
+OPTIONS += [Options("response"), Options("share"), Options("response", "anchor", 0.3, 0.7),
+            Options("sum", "anchor", 0.3, 0.7, 0.25), Options("sum", "anchor", 0.3, 0.7, 0.0)]
 
 
 THREE = Lengths(torch.tensor([3, 3]), torch.tensor([3, 3]))
@@ -67,7 +68,7 @@ def by_loop(chosen, rejected, plus, minus, u0_pairs, lengths, options):
         a, b = chosen[p, i].item(), rejected[p, j].item()
         u0 += {"difference": (a - b) ** 2, "anchor": (a ** 2 + b ** 2) / 2,
                "kept": -(log_sigmoid(a) + log_sigmoid(b)) / 2}[options.u0]
-    return (bt / max(pairs, 1), options.u0_weight * u0 / max(len(u0_pairs.pair), 1),
+    return (options.pair_weight * bt / max(pairs, 1), options.u0_weight * u0 / max(len(u0_pairs.pair), 1),
             options.token_weight * token / max(changed, 1))
 
 

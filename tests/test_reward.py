@@ -47,6 +47,31 @@ def changed(batch, row: int, t: int):
     return batch._replace(tokens=tokens)
 
 
+def test_a_confidence_model_gives_ppo_2p_minus_1_over_its_deviation(tmp_path):
+    """TLCR's form: 0 stays 0, so that a token that is neither right nor wrong earns nothing."""
+    model, batch = reward_model(), ragged()
+    model.confidence = True
+    model.calibrate([batch])
+    r = model.token_rewards(batch)
+    expected = [[2 / (1 + math.exp(-x)) - 1 for x in row] for row in r.tolist()]
+    inside = [x for row, n in zip(expected, batch.response_lengths) for x in row[:n]]
+    mean = sum(inside) / len(inside)
+    deviation = (sum((x - mean) ** 2 for x in inside) / len(inside)) ** 0.5
+    assert model.mean.item() == 0
+    tokenizer = train(["name the river"] * 5, 270, tmp_path / "t.model")
+    model.trunk = llama(vocab_size=270)
+    save_reward(model, tmp_path / "reward", tokenizer)
+    assert load_reward(tmp_path / "reward").confidence
+    model = reward_model()
+    model.confidence = True
+    model.calibrate([batch])
+    given = model.ppo_rewards(batch)
+    for b, n in enumerate(batch.response_lengths.tolist()):
+        assert given[b, :n].tolist() == pytest.approx([x / deviation for x in expected[b][:n]],
+                                                      rel=1e-4)
+        assert given[b, n:].count_nonzero() == 0
+
+
 # ----- what a reward is ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind, a", [("token", 0.0), ("logp", 0.5)])

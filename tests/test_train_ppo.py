@@ -70,6 +70,25 @@ def test_train_hands_the_update_rewards_less_kl_over_their_rms(folder, tmp_path,
     assert (seen[1].logp_old - logp_ref).abs().max() > 0.01                  # it has left it
 
 
+def test_rloo_samples_each_prompt_as_often_as_asked_and_compares(folder, tmp_path, monkeypatch):
+    """Three responses to each of two prompts; their advantages sum to 0, equal along a response."""
+    seen = updates(monkeypatch, config(folder, out=str(tmp_path / "a"), method="rloo", group=3,
+                                       reward=str(folder / "sequence"), standardise="none"))
+    for batch in seen:
+        sequences, advantages = batch.sequences, batch.advantages
+        for first in (0, 3):
+            prompts = {tuple(sequences.tokens[b, :sequences.prompt_lengths[b]].tolist())
+                       for b in range(first, first + 3)}
+            assert len(prompts) == 1
+            assert advantages[first:first + 3, 0].sum().item() == pytest.approx(0, abs=1e-5)
+        for b, n in enumerate(sequences.response_lengths.tolist()):
+            R = sum(penalised(folder, "sequence", batch, 0.5)[b])
+            others = [sum(penalised(folder, "sequence", batch, 0.5)[k])
+                      for k in range(b // 3 * 3, b // 3 * 3 + 3) if k != b]
+            assert advantages[b, :n].tolist() == pytest.approx([R - sum(others) / 2] * n, abs=1e-4)
+    assert batch.values is None
+
+
 def test_train_hands_the_update_gae_of_the_terminal_reward(folder, tmp_path, monkeypatch):
     """The baseline: returns are A + V by the double sum, advantages have mean 0 and deviation 1."""
     settings = dict(method="rlhf", reward=str(folder / "sequence"), beta=0.3, gamma=1.0,
@@ -136,7 +155,7 @@ def test_prompts_of_takes_every_prompt_once_before_any_twice(folder):
 
 
 @pytest.mark.parametrize("changes, flag", [
-    ({"minibatches": 7}, "--minibatches"),
+    ({"minibatches": 7}, "--minibatches"), ({"method": "grpo", "group": 4}, "--group"),
     ({"temperature": 0.0}, "--temperature"), ({"world": 1}, "--dev-prompts")])
 def test_flags_that_contradict_one_another_are_refused(changes, flag, folder, tmp_path):
     with pytest.raises(UserError, match=flag):

@@ -94,7 +94,9 @@ def _loss_lines(explained: Explained, loss: Loss, equation: str) -> list[Line]:
           f"{options.u0_weight:g} / {divisor * M} * {show(unchanged)}")
     bt = f"-log sigmoid({show(loss.margin)})" if changed else "no changed token"
     s = "R(y+) - R(y-), R the mean" if options.reduce == "response" else "s"
-    lines = [Line(equation, "L_bt", f"-log sigmoid({s})", bt, show(loss.bt))]
+    times = "" if options.pair_weight == 1 else f"{options.pair_weight:g} * "
+    lines = [Line(equation, "L_bt", f"{times and 'p * '}-log sigmoid({s})", times + bt,
+                  show(loss.bt))]
     if options.u0_weight:
         lines.append(Line(equation, "L_u0", *u0, show(loss.u0)))
     if options.token_weight:

@@ -47,11 +47,13 @@ class LossSettings(NamedTuple):
     u0: str = "difference"
     u0_weight: float = 0.0
     token_weight: float = 0.0
+    pair_weight: float = 1.0
     model: str | None = None
 
     @property
     def options(self) -> token_preference.Options:
-        return token_preference.Options(self.reduce, self.u0, self.u0_weight, self.token_weight)
+        return token_preference.Options(self.reduce, self.u0, self.u0_weight, self.token_weight,
+                                        self.pair_weight)
 
 
 class UpdateSettings(NamedTuple):

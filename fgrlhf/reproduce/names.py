@@ -14,12 +14,18 @@ SYSTEMS = {
     "dpo-sft": ("DPO + SFT on edits", "rival"),
     "dpo": ("DPO on edits", "rival"),
     "dpo-pairs": ("DPO on pairs", "rival"),
+    "rloo": ("RLOO", "rival"),
+    "grpo": ("GRPO", "rival"),
+    "tlcr": ("PPO with critic, TLCR's reward", "rival"),
+    "best-of-sequence": ("Best of 16 by the sequence reward", "rival"),
+    "best-of-paper": ("Best of 16 by the paper's loss", "rival"),
+    "best-of-token": ("Best of 16 by our loss", "rival"),
+    "rlhf-long": ("PPO-RLHF, twice as long", "ablation"),
     "fine-grained-imperfect": ("Fine-grained PPO, imperfect editor", "imperfect editor"),
     "imitation-imperfect": ("SFT on edits, imperfect editor", "imperfect editor"),
     "dpo-sft-imperfect": ("DPO + SFT, imperfect editor", "imperfect editor"),
     "rlhf-ties": ("PPO-RLHF, ties by a coin", "ablation"),
     "fine-grained-sum": ("Fine-grained PPO, sum loss", "ablation"),
-    "fine-grained-logp-feature": ("Fine-grained PPO, logp in the head", "ablation"),
     "likelihood": ("PPO, log-likelihood as reward", "control"),
 }
 REWARD_MODELS = {
@@ -31,7 +37,7 @@ REWARD_MODELS = {
     "rm-token-imperfect": "Token-level, imperfect editor",
     "rm-sequence-ties": "Sequence-level, ties by a coin",
     "rm-token-sum": "Token-level, sum loss",
-    "rm-token-logp-feature": "Token-level, logp in the head",
+    "rm-tlcr": "Token-level, TLCR's loss",
     "rm-likelihood": "Untrained log-likelihood",
 }
 REWARD_METRICS = {"edits/pair_accuracy": "edit_accuracy", "pairs/pair_accuracy": "pair_accuracy",
@@ -41,7 +47,9 @@ REWARD_METRICS = {"edits/pair_accuracy": "edit_accuracy", "pairs/pair_accuracy":
                   "edits/r_elsewhere": "r_elsewhere", "edits/u0_drift": "u0_drift",
                   "seconds": "seconds"}
 COMPARED = (("fine-grained-paper", "rlhf"), ("fine-grained", "rlhf"),
-            ("fine-grained", "imitation"), ("fine-grained", "dpo-sft"), ("sequence-edits", "rlhf"),
+            ("fine-grained", "imitation"), ("fine-grained", "dpo-sft"), ("rloo", "rlhf"),
+            ("grpo", "rlhf"), ("tlcr", "rlhf"), ("fine-grained", "tlcr"), ("rlhf-long", "rlhf"),
+            ("best-of-token", "best-of-sequence"), ("sequence-edits", "rlhf"),
             ("fine-grained", "sequence-edits"), ("fine-grained", "fine-grained-pairs"),
             ("fine-grained-imperfect", "imitation-imperfect"),
             ("fine-grained-imperfect", "dpo-sft-imperfect"), ("likelihood", "sft"))

@@ -19,16 +19,22 @@ ITERATIONS = 30                 # of every PPO run
 RLHF = ("--method", "rlhf", "--gamma", "1", "--gae-lambda", "0.95", "--beta", "0.2", "--lr", "6e-4")
 METHOD = ("--method", "fine-grained", "--gamma", "0", "--beta", "0.5", "--lr", "1.2e-3")
 PAPER = ("--method", "fine-grained", "--gamma", "0", "--beta", "0.5", "--lr", "6e-4")
+RLOO = ("--method", "rloo", "--beta", "0.2", "--lr", "6e-4")
+GRPO = ("--method", "grpo", "--beta", "0.2", "--lr", "6e-4")
+TLCR = ("--method", "rlhf", "--gamma", "1", "--gae-lambda", "0.95", "--beta", "0.2", "--lr", "6e-4")
 IMITATION = ("--epochs", "6", "--lr", "4e-3")
 DPO = ("--sft-weight", "1", "--beta", "0.3", "--lr", "2e-3")
 IMPERFECT = ("--miss", "0.3", "--needless", "0.1")
 # The learning rates with --lora-rank; README.md says which were tried.
 LORA = {"token": ("--lr", "1e-2"), "sequence": ("--lr", "3e-3"), "method": ("--lr", "5e-3"),
         "rlhf": ("--lr", "2.5e-3", "--value-lr", "2.5e-3"), "imitation": ("--lr", "8e-3")}
-# The grids of the sweep: six points for each system.
+# The grids of the sweep: six points for each PPO system, a few more for the other rivals.
 GRID = [(beta, lr) for beta in ("0.2", "0.5", "1.0") for lr in ("6e-4", "1.2e-3")]
 IMITATION_GRID = [(epochs, lr) for epochs in ("3", "6") for lr in ("1e-3", "2e-3", "4e-3")]
+IMITATION_GRID += [("6", "8e-3"), ("12", "4e-3")]
 DPO_GRID = [(beta, lr) for beta in ("0.1", "0.3") for lr in ("5e-4", "1e-3", "2e-3")]
+DPO_GRID += [("0.3", "4e-3"), ("1.0", "2e-3"), ("1.0", "4e-3")]
+TEMPERATURES = ("0.7", "0.5", "0.3")    # of the answers, and 1 and greedy
 
 
 class Seed:
@@ -40,6 +46,8 @@ class Seed:
         self.lora_rank, self.stages = lora_rank, []
         self.rlhf, self.method = RLHF + self.adapters("rlhf"), METHOD + self.adapters("method")
         self.paper = PAPER + self.adapters("method")
+        self.rloo, self.grpo = RLOO + self.adapters("method"), GRPO + self.adapters("method")
+        self.tlcr = TLCR + self.adapters("rlhf")
         self.common = ("--device", device) + (("--dtype", dtype) if dtype != "float32" else ())
 
     def at(self, name: str) -> str:
@@ -145,9 +153,31 @@ def compare_systems(seed: Seed) -> None:
 
 
 def full(seed: Seed) -> None:
-    """Adds the systems of the comparison, controls and ablations, profile full."""
+    """Adds the systems of the comparison, rivals, controls and ablations, profile full."""
     compare_systems(seed)
+    more_rivals(seed)
     controls_and_ablations(seed)
+    for system in ("sft", "rlhf", "fine-grained-paper", "fine-grained", "imitation", "dpo-sft",
+                   "fine-grained-imperfect", "imitation-imperfect", "dpo-sft-imperfect"):
+        policy = "best" if system.startswith(("rlhf", "fine-grained")) else "policy"
+        seed.outputs(f"{system}-test-t", f"{system}/{policy}", "test", "--seed", "7",
+                     "--temperature", TEMPERATURES[0], "--temperatures", ",".join(TEMPERATURES[1:]),
+                     needs=(system,))
+
+
+def more_rivals(seed: Seed) -> None:
+    """Adds RLOO and GRPO, TLCR's form, DPO without the SFT term, and best-of-n."""
+    edits, pairs = "annotations/edits.jsonl", "annotations/pairs.jsonl"
+    seed.ppo("rloo", "rm-sequence", *seed.rloo)
+    seed.ppo("grpo", "rm-sequence", *seed.grpo)
+    seed.reward("rm-tlcr", edits, "--loss", "tlcr")
+    seed.ppo("tlcr", "rm-tlcr", *seed.tlcr)
+    seed.ppo("rlhf-long", "rm-sequence", *seed.rlhf, iterations=2 * ITERATIONS)
+    seed.directly("dpo", "fgrlhf.dpo", edits, *DPO, "--sft-weight", "0")
+    seed.directly("dpo-pairs", "fgrlhf.dpo", pairs, *DPO, "--sft-weight", "0")
+    for reward in ("sequence", "paper", "token"):
+        seed.outputs(f"best-of-{reward}-test", "sft/policy", "test", "--seed", "9", "--best-of",
+                     "16", "--reward", seed.at(f"rm-{reward}/reward"), needs=(f"rm-{reward}",))
 
 
 def controls_and_ablations(seed: Seed) -> None:
@@ -172,11 +202,8 @@ def controls_and_ablations(seed: Seed) -> None:
     # other losses and rewards
     seed.reward("rm-likelihood", edits, "--likelihood")
     seed.ppo("likelihood", "rm-likelihood", *seed.method)
-    for name, options in (("sum", ("--loss", "sum")), ("logp-feature", ("--logp-feature",))):
-        seed.reward(f"rm-token-{name}", edits, *options)
-        seed.ppo(f"fine-grained-{name}", f"rm-token-{name}", *seed.method)
-    seed.directly("dpo", "fgrlhf.dpo", edits, *DPO, "--sft-weight", "0")
-    seed.directly("dpo-pairs", "fgrlhf.dpo", pairs, *DPO, "--sft-weight", "0")
+    seed.reward("rm-token-sum", edits, "--loss", "sum")
+    seed.ppo("fine-grained-sum", "rm-token-sum", *seed.method)
 
 
 def sweep(seed: Seed) -> None:
@@ -184,12 +211,16 @@ def sweep(seed: Seed) -> None:
     edits = "annotations/edits.jsonl"
     seed.reward("rm-token", edits)
     seed.reward("rm-paper", edits, "--loss", "paper")
+    seed.reward("rm-tlcr", edits, "--loss", "tlcr")
     seed.reward("rm-sequence", "annotations/pairs.jsonl", "--kind", "sequence", "--epochs", "3")
     for beta, lr in GRID:
         point = ("--beta", beta, "--lr", lr)
         for name, reward, settings in (("fine-grained", "rm-token", seed.method),
                                        ("fine-grained-paper", "rm-paper", seed.paper),
-                                       ("rlhf", "rm-sequence", seed.rlhf)):
+                                       ("rlhf", "rm-sequence", seed.rlhf),
+                                       ("rloo", "rm-sequence", seed.rloo),
+                                       ("grpo", "rm-sequence", seed.grpo),
+                                       ("tlcr", "rm-tlcr", seed.tlcr)):
             seed.ppo(f"{name}-{beta}-{lr}", reward, *settings, *point, iterations=40, test=False)
     for epochs, lr in IMITATION_GRID:
         seed.directly(f"imitation-{epochs}-{lr}", "fgrlhf.sft", edits, "--epochs", epochs,
