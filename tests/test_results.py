@@ -148,9 +148,17 @@ def test_tested_counts_the_errors_the_folders_own_world_finds(tmp_path):
         records.write_outputs(folder / "outputs" / f"{name}.json",
                               [records.Output(prompt, answer, "m") for answer in answers])
     found = results.tested(folder, "rlhf")
-    assert found == results.Tested(sampled=[0, 2], greedy=[0, 0], reference=[1, 1])
+    assert found == results.Tested({"sampled": [0, 2], "greedy": [0, 0]}, [1, 1])
     assert found.preferences("sampled") == [1.0, 0.0]
     assert found.preferences("greedy") == [1.0, 1.0]
+    assert found.decodings == ["sampled", "greedy"]
+    for name in ("t", "t-0.5", "t-0.3"):
+        records.write_outputs(folder / "outputs" / f"rlhf-test-{name}.json",
+                              [records.Output(prompt, answer, "m") for answer in ("", right)])
+    found = results.tested(folder, "rlhf")
+    assert found.answers["0.7"] == found.answers["0.3"] == [1, 0]
+    assert found.decodings == ["sampled", "greedy", "mean"]
+    assert found.preferences("mean") == [(1 + 3 * 0.5 + 1) / 5, (0 + 3 * 1 + 1) / 5]
 
 
 def test_reading_says_the_difference_its_interval_and_whether_it_may_be_chance():
@@ -160,7 +168,7 @@ def test_reading_says_the_difference_its_interval_and_whether_it_may_be_chance()
     found = {(a, b): (0.0, 0.0, 0.0) for a, b in results.COMPARED}
     found["fine-grained", "rlhf"] = (0.199, 0.168, 0.231)
     found["fine-grained", "imitation"] = (-0.012, -0.025, 0.001)
-    comparisons = [{"label": f"{a} minus {b}, {decoding}", "mean": mean, "interval": [low, high],
+    comparisons = [{"systems": [a, b], "decoding": decoding, "mean": mean, "interval": [low, high],
                     "per_seed": [mean]} for (a, b), (mean, low, high) in found.items()
                    for decoding in ("sampled", "greedy")]
     told = results.reading(systems, comparisons)

@@ -1,7 +1,9 @@
 """Repeats the paper's comparison: world, SFT, annotations, reward models, PPO, win rates.
 
     python -m fgrlhf.reproduce --profile quick --seeds 1 --out runs/quick   minutes on two CPU cores
-    python -m fgrlhf.reproduce --profile full  --seeds 5 --out runs/full    intervals over seeds
+    python -m fgrlhf.reproduce --profile full  --seeds 4 --out runs/full    intervals over seeds
+
+The profiles full and annotations add systems to those of quick. In one folder they share its runs.
 
 Every step is a command of this project that can be repeated by hand. pipeline.py runs the commands
 and results.json lists them; stages.py has their settings.
@@ -33,8 +35,9 @@ from fgrlhf.reproduce.stages import PROFILES, Seed, start
 class Config:
     out: str = arg(help="folder for all runs, results.json and report.html")
     profile: str = arg("quick", choices=tuple(PROFILES),
-                       help="quick: minutes per seed; full: longer runs and all ablations; "
-                            "sweep: the settings that were tried, on dev prompts only")
+                       help="quick: minutes per seed; full: rivals, controls and ablations too; "
+                            "annotations: fewer annotations too; sweep: the settings that were "
+                            "tried, on dev prompts only")
     seeds: int = arg(1, least=1, help="number of seeds; each seed has its own world")
     first_seed: int = arg(0, help="the first seed")
     device: str = arg("cpu", help="device of every stage; the published figures are from CPUs")

@@ -34,7 +34,7 @@ from fgrlhf.reproduce import excerpts
 from fgrlhf.reproduce.chart import Curve, line_chart, strip, strip_axis, ticks
 from fgrlhf.reproduce.markup import Html, section, table, tag, typeset
 from fgrlhf.reproduce.table import (
-    DIFFERENCE, ERRORS, GREEDY_ERRORS, PLACES, REWARD_MODELS, TRAINING, WIN_RATES, Column,
+    DECODING, DIFFERENCE, ERRORS, GREEDY_ERRORS, PLACES, REWARD_MODELS, TRAINING, WIN_RATES, Column,
     cell_texts, interval_of, is_number, number, present, ratio, text_table)
 
 STYLE = Path(__file__).parent / "style.css"
@@ -56,9 +56,10 @@ def page(results: dict) -> str:
     systems = get("systems") or {}
     is_method = lambda curve: systems.get(curve["system"], {}).get("role") == "method"
     curves = sorted(get("curves") or [], key=is_method, reverse=True)  # the method gets style s0
-    parts = [(_systems, systems), (_comparisons, get("comparisons")),
-             (_reward_models, get("reward_models")), (_speed, get("speed")), (_paper, get("paper")),
-             (_training, systems), (_curves, curves),
+    parts = [(_systems, systems), (_temperatures, systems), (_by_annotations, get("by_annotations")),
+             (_comparisons, get("comparisons")), (_reward_models, get("reward_models")),
+             (_speed, get("speed")), (_paper, get("paper")), (_training, systems),
+             (_curves, curves),
              (excerpts.heat_maps, examples.get("heat_maps")),
              (excerpts.edits, examples.get("edits")), (explained_page, examples.get("explained")),
              (excerpts.before_after, examples.get("before_after")), (_again, results)]
@@ -118,6 +119,30 @@ def _systems(systems: dict[str, dict]) -> Html | None:
         "tested with the checkpoint that is best on dev prompts; SFT and imitation with the last "
         "one. Brackets and lines are 95% intervals, discs are means, ticks are seeds.",
         ["system", head, *(c.header for c in columns)], _by_role(systems, rows)))
+
+
+def _temperatures(systems: dict[str, dict]) -> Html | None:
+    measured = {name: system for name, system in systems.items()
+                if present({name: system}, DECODING[-1:])}
+    if not measured:
+        return None
+    rows = [tag("tr", _name(s), _numbers(s, DECODING), class_=s.get("role"))
+            for s in measured.values()]
+    return section("Decoding temperatures", table(
+        "Win rates in % of answers sampled at other temperatures, and their mean with its 95% "
+        "interval. A sharper policy gains less from a low temperature.",
+        ["system", *(c.header for c in DECODING)], _by_role(measured, rows)))
+
+
+def _by_annotations(rows: Sequence[dict]) -> Html:
+    labels = list(rows[0]["systems"])
+    return section("Number of annotations", table(
+        "Win rates in %, sampled, of systems that were trained on the first N annotations, with 95% "
+        "intervals. A pair and an edit each count as one annotation.",
+        ["annotations", *labels], [[
+            tag("tr", tag("th", number(row["annotations"]), scope="row"),
+                [_number(cell, WIN_RATES[0]) for cell in row["systems"].values()])
+            for row in rows]]))
 
 
 def _training(systems: dict[str, dict]) -> Html | None:

@@ -17,19 +17,28 @@ from fgrlhf.evaluate import bootstrap, compare, over_seeds
 from fgrlhf.reproduce.examples import examples
 from fgrlhf.reproduce.names import (
     COMPARED, NOTES, PAPER, REWARD_METRICS, REWARD_MODELS, SYSTEMS)
+from fgrlhf.reproduce.stages import ANNOTATIONS, FEWER, TEMPERATURES
 from fgrlhf.simulate.oracle import count_errors
 from fgrlhf.simulate.world import World
 
 class Tested(NamedTuple):
     """The errors of one system on each test prompt of one seed."""
 
-    sampled: list[int]                  # of the answers at temperature 1
-    greedy: list[int]                   # of the greedy answers
+    answers: dict[str, list[int]]       # by decoding: "sampled" (temperature 1), "greedy", "0.7" ..
     reference: list[int]                # of the fixed sample of the SFT model
 
     def preferences(self, decoding: str) -> list[float]:
-        """1 (win), 0.5 (tie) or 0 (loss) per prompt, for "sampled" or "greedy" answers."""
-        return compare(getattr(self, decoding), self.reference)
+        """1 (win), 0.5 (tie) or 0 (loss) per prompt; "mean" is the mean over all temperatures."""
+        if decoding != "mean":
+            return compare(self.answers[decoding], self.reference)
+        each = [compare(errors, self.reference) for errors in self.answers.values()]
+        return [sum(values) / len(values) for values in zip(*each)]
+
+    @property
+    def decodings(self) -> list[str]:
+        """The decodings of the table: "mean" only when all temperatures were sampled."""
+        whole = set(TEMPERATURES) <= set(self.answers)
+        return [*(d for d in ("sampled", "greedy") if d in self.answers), *["mean"] * whole]
 
 
 def seed_of(folder: Path) -> int:
@@ -49,8 +58,12 @@ def read_lines(path: Path) -> list[dict]:
 def tested(folder: Path, system: str) -> Tested:
     """Counts the errors of a system's test answers, and of the reference's, by the oracle."""
     world, outputs = World(seed_of(folder)), folder / "outputs"
-    return Tested(*(count_errors(world, read_outputs(outputs / f"{name}.json"))
-                    for name in (f"{system}-test", f"{system}-test-greedy", "sft-reference")))
+    errors = lambda name: count_errors(world, read_outputs(outputs / f"{name}.json"))
+    first, *others = TEMPERATURES
+    files = {"sampled": "test", first: "test-t"} | {t: f"test-t-{t}" for t in others}
+    files["greedy"] = "test-greedy"
+    return Tested({decoding: errors(f"{system}-{name}") for decoding, name in files.items()
+                   if (outputs / f"{system}-{name}.json").exists()}, errors("sft-reference"))
 
 
 def cell(values: list[float]) -> dict:
@@ -186,11 +199,15 @@ def figures(folders: list[Path], system: str, runs: list[Tested]) -> dict[str, l
     """The figures of one system by name, one value per seed."""
     mean = lambda values: sum(values) / len(values)
     metrics = {"win_rate": [mean(t.preferences("sampled")) for t in runs],
-               "win_rate_greedy": [mean(t.preferences("greedy")) for t in runs],
-               "errors": [mean(t.sampled) for t in runs],
-               "errors_greedy": [mean(t.greedy) for t in runs],
-               "perfect": [mean([n == 0 for n in t.sampled]) for t in runs],
+               "errors": [mean(t.answers["sampled"]) for t in runs],
+               "perfect": [mean([n == 0 for n in t.answers["sampled"]]) for t in runs],
                "ceiling": [mean([1.0 if n else 0.5 for n in t.reference]) for t in runs]}
+    if "greedy" in runs[0].answers:
+        metrics["win_rate_greedy"] = [mean(t.preferences("greedy")) for t in runs]
+        metrics["errors_greedy"] = [mean(t.answers["greedy"]) for t in runs]
+    if "mean" in runs[0].decodings:
+        for decoding in ("mean", *TEMPERATURES):
+            metrics[f"win_rate_{decoding}"] = [mean(t.preferences(decoding)) for t in runs]
     done = [read_object(path) for folder in folders
             if (path := folder / system / "done.json").exists()]
     for name in ("best_dev_win_rate", "best_iteration", "episodes", "seconds"):
@@ -199,17 +216,28 @@ def figures(folders: list[Path], system: str, runs: list[Tested]) -> dict[str, l
     return metrics
 
 
+def by_annotations(folders: list[Path]) -> list[dict]:
+    """Reads the win rates of the systems that were trained on fewer annotations, and on all."""
+    win_rates = lambda run: cell([sum(p) / len(p) for p in (
+        tested(folder, run).preferences("sampled") for folder in folders)])
+    names = ("rlhf", "fine-grained", "imitation", "dpo-sft")
+    return [{"annotations": count, "systems": {
+        SYSTEMS[name][0]: win_rates(name + suffix) for name in names}}
+        for count, suffix in [*((n, f"-{n}") for n in FEWER), (ANNOTATIONS, "")]]
+
+
 def reading(systems: dict, comparisons: list[dict]) -> list[str]:
     """Says in sentences what the first figures mean: both losses, the baseline, the rivals."""
     points = lambda value: f"{100 * value:+.1f}"
     sentences = []
-    for n, (a, b) in enumerate(COMPARED[:4]):
+    for a, b in COMPARED[:4]:
         (name, _), (rival, _) = SYSTEMS[a], SYSTEMS[b]
         rates = [100 * systems[s]["metrics"]["win_rate"]["mean"] for s in (a, b)]
         told = []
-        for found in comparisons[2 * n:][:2]:
+        for decoding in ("sampled", "greedy"):
+            found = next(c for c in comparisons
+                         if (c["systems"], c["decoding"]) == ([a, b], decoding))
             low, high = found["interval"]
-            decoding = found["label"].split(", ")[-1]
             told.append(f"the same {decoding}" if low == high == 0 else
                         f"{points(found['mean'])} points [{points(low)}, {points(high)}] {decoding}"
                         + (", which may be chance" if low <= 0 <= high else ""))
@@ -238,14 +266,17 @@ def collect(profile: str, folders: list[Path]) -> dict:
         metrics = {name: cell(values) for name, values in figures(folders, system, runs).items()}
         systems[system] = {"label": label, "role": role, "metrics": metrics}
     by = lambda system, decoding: [t.preferences(decoding) for t in tests[system]]
-    comparisons = [difference(f"{SYSTEMS[a][0]} minus {SYSTEMS[b][0]}, {decoding}",
-                              by(a, decoding), by(b, decoding))
+    comparisons = [{"systems": [a, b], "decoding": decoding} | difference(
+                       f"{SYSTEMS[a][0]} minus {SYSTEMS[b][0]}, {decoding}",
+                       by(a, decoding), by(b, decoding))
                    for a, b in COMPARED if {a, b} <= set(present)
-                   for decoding in ("sampled", "greedy")]
+                   for decoding in tests[a][0].decodings if decoding in tests[b][0].decodings]
     head["reading"] = reading(systems, comparisons)
+    if profile == "annotations":
+        head["by_annotations"] = by_annotations(folders)
     return head | {"systems": systems, "reward_models": reward_models(folders),
                    "comparisons": comparisons, "paper": PAPER,
                    "speed": [speed(folders, method, reward_model) for method, reward_model in
                              (("fine-grained-paper", "rm-paper"), ("fine-grained", "rm-token"))],
-                   "curves": curves(folders, present), 
+                   "curves": curves(folders, present),
                    "examples": examples(folders[0], {s: SYSTEMS[s][0] for s in present})}

@@ -12,6 +12,7 @@ from fgrlhf.reproduce.pipeline import Stage
 
 
 ANNOTATIONS = 1000              # annotated prompts, with one pair and one edit each
+FEWER = (125, 250, 500)         # annotations, in the profile of that name
 ANSWERED = 1800                 # prompts with two answers; those with a tie are not annotated
 DEV, TEST = 200, 400            # dev and test prompts
 ITERATIONS = 30                 # of every PPO run
@@ -230,5 +231,19 @@ def sweep(seed: Seed) -> None:
                       prompts="dev")
 
 
+def annotations(seed: Seed) -> None:
+    """Adds the systems of the comparison with fewer annotations, profile annotations."""
+    compare_systems(seed)
+    edits, pairs = "annotations/edits.jsonl", "annotations/pairs.jsonl"
+    for count in FEWER:
+        limit = ("--limit", str(count))
+        seed.reward(f"rm-sequence-{count}", pairs, "--kind", "sequence", "--epochs", "3", *limit)
+        seed.reward(f"rm-token-{count}", edits, *limit)
+        seed.ppo(f"rlhf-{count}", f"rm-sequence-{count}", *seed.rlhf)
+        seed.ppo(f"fine-grained-{count}", f"rm-token-{count}", *seed.method)
+        seed.directly(f"imitation-{count}", "fgrlhf.sft", edits, *IMITATION, *limit)
+        seed.directly(f"dpo-sft-{count}", "fgrlhf.dpo", edits, *DPO, *limit)
+
+
 PROFILES: dict[str, Callable[[Seed], None]] = {
-    "quick": compare_systems, "full": full, "sweep": sweep}
+    "quick": compare_systems, "full": full, "sweep": sweep, "annotations": annotations}

@@ -28,6 +28,11 @@ GREEDY_ERRORS = (Column("errors_greedy", "errors, greedy", 1, 2, False),)
 BEST = (Column("best_iteration", "best it.", 1, 0, False),)
 TRAINING = (Column("best_dev_win_rate", "best dev win rate %", 100, 1, False), *BEST,
             Column("episodes", "episodes", 1, 0, False), Column("seconds", "seconds", 1, 0, False))
+DECODING = (Column("win_rate", "1", 100, 1, False), Column("win_rate_0.7", "0.7", 100, 1, False),
+            Column("win_rate_0.5", "0.5", 100, 1, False),
+            Column("win_rate_0.3", "0.3", 100, 1, False),
+            Column("win_rate_greedy", "greedy", 100, 1, False),
+            Column("win_rate_mean", "mean", 100, 1))
 REWARD_MODELS = (Column("edit_accuracy", "edit pairs %", 100, 1),
                  Column("pair_accuracy", "pairs %", 100, 1),
                  Column("token_auc", "token AUC", 1, 3, False),
@@ -97,6 +102,10 @@ def text_table(results: dict, width: int = 104) -> str:
     parts = [_metrics("system", systems, columns, width),
              "\n".join(line for sentence in results.get("reading") or []
                        for line in textwrap.wrap(sentence, width, break_on_hyphens=False)),
+             _metrics("win rate % by temperature",
+                      {name: system for name, system in systems.items()
+                       if present({name: system}, DECODING[-1:])}, DECODING, width),
+             _by_annotations(results.get("by_annotations") or [], width),
              _metrics("reward model", models, REWARD_MODELS, width),
              _metrics("token rewards", {name: model for name, model in models.items()
                                         if present({name: model}, PLACES)}, PLACES, width)]
@@ -119,6 +128,13 @@ def _metrics(title: str, rows: dict[str, dict], columns: Sequence[Column], width
     cells = [_cells(c, [row["metrics"].get(c.metric) for row in rows.values()])
              for c in present(rows, columns)]
     return _aligned([title, *(row["label"] for row in rows.values())], cells, width)
+
+
+def _by_annotations(rows: list[dict], width: int) -> str:
+    names = list(rows[0]["systems"]) if rows else []
+    columns = [[name, *("{} {}".format(*cell_texts(row["systems"][name], WIN_RATES[0])).rstrip()
+                        for row in rows)] for name in names]
+    return _aligned(["annotations", *(number(row["annotations"]) for row in rows)], columns, width)
 
 
 def _cells(column: Column, cells: Sequence[dict | None]) -> list[str]:
