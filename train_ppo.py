@@ -50,6 +50,7 @@ from fgrlhf.group import METHODS as GROUPED
 from fgrlhf.group import group_advantage
 from fgrlhf.judge import answers
 from fgrlhf.ppo import check_first_ratio, exact_kl_of, policy_loss, rollout_metrics
+from fgrlhf.reward import save_reward
 from fgrlhf.rollout import Rollout, sample_shared
 from fgrlhf.sequences import Scorer, Sequences, by_length
 from fgrlhf.simulate.oracle import OracleJudge
@@ -92,6 +93,7 @@ class Config(ReadingRecords, Machinery):                # and --template, --seed
     world: int | None = arg(None, help="seed of the built-in world whose oracle judges dev answers")
     eval_every: int = arg(5, least=1, help="iterations between dev evaluations; every second one "
                           "at first, up to twice this number")
+    save_critic: bool = arg(False, help="rlhf: keep the critic in OUT/critic")
     exact_kl: int = arg(0, least=0, help="also log the KL over the whole vocabulary, of this many "
                         "responses per iteration")
     skip_checks: bool = arg(False, help="start without the startup checks")
@@ -178,6 +180,10 @@ def train(config: Config) -> None:
         if log.writes:
             write_encoding(log.folder / "policy", Encoding(config.template))
             save_model(policy, log.folder / "policy", tokenizer=players.tokenizer)
+    if config.save_critic and players.critic is not None:
+        with distributed.gathered(players.critic):
+            if log.writes:
+                save_reward(players.critic, log.folder / "critic", players.tokenizer)
     chosen = {"best_iteration": best["iteration"], "best_dev_win_rate": best["win_rate"]}
     log.finish({"iterations": config.iterations, "episodes": config.iterations * config.rollouts,
                 "startup_checks": "skipped" if config.skip_checks else "passed",

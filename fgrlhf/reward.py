@@ -228,6 +228,8 @@ def save_reward(model: RewardModel, path: str | Path, tokenizer: Tokenizer,
                 encoding: Encoding | None = None) -> None:
     """Writes a model folder with `reward_head.pt` and, last, `reward.json`.
 
+    A critic (baseline.py), which has the same parts, is written as a token-level model.
+
     encoding: how the records of the training became ids, for `check_encoding`.
     """
     folder = Path(path)
@@ -238,8 +240,10 @@ def save_reward(model: RewardModel, path: str | Path, tokenizer: Tokenizer,
                                                     *model.named_buffers()]
            if not name.startswith("trunk.")}
     write_atomic(folder / "reward_head.pt", lambda file: torch.save(own, file))
-    description = {"kind": model.kind, "control": getattr(model, "control", None),
-                   "response": model.response, "confidence": model.confidence}
+    description = {"kind": getattr(model, "kind", "token"),
+                   "control": getattr(model, "control", None),
+                   "response": getattr(model, "response", "sum"),
+                   "confidence": getattr(model, "confidence", False)}
     write_atomic(folder / "reward.json", (json.dumps(description) + "\n").encode())
 
 

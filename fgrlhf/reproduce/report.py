@@ -34,7 +34,7 @@ from fgrlhf.reproduce import excerpts
 from fgrlhf.reproduce.chart import Curve, line_chart, strip, strip_axis, ticks
 from fgrlhf.reproduce.markup import Html, section, table, tag, typeset
 from fgrlhf.reproduce.table import (
-    DECODING, DIFFERENCE, ERRORS, GREEDY_ERRORS, PLACES, REWARD_MODELS, TRAINING, WIN_RATES, Column,
+    ADVANTAGES, DECODING, DIFFERENCE, ERRORS, GREEDY_ERRORS, PLACES, REWARD_MODELS, TRAINING, WIN_RATES, Column,
     cell_texts, interval_of, is_number, number, present, ratio, text_table)
 
 STYLE = Path(__file__).parent / "style.css"
@@ -58,7 +58,7 @@ def page(results: dict) -> str:
     curves = sorted(get("curves") or [], key=is_method, reverse=True)  # the method gets style s0
     parts = [(_systems, systems), (_temperatures, systems), (_by_annotations, get("by_annotations")),
              (_comparisons, get("comparisons")), (_reward_models, get("reward_models")),
-             (_speed, get("speed")), (_paper, get("paper")), (_training, systems),
+             (_advantages, get("advantages")), (_speed, get("speed")), (_paper, get("paper")), (_training, systems),
              (_curves, curves),
              (excerpts.heat_maps, examples.get("heat_maps")),
              (excerpts.edits, examples.get("edits")), (explained_page, examples.get("explained")),
@@ -176,6 +176,15 @@ def _reward_models(models: dict[str, dict]) -> Html:
         "mean token rewards on errors, behind the first error and elsewhere, and the root mean "
         "square of r+ - r- over unchanged tokens, all in standard deviations of the rewards.",
         ["reward model", *(c.header for c in columns)], [rows]))
+
+
+def _advantages(estimates: dict[str, dict]) -> Html:
+    rows = [tag("tr", _name(one), _numbers(one, ADVANTAGES)) for one in estimates.values()]
+    return section("Estimates of the advantage", table(
+        "Token rewards, and GAE with a critic trained on the SFT policy, against the advantage of "
+        "each token that the oracle measured from sampled completions: correlation over all tokens, "
+        "agreement in sign where the advantage is at least half an error, and correlation by place.",
+        ["estimate", *(c.header for c in ADVANTAGES)], [rows]))
 
 
 def _speed(compared: Sequence[dict]) -> Html:

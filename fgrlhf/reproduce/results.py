@@ -18,6 +18,7 @@ from fgrlhf.reproduce.examples import examples
 from fgrlhf.reproduce.names import (
     COMPARED, NOTES, PAPER, REWARD_METRICS, REWARD_MODELS, SYSTEMS)
 from fgrlhf.reproduce.stages import ANNOTATIONS, FEWER, TEMPERATURES
+from fgrlhf.simulate.advantages import PLACES
 from fgrlhf.simulate.oracle import count_errors
 from fgrlhf.simulate.world import World
 
@@ -216,6 +217,25 @@ def figures(folders: list[Path], system: str, runs: list[Tested]) -> dict[str, l
     return metrics
 
 
+def advantages(folders: list[Path]) -> dict:
+    """Reads how well rewards and GAE agree with measured advantages (simulate/advantages.py)."""
+    if not (folders[0] / "advantages.json").exists():
+        return {}
+    found = [read_object(folder / "advantages.json") for folder in folders]
+    labels = {f"{name}/reward": label for name, label in REWARD_MODELS.items()}
+    table = {}
+    for name in found[0]["estimates"]:
+        label = next((label for end, label in labels.items() if name.endswith("/" + end)), name)
+        same = [next(table for other, table in one["estimates"].items()
+                     if other.split("/")[-2:] == name.split("/")[-2:]) for one in found]
+        table[label] = {"label": label, "metrics": {
+            metric: cell([estimates.get(metric, math.nan) for estimates in same])
+            for metric in ("correlation", "sign", *(f"correlation/{p}" for p in PLACES))}}
+    table["ceiling"] = {"label": "highest that the measurement allows", "metrics": {
+        "correlation": cell([one["ceiling"] for one in found])}}
+    return table
+
+
 def by_annotations(folders: list[Path]) -> list[dict]:
     """Reads the win rates of the systems that were trained on fewer annotations, and on all."""
     win_rates = lambda run: cell([sum(p) / len(p) for p in (
@@ -275,7 +295,7 @@ def collect(profile: str, folders: list[Path]) -> dict:
     if profile == "annotations":
         head["by_annotations"] = by_annotations(folders)
     return head | {"systems": systems, "reward_models": reward_models(folders),
-                   "comparisons": comparisons, "paper": PAPER,
+                   "advantages": advantages(folders), "comparisons": comparisons, "paper": PAPER,
                    "speed": [speed(folders, method, reward_model) for method, reward_model in
                              (("fine-grained-paper", "rm-paper"), ("fine-grained", "rm-token"))],
                    "curves": curves(folders, present),

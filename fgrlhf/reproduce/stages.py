@@ -158,6 +158,7 @@ def full(seed: Seed) -> None:
     compare_systems(seed)
     more_rivals(seed)
     controls_and_ablations(seed)
+    mechanism(seed)
     for system in ("sft", "rlhf", "fine-grained-paper", "fine-grained", "imitation", "dpo-sft",
                    "fine-grained-imperfect", "imitation-imperfect", "dpo-sft-imperfect"):
         policy = "best" if system.startswith(("rlhf", "fine-grained")) else "policy"
@@ -179,6 +180,21 @@ def more_rivals(seed: Seed) -> None:
     for reward in ("sequence", "paper", "token"):
         seed.outputs(f"best-of-{reward}-test", "sft/policy", "test", "--seed", "9", "--best-of",
                      "16", "--reward", seed.at(f"rm-{reward}/reward"), needs=(f"rm-{reward}",))
+
+
+def mechanism(seed: Seed) -> None:
+    """Adds the comparison of rewards and GAE with measured advantages of the SFT policy.
+
+    The critic learns beside a policy that does not move (learning rate 0).
+    """
+    seed.ppo("rlhf-critic", "rm-sequence", *seed.rlhf, "--lr", "0", "--save-critic", test=False)
+    rewards = ("rm-token", "rm-paper", "rm-token-sum", "rm-tlcr", "rm-token-pairs")
+    seed.add("advantages", "-m", "fgrlhf.simulate.advantages", "--world", seed.seed,
+             "--policy", seed.at("sft/policy"), "--prompts", seed.at("world/dev.jsonl"),
+             "--rewards", ",".join(seed.at(f"{name}/reward") for name in rewards),
+             "--critic", seed.at("rlhf-critic/critic"), "--critic-reward",
+             seed.at("rm-sequence/reward"), "--out", seed.at("advantages.json"),
+             "--limit", "50", "--completions", "32", needs=(*rewards, "rlhf-critic"))
 
 
 def controls_and_ablations(seed: Seed) -> None:

@@ -40,6 +40,10 @@ REWARD_MODELS = (Column("edit_accuracy", "edit pairs %", 100, 1),
 PLACES = (Column("r_errors", "r errors", 1, 2, False), Column("r_behind", "behind", 1, 2, False),
           Column("r_elsewhere", "elsewhere", 1, 2, False),
           Column("u0_drift", "U0 drift", 1, 2, False))
+ADVANTAGES = (Column("correlation", "correlation", 1, 2), Column("sign", "sign %", 100, 0, False),
+              Column("correlation/error", "on errors", 1, 2, False),
+              Column("correlation/behind", "behind", 1, 2, False),
+              Column("correlation/elsewhere", "elsewhere", 1, 2, False))
 RATIO = Column("", "ratio", 1, 1)
 DIFFERENCE = Column("", "points", 100, 1, sign="+")
 
@@ -108,7 +112,9 @@ def text_table(results: dict, width: int = 104) -> str:
              _by_annotations(results.get("by_annotations") or [], width),
              _metrics("reward model", models, REWARD_MODELS, width),
              _metrics("token rewards", {name: model for name, model in models.items()
-                                        if present({name: model}, PLACES)}, PLACES, width)]
+                                        if present({name: model}, PLACES)}, PLACES, width),
+             _metrics("estimates of the advantage", results.get("advantages") or {}, ADVANTAGES,
+                      width)]
     comparisons = results.get("comparisons") or []
     parts.append(_aligned(["difference of win rates", *(c["label"] for c in comparisons)],
                           [_cells(DIFFERENCE, comparisons)], width))

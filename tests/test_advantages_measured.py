@@ -1,0 +1,58 @@
+"""Measured advantages: against enumeration where every completion is known, and their comparison."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fgrlhf.engine.config import parse
+from fgrlhf.rollout import Rollout
+from fgrlhf.sequences import pack
+from fgrlhf.simulate import advantages
+from fgrlhf.simulate.world import World
+from fgrlhf.tokenizer import train
+
+
+def test_values_are_minus_the_mean_errors_of_the_completions(tmp_path, monkeypatch):
+    """Half of the completions are right: V = -1/2 until the value is written, then exact."""
+    world = World(3)
+    land = world.lands[0]
+    prompt, fact = f"Name the river of {land}.", world.facts[land, "river"]
+    wrong = next(v for (_, a), v in world.facts.items() if a == "river" and v != fact)
+    tokenizer = train([f"Its river is {value}." for value in (fact, wrong)] * 4, 290,
+                      tmp_path / "t.model")
+    text = f"Its river is {wrong}."
+    response = tokenizer.encode(text, eos=True)
+    head = next(t for t in range(len(response)) if tokenizer.decode(response[:t + 1]) !=
+                f"Its river is {fact}."[:len(tokenizer.decode(response[:t + 1]))])
+
+    def sample(policy, states, *rest):
+        """Completes the sentence if it can be right, as right and wrong in turn."""
+        rows = []
+        for k, state in enumerate(states):
+            so_far = state[1:]
+            ends = [tokenizer.encode(f"Its river is {value}.", eos=True) for value in (fact, wrong)]
+            fits = [end for end in ends if end[:len(so_far)] == so_far]
+            rows.append(fits[k % len(fits)][len(so_far):])
+        return Rollout(pack(states, rows), torch.zeros(1), torch.zeros(1))
+    monkeypatch.setattr(advantages, "sample", sample)
+    config = parse(advantages.Config, argv=["--world", "3", "--policy", "p", "--prompts", "q",
+                                            "--rewards", "r", "--out", "o", "--completions", "4"])
+    V = advantages.values_of(None, tokenizer, world, prompt, [1], response, config, None)
+    cost = len(world.errors(prompt, text))
+    assert V.shape == (len(response) + 1, 2) and cost == 1
+    assert V[:head + 1].tolist() == [[-0.5, -0.5]] * (head + 1)
+    assert V[head + 1:].tolist() == [[-1.0, -1.0]] * (len(response) - head)
+    places = advantages.places_of(world, prompt, text, tokenizer, response)
+    assert places[0] == "elsewhere" and "error" in places and places[-1] == "behind"
+
+
+def test_compare_of_the_measurement_itself_is_perfect_and_of_its_negative_is_not():
+    rng = np.random.default_rng(0)
+    measured, places = rng.normal(size=300), np.array(advantages.PLACES * 100)
+    same = advantages.compare(measured * 3 - 1, measured, places)
+    assert same["correlation"] == same["correlation/error"] == pytest.approx(1)
+    assert same["sign"] > 0.95
+    assert advantages.compare(-measured, measured, places)["sign"] < 0.05
+    json.dumps(same)
