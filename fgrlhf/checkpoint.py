@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from fgrlhf.data.fields import UserError, show
-from fgrlhf.data.files import read_bytes, write_atomic
+from fgrlhf.data.files import write_atomic
 from fgrlhf.engine import distributed, lora
 from fgrlhf.engine.config import arg, dispatch, run
 from fgrlhf.engine.encoding import read_encoding, write_encoding
 from fgrlhf.engine.places import refuse_run_folder
 from fgrlhf.layouts import meta
-from fgrlhf.layouts.recognise import WEIGHTS, read_layout, weight_files
+from fgrlhf.layouts.recognise import WEIGHTS, gguf_file, read_layout, weight_files
 from fgrlhf.layouts.stored import Stored, check_finite, damaged, in_a_line, read_settings
 from fgrlhf.model import LLaMA, LLaMAConfig
 from fgrlhf.tokenizer import Tokenizer
@@ -43,10 +43,11 @@ PER_PIECE = ("tok_embeddings.weight", "output.weight")          # matrices with 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu",
                dtype: torch.dtype | None = None) -> LLaMA:
-    """Reads the model in a folder, or in a llama2.c file, in any layout.
+    """Reads the model in a folder, or in a GGUF or llama2.c file, in any layout.
 
     A folder of adapters gives the adapters merged with their trunk. `device` may be "meta". With
-    dtype None the model keeps the dtype of the stored embedding. Rows of the embedding beyond the
+    dtype None the model keeps the dtype of the stored embedding; that of a GGUF file is float32
+    unless it is BF16. Rows of the embedding beyond the
     tokenizer's pieces are in `added_rows`, and one line on stderr says so. Raises UserError with
     the file and the tensor for anything that is missing, unknown, truncated, not finite or of the
     wrong shape, and when the tokenizer is that of another model.
@@ -81,10 +82,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
 
 def _count_pieces(path: str | Path, config: LLaMAConfig) -> int:
     """Returns how many pieces the tokenizer at `path` has. Without a tokenizer it is every row."""
-    file = _tokenizer_path(path)
-    if not file.exists():
-        return config.vocab_size
-    pieces = Tokenizer(file).vocab_size
+    if (file := gguf_file(path)) is not None:
+        from fgrlhf.layouts import gguf
+        pieces = gguf.count_pieces(file)
+    else:
+        file = _tokenizer_path(path)
+        pieces = Tokenizer(file).vocab_size if file.exists() else config.vocab_size
     _check_fit(file, pieces, config)
     return pieces
 
@@ -161,10 +164,14 @@ def _tokenizer_path(path: str | Path) -> Path:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads the tokenizer of a model, given as in `load_model`.
 
-    It is the tokenizer.model in the folder of the model, or one folder up. When the
+    It is the tokenizer in a GGUF file, or else the tokenizer.model in the folder of the model, or
+    one folder up. When the
     tokenizer_config.json next to it says so (`add_bos_token`), prompts begin without BOS.
     """
     refuse_run_folder(path)
+    if (file := gguf_file(path)) is not None:
+        from fgrlhf.layouts import gguf
+        return gguf.read_tokenizer(file)
     file = _tokenizer_path(path)
     for other in sorted(file.parent.glob("tok*.[bj]*")) if not file.exists() else ():
         if other.suffix == ".bin" or other.name == "tokenizer.json":
@@ -231,7 +238,7 @@ def _write_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> None:
     """Writes tokenizer.model and, when it is not what a reader expects, whether BOS is added."""
     if tokenizer is None:
         return
-    write_atomic(folder / "tokenizer.model", read_bytes(tokenizer.path))
+    write_atomic(folder / "tokenizer.model", tokenizer.model)
     settings = folder / "tokenizer_config.json"
     if not tokenizer.adds_bos or settings.exists():
         _write_json(settings, {"add_bos_token": tokenizer.adds_bos})

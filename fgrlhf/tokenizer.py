@@ -43,22 +43,24 @@ class Piece(NamedTuple):
 
 
 class Tokenizer:
-    """A sentencepiece model file.
+    """A sentencepiece model file, or its bytes in `model` when `path` is a file that contains it.
 
-    Attributes: vocab_size, bos_id, eos_id, pad_id (never eos_id); pieces, a list of Piece by id;
+    Attributes: model, the bytes of the file; vocab_size, bos_id, eos_id, pad_id (never eos_id); pieces, a list of Piece by id;
     adds_blank, True if "a" is encoded as " a", as in LLaMA; adds_bos, False if `encode` never puts
     BOS first, as some models want; sha256 of the file, and of adds_bos where it is False, in
     hexadecimal. Raises UserError when the file is missing, is not a sentencepiece model, or lacks
     BOS or EOS.
     """
 
-    def __init__(self, path: str | Path, adds_bos: bool = True):
+    def __init__(self, path: str | Path, adds_bos: bool = True, model: bytes | None = None):
         self.path, self.adds_bos = Path(path), adds_bos
-        check_kind(path, "a sentencepiece model (tokenizer.model)")
-        if (size := self.path.stat().st_size) > LARGEST:
-            raise UserError(f"{path}: expected a sentencepiece model of at most {LARGEST} bytes, "
-                            f"got {size}; copy tokenizer.model again")
-        model = self.path.read_bytes()
+        if model is None:
+            check_kind(path, "a sentencepiece model (tokenizer.model)")
+            if (size := self.path.stat().st_size) > LARGEST:
+                raise UserError(f"{path}: expected a sentencepiece model of at most {LARGEST} "
+                                f"bytes, got {size}; copy tokenizer.model again")
+            model = self.path.read_bytes()
+        self.model = model
         self.sha256 = hashlib.sha256(model + (b"" if adds_bos else b"no BOS")).hexdigest()
         self._sp = sentencepiece.SentencePieceProcessor()
         try:

@@ -1,0 +1,240 @@
+"""GGUF, llama.cpp's file: a model, its tokenizer and its chat template in one file.
+
+Numbers are dequantised to float32, one tensor at a time (`ggml.py`). A file of BF16 gives a model
+in bfloat16. A file with any other embedding gives float32 (F16 has too small a range to train in),
+and `load_model(path, dtype=...)` any dtype. llama.cpp's converter writes q and k in Meta's order,
+so their rows stay as they are.
+
+The tokenizer is one of two kinds. "llama" is a sentencepiece model without its file: pieces, scores
+and types. The file is built again from them. "gpt2" is a byte-level BPE.
+"""
+
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fgrlhf.data.fields import UserError, show
+from fgrlhf.layouts.ggml import dequantise
+from fgrlhf.layouts.gguf_file import Entry, GGUFFile, open_gguf
+from fgrlhf.layouts.stored import Stored, Weights, damaged, make_config
+from fgrlhf.model import LLaMAConfig
+from fgrlhf.tokenizer import Tokenizer
+
+NAMES = {
+    "token_embd.weight": "tok_embeddings.weight", "output_norm.weight": "norm.weight",
+    "output.weight": "output.weight", "attn_q.weight": "attention.wq.weight",
+    "attn_k.weight": "attention.wk.weight", "attn_v.weight": "attention.wv.weight",
+    "attn_output.weight": "attention.wo.weight", "attn_norm.weight": "attention_norm.weight",
+    "ffn_gate.weight": "feed_forward.w1.weight", "ffn_down.weight": "feed_forward.w2.weight",
+    "ffn_up.weight": "feed_forward.w3.weight", "ffn_norm.weight": "ffn_norm.weight",
+}
+SIZES = {                                   # key behind "llama.": field of LLaMAConfig
+    "embedding_length": "dim", "block_count": "n_layers", "attention.head_count": "n_heads",
+    "attention.head_count_kv": "n_kv_heads", "feed_forward_length": "ffn_dim",
+    "attention.layer_norm_rms_epsilon": "norm_eps", "rope.freq_base": "rope_theta",
+    "context_length": "max_seq_len", "vocab_size": "vocab_size",
+}
+NO_EFFECT = ("tensor_data_layout",)         # says that q and k are in Meta's order
+PRETOKENISERS = {"smollm": "smollm", "llama-bpe": "llama3", "gpt-2": "gpt2", "default": "gpt2"}
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens
+
+
+def read(path: Path) -> Weights:
+    """Describes the sizes and tensors of one file."""
+    file = open_gguf(path)
+    config = _read_config(file)
+    return config, {_our_name(name): _stored(path, name, entry)
+                    for name, entry in file.tensors.items()}
+
+
+def _our_name(name: str) -> str:
+    """blk.3.ffn_up.weight -> layers.3.feed_forward.w3.weight. Others stay as they are."""
+    layer = re.fullmatch(r"blk\.(\d+)\.(.*)", name)
+    prefix, rest = (f"layers.{layer[1]}.", layer[2]) if layer else ("", name)
+    return prefix + NAMES[rest] if rest in NAMES else name
+
+
+def _stored(path: Path, name: str, entry: Entry) -> Stored:
+    dtype = torch.bfloat16 if entry.kind.name == "BF16" else torch.float32
+
+    def read(device) -> torch.Tensor:
+        if torch.device(device).type == "meta":
+            return torch.empty(entry.shape, dtype=dtype, device=device)
+        data = np.memmap(path, np.uint8, "r", entry.start, entry.size)
+        numbers = torch.from_numpy(dequantise(entry.kind, data))
+        return numbers.view(entry.shape).to(device, dtype)
+    return Stored(path, name, entry.shape, dtype, read)
+
+
+# ----- the sizes ----------------------------------------------------------------------------------
+
+def _read_config(file: GGUFFile) -> LLaMAConfig:
+    """Translates the metadata. A key that may change the model and is not known is refused."""
+    values = {key.removeprefix("llama."): value for key, value in file.metadata.items()
+              if key.startswith("llama.")}
+    expected = {"general.architecture": ("llama",), "general.type": ("model", None),
+                "split.count": (0, 1, None)}
+    for key, choices in expected.items():
+        if (got := file.metadata.get(key)) not in choices:
+            more = "; join the parts with llama-gguf-split --merge" if key == "split.count" else (
+                ", which is not supported; choose another model")
+            raise UserError(f"{file.path}: {key}: expected {show(choices[0])}, got "
+                            f"{show(got)}{more}")
+    sizes = {field: _number(file, f"llama.{key}", values.pop(key))
+             for key, field in SIZES.items() if key in values}
+    if (embedding := file.tensors.get("token_embd.weight")) is None:
+        raise damaged(file.path, "tensor token_embd.weight is missing")
+    sizes = {"vocab_size": embedding.shape[0], "n_kv_heads": sizes.get("n_heads")} | sizes
+    for key, field in SIZES.items():
+        if field not in sizes and field != "rope_theta":
+            raise damaged(file.path, f"llama.{key}: expected a number, got nothing")
+    config = make_config(file.path, "output.weight" not in file.tensors, **sizes)
+    _check_rest(file, values, config)
+    return config
+
+
+def _number(file: GGUFFile, key: str, value: object) -> int | float:
+    kind = float if key.endswith(("epsilon", "freq_base")) else int
+    if type(value) not in (kind, int):
+        what = "a number" if kind is float else "an integer"
+        raise UserError(f"{file.path}: {key}: expected {what}, the same for every layer, got "
+                        f"{show(value)}; choose another model")
+    return value
+
+
+def _check_rest(file: GGUFFile, values: dict[str, object], config: LLaMAConfig) -> None:
+    """Raises UserError for what is left of the keys of "llama.", unless it changes nothing."""
+    harmless = {
+        "attention.key_length": config.head_dim, "attention.value_length": config.head_dim,
+        "rope.dimension_count": config.head_dim, "rope.scaling.type": "none",
+        "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0}
+    # LEAD: head_dim other than D / H and scaled RoPE, once LLaMAConfig has them.
+    for key, value in values.items():
+        if key in NO_EFFECT or key.startswith("rope.scaling.orig") or (
+                np.isscalar(value) and (value == harmless.get(key) or not value)):
+            continue
+        expected = harmless.get(key)
+        raise UserError(
+            f"{file.path}: llama.{key}: expected {'no such key' if expected is None else expected},"
+            f" got {show(value)}, which is not supported; choose another model")
+    if "rope_freqs.weight" in file.tensors:
+        raise UserError(f"{file.path}: tensor rope_freqs.weight: expected none, got one: the "
+                        "scaled RoPE of Llama 3.1, which is not supported; choose another model")
+
+
+# ----- the tokenizer ------------------------------------------------------------------------------
+
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """Reads the tokenizer in a file, of either kind. Its `chat_template` is that of the file.
+
+    Raises UserError for another kind, another pretokeniser, and for what contradicts itself.
+    """
+    found = open_gguf(Path(path))
+    kind = _get(found, "model", str)
+    if kind not in ("gpt2", "llama"):
+        raise UserError(f'{path}: tokenizer.ggml.model: expected "gpt2" or "llama", got '
+                        f"{show(kind)}, which is not supported; choose another model")
+    tokens, types = _read_tokens(found)
+    adds_bos = _get(found, "add_bos_token", bool, kind == "llama")
+    template = found.metadata.get("tokenizer.chat_template")
+    ids = {name: _get(found, f"{name}_token_id", int) for name in ("bos", "eos")}
+    for name, id in ids.items():
+        if not 0 <= id < len(tokens):
+            raise damaged(path, f"tokenizer.ggml.{name}_token_id: expected an id below "
+                                f"{len(tokens)}, got {id}")
+        types[id] = CONTROL                         # some converters forget to say it
+    if kind == "llama":
+        model = _sentencepiece(found, tokens, types, ids)
+        tokenizer = Tokenizer(path, adds_bos, model)
+        tokenizer.chat_template = template
+        return tokenizer
+    from fgrlhf.bpe import BPETokenizer
+    pre = _get(found, "pre", str)
+    if pre not in PRETOKENISERS:
+        raise UserError(f"{path}: tokenizer.ggml.pre: expected one of {', '.join(PRETOKENISERS)}, "
+                        f"got {show(pre)}, which is not supported; choose another model")
+    control = {tokens[id]: id for id in range(len(tokens)) if types[id] in (CONTROL, USER_DEFINED)}
+    return BPETokenizer(path, tokens, _get(found, "merges", list), PRETOKENISERS[pre], control,
+                        ids["bos"], ids["eos"], adds_bos, template)
+
+
+def count_pieces(path: Path) -> int:
+    """Returns how many tokens the tokenizer in a file has, or how many rows the embedding has."""
+    file = open_gguf(path)
+    if "tokenizer.ggml.tokens" not in file.metadata:
+        return file.tensors["token_embd.weight"].shape[0]
+    return len(_read_tokens(file)[0])
+
+
+def _get(file: GGUFFile, name: str, kind: type, default=None):
+    """Returns a value of the tokenizer. Raises UserError when it is missing or of another type."""
+    key = f"tokenizer.ggml.{name}"
+    value = file.metadata.get(key, default)
+    if type(value) is not kind:
+        raise damaged(file.path, f"{key}: expected {kind.__name__}, got {show(value)}")
+    return value
+
+
+def _read_tokens(file: GGUFFile) -> tuple[list[str], np.ndarray]:
+    """Returns the tokens and their types.
+
+    The converter names rows of the embedding beyond the tokenizer "[PAD32000]" and calls them
+    unused. They are no tokens here (see `checkpoint.py`).
+    """
+    tokens, types = _get(file, "tokens", list), _get(file, "token_type", np.ndarray)
+    if types.dtype.kind not in "iu" or len(types) != len(tokens):
+        raise damaged(file.path, f"tokenizer.ggml.token_type: expected {len(tokens)} integers, got "
+                                 f"{len(types)} of {types.dtype}")
+    count = len(tokens)
+    while count and types[count - 1] == UNUSED and tokens[count - 1] == f"[PAD{count - 1}]":
+        count -= 1
+    if len(set(tokens[:count])) < count or "" in tokens[:count]:
+        raise damaged(file.path, "tokenizer.ggml.tokens: expected distinct texts, got the same "
+                                 "twice, or an empty text")
+    return tokens[:count], types[:count].astype(np.int64)
+
+
+def _sentencepiece(file: GGUFFile, tokens: list[str], types: np.ndarray,
+                   ids: dict[str, int]) -> bytes:
+    """Builds a sentencepiece model, the protocol buffer of a tokenizer.model."""
+    scores = _get(file, "scores", np.ndarray)
+    if scores.dtype.kind != "f" or len(scores) < len(tokens):
+        raise damaged(file.path, f"tokenizer.ggml.scores: expected {len(tokens)} numbers, got "
+                                 f"{len(scores)} of {scores.dtype}")
+    unknown = np.flatnonzero(types == UNKNOWN)
+    if len(unknown) != 1 or not set(types) <= set(range(1, 7)):
+        raise damaged(file.path, "tokenizer.ggml.token_type: expected types 1 to 6, and one "
+                                 f"unknown (2), got {len(unknown)} unknown")
+    if len(file.metadata.get("tokenizer.ggml.precompiled_charsmap", "")):
+        raise UserError(f"{file.path}: tokenizer.ggml.precompiled_charsmap: expected none, got a "
+                        "normalisation, which is not supported; choose another model")
+    pieces = [_field(1, _field(1, token.encode()) + _field(2, struct.pack("<f", score), 5)
+                     + _field(3, type)) for token, score, type in zip(
+                         tokens, scores.tolist(), types.tolist())]
+    ids = {"unk": int(unknown[0])} | ids
+    trainer = _field(3, 2) + _field(4, len(tokens)) + _field(35, int(BYTE in types)) + b"".join(
+        _field(40 + n, ids[name]) + _field(45 + n, tokens[ids[name]].encode())
+        for n, name in enumerate(("unk", "bos", "eos")))                # 2: BPE
+    adds_blank = _get(file, "add_space_prefix", bool, True)
+    removes = _get(file, "remove_extra_whitespaces", bool, False)
+    normaliser = (_field(1, b"identity") + _field(3, int(adds_blank)) + _field(4, int(removes))
+                  + _field(5, 1))
+    return b"".join(pieces) + _field(2, trainer) + _field(3, normaliser)
+
+
+def _field(number: int, value: bytes | int, wire: int = 2) -> bytes:
+    """Writes a field of a protocol buffer: an integer, bytes, or with `wire` 5 a float32."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | wire) + (_varint(len(value)) if wire == 2 else b"") + value
+
+
+def _varint(value: int) -> bytes:
+    data = bytearray()
+    while value > 127:
+        data.append(value & 127 | 128)
+        value >>= 7
+    return bytes(data + bytes([value]))
