@@ -165,7 +165,7 @@ def _check(path: str | Path, expected: dict[str, Tensor], tensors: dict[str, Sto
                             f"{stored.shape}; copy the checkpoint again")
         if stored.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise UserError(f"{stored.place}: expected floating point, got {stored.dtype}; "
-                            "quantised weights are not supported")
+                            "of quantised weights only those of GGUF are supported")
 
 
 # ----- the tokenizer ------------------------------------------------------------------------------

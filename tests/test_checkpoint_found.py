@@ -151,7 +151,7 @@ KINDS = [(b"", "an empty file"),
          (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 13476939516\n",
           "a Git LFS pointer, which only names the file; run `git lfs pull` in its folder"),
          (b"<!DOCTYPE html><html>404</html>", "a web page"), (b"\n <html lang=en>", "a web page"),
-         (b"GGUF\x03\0\0\0", "a file of llama.cpp")]
+         (b"GGUF\x03\0\0\0", "a GGUF file of llama.cpp; name the file itself")]
 
 
 @pytest.mark.parametrize("content, kind", KINDS)

@@ -28,6 +28,7 @@ import torch
 from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer, save_model
 from fgrlhf.data.fields import UserError
 from fgrlhf.generate import continue_batch
+from fgrlhf.tokenizer import Tokenizer
 from tests.test_fuzz import peak_memory
 
 COUNT = int(os.environ.get("FGRLHF_FUZZ_CHECKPOINTS", 60))
@@ -52,6 +53,7 @@ def make_seeds(folder: Path) -> list[Path]:
     shutil.copytree(folder / "meta", folder / "legacy")
     torch.save({n: p.detach() for n, p in model.named_parameters()},
                folder / "legacy" / "consolidated.00.pth", _use_new_zipfile_serialization=False)
+    make_gguf(folder / "gguf", bpe)
     for name in ("index", "index-bin", "shards", "llama2c"):
         (folder / name).mkdir()
         shutil.copy(bpe.path, folder / name / "tokenizer.model")
@@ -67,6 +69,17 @@ def make_seeds(folder: Path) -> list[Path]:
         save_model(variant(vocab_size=tokenizer.vocab_size), folder / ("of-" + name),
                    tokenizer=tokenizer)
     return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+def make_gguf(folder: Path, tokenizer: Tokenizer) -> None:
+    """Writes a GGUF file with matrices of three types and a sentencepiece tokenizer."""
+    from tests.gguf_files import F16, Q8_0, describe, sentencepiece, weights, write
+    from tests.test_checkpoint import variant
+    model = variant(vocab_size=tokenizer.vocab_size, ffn_dim=64)
+    tensors = weights(model, F16)
+    tensors["blk.0.ffn_up.weight"] = (Q8_0, (64, 32), b"\1\2" * 17 * 64)
+    folder.mkdir()
+    write(folder / "model.gguf", describe(model) | sentencepiece(tokenizer), tensors)
 
 
 # ----- mutations ----------------------------------------------------------------------------------
@@ -138,6 +151,14 @@ def mutate_tensors(path: Path, rng: random.Random) -> None:
     torch.save(tensors, path, _use_new_zipfile_serialization=rng.random() < .7)
 
 
+def mutate_header(data: bytes, rng: random.Random) -> bytes:
+    """Overwrites a number near the beginning of a GGUF file, in its header or anywhere."""
+    at = rng.randrange(rng.choice([24, 800, 20_000, len(data) - 8]))
+    number = rng.choice([0, 1, 2, 3, 8, 9, 255, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1])
+    size = rng.choice([1, 4, 8])
+    return data[:at] + struct.pack("<Q", number)[:size] + data[at + size:]
+
+
 def compress(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         members = [(name, archive.read(name)) for name in archive.namelist()]
@@ -169,6 +190,8 @@ def mutate(folder: Path, seeds: list[Path], rng: random.Random) -> str:
         mutate_tensors(path, rng)
     elif path.suffix in (".pth", ".pt") and kind < .43 and data[:2] == b"PK":
         compress(path)
+    elif path.suffix == ".gguf" and kind < .7:
+        path.write_bytes(mutate_header(data, rng))
     elif path.name == "model.bin" and kind < .6:
         at = 4 * rng.randrange(7)
         number = struct.pack("<i", rng.choice([0, -1, 1, 10**7, 2**31 - 1, -2**31, 64, 272]))

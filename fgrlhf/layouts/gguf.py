@@ -138,9 +138,11 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f'{path}: tokenizer.ggml.model: expected "gpt2" or "llama", got '
                         f"{show(kind)}, which is not supported; choose another model")
     tokens, types = _read_tokens(found)
-    adds_bos = _get(found, "add_bos_token", bool, kind == "llama")
-    template = found.metadata.get("tokenizer.chat_template")
-    ids = {name: _get(found, f"{name}_token_id", int) for name in ("bos", "eos")}
+    pre = found.metadata.get("tokenizer.ggml.pre")
+    adds_bos = _get(found, "add_bos_token", bool, kind == "llama" or pre == "llama-bpe")
+    template = _get(found, "chat_template", str, "") or None
+    ids = {"eos": _get(found, "eos_token_id", int)}
+    ids["bos"] = _get(found, "bos_token_id", int, ids["eos"] if kind == "gpt2" else None)
     for name, id in ids.items():
         if not 0 <= id < len(tokens):
             raise damaged(path, f"tokenizer.ggml.{name}_token_id: expected an id below "
@@ -151,8 +153,7 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
         tokenizer = Tokenizer(path, adds_bos, model)
         tokenizer.chat_template = template
         return tokenizer
-    pre = _get(found, "pre", str)
-    if pre not in PRETOKENISERS:
+    if not isinstance(pre, str) or pre not in PRETOKENISERS:
         raise UserError(f"{path}: tokenizer.ggml.pre: expected one of {', '.join(PRETOKENISERS)}, "
                         f"got {show(pre)}, which is not supported; choose another model")
     from fgrlhf.bpe import BPETokenizer
@@ -171,7 +172,7 @@ def count_pieces(path: Path) -> int:
 
 def _get(file: GGUFFile, name: str, kind: type, default=None):
     """Returns a value of the tokenizer. Raises UserError when it is missing or of another type."""
-    key = f"tokenizer.ggml.{name}"
+    key = f"tokenizer.{'ggml.' * (name != 'chat_template')}{name}"
     value = file.metadata.get(key, default)
     if type(value) is not kind:
         raise damaged(file.path, f"{key}: expected {kind.__name__}, got {show(value)}")
