@@ -101,6 +101,19 @@ def weights(model: LLaMA, kind: int = F32) -> dict[str, tuple[int, tuple, bytes]
     return found
 
 
+def integers(values: list[int]) -> tuple[int, bytes]:
+    """An array of int32, which the converter uses for types."""
+    return 9, struct.pack("<IQ", 5, len(values)) + np.array(values, "<i4").tobytes()
+
+
+def bpe(tokens: list[str], merges: list[str], control: int) -> dict:
+    """The metadata of a byte-level BPE. The first `control` tokens are control tokens."""
+    return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
+            "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges,
+            "tokenizer.ggml.token_type": integers([3] * control + [1] * (len(tokens) - control)),
+            "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1}
+
+
 def sentencepiece(tokenizer: Tokenizer) -> dict:
     """The metadata that llama.cpp's converter makes of a sentencepiece model."""
     sp, ids = tokenizer._sp, range(tokenizer.vocab_size)
@@ -109,8 +122,7 @@ def sentencepiece(tokenizer: Tokenizer) -> dict:
     return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default",
             "tokenizer.ggml.tokens": [piece.text for piece in tokenizer.pieces],
             "tokenizer.ggml.scores": [float(piece.score) for piece in tokenizer.pieces],
-            "tokenizer.ggml.token_type": (9, struct.pack("<IQ", 5, len(types))
-                                          + np.array(types, "<i4").tobytes()),
+            "tokenizer.ggml.token_type": integers(types),
             "tokenizer.ggml.bos_token_id": tokenizer.bos_id,
             "tokenizer.ggml.eos_token_id": tokenizer.eos_id,
             "tokenizer.ggml.add_space_prefix": tokenizer.adds_blank}

@@ -72,14 +72,22 @@ def make_seeds(folder: Path) -> list[Path]:
 
 
 def make_gguf(folder: Path, tokenizer: Tokenizer) -> None:
-    """Writes a GGUF file with matrices of three types and a sentencepiece tokenizer."""
-    from tests.gguf_files import F16, Q8_0, describe, sentencepiece, weights, write
+    """Writes a folder with a GGUF file that has three types and a sentencepiece tokenizer.
+
+    A folder next to it gets one with a byte-level BPE.
+    """
+    from tests.gguf_files import F16, Q8_0, bpe, describe, sentencepiece, weights, write
     from tests.test_checkpoint import variant
+    from tests.test_gguf import MERGES, TOKENS
     model = variant(vocab_size=tokenizer.vocab_size, ffn_dim=64)
     tensors = weights(model, F16)
     tensors["blk.0.ffn_up.weight"] = (Q8_0, (64, 32), b"\1\2" * 17 * 64)
     folder.mkdir()
     write(folder / "model.gguf", describe(model) | sentencepiece(tokenizer), tensors)
+    model = variant(vocab_size=len(TOKENS))
+    folder.with_name("gguf-bpe").mkdir()
+    write(folder.with_name("gguf-bpe") / "bpe.gguf", describe(model) | bpe(TOKENS, MERGES, 2),
+          weights(model))
 
 
 # ----- mutations ----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 
 from fgrlhf.checkpoint import (ExportConfig, FetchConfig, export, fetch_smollm2, load_model,
                                load_tokenizer, save_model)
+from fgrlhf.generate import continue_batch
 from fgrlhf.layouts import ggml, gguf_file, smollm2
 from fgrlhf.tokenizer import Tokenizer, train
 from tests import gguf_files
@@ -229,14 +230,51 @@ def test_llamas_tokenizer_gives_the_ids_of_its_own_file(tmp_path, data_dir):
         assert found.encode(text) == original.encode(text)
 
 
+CHARACTERS = [*map(chr, [*range(33, 127), *range(161, 173), *range(174, 256)]),
+              *map(chr, range(256, 324))]                   # GPT-2's alphabet
+TOKENS = ["<|start|>", "<|end|>", *CHARACTERS, "he", "ll", "hell", "\u0120hell"]
+MERGES = ["h e", "l l", "he ll", "\u0120 hell"]
+
+
+def test_the_byte_level_bpe_gives_its_ids_and_is_saved_as_a_folder(tmp_path):
+    model = variant(vocab_size=len(TOKENS))
+    path = write(tmp_path / "m.gguf", describe(model) | gguf_files.bpe(TOKENS, MERGES, 2) | {
+        "tokenizer.chat_template": "{{ messages }}"}, weights(model))
+    found, id_of = load_tokenizer(path), {token: id for id, token in enumerate(TOKENS)}
+    expected = [id_of[t] for t in ["hell", "o", "\u0120hell", "<", "|", "e", "n", "d", "|", ">"]]
+    assert found.encode("hello hell<|end|>", bos=True) == expected       # no BOS unless asked for
+    assert (found.bos_id, found.eos_id) == (0, 1)
+    assert found.control == {"<|start|>": 0, "<|end|>": 1}
+    assert found.chat_template == "{{ messages }}"
+    for text in TEXTS:
+        assert found.decode(found.encode(text)) == text
+    for layout in ("meta", "hf"):
+        save_model(load_model(path), tmp_path / layout, layout, found)
+        assert same(load_model(tmp_path / layout), model)
+        again = load_tokenizer(tmp_path / layout)
+        assert again.sha256 == found.sha256 and again.chat_template == found.chat_template
+
+
+@pytest.mark.parametrize("pre, change, first", [
+    ("llama-bpe", {}, [0]), ("smollm", {}, []), ("gpt-2", {"add_bos_token": True}, [0]),
+    ("llama-bpe", {"add_bos_token": False}, []), ("default", {"bos_token_id": None}, [])])
+def test_whether_bos_comes_first_depends_on_the_kind_unless_it_is_said(pre, change, first,
+                                                                       tmp_path):
+    metadata = gguf_files.bpe(TOKENS, MERGES, 2) | {"tokenizer.ggml.pre": pre} | {
+        f"tokenizer.ggml.{key}": value for key, value in change.items()}
+    metadata = {key: value for key, value in metadata.items() if value is not None}
+    found = load_tokenizer(write(tmp_path / "m.gguf", metadata, {}))
+    assert found.encode("hell", bos=True)[:-1] == first
+
+
 def test_padded_rows_are_no_tokens(tmp_path, tokenizer, capsys):
     model = variant(vocab_size=V + 3)
     metadata = gguf_files.sentencepiece(tokenizer)
     metadata["tokenizer.ggml.tokens"] += [f"[PAD{V + n}]" for n in range(3)]
     metadata["tokenizer.ggml.scores"] += [-1000.0] * 3
-    kind, data = metadata["tokenizer.ggml.token_type"]
-    metadata["tokenizer.ggml.token_type"] = (
-        kind, struct.pack("<IQ", 5, V + 3) + data[12:] + struct.pack("<3i", 5, 5, 5))
+    _, data = metadata["tokenizer.ggml.token_type"]
+    types = np.frombuffer(data, "<i4", offset=12).tolist()
+    metadata["tokenizer.ggml.token_type"] = gguf_files.integers(types + [5] * 3)
     path = write(tmp_path / "m.gguf", describe(model) | metadata, weights(model))
     assert load_tokenizer(path).vocab_size == load_model(path).config.vocab_size == V
     assert "3 rows of the embedding lie beyond the 272 pieces" in capsys.readouterr().err
@@ -454,3 +492,8 @@ def test_smollm2_is_read():
     model = load_model(REAL)
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert (model.config.norm_eps, model.config.rope_theta) == (1e-5, 1e5)
+    tokenizer = load_tokenizer(REAL)
+    assert not tokenizer.adds_bos and tokenizer.control["<|im_end|>"] == tokenizer.eos_id == 2
+    ids = tokenizer.encode("The capital of France is")
+    steps = list(continue_batch(model, [ids], (), 2, temperature=0))
+    assert tokenizer.decode(id for id, in steps) == " Paris."

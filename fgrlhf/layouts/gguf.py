@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fgrlhf.bpe import BPETokenizer
 from fgrlhf.data.fields import UserError, show
 from fgrlhf.layouts.ggml import dequantise
 from fgrlhf.layouts.gguf_file import Entry, GGUFFile, open_gguf
@@ -127,9 +128,12 @@ def _check_rest(file: GGUFFile, values: dict[str, object], config: LLaMAConfig) 
 
 # ----- the tokenizer ------------------------------------------------------------------------------
 
-def read_tokenizer(path: str | Path) -> Tokenizer:
+def read_tokenizer(path: str | Path) -> Tokenizer | BPETokenizer:
     """Reads the tokenizer in a file, of either kind. Its `chat_template` is that of the file.
 
+    In a byte-level BPE, control tokens and user-defined tokens are both `control`: no text is
+    encoded as one. BOS is EOS when the file names none. Without add_bos_token, prompts begin with
+    BOS for a sentencepiece model and for Llama 3's BPE, as llama.cpp has it.
     Raises UserError for another kind, another pretokeniser, and for what contradicts itself.
     """
     found = open_gguf(Path(path))
@@ -149,14 +153,10 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
                                 f"{len(tokens)}, got {id}")
         types[id] = CONTROL                         # some converters forget to say it
     if kind == "llama":
-        model = _sentencepiece(found, tokens, types, ids)
-        tokenizer = Tokenizer(path, adds_bos, model)
-        tokenizer.chat_template = template
-        return tokenizer
+        return Tokenizer(path, adds_bos, _sentencepiece(found, tokens, types, ids), template)
     if not isinstance(pre, str) or pre not in PRETOKENISERS:
         raise UserError(f"{path}: tokenizer.ggml.pre: expected one of {', '.join(PRETOKENISERS)}, "
                         f"got {show(pre)}, which is not supported; choose another model")
-    from fgrlhf.bpe import BPETokenizer
     control = {tokens[id]: id for id in range(len(tokens)) if types[id] in (CONTROL, USER_DEFINED)}
     return BPETokenizer(path, tokens, _get(found, "merges", list), PRETOKENISERS[pre], control,
                         ids["bos"], ids["eos"], adds_bos, template)
