@@ -71,7 +71,9 @@ def describe(model: LLaMA) -> dict:
             "llama.attention.head_count_kv": config.n_kv_heads,
             "llama.rope.freq_base": config.rope_theta,
             "llama.attention.layer_norm_rms_epsilon": config.norm_eps,
-            "llama.rope.dimension_count": config.head_dim}
+            "llama.rope.dimension_count": config.head_dim,
+            "llama.attention.key_length": config.head_dim,
+            "llama.attention.value_length": config.head_dim}
 
 
 def their_name(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import struct
 import subprocess
@@ -17,6 +18,7 @@ from fgrlhf.checkpoint import (ExportConfig, FetchConfig, export, fetch_smollm2,
                                load_tokenizer, save_model)
 from fgrlhf.generate import continue_batch
 from fgrlhf.layouts import ggml, gguf_file, smollm2
+from fgrlhf.model import LLaMA, LLaMAConfig, RopeScaling
 from fgrlhf.tokenizer import Tokenizer, train
 from tests import gguf_files
 from tests.gguf_files import BF16, F16, F32, describe, weights, write
@@ -182,9 +184,56 @@ def test_a_description_on_meta_reads_no_numbers(tmp_path, monkeypatch):
 def test_optional_keys_have_defaults(tmp_path):
     model = variant(n_kv_heads=4, rope_theta=10000.0)
     metadata = describe(model)
-    for key in ("attention.head_count_kv", "rope.freq_base", "rope.dimension_count"):
+    for key in ("attention.head_count_kv", "rope.freq_base", "rope.dimension_count",
+                "attention.key_length", "attention.value_length"):
         del metadata[f"llama.{key}"]
     assert same(load_model(write(tmp_path / "m.gguf", metadata, weights(model))), model)
+
+
+def rope_freqs(config: LLaMAConfig, factor: float, original: int = 8192) -> list[float]:
+    """The divisors of Llama 3's RoPE, pair by pair: low_freq_factor 1, high_freq_factor 4."""
+    divisors = []
+    for j in range(config.head_dim // 2):
+        wavelength = 2 * math.pi * config.rope_theta ** (2 * j / config.head_dim)
+        if wavelength < original / 4:
+            divisors.append(1.0)
+        elif wavelength > original:
+            divisors.append(factor)
+        else:
+            smooth = (original / wavelength - 1) / (4 - 1)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return divisors
+
+
+def with_rope_freqs(path: Path, model: LLaMA, divisors: list[float]) -> Path:
+    raw = struct.pack(f"<{len(divisors)}f", *divisors)
+    return write(path, describe(model), weights(model) | {
+        "rope_freqs.weight": (F32, (len(divisors),), raw)})
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama_3s_scaled_rope_is_recognised_by_its_divisors(factor, tmp_path):
+    model = variant(head_width=32, n_heads=2, n_kv_heads=1,
+                    rope_scaling=RopeScaling("llama3", factor))
+    divisors = rope_freqs(model.config, factor)
+    assert any(1 < divisor < factor for divisor in divisors)
+    path = with_rope_freqs(tmp_path / "m.gguf", model, divisors)
+    assert same(load_model(path), model)
+    assert same(load_model(with_rope_freqs(tmp_path / "one.gguf", model, [1.0] * 16)),
+                variant(head_width=32, n_heads=2, n_kv_heads=1))
+    for wrong in (rope_freqs(model.config, factor, 4096), [-1.0] * 16, [float("nan")] * 16):
+        refuse(lambda: load_model(with_rope_freqs(path, model, wrong)),
+               "tensor rope_freqs.weight: expected the divisors of Llama 3's RoPE")
+    refuse(lambda: load_model(with_rope_freqs(path, model, [1.0])), "expected 16 numbers", "(1,)")
+
+
+def test_linear_scaling_and_the_width_of_a_head_are_read(tmp_path):
+    model = variant(head_width=10, rope_scaling=RopeScaling("linear", 4.0))
+    for number, keys in enumerate([{"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+                                   {"rope.scale_linear": 4.0}]):
+        path = write(tmp_path / f"{number}.gguf", describe(model) | {
+            f"llama.{key}": value for key, value in keys.items()}, weights(model))
+        assert same(load_model(path), model)
 
 
 # ----- tokenizers ---------------------------------------------------------------------------------
@@ -286,8 +335,11 @@ REFUSED_KEYS = [
     ({"general.architecture": "qwen2"}, "general.architecture: expected 'llama', got 'qwen2'"),
     ({"general.type": "adapter"}, "general.type: expected 'model', got 'adapter'"),
     ({"split.count": 3}, "split.count", "llama-gguf-split --merge"),
-    ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
-     "llama.rope.scaling.type: expected none, got 'linear'"),
+    ({"llama.rope.scaling.type": "linear"}, "llama.rope.scaling.factor: expected a number"),
+    ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.5},
+     "rope_scaling.factor: expected a number from 1"),
+    ({"llama.attention.key_length": 7}, "head_width: expected an even number, got 7"),
+    ({"llama.attention.value_length": 4}, "llama.attention.value_length: expected 8, got 4"),
     ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type: expected none, got 'yarn'"),
     ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count: expected 8, got 4"),
     ({"llama.expert_count": 8}, "llama.expert_count: expected no such key, got 8"),
@@ -296,7 +348,7 @@ REFUSED_KEYS = [
     ({"llama.block_count": 0}, "n_layers: expected a positive number"),
     ({"llama.block_count": 3}, "tensor layers.2.", "is missing"),
     ({"llama.block_count": 1}, "tensor blk.1.", "unknown"),
-    ({"llama.embedding_length": 64, "llama.rope.dimension_count": 16},
+    ({"llama.embedding_length": 64},
      "expected (272, 64), got (272, 32)"),
     ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "norm_eps: expected a positive"),
     ({"general.alignment": 33}, "general.alignment: expected a power of 2"),
@@ -318,7 +370,8 @@ def test_metadata_that_is_wrong_or_not_supported_is_refused(change, parts, tmp_p
 
 @pytest.mark.parametrize("key", [key for key in describe(variant()) if key.startswith("llama")
                                  and key.split(".")[-1] not in (
-                                     "head_count_kv", "freq_base", "dimension_count")])
+                                     "head_count_kv", "freq_base", "dimension_count", "key_length",
+                                     "value_length")])
 def test_a_missing_key_is_named(key, tmp_path):
     metadata = describe(variant())
     del metadata[key]
@@ -364,9 +417,6 @@ REFUSED_FILES = [
     (with_table("output_norm.weight", offset=33), "misaligned"),
     (with_table("token_embd.weight", shape=(2**60, 32)), "truncated"),
     (lambda parts: parts.update(data=parts["data"][:-200]), "truncated"),
-    (lambda parts: parts["table"].update({"rope_freqs.weight": parts["table"].pop("output.weight")
-                                          .replace(text("output.weight"), text("rope_freqs.weight"))
-                                          }), "tensor rope_freqs.weight", "scaled RoPE"),
 ]
 
 

@@ -3,7 +3,7 @@
 Numbers are dequantised to float32, one tensor at a time (`ggml.py`). A file of BF16 gives a model
 in bfloat16. A file with any other embedding gives float32 (F16 has too small a range to train in),
 and `load_model(path, dtype=...)` any dtype. llama.cpp's converter writes q and k in Meta's order,
-so their rows stay as they are.
+so their rows stay as they are. Linear scaling of RoPE is a key, and Llama 3's is a tensor.
 
 The tokenizer is one of two kinds. "llama" is a sentencepiece model without its file: pieces, scores
 and types. The file is built again from them. "gpt2" is a byte-level BPE.
@@ -11,6 +11,7 @@ and types. The file is built again from them. "gpt2" is a byte-level BPE.
 
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from fgrlhf.data.fields import UserError, show
 from fgrlhf.layouts.ggml import dequantise
 from fgrlhf.layouts.gguf_file import Entry, GGUFFile, open_gguf
 from fgrlhf.layouts.stored import Stored, Weights, damaged, make_config
-from fgrlhf.model import LLaMAConfig
+from fgrlhf.model import LLaMAConfig, RopeScaling
 from fgrlhf.tokenizer import Tokenizer
 
 NAMES = {
@@ -37,6 +38,7 @@ SIZES = {                                   # key behind "llama.": field of LLaM
     "attention.head_count_kv": "n_kv_heads", "feed_forward_length": "ffn_dim",
     "attention.layer_norm_rms_epsilon": "norm_eps", "rope.freq_base": "rope_theta",
     "context_length": "max_seq_len", "vocab_size": "vocab_size",
+    "attention.key_length": "head_width",
 }
 NO_EFFECT = ("tensor_data_layout",)         # says that q and k are in Meta's order
 PRETOKENISERS = {"smollm": "smollm", "llama-bpe": "llama3", "gpt-2": "gpt2", "default": "gpt2"}
@@ -48,7 +50,7 @@ def read(path: Path) -> Weights:
     file = open_gguf(path)
     config = _read_config(file)
     return config, {_our_name(name): _stored(path, name, entry)
-                    for name, entry in file.tensors.items()}
+                    for name, entry in file.tensors.items() if name != "rope_freqs.weight"}
 
 
 def _our_name(name: str) -> str:
@@ -64,10 +66,14 @@ def _stored(path: Path, name: str, entry: Entry) -> Stored:
     def read(device) -> torch.Tensor:
         if torch.device(device).type == "meta":
             return torch.empty(entry.shape, dtype=dtype, device=device)
-        data = np.memmap(path, np.uint8, "r", entry.start, entry.size)
-        numbers = torch.from_numpy(dequantise(entry.kind, data))
-        return numbers.view(entry.shape).to(device, dtype)
+        return _read_numbers(path, entry).to(device, dtype)
     return Stored(path, name, entry.shape, dtype, read)
+
+
+def _read_numbers(path: Path, entry: Entry) -> torch.Tensor:
+    """Returns a tensor in float32. The file is mapped only while the tensor is read."""
+    data = np.memmap(path, np.uint8, "r", entry.start, entry.size)
+    return torch.from_numpy(dequantise(entry.kind, data)).view(entry.shape)
 
 
 # ----- the sizes ----------------------------------------------------------------------------------
@@ -90,15 +96,16 @@ def _read_config(file: GGUFFile) -> LLaMAConfig:
         raise damaged(file.path, "tensor token_embd.weight is missing")
     sizes = {"vocab_size": embedding.shape[0], "n_kv_heads": sizes.get("n_heads")} | sizes
     for key, field in SIZES.items():
-        if field not in sizes and field != "rope_theta":
+        if field not in sizes and field not in ("rope_theta", "head_width"):
             raise damaged(file.path, f"llama.{key}: expected a number, got nothing")
-    config = make_config(file.path, "output.weight" not in file.tensors, **sizes)
+    config = make_config(file.path, "output.weight" not in file.tensors, **sizes,
+                         rope_scaling=_linear_scaling(file, values))
     _check_rest(file, values, config)
-    return config
+    return _with_rope_freqs(file, config)
 
 
 def _number(file: GGUFFile, key: str, value: object) -> int | float:
-    kind = float if key.endswith(("epsilon", "freq_base")) else int
+    kind = float if key.endswith(("epsilon", "freq_base", "factor", "linear")) else int
     if type(value) not in (kind, int):
         what = "a number" if kind is float else "an integer"
         raise UserError(f"{file.path}: {key}: expected {what}, the same for every layer, got "
@@ -108,22 +115,52 @@ def _number(file: GGUFFile, key: str, value: object) -> int | float:
 
 def _check_rest(file: GGUFFile, values: dict[str, object], config: LLaMAConfig) -> None:
     """Raises UserError for what is left of the keys of "llama.", unless it changes nothing."""
-    harmless = {
-        "attention.key_length": config.head_dim, "attention.value_length": config.head_dim,
-        "rope.dimension_count": config.head_dim, "rope.scaling.type": "none",
-        "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0}
-    # LEAD: head_dim other than D / H and scaled RoPE, once LLaMAConfig has them.
+    harmless = {"attention.value_length": config.head_dim, "rope.dimension_count": config.head_dim,
+                "rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0}
     for key, value in values.items():
-        if key in NO_EFFECT or key.startswith("rope.scaling.orig") or (
+        if key in NO_EFFECT or (
                 np.isscalar(value) and (value == harmless.get(key) or not value)):
             continue
         expected = harmless.get(key)
         raise UserError(
             f"{file.path}: llama.{key}: expected {'no such key' if expected is None else expected},"
             f" got {show(value)}, which is not supported; choose another model")
-    if "rope_freqs.weight" in file.tensors:
-        raise UserError(f"{file.path}: tensor rope_freqs.weight: expected none, got one: the "
-                        "scaled RoPE of Llama 3.1, which is not supported; choose another model")
+
+
+def _linear_scaling(file: GGUFFile, values: dict[str, object]) -> RopeScaling | None:
+    """Returns linear scaling when the keys say so, and takes these keys out of `values`."""
+    kind, old = values.get("rope.scaling.type"), values.get("rope.scale_linear")
+    if kind != "linear" and old in (None, 1.0):
+        return None
+    key = "rope.scaling.factor" if kind == "linear" else "rope.scale_linear"
+    factor = _number(file, f"llama.{key}", values.get(key))
+    for name in ("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"):
+        values.pop(name, None)
+    return RopeScaling("linear", factor)
+
+
+def _with_rope_freqs(file: GGUFFile, config: LLaMAConfig) -> LLaMAConfig:
+    """Returns the config with Llama 3's scaling when the file has the tensor rope_freqs.weight.
+
+    The tensor [K/2] holds what each frequency is divided by. The file has no other number of the
+    scaling, so the published ones are tried with the largest divisor as the factor.
+    """
+    if (entry := file.tensors.get("rope_freqs.weight")) is None:
+        return config
+    pairs = config.head_dim // 2
+    place = f"{file.path}: tensor rope_freqs.weight"
+    if entry.shape != (pairs,) or config.rope_scaling is not None:
+        raise damaged(place, f"expected {pairs} numbers and no other scaling, got {entry.shape}")
+    found = _read_numbers(file.path, entry).double()
+    if (found == 1).all():
+        return config
+    scaling = RopeScaling("llama3", float(found.max()))
+    plain = config.rope_theta ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
+    if scaling.fault() or not torch.allclose(plain / scaling.scale(plain), found, rtol=1e-4):
+        raise UserError(f"{place}: expected the divisors of Llama 3's RoPE (low_freq_factor 1, "
+                        "high_freq_factor 4, original context 8192), got others, which are not "
+                        "supported; choose another model")
+    return replace(config, rope_scaling=scaling)
 
 
 # ----- the tokenizer ------------------------------------------------------------------------------
