@@ -87,8 +87,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
 def _count_pieces(path: str | Path, config: LLaMAConfig) -> int:
     """Returns how many pieces the tokenizer at `path` has. Without a tokenizer it is every row."""
     if (file := gguf_file(path)) is not None:
-        from fgrlhf.layouts import gguf
-        pieces = gguf.count_pieces(file)
+        from fgrlhf.layouts import gguf_tokenizer
+        pieces = gguf_tokenizer.count_pieces(file)
     else:
         file = _tokenizer_file(path)
         pieces = _count_in_file(file) if file.exists() else None
@@ -196,8 +196,8 @@ def load_tokenizer(path: str | Path) -> AnyTokenizer:
     """
     refuse_run_folder(path)
     if (file := gguf_file(path)) is not None:
-        from fgrlhf.layouts import gguf
-        return gguf.read_tokenizer(file)
+        from fgrlhf.layouts import gguf_tokenizer
+        return gguf_tokenizer.read_tokenizer(file)
     file = _tokenizer_file(path)
     for other in sorted(file.parent.glob("tok*.bin")) if not file.exists() else ():
         raise UserError(f"{file}: expected a sentencepiece model, got only {other.name}, which is "
