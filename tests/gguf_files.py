@@ -57,6 +57,7 @@ def write(path: Path, metadata: dict, tensors: dict[str, tuple[int, tuple, bytes
     change(parts)
     head = parts["magic"] + struct.pack("<IQQ", parts["version"], parts["tensors"], parts["keys"])
     head += b"".join(parts["metadata"].values()) + b"".join(parts["table"].values())
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(head + bytes(-len(head) % alignment) + parts["data"])
     return path
 

@@ -86,7 +86,7 @@ def make_gguf(folder: Path, tokenizer: Tokenizer) -> None:
     write(folder / "model.gguf", describe(model) | sentencepiece(tokenizer), tensors)
     model = variant(vocab_size=len(TOKENS))
     folder.with_name("gguf-bpe").mkdir()
-    write(folder.with_name("gguf-bpe") / "bpe.gguf", describe(model) | bpe(TOKENS, MERGES, 2),
+    write(folder.with_name("gguf-bpe") / "bpe.gguf", describe(model) | bpe(TOKENS, MERGES, 3),
           weights(model))
 
 
@@ -232,7 +232,7 @@ def attempt(number: int, seeds: list[Path], folder: Path) -> tuple[str, str, flo
         with contextlib.redirect_stderr(io.StringIO()):     # the line about rows of the embedding
             use(folder)
         result = "used"
-    except UserError as error:
+    except (UserError, FloatingPointError) as error:        # huge weights: logits are not finite
         message = str(error)
         result = "refused" if "\n" not in message and len(message) < 1000 else f"long: {message}"
     except Exception as error:

@@ -281,19 +281,19 @@ def test_llamas_tokenizer_gives_the_ids_of_its_own_file(tmp_path, data_dir):
 
 CHARACTERS = [*map(chr, [*range(33, 127), *range(161, 173), *range(174, 256)]),
               *map(chr, range(256, 324))]                   # GPT-2's alphabet
-TOKENS = ["<|start|>", "<|end|>", *CHARACTERS, "he", "ll", "hell", "\u0120hell"]
+TOKENS = ["<|start|>", "<|end|>", "<|pad|>", *CHARACTERS, "he", "ll", "hell", "\u0120hell"]
 MERGES = ["h e", "l l", "he ll", "\u0120 hell"]
 
 
 def test_the_byte_level_bpe_gives_its_ids_and_is_saved_as_a_folder(tmp_path):
     model = variant(vocab_size=len(TOKENS))
-    path = write(tmp_path / "m.gguf", describe(model) | gguf_files.bpe(TOKENS, MERGES, 2) | {
+    path = write(tmp_path / "m.gguf", describe(model) | gguf_files.bpe(TOKENS, MERGES, 3) | {
         "tokenizer.chat_template": "{{ messages }}"}, weights(model))
     found, id_of = load_tokenizer(path), {token: id for id, token in enumerate(TOKENS)}
     expected = [id_of[t] for t in ["hell", "o", "\u0120hell", "<", "|", "e", "n", "d", "|", ">"]]
     assert found.encode("hello hell<|end|>", bos=True) == expected       # no BOS unless asked for
-    assert (found.bos_id, found.eos_id) == (0, 1)
-    assert found.control == {"<|start|>": 0, "<|end|>": 1}
+    assert (found.bos_id, found.eos_id, found.pad_id) == (0, 1, 2)
+    assert found.control == {"<|start|>": 0, "<|end|>": 1, "<|pad|>": 2}
     assert found.chat_template == "{{ messages }}"
     for text in TEXTS:
         assert found.decode(found.encode(text)) == text
@@ -309,7 +309,7 @@ def test_the_byte_level_bpe_gives_its_ids_and_is_saved_as_a_folder(tmp_path):
     ("llama-bpe", {"add_bos_token": False}, []), ("default", {"bos_token_id": None}, [])])
 def test_whether_bos_comes_first_depends_on_the_kind_unless_it_is_said(pre, change, first,
                                                                        tmp_path):
-    metadata = gguf_files.bpe(TOKENS, MERGES, 2) | {"tokenizer.ggml.pre": pre} | {
+    metadata = gguf_files.bpe(TOKENS, MERGES, 3) | {"tokenizer.ggml.pre": pre} | {
         f"tokenizer.ggml.{key}": value for key, value in change.items()}
     metadata = {key: value for key, value in metadata.items() if value is not None}
     found = load_tokenizer(write(tmp_path / "m.gguf", metadata, {}))
