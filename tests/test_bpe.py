@@ -1,4 +1,4 @@
-"""Byte-level BPE: pretokens as `tokenizers` cuts them, merges by a slow loop, files of each form."""
+"""Byte-level BPE: pretokens as `tokenizers` cuts them, merges by a slow loop, its files."""
 
 import base64
 import json
@@ -61,14 +61,13 @@ def small(pretokeniser: str = "gpt2", count: int = 40, lacking: bytes = b"", **o
 
 def slow_ids(tokenizer: BPETokenizer, text: str) -> list[int]:
     """Joins, again and again, the leftmost of the pairs that come first in the list of merges."""
-    tokens = [piece.text for piece in tokenizer.pieces]
-    ids = []
+    tokens, merges, ids = tokenizer.tokens, [tuple(m.split()) for m in tokenizer.merges], []
     for word in cut(text, tokenizer.pretokeniser):
         word = from_bytes(word.encode())
         symbols = [word] if tokenizer.takes_whole and word in tokens else [*word]
         while True:
-            ranks = [(tokenizer.merges.index(pair), at) for at, pair in enumerate(
-                zip(symbols, symbols[1:])) if pair in tokenizer.merges]
+            ranks = [(merges.index(pair), at) for at, pair in enumerate(
+                zip(symbols, symbols[1:])) if pair in merges]
             if not ranks:
                 break
             at = min(ranks)[1]
@@ -188,7 +187,7 @@ def test_bos_eos_and_pad():
     assert tokenizer.pad_id == 0                                # neither BOS nor EOS
     assert small(bos_id=0, control={t: i for i, t in enumerate(CONTROL) if i != 1}).pad_id == 0
     only = small(bos_id=2, control={"<|im_end|>": 2})           # GPT-2: BOS is EOS
-    assert only.pieces[only.pad_id].text == from_bytes(b"\xff")
+    assert only.tokens[only.pad_id] == from_bytes(b"\xff")
 
 
 def test_control_text_in_a_text_stays_characters():
@@ -259,7 +258,7 @@ def test_sha256_tells_tokenizers_apart():
 
 def test_gpt2s_files_give_the_same_tokenizer(tmp_path):
     tokenizer = small(adds_bos=False)
-    vocab = {piece.text: id for id, piece in enumerate(tokenizer.pieces) if id > 2}
+    vocab = {token: id for id, token in enumerate(tokenizer.tokens) if id > 2}
     folder = write_json(
         tmp_path, vocab=vocab, added_tokens={"<|endoftext|>": 0},
         special_tokens_map={"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}},
@@ -267,7 +266,7 @@ def test_gpt2s_files_give_the_same_tokenizer(tmp_path):
             "1": {"content": "<|im_start|>", "special": True}, "2": {"content": "<|im_end|>"}}})
     for start, end in (("#version: 0.2\n", "\n"), ("", "\r\n")):
         (folder / "merges.txt").write_text(start + "".join(
-            f"{a} {b}{end}" for a, b in tokenizer.merges), newline="")
+            merge + end for merge in tokenizer.merges), newline="")
         assert load_tokenizer(folder).sha256 == tokenizer.sha256
 
 
@@ -291,9 +290,9 @@ def by_joined_rank(word: bytes, ranks: list[bytes]) -> list[int]:
 
 def test_tiktokens_file(tmp_path):
     """Also a token that no merge of two tokens makes ("then"), which is only taken whole."""
-    ranks = list(dict.fromkeys([
-        *(bytes([b]) for b in range(256)), *(to_bytes(a + b) for a, b in learn_merges("llama3", 40)),
-        b" then", b"  ", b"   "]))
+    learned = [to_bytes(a + b) for a, b in learn_merges("llama3", 40)]
+    ranks = list(dict.fromkeys([*(bytes([b]) for b in range(256)), *learned, b" then", b"  ",
+                                b"   "]))
     (tmp_path / "tokenizer.model").write_bytes(tiktoken_lines(ranks))
     tokenizer = load_tokenizer(tmp_path)
     n = len(ranks)
@@ -360,7 +359,8 @@ FAULTS = [
     (["model", "vocab"], {"a": 0, "b": 0}, "expected an id of its own"),
     (["model", "vocab"], {"a": -1}, "expected an id of its own"),
     (["model", "vocab"], {"a": 10**400}, "expected an id of its own"),
-    (["added_tokens"], [{"id": 0, "content": "\ud800"}], "expected an id"), (["model", "vocab"], [], "model.vocab"),
+    (["added_tokens"], [{"id": 0, "content": "\ud800"}], "expected an id"),
+    (["model", "vocab"], [], "model.vocab"),
     (["added_tokens"], [{"id": 2.5, "content": "x"}], "added_tokens: expected an id and a text"),
     (["added_tokens"], [{"id": 0, "content": "x"}], "expected an id of its own")]
 

@@ -197,7 +197,7 @@ def _make(path: Path, ids: dict[str, int], merges: list, name: str, added: dict[
 
 def write_tokenizer(tokenizer: BPETokenizer) -> dict:
     """Returns tokenizer.json."""
-    tokens = [piece.text for piece in tokenizer.pieces]
+    tokens = tokenizer.tokens
     bos, flags = tokens[tokenizer.bos_id], ("single_word", "lstrip", "rstrip", "normalized")
     begin = [{"SpecialToken": {"id": bos, "type_id": 0}}] * tokenizer.adds_bos
     text, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
@@ -218,12 +218,12 @@ def write_tokenizer(tokenizer: BPETokenizer) -> dict:
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
             "ignore_merges": tokenizer.takes_whole,
             "vocab": {token: id for id, token in enumerate(tokens)},
-            "merges": [f"{left} {right}" for left, right in tokenizer.merges]}}
+            "merges": tokenizer.merges}}
 
 
 def write_tokenizer_config(tokenizer: BPETokenizer, max_seq_len: int) -> dict:
     """Returns tokenizer_config.json, which transformers reads together with tokenizer.json."""
-    tokens = [piece.text for piece in tokenizer.pieces]
+    tokens = tokenizer.tokens
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",           # use tokenizer.json as it is
         "add_bos_token": tokenizer.adds_bos, "add_eos_token": False,
