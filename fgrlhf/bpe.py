@@ -142,10 +142,10 @@ class BPETokenizer(Vocabulary):
     for Llama 3's pretokeniser only. adds_bos: False if `encode` never puts BOS first.
     chat_template: the text of the model's own template, which is never executed.
 
-    Other attributes: vocab_size; pieces, a list of Piece by id; pad_id, a control token that is not
-    EOS, or without one a byte that UTF-8 never has; sha256 of all that decides an id, so the same
-    tokenizer has the same sha256 in every file format. Raises UserError when these do not fit
-    together.
+    Other attributes: vocab_size; tokens; merges, each as "left right"; pieces, a list of Piece by
+    id; pad_id, a control token that is not EOS, or without one a byte that UTF-8 never has; sha256
+    of all that decides an id, so the same tokenizer has the same sha256 in every file format.
+    Raises UserError when these do not fit together.
     """
 
     def __init__(self, path: str | Path, tokens: list[str], merges: Sequence[str | tuple[str, str]],
@@ -157,10 +157,9 @@ class BPETokenizer(Vocabulary):
         self.takes_whole = pretokeniser == "llama3" if takes_whole is None else takes_whole
         self.bos_id, self.eos_id = bos_id, eos_id
         self._check(tokens)
-        reserved = set(control.values())
-        self.pieces = [Piece(token, 0.0, id not in reserved) for id, token in enumerate(tokens)]
-        self._bytes = [to_bytes(text) if ordinary else b"" for text, _, ordinary in self.pieces]
-        self._id_of = {text: id for id, (text, _, ordinary) in enumerate(self.pieces) if ordinary}
+        self.tokens, reserved = list(tokens), set(control.values())
+        self._bytes = [b"" if id in reserved else to_bytes(text) for id, text in enumerate(tokens)]
+        self._id_of = {token: id for id, token in enumerate(tokens) if id not in reserved}
         self._byte_ids = {byte: self._id_of[character] for character, byte in alphabet().items()
                           if character in self._id_of}
         self._read_merges(merges)
@@ -169,6 +168,12 @@ class BPETokenizer(Vocabulary):
             pretokeniser, self.takes_whole, adds_bos, bos_id, eos_id, sorted(control.items()),
             tokens, self.merges]).encode()).hexdigest()
         self._cache: dict[str, list[int]] = {}
+
+    @functools.cached_property
+    def pieces(self) -> list[Piece]:
+        """The tokens by id, in the form that both kinds of tokenizer have."""
+        reserved = set(self.control.values())
+        return [Piece(token, 0.0, id not in reserved) for id, token in enumerate(self.tokens)]
 
     def _check(self, tokens: list[str]) -> None:
         """Raises UserError when an id is out of range, or a token occurs twice."""
@@ -195,8 +200,7 @@ class BPETokenizer(Vocabulary):
 
     def _read_merges(self, merges: Sequence[str | tuple[str, str]]) -> None:
         """Keeps for each pair of ids its rank, and for each rank the id of the joined token."""
-        id_of = self._id_of
-        self.merges, self._ranks, self._joined = [], {}, []
+        id_of, self._ranks, self._joined, self.merges = self._id_of, {}, [], []
         for rank, pair in enumerate(merges):
             try:
                 left, right = pair.split(" ") if isinstance(pair, str) else pair
@@ -205,7 +209,7 @@ class BPETokenizer(Vocabulary):
             except (KeyError, ValueError, TypeError):
                 raise damaged(self.path, f"merge {rank}: expected two tokens that together are a "
                                          f"token, got {show(pair)}") from None
-            self.merges.append((left, right))
+            self.merges.append(f"{left} {right}")
 
     def _choose_pad(self) -> int:
         """Returns a control token that is not EOS: a PAD or unknown, else any but BOS, else BOS."""

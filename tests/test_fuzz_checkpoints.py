@@ -54,6 +54,7 @@ def make_seeds(folder: Path) -> list[Path]:
     torch.save({n: p.detach() for n, p in model.named_parameters()},
                folder / "legacy" / "consolidated.00.pth", _use_new_zipfile_serialization=False)
     make_gguf(folder / "gguf", bpe)
+    make_byte_level(folder)
     for name in ("index", "index-bin", "shards", "llama2c"):
         (folder / name).mkdir()
         shutil.copy(bpe.path, folder / name / "tokenizer.model")
@@ -88,6 +89,31 @@ def make_gguf(folder: Path, tokenizer: Tokenizer) -> None:
     folder.with_name("gguf-bpe").mkdir()
     write(folder.with_name("gguf-bpe") / "bpe.gguf", describe(model) | bpe(TOKENS, MERGES, 3),
           weights(model))
+
+
+def make_byte_level(folder: Path) -> None:
+    """Writes model folders with a byte-level BPE in each form of its files."""
+    from tests.test_bpe import TEMPLATE, small, tiktoken_lines
+    from tests.test_checkpoint import variant
+    for layout, pretokeniser in (("meta", "llama3"), ("hf", "smollm")):
+        tokenizer = small(pretokeniser)
+        save_model(variant(vocab_size=tokenizer.vocab_size), folder / f"bpe-{layout}", layout,
+                   tokenizer)
+    tokenizer = small()
+    for name in ("bpe-vocab", "bpe-tiktoken"):
+        rows = 512 if name == "bpe-tiktoken" else tokenizer.vocab_size
+        save_model(variant(vocab_size=rows), folder / name)
+    (folder / "bpe-tiktoken" / "tokenizer.model").write_bytes(
+        tiktoken_lines([bytes([byte]) for byte in range(256)]))
+    for name, values in (
+            ("vocab", {token: id for id, token in enumerate(tokenizer.tokens)}),
+            ("special_tokens_map", {"bos_token": {"content": tokenizer.tokens[1]}}),
+            ("added_tokens", tokenizer.control),
+            ("generation_config", {"eos_token_id": [2, 0]}),
+            ("tokenizer_config", {"add_bos_token": True, "chat_template": TEMPLATE})):
+        (folder / "bpe-vocab" / f"{name}.json").write_text(json.dumps(values))
+    (folder / "bpe-vocab" / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(tokenizer.merges) + "\n")
 
 
 # ----- mutations ----------------------------------------------------------------------------------

@@ -75,9 +75,8 @@ def _read_json(path: Path, special: SpecialTokens) -> BPETokenizer:
         raise damaged(path, f"model.vocab: expected an object, got {show(vocab)}")
     added = added_ids(values.get("added_tokens") or [], path)
     whole = check(bool | None, model.get("ignore_merges"), str(path), "model.ignore_merges")
-    bos = special.named.get("bos")
-    return _make(path, vocab | added, merges, name, added, special,
-                 _begins(values.get("post_processor"), bos), bool(whole))
+    return _make(path, vocab | added, merges, name, added, special, values.get("post_processor"),
+                 bool(whole))
 
 
 def _check_kind(path: Path, values: dict, model: dict) -> str:
@@ -117,10 +116,10 @@ def _parts(form: object) -> list:
     return [default | {key: value for key, value in form.items() if key != "trim_offsets"}]
 
 
-def _begins(form: object, bos: str | None) -> bool:
-    """Returns True if a post_processor puts BOS before a text."""
+def _begins(form: object, bos: str) -> bool:
+    """Returns True if `form` is a post_processor that puts BOS before a text, or is True."""
     if not isinstance(form, dict):
-        return False
+        return form is True
     if isinstance(form.get("processors"), list):
         return any(_begins(step, bos) for step in form["processors"])
     single = form.get("single")
@@ -139,7 +138,7 @@ def _read_vocab(path: Path, special: SpecialTokens) -> BPETokenizer:
     lines = [line for line in read_text(merges).split("\n") if line.strip()]
     lines = lines[bool(lines) and lines[0].startswith("#version"):]
     return _make(path, read_object(path, "copy the file again") | special.added,
-                 [line.removesuffix("\r") for line in lines], "gpt2", special.added, special)
+                 [line.removesuffix("\r") for line in lines], "gpt2", special.added, special, False)
 
 
 def _read_tiktoken(path: Path, special: SpecialTokens) -> BPETokenizer:
@@ -157,7 +156,7 @@ def _read_tiktoken(path: Path, special: SpecialTokens) -> BPETokenizer:
     control = {text: len(ids) + k for k, text in enumerate(CONTROL)}
     if special.named.keys() < {"bos", "eos"}:
         special.named = {"bos": CONTROL[0], "eos": CONTROL[1]} | special.named
-    return _make(path, ids | control, merges_of(ids), "llama3", control, special, begins=True)
+    return _make(path, ids | control, merges_of(ids), "llama3", control, special, True)
 
 
 def merges_of(ranks: dict[str, int]) -> list[tuple[str, str]]:
@@ -175,37 +174,30 @@ def merges_of(ranks: dict[str, int]) -> list[tuple[str, str]]:
 # ----- both ---------------------------------------------------------------------------------------
 
 def _make(path: Path, ids: dict[str, int], merges: list, name: str, added: dict[str, int],
-          special: SpecialTokens, begins: bool = False, takes_whole: bool | None = None
-          ) -> BPETokenizer:
-    """Builds the tokenizer from ids by text, and finds BOS and EOS. Without BOS, it is EOS."""
+          special: SpecialTokens, begins: object, takes_whole: bool | None = None) -> BPETokenizer:
+    """Builds the tokenizer from the ids of all tokens by their text.
+
+    begins: whether prompts begin with BOS, when no settings say it; True, False or a post_processor
+    of tokenizer.json.
+    """
     tokens = [None] * len(ids)
     for text, id in ids.items():
         if type(id) is not int or not 0 <= id < len(ids) or tokens[id] is not None:
             raise damaged(path, f"token {show(text)}: expected an id of its own below {len(ids)}, "
                                 f"got {show(id)}")
         tokens[id] = text
+    bos, eos = special.find(path, ids)
+    adds_bos = _begins(begins, tokens[bos]) if special.adds_bos is None else special.adds_bos
     control = added | {text: ids[text] for text in special.named.values() if text in ids}
-    found = {}
-    for key in ("eos", "bos"):
-        text, id = special.named.get(key), special.ids.get(key)
-        found[key] = ids.get(text, id) if text is not None else id
-        if key == "bos" and found[key] is None:
-            found[key], begins, special.adds_bos = found["eos"], False, False
-        if found[key] is None or not 0 <= found[key] < len(tokens):
-            raise UserError(f"{path}: {key.upper()}: expected one of its {len(tokens)} tokens, got "
-                            f"{show(text if id is None else id)}; give {key}_token in "
-                            "tokenizer_config.json")
-        control[tokens[found[key]]] = found[key]
-    adds_bos = begins if special.adds_bos is None else special.adds_bos
-    return BPETokenizer(path, tokens, merges, name, control, found["bos"], found["eos"], adds_bos,
-                        special.chat_template, takes_whole)
+    return BPETokenizer(path, tokens, merges, name, control | {tokens[bos]: bos, tokens[eos]: eos},
+                        bos, eos, adds_bos, special.chat_template, takes_whole)
 
 
 # ----- writing ------------------------------------------------------------------------------------
 
 def write_tokenizer(tokenizer: BPETokenizer) -> dict:
     """Returns tokenizer.json."""
-    tokens = [piece.text for piece in tokenizer.pieces]
+    tokens = tokenizer.tokens
     bos, flags = tokens[tokenizer.bos_id], ("single_word", "lstrip", "rstrip", "normalized")
     begin = [{"SpecialToken": {"id": bos, "type_id": 0}}] * tokenizer.adds_bos
     text, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
@@ -226,12 +218,12 @@ def write_tokenizer(tokenizer: BPETokenizer) -> dict:
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
             "ignore_merges": tokenizer.takes_whole,
             "vocab": {token: id for id, token in enumerate(tokens)},
-            "merges": [f"{left} {right}" for left, right in tokenizer.merges]}}
+            "merges": tokenizer.merges}}
 
 
 def write_tokenizer_config(tokenizer: BPETokenizer, max_seq_len: int) -> dict:
     """Returns tokenizer_config.json, which transformers reads together with tokenizer.json."""
-    tokens = [piece.text for piece in tokenizer.pieces]
+    tokens = tokenizer.tokens
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",           # use tokenizer.json as it is
         "add_bos_token": tokenizer.adds_bos, "add_eos_token": False,

@@ -49,11 +49,31 @@ class SpecialTokens:
                     self.ids[key] = check(int, id, str(folder / name), f"{key}_token_id")
         self.added = check(dict[str, int], values("added_tokens.json"),
                            str(folder / "added_tokens.json"), "added token")
-        decoder = config.get("added_tokens_decoder")
-        if decoder is not None:
-            decoder = check(dict[str, dict], decoder, str(place), "added_tokens_decoder")
-            self.added |= added_ids([token | {"id": id} for id, token in decoder.items()], place)
+        decoder = config.get("added_tokens_decoder") or {}
+        if not isinstance(decoder, dict):
+            raise damaged(place, f"added_tokens_decoder: expected an object, got {show(decoder)}")
+        self.added |= added_ids([token | {"id": id} if isinstance(token, dict) else token
+                                 for id, token in decoder.items()], place)
         self.adds_bos, self.chat_template = read_prompting(folder)
+
+    def find(self, path: Path, ids: dict[str, int]) -> tuple[int, int]:
+        """Returns the ids of BOS and EOS. A tokenizer without BOS has EOS for it, and adds none.
+
+        ids: those of all tokens of the tokenizer at `path`, from 0 on, by their text.
+        """
+        if "bos" not in self.named and "bos" not in self.ids:
+            self.adds_bos = False
+        found = []
+        for key in ("bos", "eos"):
+            key = key if key in self.named or key in self.ids else "eos"
+            text, id = self.named.get(key), self.ids.get(key)
+            id = ids.get(text, id)
+            if id is None or not 0 <= id < len(ids):
+                raise UserError(f"{path}: {key.upper()}: expected one of its {len(ids)} tokens, "
+                                f"got {show(id if text is None else text)}; give {key}_token in "
+                                "tokenizer_config.json")
+            found.append(id)
+        return tuple(found)
 
 
 def read_prompting(folder: Path) -> tuple[bool | None, str | None]:
