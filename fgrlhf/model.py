@@ -1,7 +1,8 @@
 """LLaMA in one file: RMSNorm, rotary embedding, grouped-query attention with a KV cache, SwiGLU.
 
-Touvron et al. 2023 (arXiv 2302.13971), Llama 2 (2307.09288). Parameter names and the interleaved
-rotary pairs are those of Meta's checkpoints: a real 7B and the laptop's 0.4M run the same lines.
+Touvron et al. 2023 (arXiv 2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783). Parameter names
+and the interleaved rotary pairs are those of Meta's checkpoints: a real 7B and the laptop's 0.4M
+run the same lines. presets.py lists the sizes of both.
 
     h_0     = E[tokens]
     h'_l    = h_l  + Wo softmax(q k^T / sqrt(K) + mask) v    q, k, v from RMSNorm(h_l); q, k rotated
@@ -18,6 +19,7 @@ short prompt and the response, because the responses of all rows start at the sa
 """
 
 import copy
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,14 +30,63 @@ from torch.utils.checkpoint import checkpoint
 
 # The largest values that are taken for sizes. A damaged file claims more.
 MOST = {"dim": 2**20, "n_layers": 1000, "n_heads": 2**20, "n_kv_heads": 2**20, "vocab_size": 2**24,
-        "ffn_dim": 2**24, "norm_eps": 1.0, "rope_theta": 1e15, "max_seq_len": 2**31}
+        "ffn_dim": 2**24, "norm_eps": 1.0, "rope_theta": 1e15, "max_seq_len": 2**31,
+        "head_width": 2**16}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Slower rotations of q and k, for texts that are longer than those of the first training.
+
+    A pair that turns by f radians per token has the wavelength w = 2 pi / f, in tokens. In place of
+    f, with L = original_context (only `kind` "llama3" uses the last three fields):
+
+        linear    f / factor                    every pair (Chen et al. 2023, arXiv 2306.15595)
+        llama3    f                             w < L / high_freq_factor: it turns often within L
+                  f / factor                    w > L / low_freq_factor
+                  (1 - s) f / factor + s f      between the two (Llama 3.1)
+                  s = (L / w - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+    def fault(self) -> str:
+        """Says which field is wrong, and "" when all are right."""
+        low, high = self.low_freq_factor, self.high_freq_factor
+        for name, right, expected in (
+                ("kind", self.kind in ("linear", "llama3"), '"linear" or "llama3"'),
+                ("factor", 1 <= self.factor <= 1e6, "a number from 1 to 1e6"),
+                ("low_freq_factor", 0 < low <= 1e6, "a positive number of at most 1e6"),
+                ("high_freq_factor", low < high <= 1e6, f"more than low_freq_factor = {low}"),
+                ("original_context", 0 < self.original_context <= MOST["max_seq_len"],
+                 f"a positive number of at most {MOST['max_seq_len']}")):
+            if not right:
+                return f"{name}: expected {expected}, got {str(getattr(self, name))[:20]}"
+        return ""
+
+    def scale(self, frequencies: Tensor) -> Tensor:
+        """Returns the slower frequencies, in radians per token, of the same shape and dtype."""
+        if self.kind == "linear":
+            return frequencies / self.factor
+        turns = self.original_context * frequencies / (2 * math.pi)              # L / w
+        low, high = self.low_freq_factor, self.high_freq_factor
+        s = ((turns - low) / (high - low)).clamp(0, 1)      # 0 and 1 give the first two cases
+        return (1 - s) * frequencies / self.factor + s * frequencies
 
 
 @dataclass(frozen=True)
 class LLaMAConfig:
     """The sizes of a LLaMA. `ffn_dim` is F; `max_seq_len` is the context it was trained with.
 
-    Raises ValueError for sizes that are not positive, beyond MOST, or do not divide one another.
+    head_width: K, when it is not dim / n_heads; a width that is equal to it becomes None.
+    rope_scaling: None rotates by the frequencies as they are.
+
+    Raises ValueError for sizes that are not positive, beyond MOST, or do not divide one another,
+    for an odd K, and for a wrong `rope_scaling`.
     """
 
     dim: int
@@ -48,16 +99,26 @@ class LLaMAConfig:
     rope_theta: float = 10000.0
     max_seq_len: int = 2048
     tie_embeddings: bool = False
+    head_width: int | None = None
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self):
         for name, most in MOST.items():
             value = getattr(self, name)
+            if value is None and name == "head_width":
+                continue
             if not 0 < value <= most:                       # refuses NaN as well
                 raise ValueError(f"{name}: expected a positive number of at most {most}, "
                                  f"got {str(value)[:20]}")
-        if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
+        if self.head_width is None and self.dim % (2 * self.n_heads):
             raise ValueError(f"dim: expected a multiple of 2 * n_heads = {2 * self.n_heads}, "
                              f"got {self.dim}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_width: expected an even number, got {self.head_width}")
+        if self.head_dim * self.n_heads == self.dim:        # one config for one model
+            object.__setattr__(self, "head_width", None)
+        if self.rope_scaling and (fault := self.rope_scaling.fault()):
+            raise ValueError(f"rope_scaling.{fault}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads: expected a multiple of n_kv_heads = {self.n_kv_heads}, "
                              f"got {self.n_heads}")
@@ -65,32 +126,7 @@ class LLaMAConfig:
     @property
     def head_dim(self) -> int:
         """The width K of one head."""
-        return self.dim // self.n_heads
-
-
-def _llama(dim, n_layers, n_heads, ffn_dim, n_kv_heads=None, **more) -> LLaMAConfig:
-    return LLaMAConfig(dim, n_layers, n_heads, n_kv_heads or n_heads, more.pop("vocab_size", 32000),
-                       ffn_dim, **more)
-
-
-_SHORT = {"max_seq_len": 256, "tie_embeddings": True}
-_STORIES = {"max_seq_len": 1024, "tie_embeddings": True}
-PRESETS = {
-    #                        D     layers  H    F
-    "tiny":           _llama(96,    3,  6,  256, vocab_size=512, **_SHORT),
-    "stories15M":     _llama(288,   6,  6,  768, **_SHORT),
-    "stories42M":     _llama(512,   8,  8,  1376, **_STORIES),
-    "stories110M":    _llama(768,  12, 12,  2048, **_STORIES),
-    "TinyLlama-1.1B": _llama(2048, 22, 32,  5632, n_kv_heads=4),
-    "OpenLLaMA-3B":   _llama(3200, 26, 32,  8640, norm_eps=1e-6),
-    "7B":             _llama(4096, 32, 32, 11008, norm_eps=1e-6),
-    "13B":            _llama(5120, 40, 40, 13824, norm_eps=1e-6),
-    "30B":            _llama(6656, 60, 52, 17920, norm_eps=1e-6),
-    "65B":            _llama(8192, 80, 64, 22016),
-    "Llama-2-7B":     _llama(4096, 32, 32, 11008, max_seq_len=4096),
-    "Llama-2-13B":    _llama(5120, 40, 40, 13824, max_seq_len=4096),
-    "Llama-2-70B":    _llama(8192, 80, 64, 28672, n_kv_heads=8, max_seq_len=4096),
-}
+        return self.head_width or self.dim // self.n_heads
 
 
 class KVCache:
@@ -150,15 +186,19 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(positions: Tensor, config: LLaMAConfig, dtype: torch.dtype) -> Tensor:
-    """exp(i position theta^(-2j/K)) for each pair j: [B or 1, T, 1, K/2], complex64 or wider.
+    """exp(i position f_j), f_j = theta^(-2j/K), of each pair j: [B or 1, T, 1, K/2], complex64.
 
-    `positions` is [B or 1, T] int64. The table is computed in each pass and not stored, so a model
+    It is complex128 for float64. `config.rope_scaling` changes the frequencies f_j. `positions` is
+    [B or 1, T] int64. The table is computed in each pass and not stored, so a model
     on the meta device needs none.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     K = config.head_dim
     exponents = torch.arange(0, K, 2, device=positions.device, dtype=wide) / K
-    angles = positions[:, :, None, None].to(wide) * config.rope_theta ** -exponents
+    frequencies = config.rope_theta ** -exponents                                # [K/2]
+    if config.rope_scaling is not None:
+        frequencies = config.rope_scaling.scale(frequencies)
+    angles = positions[:, :, None, None].to(wide) * frequencies
     return torch.polar(torch.ones_like(angles), angles)
 
 
@@ -257,10 +297,11 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         D, kv_width = config.dim, config.n_kv_heads * config.head_dim
-        self.wq = nn.Linear(D, D, bias=False)
+        width = config.n_heads * config.head_dim                                 # H K, often D
+        self.wq = nn.Linear(D, width, bias=False)
         self.wk = nn.Linear(D, kv_width, bias=False)
         self.wv = nn.Linear(D, kv_width, bias=False)
-        self.wo = nn.Linear(D, D, bias=False)
+        self.wo = nn.Linear(width, D, bias=False)
 
     def forward(self, x, rotary, mask, padding, cache, layer) -> Tensor:
         H, G, K = self.config.n_heads, self.config.n_kv_heads, self.config.head_dim

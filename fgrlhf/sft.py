@@ -29,7 +29,8 @@ from fgrlhf.engine.encoding import Encoding, write_encoding
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.engine.run import Run
 from fgrlhf.engine.states import TrainableState
-from fgrlhf.model import MOST, PRESETS, LLaMA, build
+from fgrlhf.model import MOST, LLaMA, build
+from fgrlhf.presets import PRESETS
 from fgrlhf.sequences import Sequences, hidden_before, locate, pack
 from fgrlhf.tokenizer import Tokenizer
 from kernels import linear_cross_entropy

@@ -42,23 +42,67 @@ class Piece(NamedTuple):
     ordinary: bool                          # not a control piece, a byte or unknown
 
 
-class Tokenizer:
-    """A sentencepiece model file.
+class Vocabulary:
+    """The half of a tokenizer that both kinds share: each id has a fixed string of bytes.
 
-    Attributes: vocab_size, bos_id, eos_id, pad_id (never eos_id); pieces, a list of Piece by id;
-    adds_blank, True if "a" is encoded as " a", as in LLaMA; adds_bos, False if `encode` never puts
-    BOS first, as some models want; sha256 of the file, and of adds_bos where it is False, in
+    A subclass has `encode`, and `_surfaces`, which yields the bytes of each id.
+    """
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decodes ids. BOS and EOS give no text, bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(self._surfaces(ids)).decode(errors="replace")
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yields the text of `decode` in parts, each as soon as an id completes a character."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for surface in self._surfaces(ids):
+            if text := decoder.decode(surface):
+                yield text
+        if text := decoder.decode(b"", final=True):         # ended inside a character
+            yield text
+
+    def spans(self, ids: Iterable[int]) -> list[tuple[int, int]]:
+        """Returns, for each id, the half-open range of characters of `decode(ids)` that it covers.
+
+        A character that consists of several byte pieces belongs to each of them. BOS and EOS have
+        empty spans. (sentencepiece's own offsets count bytes, and only for text it has encoded.)
+        """
+        surfaces = list(self._surfaces(ids))
+        home = character_of_byte(b"".join(surfaces))
+        spans, end = [], 0                                  # end: bytes so far
+        for surface in surfaces:
+            start, end = end, end + len(surface)
+            before = home[start - 1] + 1 if start else 0    # characters so far
+            spans.append((home[start], home[end - 1] + 1) if surface else (before, before))
+        return spans
+
+    def keeps(self, text: str) -> bool:
+        """Returns True if decoding gives the text back exactly."""
+        return self.decode(self.encode(text)) == text
+
+
+class Tokenizer(Vocabulary):
+    """A sentencepiece model file, or its bytes in `model` when `path` is a file that contains it.
+
+    Attributes: model, the bytes of the file; vocab_size, bos_id, eos_id, pad_id (never eos_id);
+    pieces, a list of Piece by id; adds_blank, True if "a" is encoded as " a", as in LLaMA;
+    adds_bos, False if `encode` never puts BOS first, as some models want; control, the ids of the
+    control pieces by their text, BOS and EOS included; chat_template, the model's own template,
+    which is never executed, or None; sha256 of the file, and of adds_bos where it is False, in
     hexadecimal. Raises UserError when the file is missing, is not a sentencepiece model, or lacks
     BOS or EOS.
     """
 
-    def __init__(self, path: str | Path, adds_bos: bool = True):
-        self.path, self.adds_bos = Path(path), adds_bos
-        check_kind(path, "a sentencepiece model (tokenizer.model)")
-        if (size := self.path.stat().st_size) > LARGEST:
-            raise UserError(f"{path}: expected a sentencepiece model of at most {LARGEST} bytes, "
-                            f"got {size}; copy tokenizer.model again")
-        model = self.path.read_bytes()
+    def __init__(self, path: str | Path, adds_bos: bool = True, model: bytes | None = None,
+                 chat_template: str | None = None):
+        self.path, self.adds_bos, self.chat_template = Path(path), adds_bos, chat_template
+        if model is None:
+            check_kind(path, "a sentencepiece model (tokenizer.model)")
+            if (size := self.path.stat().st_size) > LARGEST:
+                raise UserError(f"{path}: expected a sentencepiece model of at most {LARGEST} "
+                                f"bytes, got {size}; copy tokenizer.model again")
+            model = self.path.read_bytes()
+        self.model = model
         self.sha256 = hashlib.sha256(model + (b"" if adds_bos else b"no BOS")).hexdigest()
         self._sp = sentencepiece.SentencePieceProcessor()
         try:
@@ -75,6 +119,8 @@ class Tokenizer:
         if min(self.bos_id, self.eos_id) < 0:
             raise UserError(f"{path}: expected a BOS and an EOS piece, as in LLaMA's, got bos_id "
                             f"{self.bos_id}, eos_id {self.eos_id}; choose another tokenizer")
+        self.control = {piece.text: id for id, piece in enumerate(self.pieces)
+                        if self._sp.is_control(id)}
         self.adds_blank = self._sp.normalize("a").startswith(BLANK)
         self._bytes = [self._piece_bytes(id) for id in range(self.vocab_size)]
         self._blank_ids = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in BLANK.encode()]
@@ -99,11 +145,7 @@ class Tokenizer:
         bos, eos: whether to put BOS first (never if `adds_bos` is False) and EOS last.
         Raises UserError for a lone surrogate.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"text: character {error.start} is a lone surrogate, which UTF-8 "
-                            "cannot hold; repair the text") from None
+        check_text(text)
         if BLANK in text and self._sp.is_byte(self._blank_ids[0]):
             ids = self._encode_with_literal_blank(text)[0]
         else:
@@ -139,34 +181,6 @@ class Tokenizer:
                     surface = surface.removeprefix(b" ")
             yield surface
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Decodes ids. BOS and EOS give no text, bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(self._surfaces(ids)).decode(errors="replace")
-
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yields the text of `decode` in parts, each as soon as an id completes a character."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for surface in self._surfaces(ids):
-            if text := decoder.decode(surface):
-                yield text
-        if text := decoder.decode(b"", final=True):         # ended inside a character
-            yield text
-
-    def spans(self, ids: Iterable[int]) -> list[tuple[int, int]]:
-        """Returns, for each id, the half-open range of characters of `decode(ids)` that it covers.
-
-        A character that consists of several byte pieces belongs to each of them. BOS and EOS have
-        empty spans. (sentencepiece's own offsets count bytes, and only for text it has encoded.)
-        """
-        surfaces = list(self._surfaces(ids))
-        home = character_of_byte(b"".join(surfaces))
-        spans, end = [], 0                                  # end: bytes so far
-        for surface in surfaces:
-            start, end = end, end + len(surface)
-            before = home[start - 1] + 1 if start else 0    # characters so far
-            spans.append((home[start], home[end - 1] + 1) if surface else (before, before))
-        return spans
-
     def offsets(self, text: str, eos: bool = False) -> list[tuple[int, int]]:
         """Returns, for each id of encode(text, eos=eos), the half-open range of characters of text.
 
@@ -193,9 +207,14 @@ class Tokenizer:
                 following = ranges[k]
         return ranges + [(len(text), len(text))] * eos
 
-    def keeps(self, text: str) -> bool:
-        """Returns True if decoding gives the text back exactly."""
-        return self.decode(self.encode(text)) == text
+
+def check_text(text: str) -> None:
+    """Raises UserError for a lone surrogate, which UTF-8 cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"text: character {error.start} is a lone surrogate, which UTF-8 "
+                        "cannot hold; repair the text") from None
 
 
 def character_of_byte(data: bytes) -> list[int]:

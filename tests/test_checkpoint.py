@@ -16,7 +16,8 @@ from fgrlhf.data.fields import UserError
 from fgrlhf.engine.states import load_state, save_state
 from fgrlhf.layouts import huggingface, meta
 from fgrlhf.layouts.safetensors import SafeTensors
-from fgrlhf.model import PRESETS, LLaMA, LLaMAConfig, build
+from fgrlhf.model import LLaMA, LLaMAConfig, RopeScaling, build
+from fgrlhf.presets import PRESETS
 from fgrlhf.tokenizer import Tokenizer, train
 
 SMALL = LLaMAConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=272, ffn_dim=48,
@@ -56,6 +57,27 @@ def test_save_model_keeps_any_ffn_dim_in_metas_keys(ffn_dim, tmp_path):
     params = json.loads((tmp_path / "params.json").read_text())
     width = meta.ffn_width(32, params["multiple_of"], params.get("ffn_dim_multiplier"))
     assert load_model(tmp_path).config.ffn_dim == ffn_dim == width
+
+
+LLAMA32 = RopeScaling("llama3", 32.0)
+
+
+@pytest.mark.parametrize("layout", ["meta", "hf"])
+@pytest.mark.parametrize("changes", [
+    {"head_width": 10}, {"head_width": 6, "n_kv_heads": 1}, {"rope_scaling": LLAMA32},
+    {"head_width": 20, "rope_scaling": RopeScaling("llama3", 7.5, 0.5, 3.0, 100)},
+    {"rope_scaling": RopeScaling("linear", 2.0)}, {"dim": 30, "head_width": 8, "ffn_dim": 9}])
+def test_save_model_keeps_head_width_and_rope_scaling(layout, changes, tmp_path):
+    model = variant(**changes)
+    save_model(model, tmp_path, layout)
+    assert same(load_model(tmp_path), model)
+
+
+def test_save_model_adds_no_key_for_a_model_that_needs_none(tmp_path):
+    """Meta's own code knows neither of the two keys."""
+    save_model(variant(), tmp_path)
+    params = json.loads((tmp_path / "params.json").read_text())
+    assert not {"head_dim", "rope_scaling"} & set(params)
 
 
 def test_ffn_width_gives_the_published_sizes():
@@ -178,6 +200,49 @@ def write_shards(folder, model: LLaMA, count: int, embedding_rows: bool = False,
     return folder
 
 
+def as_llama3(folder, tied: bool, **changes) -> None:
+    """Gives a folder of shards what Meta's files of Llama 3.1 and 3.2 have."""
+    params = json.loads((folder / "params.json").read_text()) | {"use_scaled_rope": True} | changes
+    del params["max_seq_len"]
+    (folder / "params.json").write_text(json.dumps(params))
+    for path in folder.glob("*.pth") if tied else ():
+        shard = torch.load(path)
+        torch.save(shard | {"output.weight": shard["tok_embeddings.weight"].clone()}, path)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("changes, factor", [
+    ({}, 32.0), ({"rope_scaling_factor": 8.0}, 8.0), ({"rope_scaling_factor": 16}, 16)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_load_model_reads_metas_files_of_llama_3(count, changes, factor, tied, tmp_path):
+    """Llama 3.2 stores its embedding twice, and Llama 3.1 an output matrix of its own."""
+    model = variant(tie_embeddings=tied, max_seq_len=131072,
+                    rope_scaling=RopeScaling("llama3", factor))
+    write_shards(tmp_path, model, count, embedding_rows=True)
+    as_llama3(tmp_path, tied, **changes)
+    assert same(load_model(tmp_path), model)
+    again = tmp_path / "again"
+    save_model(load_model(tmp_path), again)
+    assert same(load_model(again), model)
+
+
+def test_load_model_takes_factor_8_for_the_widths_of_llama_3_1():
+    params = dict(n_layers=32, n_heads=32, use_scaled_rope=True)
+    assert meta._rope_scaling(meta.Params(dim=4096, **params)) == RopeScaling("llama3", 8.0)
+    assert meta._rope_scaling(meta.Params(dim=3072, **params)) == LLAMA32
+
+
+def test_load_model_reads_shards_of_another_head_width(tmp_path):
+    model = variant(head_width=12)
+    write_shards(tmp_path, model, 2)
+    path = tmp_path / "params.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"head_dim": 12}))
+    assert same(load_model(tmp_path), model)
+    (tmp_path / "consolidated.01.pth").unlink()
+    with pytest.raises(UserError, match="consolidated.01.pth: this shard is missing.*only 1/2"):
+        load_model(tmp_path)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("embedding_rows", [False, True])
 @pytest.mark.parametrize("vocab_size", [-1, 272])
@@ -286,27 +351,71 @@ def test_load_model_reads_one_pickle_with_buffers_and_a_tied_copy(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"model_type": "mistral"}, 'model_type: expected "llama", got "mistral"'),
+    ({"model_type": "gemma"}, 'model_type: expected "llama" or "mistral", got "gemma"'),
+    ({"model_type": "mistral"}, 'architectures: expected ["MistralForCausalLM"], got'),
+    ({"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 63},
+     "sliding_window: expected null, or at least max_position_embeddings = 64, got 63"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "architectures: expected"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope_scaling.type: expected "default"'),
-    ({"rope_parameters": {"rope_type": "llama3"}}, 'rope_type: expected "default"'),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0}},
+     'rope_scaling.type: expected "default", "linear" or "llama3", got "yarn"'),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 'got "dynamic"'),
+    ({"rope_parameters": {"rope_type": "longrope"}}, 'rope_parameters.rope_type: expected "defau'),
+    ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.factor: expected this field"),
+    ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor: expected a number"),
+    ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor: expected a number"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0},
+      "rope_parameters": {"rope_type": "linear", "factor": 4.0}}, "the same as in rope_parameters"),
+    ({"rope_scaling": 7}, "rope_scaling: expected an object, got 7"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1, got 0.5"),
     ({"attention_bias": True}, "attention_bias: expected false, got true"),
     ({"mlp_bias": True}, "mlp_bias: expected false"),
     ({"hidden_act": "gelu"}, 'hidden_act: expected "silu"'),
     ({"quantization_config": {"bits": 4}}, "quantization_config: expected null"),
-    ({"head_dim": 16}, "head_dim: expected hidden_size / num_attention_heads = 8, got 16"),
+    ({"head_dim": 16}, "q_proj.weight: expected (64, 32), got (32, 32)"),
+    ({"head_dim": 7}, "head_width: expected an even number, got 7"),
     ({"hidden_size": "32"}, "hidden_size: expected an integer, got '32'"),
     ({"num_hidden_layers": None}, "num_hidden_layers: expected an integer, got None"),
     ({"num_attention_heads": 0}, "n_heads: expected a positive number"),
-    ({"num_attention_heads": 5}, "dim: expected a multiple"),
+    ({"num_attention_heads": 5}, "n_heads: expected a multiple of n_kv_heads"),
+    ({"num_attention_heads": 6, "head_dim": None}, "dim: expected a multiple"),
 ])
 def test_load_model_refuses_an_unsupported_hf_config_by_name(change, message, tmp_path):
     save_model(variant(), tmp_path, "hf")
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(UserError, match="config.json: ") as error:
+    with pytest.raises(UserError, match="config.json: |model.safetensors: tensor ") as error:
         load_model(tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("window", [{"sliding_window": None}, {"sliding_window": 64}, {}])
+def test_load_model_reads_a_mistral_without_a_window_and_saves_a_llama(window, tmp_path):
+    """transformers takes a window of 4096 where the field is absent."""
+    save_model(variant(), tmp_path, "hf")
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | window | {
+        "model_type": "mistral", "architectures": ["MistralForCausalLM"]}))
+    assert same(load_model(tmp_path), variant())
+    save_model(load_model(tmp_path), tmp_path, "hf")
+    assert json.loads(path.read_text()) == values
+    path.write_text(json.dumps(values | {"model_type": "mistral", "architectures": None,
+                                         "max_position_embeddings": 4097}))
+    with pytest.raises(UserError, match="sliding_window: .* = 4097, got 4096"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_load_model_reads_the_scaled_rope_of_transformers_4_and_5(name, tmp_path):
+    save_model(variant(), tmp_path, "hf")
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192}
+    for given, expected in ((rope, RopeScaling("llama3", 8.0)),
+                            ({"type": "linear", "factor": 2}, RopeScaling("linear", 2))):
+        path.write_text(json.dumps(values | {name: given}))
+        assert load_model(tmp_path).config.rope_scaling == expected
 
 
 def test_load_model_reads_the_rope_base_of_transformers_4_and_5(tmp_path):
@@ -325,7 +434,11 @@ def test_load_model_reads_the_rope_base_of_transformers_4_and_5(tmp_path):
     ({"dim": None}, "dim: expected an integer, got None"),
     ({"dim": 30}, "dim: expected a multiple"),
     ({"colour": 1}, "'colour': unknown field"),
-    ({"use_scaled_rope": True}, "use_scaled_rope: expected false"),
+    ({"use_scaled_rope": 1}, "use_scaled_rope: expected true or false"),
+    ({"use_scaled_rope": True, "rope_scaling_factor": 0.5}, "rope_scaling.factor: expected a num"),
+    ({"rope_scaling": {"kind": "ntk", "factor": 2.0}}, 'rope_scaling.kind: expected "linear" or'),
+    ({"rope_scaling": {"kind": "linear"}}, "rope_scaling.factor: expected this field"),
+    ({"head_dim": -2}, "head_width: expected a positive number"),
     ({"multiple_of": 0}, "multiple_of: expected a positive number"),
     ({"norm_eps": "small"}, "norm_eps: expected a number"),
 ])

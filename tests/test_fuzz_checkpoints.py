@@ -28,6 +28,7 @@ import torch
 from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer, save_model
 from fgrlhf.data.fields import UserError
 from fgrlhf.generate import continue_batch
+from fgrlhf.tokenizer import Tokenizer
 from tests.test_fuzz import peak_memory
 
 COUNT = int(os.environ.get("FGRLHF_FUZZ_CHECKPOINTS", 60))
@@ -52,6 +53,8 @@ def make_seeds(folder: Path) -> list[Path]:
     shutil.copytree(folder / "meta", folder / "legacy")
     torch.save({n: p.detach() for n, p in model.named_parameters()},
                folder / "legacy" / "consolidated.00.pth", _use_new_zipfile_serialization=False)
+    make_gguf(folder / "gguf", bpe)
+    make_byte_level(folder)
     for name in ("index", "index-bin", "shards", "llama2c"):
         (folder / name).mkdir()
         shutil.copy(bpe.path, folder / name / "tokenizer.model")
@@ -67,6 +70,50 @@ def make_seeds(folder: Path) -> list[Path]:
         save_model(variant(vocab_size=tokenizer.vocab_size), folder / ("of-" + name),
                    tokenizer=tokenizer)
     return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+def make_gguf(folder: Path, tokenizer: Tokenizer) -> None:
+    """Writes a folder with a GGUF file that has three types and a sentencepiece tokenizer.
+
+    A folder next to it gets one with a byte-level BPE.
+    """
+    from tests.gguf_files import F16, Q8_0, bpe, describe, sentencepiece, weights, write
+    from tests.test_checkpoint import variant
+    from tests.test_gguf import MERGES, TOKENS
+    model = variant(vocab_size=tokenizer.vocab_size, ffn_dim=64)
+    tensors = weights(model, F16)
+    tensors["blk.0.ffn_up.weight"] = (Q8_0, (64, 32), b"\1\2" * 17 * 64)
+    folder.mkdir()
+    write(folder / "model.gguf", describe(model) | sentencepiece(tokenizer), tensors)
+    model = variant(vocab_size=len(TOKENS))
+    folder.with_name("gguf-bpe").mkdir()
+    write(folder.with_name("gguf-bpe") / "bpe.gguf", describe(model) | bpe(TOKENS, MERGES, 3),
+          weights(model))
+
+
+def make_byte_level(folder: Path) -> None:
+    """Writes model folders with a byte-level BPE in each form of its files."""
+    from tests.test_bpe import TEMPLATE, small, tiktoken_lines
+    from tests.test_checkpoint import variant
+    for layout, pretokeniser in (("meta", "llama3"), ("hf", "smollm")):
+        tokenizer = small(pretokeniser)
+        save_model(variant(vocab_size=tokenizer.vocab_size), folder / f"bpe-{layout}", layout,
+                   tokenizer)
+    tokenizer = small()
+    for name in ("bpe-vocab", "bpe-tiktoken"):
+        rows = 512 if name == "bpe-tiktoken" else tokenizer.vocab_size
+        save_model(variant(vocab_size=rows), folder / name)
+    (folder / "bpe-tiktoken" / "tokenizer.model").write_bytes(
+        tiktoken_lines([bytes([byte]) for byte in range(256)]))
+    for name, values in (
+            ("vocab", {token: id for id, token in enumerate(tokenizer.tokens)}),
+            ("special_tokens_map", {"bos_token": {"content": tokenizer.tokens[1]}}),
+            ("added_tokens", tokenizer.control),
+            ("generation_config", {"eos_token_id": [2, 0]}),
+            ("tokenizer_config", {"add_bos_token": True, "chat_template": TEMPLATE})):
+        (folder / "bpe-vocab" / f"{name}.json").write_text(json.dumps(values))
+    (folder / "bpe-vocab" / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(tokenizer.merges) + "\n")
 
 
 # ----- mutations ----------------------------------------------------------------------------------
@@ -138,6 +185,14 @@ def mutate_tensors(path: Path, rng: random.Random) -> None:
     torch.save(tensors, path, _use_new_zipfile_serialization=rng.random() < .7)
 
 
+def mutate_header(data: bytes, rng: random.Random) -> bytes:
+    """Overwrites a number near the beginning of a GGUF file, in its header or anywhere."""
+    at = rng.randrange(rng.choice([24, 800, 20_000, len(data) - 8]))
+    number = rng.choice([0, 1, 2, 3, 8, 9, 255, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1])
+    size = rng.choice([1, 4, 8])
+    return data[:at] + struct.pack("<Q", number)[:size] + data[at + size:]
+
+
 def compress(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         members = [(name, archive.read(name)) for name in archive.namelist()]
@@ -169,6 +224,8 @@ def mutate(folder: Path, seeds: list[Path], rng: random.Random) -> str:
         mutate_tensors(path, rng)
     elif path.suffix in (".pth", ".pt") and kind < .43 and data[:2] == b"PK":
         compress(path)
+    elif path.suffix == ".gguf" and kind < .7:
+        path.write_bytes(mutate_header(data, rng))
     elif path.name == "model.bin" and kind < .6:
         at = 4 * rng.randrange(7)
         number = struct.pack("<i", rng.choice([0, -1, 1, 10**7, 2**31 - 1, -2**31, 64, 272]))
@@ -201,7 +258,7 @@ def attempt(number: int, seeds: list[Path], folder: Path) -> tuple[str, str, flo
         with contextlib.redirect_stderr(io.StringIO()):     # the line about rows of the embedding
             use(folder)
         result = "used"
-    except UserError as error:
+    except (UserError, FloatingPointError) as error:        # huge weights: logits are not finite
         message = str(error)
         result = "refused" if "\n" not in message and len(message) < 1000 else f"long: {message}"
     except Exception as error:

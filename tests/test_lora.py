@@ -72,6 +72,20 @@ def test_merge_gives_the_same_function_as_a_plain_llama():
                        llama(dtype=torch.float64).layers[0].attention.wq.weight)
 
 
+def test_adapt_and_merge_a_model_of_another_head_width(tmp_path):
+    """6 heads of width 20 over a model of width 96: wq is [120, 96] and wo [96, 120]."""
+    sizes = dict(dim=96, n_heads=6, n_kv_heads=2, head_width=20)
+    model = lora.adapt(llama(dtype=torch.float64, **sizes), RANK)
+    wo = model.layers[1].attention.wo
+    assert wo.lora_a.shape == (RANK, 120) and wo.lora_b.shape == (96, RANK)
+    with torch.no_grad():
+        for parameter in lora.adapters(model).values():
+            parameter.add_(0.1)
+    torch.testing.assert_close(score(lora.merge(model), ragged()), score(model, ragged()))
+    save_model(lora.merge(model), tmp_path)
+    assert torch.equal(score(load_model(tmp_path), ragged()), score(lora.merge(model), ragged()))
+
+
 def test_only_adapters_and_the_head_receive_gradients():
     reward = RewardModel(adapted(spread=0.1), "token")
     reward.token_rewards(ragged()).sum().backward()

@@ -1,12 +1,15 @@
 """LLaMA against a slow loop, against itself (cache, padding, checkpointing), published sizes."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from fgrlhf.model import (
-    PRESETS, KVCache, LLaMA, LLaMAConfig, RMSNorm, build, parameter_count, rotary_table, rotate)
+    KVCache, LLaMA, LLaMAConfig, RMSNorm, RopeScaling, build, parameter_count, rotary_table,
+    rotate)
+from fgrlhf.presets import PRESETS
 
 SMALL = LLaMAConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=50, ffn_dim=48,
                     norm_eps=1e-6, rope_theta=100.0, max_seq_len=64)
@@ -30,6 +33,26 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, 50, (3, 12), generator=torch.Generator().manual_seed(1))
 
 
+def slow_scaling(scaling: RopeScaling | None, frequency: float) -> float:
+    """The cases of RopeScaling's docstring, for one pair."""
+    if scaling is None or scaling.kind == "linear":
+        return frequency / (scaling.factor if scaling else 1)
+    wavelength, L = 2 * math.pi / frequency, scaling.original_context
+    if wavelength < L / scaling.high_freq_factor:
+        return frequency
+    if wavelength > L / scaling.low_freq_factor:
+        return frequency / scaling.factor
+    s = (L / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor)
+    return (1 - s) * frequency / scaling.factor + s * frequency
+
+
+LLAMA3 = RopeScaling("llama3", 4.0, original_context=100)          # SMALL: w = 6.3, 20, 63, 199
+SCALED = [{"rope_scaling": RopeScaling("linear", 3.0)}, {"rope_scaling": LLAMA3},
+          {"head_width": 10, "rope_scaling": replace(LLAMA3, low_freq_factor=0.5)},
+          {"head_width": 6}]
+
+
 def slow_logits(model: LLaMA, ids: list[int]) -> torch.Tensor:
     """Computes the equations of model.py for one position and one head at a time."""
     c, K = model.config, model.config.head_dim
@@ -40,8 +63,9 @@ def slow_logits(model: LLaMA, ids: list[int]) -> torch.Tensor:
 
     def turned(x, position):                            # neighbours are one complex number
         pairs = torch.view_as_complex(x.view(K // 2, 2))
-        angles = torch.tensor([position / c.rope_theta ** (2 * i / K) for i in range(K // 2)],
-                              dtype=torch.float64)
+        angles = torch.tensor(
+            [position * slow_scaling(c.rope_scaling, c.rope_theta ** (-2 * i / K))
+             for i in range(K // 2)], dtype=torch.float64)
         return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten()
 
     h = [p["tok_embeddings.weight"][i] for i in ids]
@@ -78,6 +102,44 @@ def test_forward_equals_the_slow_loop(kv_heads, tied):
     expected = slow_logits(model, ids)
     assert expected.abs().max() > 0.5
     assert (model(torch.tensor([ids]))[0] - expected).abs().max() < TIGHT
+
+
+@pytest.mark.parametrize("changes", SCALED)
+@torch.no_grad()
+def test_forward_with_scaled_rope_or_another_head_width_equals_the_slow_loop(changes):
+    model, plain = model_of(**changes), model_of()
+    H, K = 4, changes.get("head_width", 8)
+    shapes = [tuple(w.weight.shape) for w in model.layers[0].attention.children()]
+    assert shapes == [(H * K, 32), (2 * K, 32), (2 * K, 32), (32, H * K)]
+    ids = [3, 14, 15, 9, 2, 6]
+    logits = model(torch.tensor([ids]))[0]
+    assert (logits - slow_logits(model, ids)).abs().max() < TIGHT
+    assert (logits - plain(torch.tensor([ids]))[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("changes", SCALED)
+@torch.no_grad()
+def test_cache_and_padding_with_scaled_rope_or_another_head_width(changes, tokens):
+    """Decodes one token at a time, and strips the padding of rows of 12, 5 and 8 tokens."""
+    model = model_of(**changes)
+    expected, cache = model(tokens), KVCache(model.config, 3, 12, dtype=torch.float64)
+    parts = [model(tokens[:, :4], cache=cache)]
+    parts += [model(tokens[:, t:t + 1], cache=cache) for t in range(4, 12)]
+    assert (torch.cat(parts, 1) - expected).abs().max() < TIGHT
+    lengths = torch.tensor([12, 5, 8])
+    real = torch.arange(12) < lengths[:, None]
+    hidden = model.hidden(tokens, lengths=lengths) @ model.head.T
+    assert (hidden - expected)[real].abs().max() < TIGHT
+
+
+def test_rope_scaling_by_hand():
+    """Llama 3.1: factor 8 and a context of 8192. Wavelengths of 2048 and less stay as they are."""
+    scale = lambda kind, w: 2 * math.pi / RopeScaling(kind, 8.0).scale(
+        torch.tensor(2 * math.pi / w, dtype=torch.float64)).item()      # wavelengths in and out
+    for kind, before, after in (("linear", 100, 800), ("llama3", 100, 100), ("llama3", 2048, 2048),
+                                ("llama3", 8192, 65536), ("llama3", 20000, 160000),
+                                ("llama3", 4096, 4096 / (2 / 3 / 8 + 1 / 3))):     # s = 1/3
+        assert scale(kind, before) == pytest.approx(after, rel=1e-12)
 
 
 @GROUPS
@@ -285,18 +347,33 @@ def test_head_is_the_embedding_when_tied():
 
 @pytest.mark.parametrize("changes, message", [
     ({"n_heads": 5}, "dim: expected a multiple of 2"), ({"dim": 36, "n_heads": 4}, "multiple of 2"),
-    ({"n_kv_heads": 3}, "n_heads: expected a multiple of n_kv_heads = 3, got 4")])
+    ({"n_kv_heads": 3}, "n_heads: expected a multiple of n_kv_heads = 3, got 4"),
+    ({"head_width": 7}, "head_width: expected an even number, got 7"),
+    ({"head_width": 0}, "head_width: expected a positive number of at most 65536, got 0"),
+    ({"rope_scaling": RopeScaling("yarn", 2.0)}, 'kind: expected "linear" or "llama3", got yarn'),
+    ({"rope_scaling": RopeScaling("linear", float("nan"))}, "rope_scaling.factor: expected a num"),
+    ({"rope_scaling": RopeScaling("llama3", 8.0, 4.0, 4.0)}, "factor: expected more than low_freq"),
+    ({"rope_scaling": RopeScaling("llama3", 8.0, original_context=0)}, "original_context: exp"),
+])
 def test_config_refuses_sizes_that_do_not_divide(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **changes)
 
 
+def test_a_head_width_of_dim_by_n_heads_is_the_same_config():
+    assert replace(SMALL, head_width=8) == SMALL and replace(SMALL, head_width=8).head_dim == 8
+    assert replace(SMALL, head_width=10).head_dim == 10 and replace(SMALL, n_heads=2).head_dim == 16
+    assert replace(SMALL, dim=33, head_width=8).head_width == 8
+
+
 # The published sizes ("6.7B 13.0B 32.5B 65.2B" in the LLaMA paper) to the last digit, by hand:
-# V D (twice unless tied) + layers (2 D D + 2 D G K + 3 D F + 2 D) + D.
+# V D (twice unless tied) + layers (2 D H K + 2 D G K + 3 D F + 2 D) + D.
 PUBLISHED = {
     "stories15M": 15_191_712, "stories42M": 41_689_600, "stories110M": 109_529_856,
     "TinyLlama-1.1B": 1_100_048_384, "OpenLLaMA-3B": 3_426_473_600,
     "7B": 6_738_415_616, "13B": 13_015_864_320, "30B": 32_528_943_616, "65B": 65_285_660_672,
+    "SmolLM2-135M": 134_515_008, "SmolLM2-360M": 361_821_120, "SmolLM2-1.7B": 1_711_376_384,
+    "Llama-3-8B": 8_030_261_248, "Llama-3.2-1B": 1_235_814_400, "Llama-3.2-3B": 3_212_749_824,
     "Llama-2-7B": 6_738_415_616, "Llama-2-13B": 13_015_864_320, "Llama-2-70B": 68_976_648_192,
 }
 

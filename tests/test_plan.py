@@ -13,9 +13,10 @@ import torch
 from fgrlhf.data.fields import UserError
 from fgrlhf.engine import lora
 from fgrlhf.engine.config import parse
-from fgrlhf.model import PRESETS, KVCache, LLaMA, LLaMAConfig, build
+from fgrlhf.model import KVCache, LLaMA, LLaMAConfig, build
 from fgrlhf.plan.__main__ import Config, held, main, passing, peaks, verdict
 from fgrlhf.plan.memory import activation_bytes, adapter_count, cache_bytes
+from fgrlhf.presets import PRESETS
 from tests import measure_memory
 from tests.processes import ROOT
 
@@ -41,7 +42,8 @@ def saved_bytes(config: LLaMAConfig, batch: int, length: int, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 4}, {"n_layers": 1, "ffn_dim": 300}])
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 4}, {"n_layers": 1, "ffn_dim": 300},
+                                     {"head_width": 20}, {"head_width": 6}])
 def test_activation_bytes_are_what_autograd_keeps(dtype, changes):
     config = replace(SMALL, **changes)
     assert activation_bytes(config, 2, 50, dtype.itemsize) == saved_bytes(config, 2, 50, dtype)
@@ -73,8 +75,9 @@ def test_cache_bytes_are_the_caches():
 
 
 def test_adapter_count_is_that_of_an_adapted_model():
-    model = lora.adapt(build(SMALL), 5)
-    assert adapter_count(SMALL, 5) == sum(p.numel() for p in lora.adapters(model).values())
+    for sizes in (SMALL, replace(SMALL, head_width=20)):
+        model = lora.adapt(build(sizes), 5)
+        assert adapter_count(sizes, 5) == sum(p.numel() for p in lora.adapters(model).values())
 
 
 def test_held_of_llama_7b_by_hand():
@@ -116,6 +119,14 @@ def test_peaks_are_within_a_tenth_of_what_a_process_holds(sizes, options):
     (("--card", 8), "no option of this command makes it fit")])
 def test_verdict_says_what_makes_it_fit(flags, says):
     assert says in verdict(PRESETS["7B"], plan(*flags))
+
+
+def test_passing_of_a_tied_model_by_hand():
+    """Llama 3.2 1B on two ranks: the embedding is gathered once, and two of the 16 blocks."""
+    P, E = 1_235_814_400, 128256 * 2048
+    found = passing(PRESETS["Llama-3.2-1B"], plan("--world-size", 2))
+    assert found["update"]["gathered blocks"] == 2 * (E + 2 * (P - E) // 16)
+    assert found["rollout"]["KV cache"] == 2 * 2 * 16 * 8 * 492 * 8 * 64
 
 
 def test_main_prints_the_table_and_refuses_contradictions(capsys):

@@ -79,7 +79,7 @@ def rotate(x: Tensor, position: int, theta: float) -> Tensor:
 def attention(x: Tensor, matrices: dict[str, Tensor], n_heads: int, n_kv_heads: int,
               theta: float) -> Tensor:
     """x [T, D] -> [T, D], at positions 0..T-1. A query sees its own position and those before."""
-    K, result = x.shape[1] // n_heads, []
+    K, result = len(matrices["wq"]) // n_heads, []
     part = lambda y, head: y[head * K:(head + 1) * K]
     q, k, v = (x @ matrices[name].T for name in ("wq", "wk", "wv"))
     for t in range(len(x)):

@@ -2,8 +2,9 @@
 
 The numbers are those of Meta's layout under other names, except in q and k. Hugging Face rotates
 component i of a head together with component i + K/2; Meta and this project rotate neighbours. The
-rows of each head are therefore permuted. Settings that the project's LLaMA does not compute (scaled
-rope, biases, other architectures, quantised weights) are refused by name.
+rows of each head are therefore permuted. A Mistral whose attention has no sliding window computes
+the same, so it is read, and written as a LLaMA. Settings that the project's LLaMA does not compute
+(biases, other architectures, other kinds of scaled rope, quantised weights) are refused by name.
 """
 
 import json
@@ -15,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fgrlhf.data.fields import UserError, check, show
+from fgrlhf.data.fields import UserError, check, show, take
 from fgrlhf.layouts.pickles import open_pickle
 from fgrlhf.layouts.safetensors import Planned, SafeTensors
 from fgrlhf.layouts.stored import Stored, Weights, damaged, in_a_line, make_config, read_settings
-from fgrlhf.model import LLaMAConfig
+from fgrlhf.model import LLaMAConfig, RopeScaling
 from fgrlhf.tokenizer import Tokenizer
 
 HF_NAMES = {
@@ -156,42 +157,94 @@ class Sizes:
     tie_word_embeddings: bool = False
 
 
+ARCHITECTURES = {"llama": ["LlamaForCausalLM"], "mistral": ["MistralForCausalLM"]}
+# The defaults of transformers for a Mistral, where they differ from those of Sizes.
+MISTRAL = {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+
+
 def _read_config(path: Path) -> LLaMAConfig:
     values = read_settings(path)
-    llama = ["LlamaForCausalLM"]
+    kind = values.get("model_type")
+    if kind not in list(ARCHITECTURES):
+        raise _unsupported(path, "model_type", '"llama" or "mistral"', kind)
+    if kind == "mistral":
+        values = MISTRAL | values
     if values.get("architectures") in (None, [], ["LLaMAForCausalLM"]):     # the name of early 2023
-        values["architectures"] = llama
-    found = [("model_type", "llama", values.get("model_type")),
-             ("architectures", llama, values["architectures"]),
-             ("hidden_act", "silu", values.get("hidden_act", "silu")),
-             ("attention_bias", False, values.get("attention_bias", False)),
-             ("mlp_bias", False, values.get("mlp_bias", False)),
-             ("quantization_config", None, values.get("quantization_config"))]
-    for name in ("rope_scaling", "rope_parameters"):        # of transformers 4 and 5
-        rope = values.get(name) or {}
-        if not isinstance(rope, dict):
-            raise damaged(path, f"{name}: expected an object, got {show(rope)}")
-        found += [(f"{name}.{key}", expected, rope.get(key, expected)) for key, expected in (
-            ("rope_type", "default"), ("type", "default"), ("partial_rotary_factor", 1))]
-        values |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-    for key, expected, got in found:
+        values["architectures"] = ARCHITECTURES[kind]
+    scaling = _rope_scaling(path, values)
+    for key, expected, got in (
+            ("architectures", ARCHITECTURES[kind], values["architectures"]),
+            ("hidden_act", "silu", values.get("hidden_act", "silu")),
+            ("attention_bias", False, values.get("attention_bias", False)),
+            ("mlp_bias", False, values.get("mlp_bias", False)),
+            ("partial_rotary_factor", 1, values.get("partial_rotary_factor", 1)),
+            ("quantization_config", None, values.get("quantization_config"))):
         if got != expected:
-            raise UserError(f"{path}: {key}: expected {json.dumps(expected)}, got "
-                            f"{json.dumps(got)[:100]}, which is not supported; choose another "
-                            "model")
+            raise _unsupported(path, key, json.dumps(expected), got)
     sizes = check(Sizes, values, str(path), also=values)
-    config = make_config(
+    if kind == "mistral" and values["sliding_window"] is not None:
+        window = take(values, "sliding_window", int, str(path))
+        if window < sizes.max_position_embeddings:
+            raise _unsupported(path, "sliding_window", "null, or at least max_position_embeddings "
+                               f"= {sizes.max_position_embeddings}", window)
+    return make_config(
         path, sizes.tie_word_embeddings, dim=sizes.hidden_size,
         n_layers=sizes.num_hidden_layers, n_heads=sizes.num_attention_heads,
         n_kv_heads=(sizes.num_attention_heads if sizes.num_key_value_heads is None else
                     sizes.num_key_value_heads),
         vocab_size=sizes.vocab_size, ffn_dim=sizes.intermediate_size, norm_eps=sizes.rms_norm_eps,
-        rope_theta=sizes.rope_theta, max_seq_len=sizes.max_position_embeddings)
-    if sizes.head_dim not in (None, config.head_dim):
-        raise UserError(f"{path}: head_dim: expected hidden_size / num_attention_heads = "
-                        f"{config.head_dim}, got {sizes.head_dim}, which is not supported; "
-                        "choose another model")
-    return config
+        rope_theta=sizes.rope_theta, max_seq_len=sizes.max_position_embeddings,
+        head_width=sizes.head_dim, rope_scaling=scaling)
+
+
+def _unsupported(path: Path, key: str, expected: str, got: object) -> UserError:
+    return UserError(f"{path}: {key}: expected {expected}, got {json.dumps(got)[:100]}, which is "
+                     "not supported; choose another model")
+
+
+def _rope_scaling(path: Path, values: dict) -> RopeScaling | None:
+    """Reads `rope_scaling` of transformers 4 or `rope_parameters` of 5. Moves rope_theta out.
+
+    The type is under "rope_type", or under "type" in older files.
+    """
+    found = []
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = values.get(name) or {}
+        if not isinstance(rope, dict):
+            raise damaged(path, f"{name}: expected an object, got {show(rope)}")
+        key = "rope_type" if "rope_type" in rope else "type"
+        kind = rope.get(key, "default")
+        if kind not in ("default", "linear", "llama3"):
+            raise _unsupported(path, f"{name}.{key}", '"default", "linear" or "llama3"', kind)
+        if rope.get("partial_rotary_factor", 1) != 1:
+            raise _unsupported(path, f"{name}.partial_rotary_factor", "1",
+                               rope["partial_rotary_factor"])
+        if "rope_theta" in rope:
+            values["rope_theta"] = rope["rope_theta"]
+        number = lambda field, kind=float: take(rope, field, kind, str(path), f"{name}.")
+        if kind == "linear":
+            found.append(RopeScaling(kind, number("factor")))
+        elif kind == "llama3":
+            found.append(RopeScaling(
+                kind, number("factor"), number("low_freq_factor"), number("high_freq_factor"),
+                number("original_max_position_embeddings", int)))
+        elif rope:
+            found.append(None)
+    if len(set(found)) > 1:
+        raise damaged(path, "rope_scaling: expected the same as in rope_parameters, got another")
+    return found[0] if found else None
+
+
+def _write_rope(scaling: RopeScaling | None) -> dict | None:
+    """Returns `rope_scaling` of config.json, the inverse of `_rope_scaling`."""
+    if scaling is None:
+        return None
+    written = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        written |= {"low_freq_factor": scaling.low_freq_factor,
+                    "high_freq_factor": scaling.high_freq_factor,
+                    "original_max_position_embeddings": scaling.original_context}
+    return written
 
 
 def write_config(config: LLaMAConfig, dtype: torch.dtype, tokenizer: Tokenizer | None) -> dict:
@@ -202,7 +255,7 @@ def write_config(config: LLaMAConfig, dtype: torch.dtype, tokenizer: Tokenizer |
         "num_attention_heads": config.n_heads, "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.head_dim, "vocab_size": config.vocab_size,
         "intermediate_size": config.ffn_dim, "hidden_act": "silu", "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta, "rope_scaling": None,
+        "rope_theta": config.rope_theta, "rope_scaling": _write_rope(config.rope_scaling),
         "max_position_embeddings": config.max_seq_len, "attention_bias": False, "mlp_bias": False,
         "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
         "tie_word_embeddings": config.tie_embeddings,

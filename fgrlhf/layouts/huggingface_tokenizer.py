@@ -83,7 +83,7 @@ def write_tokenizer_config(tokenizer: Tokenizer, max_seq_len: int) -> dict:
 
 def _check_exact(tokenizer: Tokenizer) -> None:
     """Raises UserError for a model whose ids depend on more than the merges of its pieces."""
-    model = list(fields(tokenizer.path.read_bytes()))
+    model = list(fields(tokenizer.model))
     entries = [dict(fields(value)) for number, value in model if number == 1]
     trainer, normaliser = ({key: value for number, message in model if number == wanted
                             for key, value in fields(message)} for wanted in (2, 3))

@@ -9,17 +9,24 @@ from pathlib import Path
 
 from fgrlhf.data.fields import UserError
 
+TIKTOKEN = rb"[A-Za-z0-9+/]{1,400}={0,2} \d{1,6}\r?\n"    # the first line: a token, its rank
 KINDS = (                       # (the beginning of the file, what it is, what to do)
     (rb"\Z", "an empty file", "copy the file again"),
     (rb"version https://git-lfs", "a Git LFS pointer, which only names the file",
      "run `git lfs pull` in its folder"),
     (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page", "download the file itself"),
-    (rb"GGUF|ggml|lmgg|fmgg|tjgg", "a file of llama.cpp, which is not read here",
+    (rb"GGUF", "a GGUF file of llama.cpp", "name the file itself where a model is expected"),
+    (rb"ggml|lmgg|fmgg|tjgg", "a file of llama.cpp from before GGUF, which is not read here",
      "use the checkpoint that it was made from"),
-    (rb"[A-Za-z0-9+/]+=* \d+\r?\n", "a tiktoken vocabulary (Llama 3's), which is not read here",
-     "use a model that has a sentencepiece tokenizer"),
+    (TIKTOKEN, "a tiktoken vocabulary", "name the folder that it is in"),
     (rb'\s*\{\s*"\w', "JSON", "name another file"),
 )
+
+
+def is_tiktoken(path: Path) -> bool:
+    """Tells whether a file begins like tiktoken's."""
+    with open(path, "rb") as file:
+        return re.match(TIKTOKEN, file.read(512)) is not None
 
 
 def check_kind(path: str | Path, expected: str) -> bytes:

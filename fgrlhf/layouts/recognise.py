@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fgrlhf.data.fields import UserError
+from fgrlhf.data.files import opened
 from fgrlhf.engine.places import refuse_run_folder
 from fgrlhf.layouts import meta
 from fgrlhf.layouts.kinds import check_kind
@@ -16,10 +17,33 @@ def weight_files(folder: Path, layout: str) -> list[Path]:
     return sorted(path for pattern in WEIGHTS[layout] for path in folder.glob(pattern))
 
 
-def read_layout(path: str | Path) -> Weights:
-    """Recognises the layout of a folder, or of one llama2.c file, and describes what it holds."""
+def gguf_file(path: str | Path) -> Path | None:
+    """Returns the GGUF file at `path`, and None for anything else.
+
+    It is the file itself, whatever its name (Ollama's has no ".gguf"), or the only .gguf of a
+    folder that holds no other weights. Raises UserError when such a folder has several.
+    """
     path = Path(path)
-    expected = "a model folder, or the .bin file of llama2.c"
+    if path.is_file():
+        with opened(path, gunzip=False) as file:
+            return path if path.suffix == ".gguf" or file.read(4) == b"GGUF" else None
+    if not path.is_dir() or any((path / name).exists() for name in ("params.json", "config.json")):
+        return None
+    found = sorted(path.glob("*.gguf"))
+    if not found or weight_files(path, "meta") or weight_files(path, "hf") or _other_bins(path):
+        return None
+    if len(found) > 1:
+        raise UserError(f"{path}: expected one .gguf file, got {found[0].name}, {found[1].name}"
+                        f"{', ...' * (len(found) > 2)}; name the file")
+    return found[0]
+
+
+def read_layout(path: str | Path) -> Weights:
+    """Recognises the layout of a folder, or of a GGUF or llama2.c file, and describes it."""
+    path = Path(path)
+    expected = "a model folder, a GGUF file, or the .bin file of llama2.c"
+    if path.is_file() and (file := gguf_file(path)):
+        return _read_gguf(file)
     if path.is_file() and path.suffix == ".bin" and not _is_tokenizer(path):
         return _read_llama2c(path)
     if path.is_file():
@@ -37,19 +61,31 @@ def read_layout(path: str | Path) -> Weights:
     if in_hf or (path / "config.json").exists():
         from fgrlhf.layouts import huggingface
         return huggingface.read(path)
-    others = sorted(file for file in path.glob("*.bin") if not _is_tokenizer(file))
+    if file := gguf_file(path):
+        return _read_gguf(file)
+    others = _other_bins(path)
     if len(others) == 1:
         return _read_llama2c(others[0])
     if others:
         raise UserError(f"{path}: expected one .bin file (llama2.c), got {others[0].name}, "
                         f"{others[1].name}{', ...' * (len(others) > 2)}; name the file")
     raise UserError(f"{path}: holds no model; expected params.json and consolidated.00.pth (Meta), "
-                    "config.json and model.safetensors (Hugging Face) or one .bin (llama2.c)")
+                    "config.json and model.safetensors (Hugging Face), one .gguf (llama.cpp) or "
+                    "one .bin (llama2.c)")
+
+
+def _other_bins(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*.bin") if not _is_tokenizer(file))
 
 
 def _is_tokenizer(path: Path) -> bool:
     """Tells whether a .bin file is a tokenizer of llama2.c: tokenizer.bin, tok512.bin."""
     return path.name.startswith("tok")
+
+
+def _read_gguf(path: Path) -> Weights:
+    from fgrlhf.layouts import gguf
+    return gguf.read(path)
 
 
 def _read_llama2c(path: Path) -> Weights:

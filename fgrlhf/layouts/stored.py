@@ -17,7 +17,7 @@ from torch import Tensor
 from fgrlhf.data.fields import UserError, show
 from fgrlhf.data.files import read_object
 from fgrlhf.layouts.kinds import check_kind
-from fgrlhf.model import LLaMAConfig
+from fgrlhf.model import LLaMAConfig, RopeScaling
 
 LONGEST = 2 << 20               # bytes of a header, a pickle, a JSON file: those of Llama-3.1-405B
                                 # have 0.2 million
@@ -60,7 +60,8 @@ def read_settings(path: Path) -> dict:
     return read_object(path, "copy the file again")
 
 
-def make_config(place: str | Path, tie_embeddings: bool, **sizes: float) -> LLaMAConfig:
+def make_config(place: str | Path, tie_embeddings: bool,
+                **sizes: float | RopeScaling | None) -> LLaMAConfig:
     """Builds a LLaMAConfig from the sizes found at `place`. Raises UserError if they do not fit."""
     try:
         return LLaMAConfig(**sizes, tie_embeddings=tie_embeddings)

@@ -26,8 +26,9 @@ import torch
 from fgrlhf.checkpoint import load_model
 from fgrlhf.data.fields import UserError
 from fgrlhf.engine.config import DTYPES, arg, parse, run
-from fgrlhf.model import PRESETS, LLaMAConfig, parameter_count
+from fgrlhf.model import LLaMAConfig, parameter_count
 from fgrlhf.plan import memory
+from fgrlhf.presets import PRESETS
 from fgrlhf.rollout import PREFILL
 from kernels.linear_logp import TILE, TILE_ROWS
 from kernels.three_matmuls import CHUNK, LOGITS
@@ -90,6 +91,7 @@ def passing(sizes: LLaMAConfig, config: Config) -> dict[str, dict[str, int]]:
     chunk = chunk_bytes(sizes, config, b * config.response)
     head = 0 if lora else (4 + (c < 4) * c) * V * D
     again = b * S * memory.block_bytes(sizes, c) * config.checkpoint_activations
+    ends = V * D * (1 if sizes.tie_embeddings else 2)                   # embedding and head
     return {
         "rollout": {
             "KV cache": memory.cache_bytes(sizes, rows, S, c), "gathered policy": c * P * sharded,
@@ -100,7 +102,7 @@ def passing(sizes: LLaMAConfig, config: Config) -> dict[str, dict[str, int]]:
             "a forward pass": max(forward(b * S), c * b * S * 2 * D + tile)},
         "update": {
             "gradients": gradients,
-            "gathered blocks": c * (2 * V * D + 2 * (P - 2 * V * D) // sizes.n_layers) * sharded,
+            "gathered blocks": c * (ends + 2 * (P - ends) // sizes.n_layers) * sharded,
             "activations": memory.activation_bytes(sizes, b, S, c, config.checkpoint_activations),
             "logits chunk": chunk, "gradient of the head": head,
             "a block again, beyond these two": max(0, again - chunk - head)}}

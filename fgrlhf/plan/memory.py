@@ -4,7 +4,7 @@ With c bytes per number, a batch of b rows of S tokens, and the letters of model
 
     KV cache       2 c layers b S G K
     activations    b S (layers a + z) + tables        kept by autograd in one forward pass
-      a = 2 (4 D + 2 c D + 4) + c (2 D + 2 G K) + 4 H + 4 c F
+      a = 2 (4 D + 2 c D + 4) + c (2 H K + 2 G K) + 4 H + 4 c F
           two norms (float32 input, normed, output); q and attention, k and v; log-sum-exp; four [F]
       z = 4 D + c D + 4 + 8                           the last norm, and the id of the token
     checkpointed   b S (layers c D + z)               only the inputs of the blocks
@@ -27,8 +27,8 @@ def activation_bytes(config: LLaMAConfig, batch: int, length: int, size: int,
 def block_bytes(config: LLaMAConfig, size: int) -> int:
     """Bytes that autograd keeps in the forward pass of one block, per token."""
     D, F, K = config.dim, config.ffn_dim, config.head_dim
-    return (2 * (4 * D + 2 * size * D + 4) + size * (2 * D + 2 * config.n_kv_heads * K)
-            + 4 * config.n_heads + 4 * size * F)
+    H, G = config.n_heads, config.n_kv_heads
+    return (2 * (4 * D + 2 * size * D + 4) + size * (2 * H * K + 2 * G * K) + 4 * H + 4 * size * F)
 
 
 def cache_bytes(config: LLaMAConfig, batch: int, slots: int, size: int) -> int:
@@ -38,5 +38,6 @@ def cache_bytes(config: LLaMAConfig, batch: int, slots: int, size: int) -> int:
 
 def adapter_count(config: LLaMAConfig, rank: int) -> int:
     """Counts the numbers in A and B of the seven projections of every block (lora.py)."""
-    D, F, width = config.dim, config.ffn_dim, config.n_kv_heads * config.head_dim
-    return config.n_layers * rank * (2 * (D + D) + 2 * (D + width) + 3 * (D + F))
+    D, F, K = config.dim, config.ffn_dim, config.head_dim
+    q_and_o, k_and_v = 2 * (D + config.n_heads * K), 2 * (D + config.n_kv_heads * K)
+    return config.n_layers * rank * (q_and_o + k_and_v + 3 * (D + F))
