@@ -26,6 +26,7 @@ from fgrlhf.model import LLaMA
 from fgrlhf.reward import RewardModel
 from fgrlhf.rollout import sample
 from fgrlhf.sequences import pack
+from fgrlhf.templates import find_template, shows_context
 from fgrlhf.tokenizer import Tokenizer
 
 
@@ -74,7 +75,8 @@ def input_of(output: Output) -> str | None:
 
 def prompt_of(output: Output, template: str) -> Prompt:
     """Returns the prompt that an output answers, with the passages when `template` shows them."""
-    context = dict(output.other).get("context") if template == "qa" else None
+    shown = template and shows_context(template)
+    context = dict(output.other).get("context") if shown else None
     passages = check(tuple[Passage, ...] | None, json.loads(context or "null"),
                      f"output to {show(output.instruction)}", "context")
     return Prompt(output.instruction[:60], output.instruction, input_of(output), passages or ())
@@ -129,7 +131,7 @@ def check_same_prompts(system: list[Output], reference: list[Output], template: 
     for ours, theirs in zip(system, reference):
         if prompt_of(ours, template).context != prompt_of(theirs, template).context:
             raise UserError(f"outputs: expected the same context as in the reference, because the "
-                            f"template {template} shows it, got another for "
+                            f"template {find_template(template).name} shows it, got another for "
                             f"{show(ours.instruction)}; answer both from one prompt file")
 
 
