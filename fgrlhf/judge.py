@@ -26,7 +26,7 @@ from fgrlhf.model import LLaMA
 from fgrlhf.reward import RewardModel
 from fgrlhf.rollout import sample
 from fgrlhf.sequences import pack
-from fgrlhf.templates import find_template, shows_context
+from fgrlhf.templates import end_of_turn, find_template, shows_context
 from fgrlhf.tokenizer import Tokenizer
 
 
@@ -35,12 +35,14 @@ def answers(policy: LLaMA, tokenizer: Tokenizer, prompts: list[Prompt], template
             batch: int = 256, purpose: str = "answers") -> list[Output]:
     """Answers each prompt once, in batches of similar length. Temperature 0 is greedy.
 
+    An answer ends at EOS, or before the control token that ends a turn of the template.
+
     Answers that are compared must not share random numbers: give another seed or another purpose.
     Raises FloatingPointError when the policy's log-probabilities are not finite.
     """
     room = policy.config.max_seq_len - max_new_tokens
     ids = [encode_prompt(tokenizer, prompt, template, room) for prompt in prompts]
-    texts = [""] * len(prompts)
+    texts, end = [""] * len(prompts), end_of_turn(tokenizer, template)
     order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
     for start in range(0, len(order), batch):
         rows = order[start:start + batch]
@@ -53,6 +55,8 @@ def answers(policy: LLaMA, tokenizer: Tokenizer, prompts: list[Prompt], template
         tokens, prompt_lengths, lengths = rollout.sequences
         for row, i in enumerate(rows):
             response = tokens[row, prompt_lengths[row]:prompt_lengths[row] + lengths[row]].tolist()
+            if end in response:                                     # a turn that ends without EOS
+                response = response[:response.index(end)]
             texts[i] = tokenizer.decode(response).strip()
     return [answer_to(prompt, text, name) for prompt, text in zip(prompts, texts)]
 

@@ -149,6 +149,10 @@ def read_template(given: str) -> str:
         if encoding is None:
             raise UserError(f"{given}: expected a template file, or a model folder with {FILE}, "
                             f"got a folder without {FILE}; name a file")
+        try:
+            find_template(encoding.template)
+        except UserError as error:
+            raise UserError(f"{Path(given) / FILE}: {error}") from None
         return encoding.template
     with opened(given, gunzip=False) as file:
         data = file.read(LARGEST + 1)
@@ -310,12 +314,12 @@ def advise(chat_template: str) -> str:
     """Returns one line for stderr: which --template fits a model with this chat template."""
     name = recognise(chat_template)
     if name is None:
-        return ("this model has a chat template, which is none of the known ones; write one to a "
-                "file for --template FILE")
-    line = f"this model's chat template is recognised as --template {name}"
-    if system := re.search(r"<\|im_start\|>system(?:\\n|\n)([^<{\'\"]+)", chat_template):
-        line += (f", but it also begins with the system prompt {show(system[1].strip())}, which "
-                 f"{name} leaves out")
+        return ("this model has a chat template of its own kind; write its text to a file and give "
+                "--template FILE")
+    line = f"this model has a chat template: --template {name} fits it"
+    if system := re.search(r"<\|im_start\|>system(?:\\n|\n)([^<{\'\"]{1,300})", chat_template):
+        line += (f", but has no system prompt; the model's own is \"{' '.join(system[1].split())}\""
+                 "; a template file can hold it")
     elif "Cutting Knowledge Date" in chat_template:
-        line += f", but it also begins with a system prompt with dates, which {name} leaves out"
+        line += ", but has no system prompt; the model's own has two dates"
     return line

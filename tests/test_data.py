@@ -383,8 +383,7 @@ def test_render_prompt_gives_the_templates():
     for template in ("alpaca", "qa", "plain"):    # an empty input is no input
         assert render_prompt(Prompt("1", "Add.", ""), template) == render_prompt(plain, template)
         assert not render_prompt(full, template)[-1].isspace()
-    assert "expected one of alpaca, qa, plain, chatml, llama-2, llama-3, zephyr, got 'chat'" in refusal(
-        render_prompt, plain, "chat")
+    assert "expected one of alpaca, qa, plain, chatml, " in refusal(render_prompt, plain, "chat")
 
 
 # ----- the documentation --------------------------------------------------------------------------
