@@ -64,11 +64,11 @@ CONTROL = ("<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id
 FIELDS = ("prompt", "input", "context", "response")
 LARGEST = 64 << 10                              # bytes of a template file
 
-# A chat template has the marks of the template that it is, and none behind the "|".
+# The marks by which `recognise` knows a model's chat template.
 _MARKS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "llama-2": ("[INST]", "[/INST]"),
+    "llama-2": ("[INST] ", " [/INST]"),
     "zephyr": ("<|user|>", "<|assistant|>"),
     "alpaca": ("Below is an instruction that describes a task", "### Instruction:",
                "### Response:"),
@@ -120,12 +120,14 @@ def _parse(text: str, name: str) -> Template:
         if "{prompt}" not in before:
             raise UserError("template: expected {prompt} before the response, got none in "
                             f"{show(part)}; add the field")
-        if len(behind) > 1 or re.search("{(prompt|input|context)}", "".join(behind)):
-            raise UserError("template: expected {response} as the last field, once, got "
-                            f"{show(part)}; the prompt ends where the response begins")
+        end = "{response}".join(behind).strip()
+        if re.search(r"\s|{(prompt|input|context|response)}", end) or len(end) > 100:
+            raise UserError("template: expected one control token or nothing behind {response}, "
+                            f"got {show(end)}; the prompt ends where the response begins")
         parts.append(before)
-        ends.append("".join(behind).strip())
-    if len(parts) > 2 or len(set(ends)) > 1 or len(parts) == 2 and "{input}" in parts[1]:
+        ends.append(end)
+    if len(parts) > 2 or len(set(ends)) > 1 or WITHOUT_INPUT.strip() in "".join(parts) \
+            or len(parts) == 2 and "{input}" in parts[1]:
         raise UserError('template: expected at most one line "--- without input ---", the same end '
                         "of both parts and no {input} in the lower part; correct the template")
     return Template(name, parts[0], parts[-1], len(parts) == 1 and "{input}" not in parts[0],
@@ -148,7 +150,7 @@ def read_template(given: str) -> str:
         encoding = read_encoding(given)
         if encoding is None:
             raise UserError(f"{given}: expected a template file, or a model folder with {FILE}, "
-                            f"got a folder without {FILE}; name a file")
+                            f"got a folder without {FILE}; name the model folder in it")
         try:
             find_template(encoding.template)
         except UserError as error:
@@ -203,13 +205,13 @@ def fill(record, template: str, control: tuple[str, ...] = ()) -> list[Part]:
     control: the texts of the tokenizer's control tokens. `record` is any record with prompt, input
     and context.
     """
-    found, input = find_template(template), record.input or ""
-    values = {"input": input, "prompt": record.prompt, "context": "".join(
+    found, added = find_template(template), record.input or ""
+    values = {"input": added, "prompt": record.prompt, "context": "".join(
         f"{passage.title}: {passage.text}\n\n" for passage in record.context)}
-    if input and found.joins:
-        values["prompt"] += f"\n{input}"
+    if added and found.joins:
+        values["prompt"] += f"\n{added}"
     parts = [Part(values[text], "record") if kind == "field" else Part(text, kind)
-             for kind, text in _split(found.with_input if input else found.without_input, control)]
+             for kind, text in _split(found.with_input if added else found.without_input, control)]
     return [part for part in parts if part.text]
 
 
@@ -318,8 +320,8 @@ def advise(chat_template: str) -> str:
                 "--template FILE")
     line = f"this model has a chat template: --template {name} fits it"
     if system := re.search(r"<\|im_start\|>system(?:\\n|\n)([^<{\'\"]{1,300})", chat_template):
-        line += (f", but has no system prompt; the model's own is \"{' '.join(system[1].split())}\""
-                 "; a template file can hold it")
+        line += (f", but has no system prompt; the model's own is {' '.join(system[1].split())!r}; "
+                 "a template file can hold it")
     elif "Cutting Knowledge Date" in chat_template:
-        line += ", but has no system prompt; the model's own has two dates"
+        line += ", but has no system prompt; the model's own says two dates"
     return line

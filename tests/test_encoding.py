@@ -183,8 +183,8 @@ def test_another_template_is_refused_with_the_flag_that_is_right(own, tmp_path):
     (tmp_path / "other.txt").write_text("R {prompt}")
     for given, got in (("plain", "got --template plain"),
                        (f"{tmp_path}/other.txt", "got --template with the text of a file")):
-        with pytest.raises(UserError, match=f"expected --template {own}/rm/reward .the text in its "
-                                            f"encoding.json., .*{got}") as refused:
+        with pytest.raises(UserError, match=f"expected --template {own}/rm/reward, with which "
+                                            f"this model was trained .*{got}") as refused:
             evaluation.reward_model(parse(evaluation.RewardModelConfig, "", [
                 "--reward", f"{own}/rm/reward", "--data", f"{own}/edits.jsonl",
                 "--template", given]))

@@ -149,8 +149,10 @@ def test_a_path_may_be_a_trained_model_folder(tmp_path):
 @pytest.mark.parametrize("content, message", [
     ("", r"expected \{prompt\} before the response"), ("Question:", r"expected \{prompt\}"),
     ("{response} {prompt}", r"expected \{prompt\} before"), ("{promt} {prompt}", r"got \{promt\}"),
-    ("{prompt} {response} {input}", r"expected \{response\} as the last field"),
-    ("{prompt} {response} {response}", r"expected \{response\} as the last field"),
+    ("{prompt} {response} {input}", r"expected one control token or nothing behind \{response\}"),
+    ("{prompt} {response}\n{response}", "expected one control token or nothing"),
+    ("{prompt} {response}</s>\n<s>", "expected one control token or nothing"),
+    ("{prompt}\n--- without input ---\n", "at most one line"),
     ("{prompt}\n--- without input ---\n{prompt} {input}", r"no \{input\} in the lower part"),
     ("{prompt}\n--- without input ---\n{prompt}\n--- without input ---\n{prompt}", "at most one"),
     ("{prompt}{response}<s>\n--- without input ---\n{prompt}", "the same end"),
@@ -248,6 +250,6 @@ def test_advise_names_the_template_and_a_system_prompt_that_it_leaves_out():
     for text in (SMOLLM2, SMOLLM2.replace("\\n", "\n")):
         assert advise(text) == (
             'this model has a chat template: --template chatml fits it, but has no system prompt; '
-            'the model\'s own is "You are helpful"; a template file can hold it')
+            'the model\'s own is \'You are helpful\'; a template file can hold it')
     assert advise(OTHERS["llama-2"]).endswith("--template llama-2 fits it")
     assert "--template FILE" in advise(OTHERS[None])

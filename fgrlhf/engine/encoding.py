@@ -65,7 +65,7 @@ def check_encoding(folder: str | Path, **given) -> Encoding | None:
         if (trained := getattr(encoding, name)) != value:
             flag = _flag(name, trained)
             if name == "template" and is_text(trained):
-                flag = f"--template {folder} (the text in its {FILE})"
+                flag = f"--template {folder}"           # read_template takes a folder
             raise UserError(f"{folder}: expected {flag}, with which this model was "
                             f"trained ({FILE}), got {_flag(name, value)}; give the same flags to "
                             "both, or train a model with these flags")
