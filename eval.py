@@ -38,8 +38,7 @@ from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import each
 from fgrlhf.data.readers import read_annotations, read_outputs, read_prompts
 from fgrlhf.data.records import Output, write_jsonl, write_outputs
-from fgrlhf.encode import (
-    TEMPLATES, Encoder, ReadingRecords, ReadingResponses, encode_prompt, read_encoded)
+from fgrlhf.encode import Encoder, ReadingRecords, ReadingResponses, encode_prompt, read_encoded
 from fgrlhf.engine.config import Computation, arg, dispatch, run
 from fgrlhf.engine.distributed import pick_device
 from fgrlhf.engine.encoding import Encoding, check_encoding
@@ -48,6 +47,7 @@ from fgrlhf.judge import answers, best_of, by_reward, joined, preferences_of
 from fgrlhf.reward import RewardModel, judge_preferences, load_reward
 from fgrlhf.simulate.oracle import by_oracle
 from fgrlhf.simulate.world import World
+from fgrlhf.templates import check_template, template_arg
 from fgrlhf.tokenizer import Tokenizer
 
 
@@ -75,8 +75,7 @@ class WinRateConfig(Computation, Options):
     reference: str | None = arg(None, help="the reference's answers to the same prompts")
     world: int | None = arg(None, help="oracle: seed of the built-in world")
     reward: str | None = arg(None, help="reward: folder of the reward model")
-    template: str = arg("plain", choices=tuple(TEMPLATES),
-                        help="reward: how a record becomes a prompt")
+    template: str = template_arg("plain", "reward: how a record becomes a prompt")
     annotations: str | None = arg(None, help="annotations: recorded judgements of output_1 against "
                                              "output_2; the win rate is output_2's")
     judgements: str | None = arg(None, help="llm: file for its judgements, as --annotations reads "
@@ -110,6 +109,7 @@ def outputs(config: OutputsConfig) -> dict:
                         f"{config.policy}, {context} tokens; ask for fewer tokens")
     check_encoding(config.policy, template=config.template)
     tokenizer = load_tokenizer(config.policy)
+    check_template(tokenizer, config.template)
     fitting = lambda prompt: encode_prompt(tokenizer, prompt, config.template,
                                            context - config.max_new_tokens) and prompt
     prompts = each(prompts, fitting, config.on_bad_record, config.prompts)

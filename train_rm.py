@@ -45,6 +45,7 @@ from fgrlhf.evaluate import Judged, reward_table
 from fgrlhf.reward import (
     KINDS, PreferenceBatch, RewardModel, judge_preferences, save_reward, sequence_loss, token_loss)
 from fgrlhf.sequences import pack
+from fgrlhf.templates import check_template
 from kernels.token_preference import MARGINS, U0_TERMS, Options
 
 
@@ -197,6 +198,7 @@ def train(config: Config) -> None:
     device = distributed.start(distributed.pick_device(config.device))
     tokenizer = load_tokenizer(config.model)
     check_encoding(config.model, template=config.template)
+    check_template(tokenizer, config.template, trains=True)
     log = Run(config, tokenizer.sha256, ("data", "model", "eval_edits", "eval_pairs"))
     context = load_model(config.model, device="meta").config.max_seq_len     # reads no weights
     def read(path: str) -> tuple[list, list[PreferenceIds], dict[str, int]]:

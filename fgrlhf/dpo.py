@@ -30,6 +30,7 @@ from fgrlhf.engine.run import Run
 from fgrlhf.engine.states import TrainableState
 from fgrlhf.model import LLaMA
 from fgrlhf.sequences import Sequences, by_length, pack, score
+from fgrlhf.templates import check_template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,7 @@ def train(config: Config) -> None:
     device = distributed.start(distributed.pick_device(config.device))
     tokenizer, dtype = load_tokenizer(config.model), getattr(torch, config.dtype)
     check_encoding(config.model, template=config.template)
+    check_template(tokenizer, config.template, trains=True)
     log = Run(config, tokenizer.sha256, ("data", "model"))      # refuses an --out that is in use
     start = load_model(config.model, device, dtype)
     encoder = Encoder(tokenizer, start.config.max_seq_len, config.template, config.prompt_tokens,

@@ -1,4 +1,4 @@
-"""Records to token ids (paper, section 2.1): the prompt template, the ids, and U0 / U1 of an edit.
+"""Records to token ids (paper, section 2.1): prompt and response in ids, and U0 / U1 of an edit.
 
 Prompt and response are tokenised separately and their ids are concatenated (rule 3). Joint
 tokenisation would merge pieces across the boundary and break the prompt as a prefix. The prompt
@@ -21,6 +21,7 @@ from fgrlhf.data.files import LeftOut, each
 from fgrlhf.data.readers import read_preferences
 from fgrlhf.data.records import Edit, Pair, Span
 from fgrlhf.engine.config import arg
+from fgrlhf.templates import check_template, encode_filled, shorten, template_arg
 from fgrlhf.tokenizer import Tokenizer
 
 UNITS = ("token", "word")
@@ -35,32 +36,11 @@ COUNTED = {                                                         # by Encoder
 
 # ----- prompts ------------------------------------------------------------------------------------
 
-def _alpaca(record) -> str:
-    if record.input:
-        return ("Below is an instruction that describes a task, paired with an input that provides "
-                "further context. Write a response that appropriately completes the request.\n\n"
-                f"### Instruction:\n{record.prompt}\n\n### Input:\n{record.input}\n\n### Response:")
-    return ("Below is an instruction that describes a task. Write a response that appropriately "
-            f"completes the request.\n\n### Instruction:\n{record.prompt}\n\n### Response:")
-
-
-def _qa(record) -> str:
-    passages = "".join(f"{passage.title}: {passage.text}\n\n" for passage in record.context)
-    return f"{passages}### Question:\n{record.prompt}\n\n### Response:"
-
-
-def _plain(record) -> str:
-    return f"{record.prompt}\n{record.input} ->" if record.input else f"{record.prompt} ->"
-
-
-TEMPLATES = {"alpaca": _alpaca, "qa": _qa, "plain": _plain}
-
-
 @dataclass(frozen=True, kw_only=True)
 class ReadingRecords:
     """How records are read"""
 
-    template: str = arg("plain", choices=tuple(TEMPLATES), help="how a record becomes a prompt")
+    template: str = template_arg("plain")
     on_bad_record: str = arg("stop", choices=("stop", "skip"), help="a record that cannot be used: "
                              "stop there, or leave it out, count it and list it")
 
@@ -69,34 +49,19 @@ class ReadingRecords:
 class ReadingResponses(ReadingRecords):
     """How records are read and made to fit the model"""
 
-    prompt_tokens: int | None = arg(None, least=2, help="keep the last N tokens of a longer prompt "
-                                    "(default: refuse it)")
+    prompt_tokens: int | None = arg(None, least=2, help="shorten a longer prompt to N tokens: its "
+                                    "text loses the beginning, and the template is kept (default: "
+                                    "refuse it)")
     cut_responses: bool = arg(False, help="cut a response that does not fit the model's context "
                               "(default: refuse it)")
 
 
-def render_prompt(record, template: str) -> str:
-    """Renders the text that the policy sees before the response.
-
-        alpaca    the instruction prompt of Stanford Alpaca, with or without `input`
-        qa        the passages of `context`, then the question; `input` is not shown
-        plain     "prompt ->", for tiny models
-
-    No template ends in a blank, because the first piece of the response brings its own. `record` is
-    any record with prompt, input and context. Raises UserError for an unknown template.
-    """
-    if template not in TEMPLATES:
-        raise UserError(f"template: expected one of {', '.join(TEMPLATES)}, got {template!r}; "
-                        "choose one of these")
-    return TEMPLATES[template](record)
-
-
 def encode_prompt(tokenizer: Tokenizer, record, template: str, limit: int) -> list[int]:
-    """Returns BOS and the ids of the rendered prompt.
+    """Returns the ids of the prompt of a record, BOS first where the tokenizer wants it.
 
     Raises UserError, which names the record, for more than `limit` ids.
     """
-    ids = tokenizer.encode(render_prompt(record, template), bos=True)
+    ids = encode_filled(tokenizer, record, template)
     if len(ids) > limit:
         raise UserError(f"record {record.id!r}: prompt: expected at most {limit} tokens, "
                         f"got {len(ids)}; shorten it or use a model with a longer context")
@@ -133,10 +98,11 @@ def two_sides(record: Edit | Pair) -> tuple[str, str]:
 class Encoder:
     """Turns records into ids for one model, and counts what did not go in as it is.
 
-    context: the most tokens of a prompt and a response together. prompt_tokens: a longer prompt
-    loses its beginning; None refuses a prompt that leaves no room for a response. cut_responses: a
-    response that does not fit loses its end; False refuses it. unit, credit_gap: see `preference`.
-    Every method raises UserError with the record's id.
+    context: the most tokens of a prompt and a response together. template: a known name or a
+    template's text. prompt_tokens: the record's text in a longer prompt loses its beginning; None
+    refuses a prompt that leaves no room for a response. cut_responses: a response that does not fit
+    loses its end; False refuses it. unit, credit_gap: see `preference`. Every method raises
+    UserError with the record's id.
     """
 
     tokenizer: Tokenizer
@@ -148,17 +114,19 @@ class Encoder:
     credit_gap: bool = True
     counts: Counter = field(default_factory=Counter)
 
+    def __post_init__(self):
+        check_template(self.tokenizer, self.template)
+
     def prompt(self, record) -> list[int]:
-        """Returns BOS and the ids of the prompt."""
+        """Returns the ids of the prompt, BOS first where the tokenizer wants it."""
         if self.prompt_tokens is None:
             return encode_prompt(self.tokenizer, record, self.template, self.context - 1)
         limit = min(self.context - 1, self.prompt_tokens)
-        ids = self.tokenizer.encode(render_prompt(record, self.template), bos=True)
-        if len(ids) <= limit:
-            return ids
-        self.counts["prompts_cut"] += 1
-        begin = int(self.tokenizer.adds_bos)                        # BOS stays
-        return ids[:begin] + ids[len(ids) + begin - limit:]
+        ids = encode_filled(self.tokenizer, record, self.template)
+        if len(ids) > limit:
+            ids = shorten(self.tokenizer, record, self.template, limit)
+            self.counts["prompts_cut"] += 1
+        return ids
 
     def response(self, record, text: str, prompt: list[int]) -> list[int]:
         """Returns the ids of a response, EOS included, which fit behind `prompt`."""

@@ -6,6 +6,11 @@ The prompt and its continuation are printed on stdout token by token, everything
 text ends at EOS, at the end of the context, or at BOS, because models that were trained on a stream
 of documents begin the next document with BOS.
 
+    python -m fgrlhf.generate --model DIR --template chatml --prompt "Name a river of France."
+
+With --template the prompt is a question, and only the answer is printed. It also ends at the
+template's end of a turn. Without --template one line on stderr says which template fits the model.
+
 Rollouts are not sampled here but by `rollout.sample`: with top-p, sampling and scoring would be two
 different distributions.
 """
@@ -22,17 +27,27 @@ from torch import Tensor
 from fgrlhf.checkpoint import load_model, load_tokenizer
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import read_text
+from fgrlhf.data.records import Prompt
 from fgrlhf.engine.config import DTYPES, Computation, arg, parse, run
 from fgrlhf.engine.distributed import pick_device
+from fgrlhf.engine.encoding import is_text, read_encoding
 from fgrlhf.model import KVCache, LLaMA
 from fgrlhf.rollout import inverse_cdf, real_slots
+from fgrlhf.templates import (
+    advise, encode_filled, end_of_turn, read_template, recognise, template_arg)
 from fgrlhf.tokenizer import Tokenizer
+
+
+def read_or_auto(given: str) -> str:
+    return given if given == "auto" else read_template(given)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Computation):
     model: str = arg(help="model folder (any layout), GGUF file or llama2.c .bin file")
     prompt: str = arg("", help="text to continue")
+    template: str | None = template_arg(None, "words around each prompt: auto (that of the model "
+                                        "itself)", read_or_auto)
     prompts_file: str | None = arg(None, help="continue each line of this file instead")
     max_new_tokens: int = arg(256, least=0, help="largest number of tokens to add")
     temperature: float = arg(1.0, least=0, help="0 always takes the most probable token")
@@ -95,8 +110,31 @@ def continue_batch(model: LLaMA, prompts: list[list[int]], stop_ids: tuple[int, 
         hidden = model.hidden(token[:, None], (lengths + t)[:, None], real, cache)[:, 0]
 
 
-def read_prompts(config: Config, tokenizer: Tokenizer, context: int) -> list[list[int]]:
-    """Returns the ids of each prompt, BOS first where the model wants it."""
+def template_of(config: Config, tokenizer: Tokenizer) -> str | None:
+    """Returns the template to use, or None. stderr says what fits when none was given.
+
+    A model that was trained here names its template in encoding.json; others may have a chat
+    template. Raises UserError when --template auto finds neither.
+    """
+    encoding, chat = read_encoding(config.model), tokenizer.chat_template
+    template = encoding.template if encoding else recognise(chat or "")
+    if config.template not in (None, "auto"):
+        return config.template
+    if config.template == "auto" and template is None:
+        raise UserError(f"--template auto: expected a model with a known template, got "
+                        f"{config.model} without one; give --template NAME or FILE")
+    if encoding and config.template is None:
+        known = config.model if is_text(template) else template
+        print(f"this model was trained with --template {known}; the prompt is continued as it is",
+              file=sys.stderr)
+    elif chat and not encoding:
+        print(advise(chat), file=sys.stderr)
+    return config.template and template
+
+
+def read_prompts(config: Config, tokenizer: Tokenizer, context: int,
+                 template: str | None = None) -> list[list[int]]:
+    """Returns the ids of each prompt, in `template` if there is one, BOS first where needed."""
     texts = [config.prompt]
     if config.prompts_file is not None:
         lines = read_text(config.prompts_file).split("\n")
@@ -105,7 +143,8 @@ def read_prompts(config: Config, tokenizer: Tokenizer, context: int) -> list[lis
             raise UserError(f"--prompts-file {config.prompts_file}: expected one prompt per line "
                             f"and no --prompt, got {len(texts)} lines and --prompt "
                             f"{config.prompt!r}; give one of the two")
-    prompts = [tokenizer.encode(text, bos=True) for text in texts]
+    prompts = [tokenizer.encode(text, bos=True) if template is None else
+               encode_filled(tokenizer, Prompt(text, text), template) for text in texts]
     for text, prompt in zip(texts, prompts):
         if not prompt:
             raise UserError("--prompt: expected a text, because this model begins without BOS, got "
@@ -122,20 +161,25 @@ def generate(config: Config) -> None:
     model = load_model(config.model, pick_device(config.device),
                        config.dtype and getattr(torch, config.dtype))
     tokenizer = load_tokenizer(config.model)
-    prompts = read_prompts(config, tokenizer, model.config.max_seq_len)
+    template = template_of(config, tokenizer)
+    prompts = read_prompts(config, tokenizer, model.config.max_seq_len, template)
+    stop_ids = (tokenizer.eos_id, tokenizer.bos_id)
+    if template and (end := end_of_turn(tokenizer, template)) is not None:
+        stop_ids += (end,)
     generator = torch.Generator()
     generator.manual_seed(config.seed) if config.seed is not None else generator.seed()
     sys.stdout.reconfigure(encoding="utf-8")
     start = time.perf_counter()
     for first in range(0, len(prompts), config.batch):
         batch = prompts[first:first + config.batch]
-        steps = continue_batch(model, batch, (tokenizer.eos_id, tokenizer.bos_id),
-                               config.max_new_tokens, config.temperature, config.top_p, generator)
+        steps = continue_batch(model, batch, stop_ids, config.max_new_tokens, config.temperature,
+                               config.top_p, generator)
         if len(batch) > 1:                              # texts are printed one after the other
             steps = list(steps)
         for row, prompt in enumerate(batch):
             added = (step[row] for step in steps if step[row] is not None)
-            for text in tokenizer.stream(itertools.chain(prompt, added)):
+            shown = prompt if template is None else []          # with a template only the answer
+            for text in tokenizer.stream(itertools.chain(shown, added)):
                 print(text, end="", flush=True)
             print(flush=True)
     print(f"{len(prompts)} texts in {time.perf_counter() - start:.1f} s", file=sys.stderr)

@@ -26,6 +26,7 @@ from fgrlhf.model import LLaMA
 from fgrlhf.reward import RewardModel
 from fgrlhf.rollout import sample
 from fgrlhf.sequences import pack
+from fgrlhf.templates import end_of_turn, find_template, shows_context
 from fgrlhf.tokenizer import Tokenizer
 
 
@@ -34,12 +35,14 @@ def answers(policy: LLaMA, tokenizer: Tokenizer, prompts: list[Prompt], template
             batch: int = 256, purpose: str = "answers") -> list[Output]:
     """Answers each prompt once, in batches of similar length. Temperature 0 is greedy.
 
+    An answer ends at EOS, or before the control token that ends a turn of the template.
+
     Answers that are compared must not share random numbers: give another seed or another purpose.
     Raises FloatingPointError when the policy's log-probabilities are not finite.
     """
     room = policy.config.max_seq_len - max_new_tokens
     ids = [encode_prompt(tokenizer, prompt, template, room) for prompt in prompts]
-    texts = [""] * len(prompts)
+    texts, end = [""] * len(prompts), end_of_turn(tokenizer, template)
     order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
     for start in range(0, len(order), batch):
         rows = order[start:start + batch]
@@ -52,6 +55,8 @@ def answers(policy: LLaMA, tokenizer: Tokenizer, prompts: list[Prompt], template
         tokens, prompt_lengths, lengths = rollout.sequences
         for row, i in enumerate(rows):
             response = tokens[row, prompt_lengths[row]:prompt_lengths[row] + lengths[row]].tolist()
+            if end in response:                                     # a turn that ends without EOS
+                response = response[:response.index(end)]
             texts[i] = tokenizer.decode(response).strip()
     return [answer_to(prompt, text, name) for prompt, text in zip(prompts, texts)]
 
@@ -74,7 +79,8 @@ def input_of(output: Output) -> str | None:
 
 def prompt_of(output: Output, template: str) -> Prompt:
     """Returns the prompt that an output answers, with the passages when `template` shows them."""
-    context = dict(output.other).get("context") if template == "qa" else None
+    shown = template and shows_context(template)
+    context = dict(output.other).get("context") if shown else None
     passages = check(tuple[Passage, ...] | None, json.loads(context or "null"),
                      f"output to {show(output.instruction)}", "context")
     return Prompt(output.instruction[:60], output.instruction, input_of(output), passages or ())
@@ -129,7 +135,7 @@ def check_same_prompts(system: list[Output], reference: list[Output], template: 
     for ours, theirs in zip(system, reference):
         if prompt_of(ours, template).context != prompt_of(theirs, template).context:
             raise UserError(f"outputs: expected the same context as in the reference, because the "
-                            f"template {template} shows it, got another for "
+                            f"template {find_template(template).name} shows it, got another for "
                             f"{show(ours.instruction)}; answer both from one prompt file")
 
 

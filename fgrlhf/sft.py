@@ -32,6 +32,7 @@ from fgrlhf.engine.states import TrainableState
 from fgrlhf.model import MOST, LLaMA, build
 from fgrlhf.presets import PRESETS
 from fgrlhf.sequences import Sequences, hidden_before, locate, pack
+from fgrlhf.templates import check_template
 from fgrlhf.tokenizer import Tokenizer
 from kernels import linear_cross_entropy
 
@@ -105,6 +106,7 @@ def read_examples(config: Config, encoder: Encoder) -> tuple[list[list[int]], li
 def train(config: Config) -> None:
     device = distributed.start(distributed.pick_device(config.device))
     tokenizer = start_tokenizer(config)
+    check_template(tokenizer, config.template, trains=True)
     log = Run(config, tokenizer.sha256, ("data", "model"))      # refuses an --out that is in use
     model = start_model(config, tokenizer.vocab_size, device)
     encoder = Encoder(tokenizer, model.config.max_seq_len, config.template, config.prompt_tokens,

@@ -18,7 +18,7 @@ from fgrlhf.data.readers import (
 from fgrlhf.data.records import (
     Annotation, Demonstration, Edit, Output, Pair, Passage, Prompt, Span, normalise_edit,
     normalise_whitespace, write_jsonl, write_outputs)
-from fgrlhf.encode import TEMPLATES, render_prompt
+from fgrlhf.templates import render_prompt
 
 EDIT = {"id": "e1", "prompt": "Who?", "original": "A cat sat.", "edited": "The cat sat.",
         "context": [{"title": "Cats", "text": "They sit."}],
@@ -380,11 +380,10 @@ def test_render_prompt_gives_the_templates():
     assert render_prompt(full, "qa") == "T: x.\n\nU: y.\n\n### Question:\nAdd.\n\n### Response:"
     assert render_prompt(plain, "plain") == "Add. ->"
     assert render_prompt(full, "plain") == "Add.\n1 2 ->"
-    for template in TEMPLATES:                                         # an empty input is no input
+    for template in ("alpaca", "qa", "plain"):    # an empty input is no input
         assert render_prompt(Prompt("1", "Add.", ""), template) == render_prompt(plain, template)
         assert not render_prompt(full, template)[-1].isspace()
-    assert "template: expected one of alpaca, qa, plain, got 'chat'" in refusal(
-        render_prompt, plain, "chat")
+    assert "expected one of alpaca, qa, plain, chatml, " in refusal(render_prompt, plain, "chat")
 
 
 # ----- the documentation --------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from fgrlhf.data.records import Edit, Output, Prompt, write_jsonl, write_outputs
 from fgrlhf.engine.config import parse
 from fgrlhf.engine.encoding import FILE, Encoding, check_encoding, read_encoding, write_encoding
 from fgrlhf.explain import __main__ as explain
+from fgrlhf.templates import read_template
 from tests.small import ppo_folder
 
 
@@ -132,3 +133,70 @@ def test_a_damaged_encoding_is_named(content, tmp_path):
     (tmp_path / FILE).write_text(content)
     with pytest.raises(UserError, match=FILE):
         read_encoding(tmp_path)
+
+
+# ----- one's own template -------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """Folders sft/policy and rm/reward, trained with a template file that is then removed."""
+    root = ppo_folder(tmp_path_factory.mktemp("own"))
+    (root / "mine.txt").write_text("Q {prompt}\nA\n")
+    write_jsonl(root / "edits.jsonl", [Edit("1", "name", "it is", "it is red"),
+                                       Edit("2", "it", "it river", "it is")])
+    data = ["--data", f"{root}/edits.jsonl", "--epochs", "0", "--template", f"{root}/mine.txt"]
+    sft.train(parse(sft.Config, "", [*data, "--model", f"{root}/policy", "--out", f"{root}/sft"]))
+    train_rm.train(parse(train_rm.Config, "", [*data, "--model", f"{root}/sft/policy",
+                                               "--out", f"{root}/rm"]))
+    (root / "mine.txt").unlink()
+    return root
+
+
+def test_a_model_folder_keeps_the_text_of_ones_own_template(own):
+    for folder in ("sft/policy", "rm/reward"):
+        assert read_encoding(own / folder) == Encoding("Q {prompt}\nA")
+    assert json.loads((own / "sft/config.json").read_text())["template"] == "Q {prompt}\nA"
+    settings = explain.settings_of(explain.LossSettings, own / "rm/reward")
+    assert settings.template == "Q {prompt}\nA"
+
+
+def test_later_commands_take_the_template_from_the_model_folder(own, tmp_path):
+    template, root = ["--template", f"{own}/sft/policy"], own
+    train_ppo.train(parse(train_ppo.Config, "", ppo(
+        root, "--method", "fine-grained", "--iterations", "1", "--minibatches", "1",
+        "--skip-checks", "--out", f"{tmp_path}/ppo", *template)))
+    assert read_encoding(tmp_path / "ppo/policy") == Encoding("Q {prompt}\nA")
+    for policy, out in ((root / "sft/policy", "a"), (tmp_path / "ppo/policy", "b")):
+        evaluation.outputs(parse(evaluation.OutputsConfig, "", [
+            "--policy", str(policy), "--prompts", f"{root}/short.jsonl", "--max-new-tokens", "4",
+            "--out", f"{tmp_path}/{out}.json", *template]))
+    found = evaluation.win_rate(parse(evaluation.WinRateConfig, "", [
+        "--judge", "reward", "--reward", f"{root}/rm/reward", "--outputs", f"{tmp_path}/a.json",
+        "--reference", f"{tmp_path}/b.json", *template]))
+    assert 0 <= found["win_rate"] <= 1
+    explained, _ = explain.explain(parse(explain.Config, "", [
+        "--reward", f"{root}/rm/reward", "--record", f"{root}/edits.jsonl", *template]))
+    assert explained.prompt == "Q name\nA"
+
+
+def test_another_template_is_refused_with_the_flag_that_is_right(own, tmp_path):
+    (tmp_path / "other.txt").write_text("R {prompt}")
+    for given, got in (("plain", "got --template plain"),
+                       (f"{tmp_path}/other.txt", "got --template with the text of a file")):
+        with pytest.raises(UserError, match=f"expected --template {own}/rm/reward, with which "
+                                            f"this model was trained .*{got}") as refused:
+            evaluation.reward_model(parse(evaluation.RewardModelConfig, "", [
+                "--reward", f"{own}/rm/reward", "--data", f"{own}/edits.jsonl",
+                "--template", given]))
+        assert "\n" not in str(refused.value)
+    (tmp_path / "same.txt").write_text("Q {prompt}\nA")
+    assert evaluation.reward_model(parse(evaluation.RewardModelConfig, "", [
+        "--reward", f"{own}/rm/reward", "--data", f"{own}/edits.jsonl",
+        "--template", f"{tmp_path}/same.txt"]))["pairs"] == 2
+
+
+def test_an_encoding_with_a_damaged_template_is_refused_in_one_line(own, tmp_path):
+    for template in ("chat", "Q {promt}", "{prompt} {imput}"):
+        write_encoding(tmp_path, Encoding(template))
+        with pytest.raises(UserError, match="encoding.json: template: expected"):
+            read_template(str(tmp_path))

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from fgrlhf.checkpoint import load_model, load_tokenizer, save_model
+from fgrlhf.data.fields import UserError
 from fgrlhf.engine.config import parse, run
+from fgrlhf.engine.encoding import Encoding, write_encoding
 from fgrlhf.generate import Config, continue_batch, generate, next_token
 from fgrlhf.model import LLaMAConfig, build
 from fgrlhf.tokenizer import train
@@ -137,7 +140,63 @@ def test_generate_takes_a_dtype_and_by_default_that_of_the_checkpoint(model, fol
     assert len(half) > len("hello\n")
 
 
+# ----- templates ----------------------------------------------------------------------------------
+
+def test_generate_with_a_template_prints_the_answer_only(folder, tmp_path, capsysbinary):
+    flags = ("--model", str(folder), "--temperature", "0", "--max-new-tokens", "6")
+    whole = printed(capsysbinary, *flags, "--prompt", "hello ->")
+    answer = printed(capsysbinary, *flags, "--prompt", "hello", "--template", "plain")
+    assert len(answer) > 1 and whole.removeprefix(b"hello ->").strip() == answer.strip()
+    (tmp_path / "mine.txt").write_text("{prompt} ->\n")
+    (tmp_path / "prompts.txt").write_text("hello\nthere")
+    lines = printed(capsysbinary, *flags, "--prompts-file", str(tmp_path / "prompts.txt"),
+                    "--template", str(tmp_path / "mine.txt"))
+    assert lines == answer + printed(capsysbinary, *flags, "--prompt", "there", "--template",
+                                     "plain")
+
+
+def test_generate_stops_at_the_templates_end_of_a_turn(folder, tmp_path, capsysbinary, monkeypatch):
+    tokenizer = load_tokenizer(folder)
+    ids = added(load_model(folder), [tokenizer.encode("hello ->", bos=True)], count=9,
+                temperature=0.0)[0]
+    end = next(k for k in range(1, 9) if ids[k] not in ids[:k])
+    tokenizer.control = {"<|im_end|>": ids[end]}
+    monkeypatch.setattr("fgrlhf.generate.load_tokenizer", lambda path: tokenizer)
+    (tmp_path / "mine.txt").write_text("{prompt} ->{response}<|im_end|>")
+    flags = ("--model", str(folder), "--temperature", "0", "--max-new-tokens", "9")
+    out = printed(capsysbinary, *flags, "--prompt", "hello", "--template",
+                  str(tmp_path / "mine.txt"))
+    assert out == "".join([*tokenizer.stream(ids[:end]), "\n"]).encode()
+
+
+def test_generate_says_which_template_fits_and_auto_takes_it(folder, tmp_path, capsysbinary,
+                                                             monkeypatch):
+    def output(*flags):
+        generate(parse(Config, argv=["--model", str(tmp_path / "m"), "--temperature", "0",
+                                     "--max-new-tokens", "5", "--prompt", "hello", *flags]))
+        out, err = capsysbinary.readouterr()
+        return out, err.decode().splitlines()[:-1]                  # the last line is the time
+    shutil.copytree(folder, tmp_path / "m")
+    raw, answer = output()[0], output("--template", "plain")[0]
+    with pytest.raises(UserError, match="--template auto: expected a model with a known template"):
+        output("--template", "auto")
+    write_encoding(tmp_path / "m", Encoding("plain"))
+    assert output("--template", "auto") == (answer, [])
+    assert output() == (raw, ["this model was trained with --template plain; the prompt is "
+                              "continued as it is"])
+    (tmp_path / "m/encoding.json").unlink()
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = "{{ 1/0 }}[INST] {{ x }} [/INST]"
+    monkeypatch.setattr("fgrlhf.generate.load_tokenizer", lambda path: tokenizer)
+    line = "this model has a chat template: --template llama-2 fits it"
+    assert output() == (raw, [line])
+    assert output("--template", "auto") == (output("--template", "llama-2")[0], [line])
+    assert output("--template", "plain") == (answer, [])
+
+
 @pytest.mark.parametrize("flags, message", [
+    (("--prompt", "hello", "--template", "chat"), "expected one of alpaca"),
+    (("--prompt", "hello", "--template", "chatml"), "without <|im_start|>, <|im_end|>"),
     (("--temperature", "-1"), "--temperature: expected a number of at least 0"),
     (("--temperature", "nan"), "--temperature: expected a number"),
     (("--temperature", "inf"), "--temperature: expected a number"),

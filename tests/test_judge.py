@@ -310,6 +310,15 @@ def test_by_reward_shows_the_input_and_the_passages_that_the_policy_saw(tokenize
                                     "context": '[{"title": "Title", "text": "Text."}]'}
 
 
+def test_answers_end_at_the_templates_end_of_a_turn(tokenizer, monkeypatch):
+    policy, prompts = llama(vocab_size=300, max_seq_len=160), [Prompt("p", ASKED)]
+    whole = answers(policy, tokenizer, prompts, "{prompt} ->", 8, 0.0, 0)[0].output
+    ids = tokenizer.encode(whole)
+    monkeypatch.setattr(tokenizer, "control", {"<|im_end|>": ids[-1]}, raising=False)
+    found = answers(policy, tokenizer, prompts, "{prompt} ->{response}<|im_end|>", 8, 0.0, 0)
+    assert whole.startswith(found[0].output) and len(found[0].output) < len(whole)
+
+
 def test_answers_come_in_the_order_of_the_prompts_whatever_the_batch(tokenizer):
     """Greedy answers do not depend on who shares the batch; prompts are sorted by length inside."""
     policy = llama(vocab_size=300, max_seq_len=160)

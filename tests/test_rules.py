@@ -18,7 +18,7 @@ from fgrlhf.baseline import Critic, value_loss
 from fgrlhf.checkpoint import save_model
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.records import Demonstration, Edit, write_jsonl
-from fgrlhf.encode import PreferenceIds, encode_prompt, encode_response, render_prompt
+from fgrlhf.encode import PreferenceIds, encode_prompt, encode_response
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.engine.players import Players
 from fgrlhf.engine.states import load_state, save_state
@@ -26,6 +26,7 @@ from fgrlhf.ppo import check_first_ratio, kl_estimates, policy_loss
 from fgrlhf.reward import PreferenceBatch, RewardModel, sequence_loss, token_loss
 from fgrlhf.rollout import sample
 from fgrlhf.sequences import pack, score
+from fgrlhf.templates import render_prompt
 from fgrlhf.tokenizer import train
 from kernels import linear_cross_entropy, linear_ppo, token_preference
 from tests.small import gradients, ids, llama, ragged, with_garbage

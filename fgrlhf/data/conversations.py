@@ -11,8 +11,8 @@ The last message of the assistant is a response. The messages before it are the 
     a system message            its text comes first
     between two messages        an empty line
 
-Nothing ends the prompt, because the template does that (fgrlhf/encode.py). The strings of hh-rlhf,
-which say "\\n\\nHuman: " and "\\n\\nAssistant: ", are conversations too.
+Nothing ends the prompt, because the template does that (fgrlhf/templates.py). The strings of
+hh-rlhf, which say "\\n\\nHuman: " and "\\n\\nAssistant: ", are conversations too.
 """
 
 import re

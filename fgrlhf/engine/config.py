@@ -30,13 +30,14 @@ from fgrlhf.data.fields import UserError
 
 
 def arg(default=dataclasses.MISSING, *, help: str, choices: tuple | None = None,
-        least: float | None = None):
+        least: float | None = None, read: Callable[[str], str] | None = None):
     """Returns a dataclass field with its help text. Without a default the flag is required.
 
     least: the smallest number that makes sense. A smaller number is refused like a wrong type.
+    read: turns the text that was typed into the value, or raises UserError.
     """
-    return dataclasses.field(default=default,
-                             metadata={"help": help, "choices": choices, "least": least})
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices,
+                                                        "least": least, "read": read})
 
 
 DTYPES = ("float32", "bfloat16")
@@ -83,6 +84,16 @@ def path_or_name(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("expected a path or a name, got an empty text")
     return text
+
+
+def reading(read: Callable[[str], str]) -> Callable[[str], str]:
+    """Returns an argparse type: `read`, whose UserError is the message."""
+    def value(text: str) -> str:
+        try:
+            return read(path_or_name(text))
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return value
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -139,6 +150,8 @@ def _add_flag(group, field: dataclasses.Field, kind: type) -> None:
     else:
         least, choices = field.metadata["least"], field.metadata["choices"]
         read = at_least(kind, least) if kind in (int, float) else path_or_name
+        if field.metadata["read"]:
+            read = reading(field.metadata["read"])
         options |= {"type": str if field.default == "" else read, "choices": choices,
                     "metavar": None if choices else kind.__name__.upper()}
     group.add_argument("--" + field.name.replace("_", "-"), **options)

@@ -19,9 +19,14 @@ FILE = "encoding.json"
 class Encoding(NamedTuple):
     """The flags by which records became ids."""
 
-    template: str
+    template: str                       # a known name, or the text of a template file
     prompt_tokens: int | None = None    # a longer prompt lost its beginning; None: none was cut
     normalise: bool = False             # runs of whitespace in edits became one blank
+
+
+def is_text(template: str) -> bool:
+    """Tells whether a template is given by its text and not by a name (fgrlhf/templates.py)."""
+    return "{prompt}" in template
 
 
 def write_encoding(folder: str | Path, encoding: Encoding) -> None:
@@ -58,12 +63,17 @@ def check_encoding(folder: str | Path, **given) -> Encoding | None:
         return None
     for name, value in given.items():
         if (trained := getattr(encoding, name)) != value:
-            raise UserError(f"{folder}: expected {_flag(name, trained)}, with which this model was "
+            flag = _flag(name, trained)
+            if name == "template" and is_text(trained):
+                flag = f"--template {folder}"           # read_template takes a folder
+            raise UserError(f"{folder}: expected {flag}, with which this model was "
                             f"trained ({FILE}), got {_flag(name, value)}; give the same flags to "
                             "both, or train a model with these flags")
     return encoding
 
 
 def _flag(name: str, value) -> str:
+    if name == "template" and is_text(value):
+        return "--template with the text of a file"
     flag = "--" + name.replace("_", "-")
     return f"no {flag}" if value in (None, False) else flag if value is True else f"{flag} {value}"

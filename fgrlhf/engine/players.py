@@ -21,6 +21,7 @@ from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.engine.states import TrainableState
 from fgrlhf.model import LLaMA
 from fgrlhf.reward import RewardModel, describe_reward, load_reward
+from fgrlhf.templates import check_template
 from fgrlhf.tokenizer import Tokenizer
 
 
@@ -72,6 +73,7 @@ def load(config, device: torch.device) -> Players:
                         "--method fine-grained, got a sequence-level one; see train_rm.py --kind")
     check_encoding(config.policy, template=config.template)
     encoding = check_encoding(config.reward, template=config.template)
+    check_template(tokenizer, config.template, trains=True)
     room, judged = prompt_room(config), encoding and encoding.prompt_tokens
 
     def encode(record: Prompt) -> list[int]:

@@ -26,7 +26,6 @@ from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import read_object
 from fgrlhf.data.readers import read_preferences
 from fgrlhf.data.records import Edit, Pair
-from fgrlhf.encode import TEMPLATES
 from fgrlhf.engine.config import arg, parse, run
 from fgrlhf.engine.encoding import check_encoding
 from fgrlhf.engine.states import fingerprint
@@ -35,6 +34,7 @@ from fgrlhf.explain.explained import (
 from fgrlhf.explain.text import explained_text
 from fgrlhf.reproduce.report import write_report
 from fgrlhf.reward import load_reward
+from fgrlhf.templates import template_arg
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Config:
     reference: str | None = arg(None, help="model folder of the frozen reference (default: the "
                                            "model from which the policy was trained, or the "
                                            "policy itself)")
-    template: str | None = arg(None, choices=tuple(TEMPLATES),
-                               help="template of the prompt (default: that of the reward model)")
+    template: str | None = template_arg(None, "template of the prompt (default: that of the "
+                                              "reward model)")
     cut_responses: bool = arg(False, help="cut a response that does not fit the model's context "
                               "(default: as in the training of the reward model)")
     html: str | None = arg(None, help="also write an HTML page with the same contents to this file")

@@ -16,7 +16,6 @@ import torch
 from fgrlhf.checkpoint import load_tokenizer
 from fgrlhf.data.readers import read_outputs
 from fgrlhf.data.records import Output
-from fgrlhf.encode import TEMPLATES
 from fgrlhf.engine.config import arg, parse, run
 from fgrlhf.engine.encoding import Encoding, check_encoding
 from fgrlhf.explain.explained import surfaces
@@ -25,6 +24,7 @@ from fgrlhf.judge import check_same_prompts, encode_outputs, joined
 from fgrlhf.reproduce.report import write_report
 from fgrlhf.reward import RewardModel, load_reward
 from fgrlhf.sequences import pack
+from fgrlhf.templates import template_arg
 from fgrlhf.tokenizer import Tokenizer
 
 
@@ -33,7 +33,7 @@ class Config:
     before: str = arg(help="answers before training")
     after: str = arg(help="answers to the same prompts after training")
     reward: str = arg(help="folder of the reward model")
-    template: str = arg("plain", choices=tuple(TEMPLATES), help="how a record becomes a prompt")
+    template: str = template_arg("plain")
     limit: int = arg(20, least=1, help="show only the first N prompts")
     html: str | None = arg(None, help="also write an HTML page with the reward of every token")
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from fgrlhf import tokenizer
 from fgrlhf.data import readers, records
 from fgrlhf.data.fields import UserError
-from fgrlhf.encode import render_prompt
 from fgrlhf.engine.config import arg, dispatch, run
 from fgrlhf.simulate.annotators import compare_errors, minimal_edit, prefer
 from fgrlhf.simulate.world import World
+from fgrlhf.templates import render_prompt
 
 
 @dataclass(frozen=True)
