@@ -57,8 +57,8 @@ class OutputsConfig(ReadingRecords, Computation):
     prompts: str = arg(help="prompts to answer")
     out: str = arg(help="file for the answers, in AlpacaEval's model_outputs.json format")
     greedy_out: str | None = arg(None, help="also write greedy answers to this file")
-    temperatures: str = arg("", help="also answer at these, as 0.7,0.5: each in a file next to --out "
-                            "(answers.json: answers-0.7.json)")
+    temperatures: str = arg("", help="also answer at these, as 0.7,0.5: each in a file next to "
+                            "--out (answers.json: answers-0.7.json)")
     best_of: int = arg(1, least=1, help="sample N answers and keep the one with the highest reward")
     reward: str | None = arg(None, help="with --best-of: folder of the reward model")
     max_new_tokens: int = arg(64, least=1, help="longest answer")

@@ -1,4 +1,4 @@
-"""Measured advantages: against enumeration where every completion is known, and their comparison."""
+"""Measured advantages, where every completion is known, and their comparison with estimates."""
 
 import json
 

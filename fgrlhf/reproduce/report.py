@@ -34,8 +34,8 @@ from fgrlhf.reproduce import excerpts
 from fgrlhf.reproduce.chart import Curve, line_chart, strip, strip_axis, ticks
 from fgrlhf.reproduce.markup import Html, section, table, tag, typeset
 from fgrlhf.reproduce.table import (
-    ADVANTAGES, DECODING, DIFFERENCE, ERRORS, GREEDY_ERRORS, PLACES, REWARD_MODELS, TRAINING, WIN_RATES, Column,
-    cell_texts, interval_of, is_number, number, present, ratio, text_table)
+    ADVANTAGES, DECODING, DIFFERENCE, ERRORS, GREEDY_ERRORS, PLACES, REWARD_MODELS, TRAINING,
+    WIN_RATES, Column, cell_texts, interval_of, is_number, number, present, ratio, text_table)
 
 STYLE = Path(__file__).parent / "style.css"
 # With this policy the browser refuses everything that is not on the page.
@@ -56,11 +56,11 @@ def page(results: dict) -> str:
     systems = get("systems") or {}
     is_method = lambda curve: systems.get(curve["system"], {}).get("role") == "method"
     curves = sorted(get("curves") or [], key=is_method, reverse=True)  # the method gets style s0
-    parts = [(_systems, systems), (_temperatures, systems), (_by_annotations, get("by_annotations")),
-             (_comparisons, get("comparisons")), (_reward_models, get("reward_models")),
-             (_advantages, get("advantages")), (_speed, get("speed")), (_paper, get("paper")), (_training, systems),
-             (_curves, curves),
-             (excerpts.heat_maps, examples.get("heat_maps")),
+    parts = [(_systems, systems), (_temperatures, systems),
+             (_by_annotations, get("by_annotations")), (_comparisons, get("comparisons")),
+             (_reward_models, get("reward_models")), (_advantages, get("advantages")),
+             (_speed, get("speed")), (_paper, get("paper")), (_training, systems),
+             (_curves, curves), (excerpts.heat_maps, examples.get("heat_maps")),
              (excerpts.edits, examples.get("edits")), (explained_page, examples.get("explained")),
              (excerpts.before_after, examples.get("before_after")), (_again, results)]
     sections = [shown for show, part in parts if part and (shown := show(part))]
@@ -137,8 +137,8 @@ def _temperatures(systems: dict[str, dict]) -> Html | None:
 def _by_annotations(rows: Sequence[dict]) -> Html:
     labels = list(rows[0]["systems"])
     return section("Number of annotations", table(
-        "Win rates in %, sampled, of systems that were trained on the first N annotations, with 95% "
-        "intervals. A pair and an edit each count as one annotation.",
+        "Win rates in %, sampled, of systems that were trained on the first N annotations, with "
+        "95% intervals. A pair and an edit each count as one annotation.",
         ["annotations", *labels], [[
             tag("tr", tag("th", number(row["annotations"]), scope="row"),
                 [_number(cell, WIN_RATES[0]) for cell in row["systems"].values()])
@@ -181,9 +181,10 @@ def _reward_models(models: dict[str, dict]) -> Html:
 def _advantages(estimates: dict[str, dict]) -> Html:
     rows = [tag("tr", _name(one), _numbers(one, ADVANTAGES)) for one in estimates.values()]
     return section("Estimates of the advantage", table(
-        "Token rewards, and GAE with a critic trained on the SFT policy, against the advantage of "
-        "each token that the oracle measured from sampled completions: correlation over all tokens, "
-        "agreement in sign where the advantage is at least half an error, and correlation by place.",
+        "Token rewards, and GAE with a critic trained on the SFT policy, against the advantage "
+        "of each token that the oracle measured from sampled completions: correlation over all "
+        "tokens, agreement in sign where the advantage is at least half an error, and correlation "
+        "by place.",
         ["estimate", *(c.header for c in ADVANTAGES)], [rows]))
 
 
