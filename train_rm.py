@@ -12,8 +12,8 @@ how it is trained; equation numbers are those of fgrlhf/reward.py:
     ours        (3), (4): the sum over the changed tokens, whose rewards also go up or down one by
                 one, while the rewards of unchanged tokens are held near 0
     sum         (3) and the squared difference over U0: our first reading of the paper
-    tlcr        a rival's (TLCR, Yoon et al. 2024): each changed token is classified separately, with
-                p = sigmoid(r_t), and PPO gets the reward 2 p - 1
+    tlcr        a rival's (TLCR, Yoon et al. 2024): each changed token is classified separately,
+                with p = sigmoid(r_t), and PPO gets the reward 2 p - 1
 
 --reduce, --u0, --u0-weight, --token-weight and --pair-weight change one part of the loss.
 

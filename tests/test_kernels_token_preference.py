@@ -68,7 +68,8 @@ def by_loop(chosen, rejected, plus, minus, u0_pairs, lengths, options):
         a, b = chosen[p, i].item(), rejected[p, j].item()
         u0 += {"difference": (a - b) ** 2, "anchor": (a ** 2 + b ** 2) / 2,
                "kept": -(log_sigmoid(a) + log_sigmoid(b)) / 2}[options.u0]
-    return (options.pair_weight * bt / max(pairs, 1), options.u0_weight * u0 / max(len(u0_pairs.pair), 1),
+    return (options.pair_weight * bt / max(pairs, 1),
+            options.u0_weight * u0 / max(len(u0_pairs.pair), 1),
             options.token_weight * token / max(changed, 1))
 
 
