@@ -181,6 +181,36 @@ def test_a_description_on_meta_reads_no_numbers(tmp_path, monkeypatch):
     assert {p.device.type for p in found.parameters()} == {"meta"}
 
 
+LOADING = """
+import sys, torch
+from fgrlhf.checkpoint import load_model
+from tests.measure_memory import peak, reset_peak
+dtype = getattr(torch, sys.argv[3])
+torch.set_num_threads(1)
+load_model(sys.argv[1], dtype=dtype)
+reset_peak()
+before = peak()
+sizes = [p.nbytes for p in load_model(sys.argv[2], dtype=dtype).parameters()]
+print(peak() - before, sum(sizes))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_needs_the_memory_of_the_model_and_of_one_tensor(dtype, tmp_path):
+    paths = []
+    for vocab_size, width in ((64, 64), (8192, 512)):
+        model = variant(vocab_size=vocab_size, dim=width, ffn_dim=2 * width, tie_embeddings=True)
+        tensors = {name: (8, shape, bytes(shape[0] * shape[1] // 32 * 34)) if len(shape) == 2 else
+                   (kind, shape, raw) for name, (kind, shape, raw) in weights(model).items()}
+        paths.append(write(tmp_path / f"{width}.gguf", describe(model), tensors))
+    done = subprocess.run([sys.executable, "-c", LOADING, *map(str, paths), dtype], cwd=ROOT,
+                          env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
+                          capture_output=True, text=True, check=True)
+    needed, size = map(int, done.stdout.split())
+    assert 0.9 * size < needed < size + 8192 * 512 * 4 + 2**21
+
+
 def test_optional_keys_have_defaults(tmp_path):
     model = variant(n_kv_heads=4, rope_theta=10000.0)
     metadata = describe(model)
