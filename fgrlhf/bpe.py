@@ -212,12 +212,12 @@ class BPETokenizer(Vocabulary):
             self.merges.append(f"{left} {right}")
 
     def _choose_pad(self) -> int:
-        """Returns a control token that is not EOS: a PAD or unknown, else any but BOS, else BOS."""
+        """Returns a control token but BOS and EOS, PAD or unknown first; else byte FF; else BOS."""
         free = sorted(id for id in self.control.values() if id != self.eos_id)
         named = [self.control[text] for name in ("pad", "unk") for text in sorted(self.control)
                  if name in text.lower() and self.control[text] != self.eos_id]
         never = self._byte_ids.get(0xFF)                # this byte occurs in no text
-        for id in [*named, *(id for id in free if id != self.bos_id), *free, never]:
+        for id in [*named, *(id for id in free if id != self.bos_id), never, *free]:
             if id is not None:
                 return id
         raise UserError(f"{self.path}: expected a control token besides EOS, or a token for the "

@@ -336,7 +336,7 @@ def test_the_byte_level_bpe_gives_its_ids_and_is_saved_as_a_folder(tmp_path):
 
 @pytest.mark.parametrize("pre, change, first", [
     ("llama-bpe", {}, [0]), ("smollm", {}, []), ("gpt-2", {"add_bos_token": True}, [0]),
-    ("llama-bpe", {"add_bos_token": False}, []), ("default", {"bos_token_id": None}, [])])
+    ("llama-bpe", {"add_bos_token": False}, []), ("gpt-2", {"bos_token_id": None}, [])])
 def test_whether_bos_comes_first_depends_on_the_kind_unless_it_is_said(pre, change, first,
                                                                        tmp_path):
     metadata = gguf_files.bpe(TOKENS, MERGES, 3) | {"tokenizer.ggml.pre": pre} | {
@@ -486,7 +486,7 @@ REFUSED_TOKENIZERS = [
     ({"precompiled_charsmap": [1, 2]}, "precompiled_charsmap: expected none"),
     ({"add_bos_token": 1}, "add_bos_token: expected bool, got 1"),
     ({"model": "gpt2", "pre": "qwen2", "merges": ["h e"]}, "tokenizer.ggml.pre: expected one of "
-     "smollm, llama-bpe, gpt-2, default, got 'qwen2'"),
+     "smollm, llama-bpe, gpt-2, got 'qwen2'"),
 ]
 
 

@@ -15,7 +15,7 @@ from fgrlhf.layouts.gguf_file import GGUFFile, open_gguf
 from fgrlhf.layouts.stored import damaged
 from fgrlhf.tokenizer import Tokenizer
 
-PRETOKENISERS = {"smollm": "smollm", "llama-bpe": "llama3", "gpt-2": "gpt2", "default": "gpt2"}
+PRETOKENISERS = {"smollm": "smollm", "llama-bpe": "llama3", "gpt-2": "gpt2"}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens
 
 
