@@ -35,9 +35,9 @@ def ppo(folder, **changes) -> train_ppo.Config:
     return train_ppo.Config(**fields | changes)
 
 
-def subject(folder, method: str = "fine-grained", **changes) -> Subject:
+def subject(folder, method: str = "fine-grained", dtype: str = "float32", **changes) -> Subject:
     kind = "token" if method == "fine-grained" else "sequence"
-    config = ppo(folder, method=method, reward=str(folder / kind))
+    config = ppo(folder, method=method, reward=str(folder / kind), dtype=dtype)
     s = players.load(config, torch.device("cpu"))
     return Subject(s.policy, s.ref, s.reward_model, s.tokenizer, s.prompts, 12, 0.9, 0.5, 6, 2,
                    s.critic)._replace(**changes)
@@ -45,10 +45,12 @@ def subject(folder, method: str = "fine-grained", **changes) -> Subject:
 
 # ----- the checks ---------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["fine-grained", "rlhf"])
-def test_every_check_passes_on_a_sound_run(method, folder):
-    found = dict(startup.run_all(subject(folder, method)))
-    assert list(found) == [*startup.BEFORE_SAMPLING, *startup.RULES] and len(found) == 11
+def test_every_check_passes_on_a_sound_run(method, dtype, folder):
+    found = dict(startup.run_all(subject(folder, method, dtype)))
+    assert list(found) == [*startup.BEFORE_SAMPLING, *startup.SAMPLED, *startup.RULES]
+    assert len(found) == 11
     assert all(check.passed for check in found.values()), found
     assert all(re.search(r"\d", check.number) and check.advice for check in found.values())
 
