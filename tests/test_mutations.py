@@ -2,7 +2,8 @@
 
 A row of MUTATIONS names a function of the project, gives a broken version of it, and names what
 must then fail: a startup check, which every user runs before every PPO run, or a test. A startup
-check must fail in float32 and in bfloat16. A row is tried in a forked process. With the unbroken functions the same checks and tests pass there.
+check must fail in float32 and in bfloat16. A row is tried in a forked process. With the
+unbroken functions the same checks and tests pass there.
 """
 
 import contextlib
