@@ -12,14 +12,15 @@ import torch
 
 import train_ppo
 from fgrlhf.checkpoint import load_tokenizer
-from fgrlhf.checks import __main__ as checks, replay, startup
+from fgrlhf.checks import __main__ as checks, replay, rounding, startup
 from fgrlhf.checks.rules import Subject
 from fgrlhf.data.fields import UserError
-from fgrlhf.engine import players
+from fgrlhf.engine import lora, players
 from fgrlhf.engine.states import load_state, save_state
 from fgrlhf.ppo import exact_kl_of, rollout_metrics
 from fgrlhf.reward import RewardModel, save_reward
 from fgrlhf.rollout import sample
+from fgrlhf.sequences import score
 from tests.small import ids, llama, ppo_folder
 
 
@@ -35,9 +36,11 @@ def ppo(folder, **changes) -> train_ppo.Config:
     return train_ppo.Config(**fields | changes)
 
 
-def subject(folder, method: str = "fine-grained", **changes) -> Subject:
+def subject(folder, method: str = "fine-grained", dtype: str = "float32", lora_rank: int = 0,
+            **changes) -> Subject:
     kind = "token" if method == "fine-grained" else "sequence"
-    config = ppo(folder, method=method, reward=str(folder / kind))
+    config = ppo(folder, method=method, reward=str(folder / kind), dtype=dtype,
+                 lora_rank=lora_rank)
     s = players.load(config, torch.device("cpu"))
     return Subject(s.policy, s.ref, s.reward_model, s.tokenizer, s.prompts, 12, 0.9, 0.5, 6, 2,
                    s.critic)._replace(**changes)
@@ -45,10 +48,12 @@ def subject(folder, method: str = "fine-grained", **changes) -> Subject:
 
 # ----- the checks ---------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["fine-grained", "rlhf"])
-def test_every_check_passes_on_a_sound_run(method, folder):
-    found = dict(startup.run_all(subject(folder, method)))
-    assert list(found) == [*startup.BEFORE_SAMPLING, *startup.RULES] and len(found) == 11
+def test_every_check_passes_on_a_sound_run(method, dtype, folder):
+    found = dict(startup.run_all(subject(folder, method, dtype)))
+    assert list(found) == [*startup.BEFORE_SAMPLING, *startup.SAMPLED, *startup.RULES]
+    assert len(found) == 11
     assert all(check.passed for check in found.values()), found
     assert all(re.search(r"\d", check.number) and check.advice for check in found.values())
 
@@ -121,6 +126,25 @@ def test_a_dropout_is_noticed(folder):
             lambda m, i, out: torch.nn.functional.dropout(out, 0.1))
     failed = [name for name, check in startup.run_all(s) if not check.passed]
     assert "sampling = scoring" in failed and "ratio 1, KL 0" in failed
+
+
+def test_the_rounding_of_bfloat16_is_measured_and_a_shared_trunk_stays_as_it_is(folder):
+    """The root mean square against a float32 pass, computed here over the same responses."""
+    s = subject(folder, dtype="bfloat16", lora_rank=2)
+    prompts = s.prompts[:3]
+    rollout = sample(s.policy, prompts, 2, 12, 0.9, torch.Generator().manual_seed(0))
+    measure = lambda free: rounding.measure(s.policy, prompts, rollout, 2, 0.9,
+                                            torch.Generator().manual_seed(1), free)
+    found, unmeasured = measure(None), measure(1000)
+    assert {p.dtype for p in s.policy.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        low = score(s.policy, rollout.sequences, 0.9)
+        high = score(lora.merge(s.policy.float()), rollout.sequences, 0.9)
+    count = int(rollout.sequences.response_lengths.sum())
+    assert found.nats == pytest.approx(((low - high).square().sum() / count).sqrt().item(), 1e-3)
+    assert found.nats > 1e-4 and found.bound == 3 * found.nats and found.exact < 1e-4
+    assert unmeasured == rounding.Rounding(False) and unmeasured.bound == 0.1
+    assert measure(None) == rounding.Rounding(True)         # the policy is in float32 by now
 
 
 def test_scales_give_the_beta_that_balances(folder):

@@ -35,7 +35,10 @@ COUNT = int(os.environ.get("FGRLHF_FUZZ_CHECKPOINTS", 60))
 SECONDS, MEBIBYTES = 10, 1024
 JUNK = [None, True, 0, -1, 1, 2, 0.5, 10**7, 2**31, 2**63, 10**400, 1e308, float("nan"),
         float("inf"), "", "x", "x" * 10**5, "\ud800\n", [], {}, [None], [[[]]] * 99, {"": 0},
-        {"type": "linear"}, {"rope_theta": []}, ["LlamaForCausalLM"], "../x", [2**40, 2**40]]
+        {"type": "linear"}, {"type": "linear", "factor": 2}, {"kind": "llama3", "factor": 8.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 8192}, {"rope_theta": []}, ["LlamaForCausalLM"],
+        "../x", [2**40, 2**40]]
 TEXT = "hello  ▁ world </s> é😀\n"
 
 
@@ -152,7 +155,8 @@ def mutate_value(value: object, rng: random.Random) -> object:
         if rng.random() < .2:
             del value[key]
         elif rng.random() < .2 and isinstance(value, dict):
-            value[rng.choice(["?\n", "use_scaled_rope", "quantization_config", "bias"])] = 1
+            value[rng.choice(["?\n", "use_scaled_rope", "quantization_config", "bias",
+                              "rope_scaling", "head_dim"])] = 1
         else:
             value[key] = mutate_value(value[key], rng)
         return value

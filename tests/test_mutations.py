@@ -1,14 +1,16 @@
 """Each rule is broken on purpose, one function at a time, and something must notice it.
 
 A row of MUTATIONS names a function of the project, gives a broken version of it, and names what
-must then fail: a startup check, which every user runs before every PPO run, or a test. A row is
-tried in a forked process. With the unbroken functions the same checks and tests pass there.
+must then fail: a startup check, which every user runs before every PPO run, or a test. A startup
+check must fail in float32 and in bfloat16. A row is tried in a forked process. With the
+unbroken functions the same checks and tests pass there.
 """
 
 import contextlib
 import importlib
 import inspect
 import io
+import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -257,34 +259,36 @@ def catch(caught_by: str, arguments: dict, folder: Path) -> None:
 
 
 def attempt(number: int | None, folder: Path) -> None:
-    """In a process of its own: writes what the catcher raised, or "", to `folder`/verdict.
+    """In a process of its own: writes what each catcher raised, or "", to `folder`/verdict.
 
     Without a mutation all catchers are tried.
     """
     torch.set_num_threads(1)
-    rows = MUTATIONS if number is None else [MUTATIONS[number]]
+    rows, verdicts = MUTATIONS if number is None else [MUTATIONS[number]], []
     for module in {"tests." + row.caught_by.split(".")[0] for row in rows
                    if not row.caught_by.startswith("check")} | {"fgrlhf.checks.startup"}:
         importlib.import_module(module)                     # before the function is replaced
     if number is not None:
         break_it(MUTATIONS[number])
-    try:
-        for caught_by, with_ in {(m.caught_by, repr(m.with_)): (m.caught_by, m.with_)
-                                 for m in rows}.values():
-            catch(caught_by, with_, folder)
-        verdict = ""
-    except BaseException as error:                          # failures of pytest are no Exceptions
-        verdict = f"{type(error).__name__}: {error}"
-    (folder / "verdict").write_text(verdict)
+    for caught_by, with_ in {(m.caught_by, repr(m.with_)): (m.caught_by, m.with_)
+                             for m in rows}.values():
+        is_check = caught_by.startswith("check: ")
+        for more in ({"dtype": "float32"}, {"dtype": "bfloat16"}) if is_check else ({},):
+            try:
+                catch(caught_by, with_ | more, folder)
+                verdicts.append("")
+            except BaseException as error:                  # failures of pytest are no Exceptions
+                verdicts.append(f"{type(error).__name__}: {error}")
+    (folder / "verdict").write_text(json.dumps(verdicts))
 
 
-def verdict(folder: Path, number: int | None) -> str:
+def verdict(folder: Path, number: int | None) -> list[str]:
     """What `attempt` wrote; a process that died writes nothing, which is an error."""
     (folder / "verdict").unlink(missing_ok=True)
     process = processes.server.Process(target=attempt, args=(number, folder))
     process.start()
     process.join(120)
-    return (folder / "verdict").read_text()
+    return json.loads((folder / "verdict").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -293,14 +297,15 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_every_catcher_passes_while_nothing_is_broken(folder):
-    assert verdict(folder, None) == ""
+    assert not any(verdict(folder, None))
 
 
 @pytest.mark.parametrize("number", range(len(MUTATIONS)),
                          ids=[f"{m.rule}: {m.what}" for m in MUTATIONS])
 def test_broken_code_is_caught(number, folder):
     found = verdict(folder, number)
-    assert found and not found.startswith(("NameError", "ImportError", "AttributeError")), found
+    errors = ("NameError", "ImportError", "AttributeError")
+    assert found and all(error and not error.startswith(errors) for error in found), found
 
 
 def test_every_rule_has_a_mutation():

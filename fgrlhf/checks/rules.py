@@ -2,7 +2,8 @@
 
 Each function takes a Subject (a PPO run before its first step) and a Rollout sampled from it. It
 returns a Check: whether the rule holds, the number that decided, and what to do if it does not.
-startup.py runs them all. fgrlhf/README.md lists the rules by number.
+startup.py runs them all. fgrlhf/README.md lists the rules by number, and rounding.py says how far
+two computations of one log-probability may differ.
 """
 
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fgrlhf.advantage import penalise_kl, reward_to_go, standardise
+from fgrlhf.checks.rounding import COARSE, FINE, Rounding
 from fgrlhf.evaluate import constant
 from fgrlhf.model import LLaMA
 from fgrlhf.ppo import kl_estimates, policy_loss
@@ -19,11 +21,6 @@ from fgrlhf.reward import RewardModel
 from fgrlhf.rollout import Rollout
 from fgrlhf.sequences import Sequences, by_length, score
 from fgrlhf.tokenizer import Tokenizer
-
-
-def nats(policy: LLaMA) -> float:
-    """The nats that two computations of one log-probability may differ at this precision."""
-    return 1e-3 if policy.head.dtype in (torch.float32, torch.float64) else 0.1
 
 
 class Subject(NamedTuple):
@@ -40,6 +37,7 @@ class Subject(NamedTuple):
     rollouts: int                       # responses per iteration
     microbatch: int                     # sequences per forward pass
     critic: nn.Module | None = None
+    rounding: Rounding = Rounding(True)
 
 
 class Check(NamedTuple):
@@ -90,27 +88,36 @@ def masks_count(s: Subject, rollout: Rollout) -> Check:
 
 
 def sampling_equals_scoring(s: Subject, rollout: Rollout) -> Check:
-    """Rule 2: the log-probabilities of sampling (KV cache) equal those of scoring."""
+    """Rule 2: the log-probabilities of sampling (KV cache) equal those of scoring.
+
+    In bfloat16 they are equal but for the rounding, and exactly in the float32 copy.
+    """
+    mask = rollout.sequences.response_mask
     with torch.no_grad():
         again = score(s.policy, rollout.sequences, s.temperature)
-    worst = distance(again, rollout.logp_old)
-    return Check(worst <= nats(s.policy),
-                 f"largest |log ratio| {worst:.1e} nats, at most {nats(s.policy):g}",
+    worst = s.rounding.apart(again[mask], rollout.logp_old[mask])
+    number = f"|log ratio| {worst:.1e} nats, {s.rounding}"
+    if s.rounding.nats is not None:
+        number += f"; in a float32 copy {s.rounding.exact:.1e}, at most {FINE:g}"
+    return Check(worst <= s.rounding.bound and s.rounding.exact <= FINE, number,
                  "sampling and scoring compute different functions: look for another temperature, "
                  "lower precision, dropout or a wrong KV cache")
 
 
 def ratio_is_one(s: Subject, rollout: Rollout) -> Check:
-    """Rule 2: the update's first ratio is 1, and KL to a reference equal to the policy is 0."""
+    """Rule 2: the update's first ratio is 1, and KL to a reference equal to the policy is 0.
+
+    In bfloat16 `rollout` was scored again, as train_ppo.py does, so one bound serves every dtype.
+    """
     mask = rollout.sequences.response_mask
     out = policy_loss(s.policy, rollout.sequences, rollout.logp_old,
                       torch.ones_like(rollout.logp_old), 0.2, s.temperature, int(mask.sum()))
     worst = distance(out.logp, rollout.logp_old[mask])
     with torch.no_grad():
         kl = kl_estimates(rollout.logp_old, score(s.ref, rollout.sequences, s.temperature), mask)
-    passed = max(worst, abs(kl["kl_k1"]), abs(kl["kl_k3"])) <= nats(s.policy)
+    passed = max(worst, abs(kl["kl_k1"]), abs(kl["kl_k3"])) <= FINE
     return Check(passed, f"largest |ratio - 1| {worst:.1e}, KL k1 {kl['kl_k1']:.1e}, "
-                 f"k3 {kl['kl_k3']:.1e} nats per token, at most {nats(s.policy):g}",
+                 f"k3 {kl['kl_k3']:.1e} nats per token, at most {FINE:g}",
                  "the reference must be the policy as it starts, scored at the same temperature")
 
 
@@ -140,8 +147,9 @@ def padding_is_inert(s: Subject, rollout: Rollout) -> Check:
                  for b in range(len(mask))]
         padded = score(s.policy, sequences, s.temperature)
     worst = max(distance(a, b) for a, b in pairs)
-    lone = max(distance(row, padded[b, :len(row)]) for b, row in enumerate(alone))
-    return Check(worst <= 1e-5 and lone <= nats(s.policy),
+    lone = s.rounding.apart(torch.cat(alone), torch.cat(
+        [padded[b, :len(row)] for b, row in enumerate(alone)]))
+    return Check(worst <= 1e-5 and lone <= s.rounding.bound,
                  f"garbage in {int((~real).sum())} padding slots changes results by {worst:.1e}, "
                  f"a batch of one row by {lone:.1e} nats",
                  "something reads padding: every mean, sum and gather must use response_mask")
@@ -240,8 +248,9 @@ def microbatches_agree(s: Subject, rollout: Rollout) -> Check:
     whole, split = gradient(0), gradient(3)
     scale = max(g.abs().max().item() for g in whole)
     worst = max(distance(a, b) for a, b in zip(whole, split)) / max(scale, 1e-12)
-    return Check(worst <= nats(s.policy), f"largest difference {worst:.1e} of the largest gradient "
-                 f"{scale:.1e}, at most {nats(s.policy):g}",
+    most = FINE if s.rounding.wide else COARSE
+    return Check(worst <= most, f"largest difference {worst:.1e} of the largest gradient "
+                 f"{scale:.1e}, at most {most:g}",
                  "means must be over the tokens of the whole minibatch: pass its count as "
                  "denominator")
 

@@ -3,6 +3,9 @@
 Eight responses are sampled, and each check prints `pass` or `FAIL` with the number that decided.
 The first failure raises UserError with what to do. The checks leave no random draw and no gradient
 behind: training starts exactly as it would have started without them. rules.py has the rules.
+
+In bfloat16 train_ppo.py scores every response again before the update. The rules after "sampling =
+scoring" therefore get log-probabilities that were scored again.
 """
 
 import sys
@@ -10,13 +13,14 @@ from collections.abc import Iterator
 
 import torch
 
-from fgrlhf.checks import rules
+from fgrlhf.checks import rounding, rules
 from fgrlhf.checks.rules import Check, Subject
 from fgrlhf.data.fields import UserError
 from fgrlhf.engine.draws import generator
 from fgrlhf.engine.players import Players
 from fgrlhf.plan import memory
 from fgrlhf.rollout import sample
+from fgrlhf.sequences import score
 
 ROWS, TOKENS = 8, 64                    # responses sampled, and their longest length
 
@@ -84,8 +88,8 @@ def free_bytes(device: torch.device) -> int | None:
 
 BEFORE_SAMPLING = {"tokenizer and vocabulary": tokenizer_fits, "lengths": lengths_fit,
                    "memory": memory_suffices}
-RULES = {"masks": rules.masks_count, "sampling = scoring": rules.sampling_equals_scoring,
-         "ratio 1, KL 0": rules.ratio_is_one, "rewards and values": rules.rewards_belong,
+SAMPLED = {"masks": rules.masks_count, "sampling = scoring": rules.sampling_equals_scoring}
+RULES = {"ratio 1, KL 0": rules.ratio_is_one, "rewards and values": rules.rewards_belong,
          "planted reward": rules.planted_reward_stays, "padding is inert": rules.padding_is_inert,
          "microbatches": rules.microbatches_agree, "reward and KL scale": rules.scales_side_by_side}
 
@@ -104,6 +108,15 @@ def run_all(s: Subject, seed: int = 0) -> Iterator[tuple[str, Check]]:
     rows = [s.prompts[order[i * (len(order) - 1) // (ROWS - 1)]] for i in range(ROWS)]
     rollout = sample(s.policy, rows, s.tokenizer.eos_id, min(s.max_new_tokens, TOKENS),
                      s.temperature, generator(seed, "checks"))
+    s = s._replace(rounding=rounding.measure(
+        s.policy, rows, rollout, s.tokenizer.eos_id, s.temperature, generator(seed, "rounding"),
+        free_bytes(s.policy.head.device)))
+    for name, check in SAMPLED.items():
+        yield name, check(s, rollout)
+    if not s.rounding.wide:                                 # as make_experience does
+        with torch.no_grad():
+            rollout = rollout._replace(
+                logp_old=score(s.policy, rollout.sequences, s.temperature))
     for name, check in RULES.items():
         yield name, check(s, rollout)
 
