@@ -108,7 +108,8 @@ def loss_of(config: Config, model: RewardModel, part: PreferenceBatch,
     if config.kind == "sequence":
         loss, margins = sequence_loss(model, part, pairs)
         return loss, {"rm/accuracy": (margins > 0).sum() / pairs}
-    options = Options(*(getattr(config, name) for name in Options._fields))
+    options = Options(config.reduce, config.u0, config.u0_weight, config.token_weight,
+                      config.pair_weight)
     out = token_loss(model, part, options, whole.totals())
     return out.loss, {"rm/bt": out.bt, "rm/u0": out.u0, "rm/token": out.token,
                       "rm/accuracy": (out.margin > 0).sum() / pairs}
