@@ -29,8 +29,12 @@ IMPERFECT = ("--miss", "0.3", "--needless", "0.1")
 # The learning rates with --lora-rank; README.md says which were tried.
 LORA = {"token": ("--lr", "1e-2"), "sequence": ("--lr", "3e-3"), "method": ("--lr", "5e-3"),
         "rlhf": ("--lr", "2.5e-3", "--value-lr", "2.5e-3"), "imitation": ("--lr", "8e-3")}
-# The grids of the sweep: six points for each PPO system, a few more for the other rivals.
-GRID = [(beta, lr) for beta in ("0.2", "0.5", "1.0") for lr in ("6e-4", "1.2e-3")]
+# The grids of the sweep. A system that was best at the edge of the first six got more points.
+SIX = [(beta, lr) for beta in ("0.2", "0.5", "1.0") for lr in ("6e-4", "1.2e-3")]
+LOWER = [("0.1", "6e-4"), ("0.2", "3e-4")]
+GRIDS = {"fine-grained": SIX, "fine-grained-paper": SIX, "rlhf": SIX + LOWER, "rloo": SIX + LOWER,
+         "grpo": SIX + LOWER,
+         "tlcr": SIX + [("2.0", "6e-4"), ("2.0", "3e-4"), ("4.0", "6e-4")]}
 IMITATION_GRID = [(epochs, lr) for epochs in ("3", "6") for lr in ("1e-3", "2e-3", "4e-3")]
 IMITATION_GRID += [("6", "8e-3"), ("12", "4e-3")]
 DPO_GRID = [(beta, lr) for beta in ("0.1", "0.3") for lr in ("5e-4", "1e-3", "2e-3")]
@@ -224,21 +228,24 @@ def controls_and_ablations(seed: Seed) -> None:
 
 
 def sweep(seed: Seed) -> None:
-    """Adds six settings of each system. The dev prompts of worlds that are not reported decide."""
+    """Adds six or more settings of each system.
+
+    The dev prompts of worlds that are not reported decide.
+    """
     edits = "annotations/edits.jsonl"
     seed.reward("rm-token", edits)
     seed.reward("rm-paper", edits, "--loss", "paper")
     seed.reward("rm-tlcr", edits, "--loss", "tlcr")
     seed.reward("rm-sequence", "annotations/pairs.jsonl", "--kind", "sequence", "--epochs", "3")
-    for beta, lr in GRID:
-        point = ("--beta", beta, "--lr", lr)
-        for name, reward, settings in (("fine-grained", "rm-token", seed.method),
-                                       ("fine-grained-paper", "rm-paper", seed.paper),
-                                       ("rlhf", "rm-sequence", seed.rlhf),
-                                       ("rloo", "rm-sequence", seed.rloo),
-                                       ("grpo", "rm-sequence", seed.grpo),
-                                       ("tlcr", "rm-tlcr", seed.tlcr)):
-            seed.ppo(f"{name}-{beta}-{lr}", reward, *settings, *point, iterations=40, test=False)
+    for name, reward, settings in (("fine-grained", "rm-token", seed.method),
+                                   ("fine-grained-paper", "rm-paper", seed.paper),
+                                   ("rlhf", "rm-sequence", seed.rlhf),
+                                   ("rloo", "rm-sequence", seed.rloo),
+                                   ("grpo", "rm-sequence", seed.grpo),
+                                   ("tlcr", "rm-tlcr", seed.tlcr)):
+        for beta, lr in GRIDS[name]:
+            seed.ppo(f"{name}-{beta}-{lr}", reward, *settings, "--beta", beta, "--lr", lr,
+                     iterations=40, test=False)
     for epochs, lr in IMITATION_GRID:
         seed.directly(f"imitation-{epochs}-{lr}", "fgrlhf.sft", edits, "--epochs", epochs,
                       "--lr", lr, prompts="dev")
