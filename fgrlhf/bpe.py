@@ -173,7 +173,7 @@ class BPETokenizer(Vocabulary):
     def pieces(self) -> list[Piece]:
         """The tokens by id as readable text, in the form that sentencepiece's pieces have.
 
-        A blank is "▁", and a byte that is only a part of a character is its number, such as "\\xe2".
+        A blank is "▁", and a byte that is only a part of a character its number, "\\xe2".
         """
         reserved = set(self.control.values())
         return [Piece(token, 0.0, False) if id in reserved else

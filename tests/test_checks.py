@@ -58,6 +58,16 @@ def test_every_check_passes_on_a_sound_run(method, dtype, folder):
     assert all(re.search(r"\d", check.number) and check.advice for check in found.values())
 
 
+def test_fewer_and_shorter_responses_are_sampled_of_a_large_model(folder, monkeypatch):
+    assert startup.sample_size(llama()) == (8, 64)
+    s = subject(folder, max_new_tokens=33)
+    monkeypatch.setattr(startup, "LARGE", sum(p.numel() for p in s.policy.parameters()) - 1)
+    assert startup.sample_size(s.policy) == (4, 32)
+    found = dict(startup.run_all(s))
+    counted = re.match(r"(\d+) tokens in 4 responses", found["masks"].number)
+    assert int(counted[1]) <= 4 * 32
+
+
 def test_the_checks_leave_no_gradient_and_no_draw_behind(folder):
     s = subject(folder, "rlhf")
     torch.manual_seed(3)
