@@ -293,7 +293,7 @@ def verdict(folder: Path, number: int | None) -> list[str]:
     (folder / "verdict").unlink(missing_ok=True)
     process = processes.server.Process(target=attempt, args=(number, folder))
     process.start()
-    process.join(120)
+    process.join(300)                                       # seconds, on a loaded machine
     return json.loads((folder / "verdict").read_text())
 
 
