@@ -31,7 +31,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from fgrlhf.data.fields import UserError, show
-from fgrlhf.tokenizer import Piece, Vocabulary, character_of_byte, check_text
+from fgrlhf.tokenizer import BLANK, Piece, Vocabulary, character_of_byte, check_text
 
 CACHED, LONGEST_CACHED = 200_000, 64            # pretokens in the cache; characters of such a one
 
@@ -171,9 +171,14 @@ class BPETokenizer(Vocabulary):
 
     @functools.cached_property
     def pieces(self) -> list[Piece]:
-        """The tokens by id, in the form that both kinds of tokenizer have."""
+        """The tokens by id as readable text, in the form that sentencepiece's pieces have.
+
+        A blank is "▁", and a byte that is only a part of a character its number, "\\xe2".
+        """
         reserved = set(self.control.values())
-        return [Piece(token, 0.0, id not in reserved) for id, token in enumerate(self.tokens)]
+        return [Piece(token, 0.0, False) if id in reserved else
+                Piece(data.decode(errors="backslashreplace").replace(" ", BLANK), 0.0, True)
+                for id, (token, data) in enumerate(zip(self.tokens, self._bytes))]
 
     def _check(self, tokens: list[str]) -> None:
         """Raises UserError when an id is out of range, or a token occurs twice."""

@@ -202,6 +202,20 @@ def load_tokenizer(path: str | Path) -> AnyTokenizer:
     for other in sorted(file.parent.glob("tok*.bin")) if not file.exists() else ():
         raise UserError(f"{file}: expected a sentencepiece model, got only {other.name}, which is "
                         "not read here; put the tokenizer.model that it was made from there")
+    return _read_tokenizer(file)
+
+
+def open_tokenizer(path: str | Path) -> AnyTokenizer:
+    """Reads the tokenizer in one file, or that of a model folder.
+
+    The file is tokenizer.model, tokenizer.json, vocab.json or a GGUF file. The files next to it say
+    more, as in `load_tokenizer`.
+    """
+    whole = Path(path).is_dir() or gguf_file(path) is not None
+    return load_tokenizer(path) if whole else _read_tokenizer(Path(path))
+
+
+def _read_tokenizer(file: Path) -> AnyTokenizer:
     if _is_sentencepiece(file):
         adds_bos, template = read_prompting(file.parent)
         return Tokenizer(file, adds_bos=adds_bos is not False, chat_template=template)

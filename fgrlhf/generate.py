@@ -31,10 +31,10 @@ from fgrlhf.data.records import Prompt
 from fgrlhf.engine.config import DTYPES, Computation, arg, parse, run
 from fgrlhf.engine.distributed import pick_device
 from fgrlhf.engine.encoding import is_text, read_encoding
+from fgrlhf.layouts.chat_template import advise, recognise
 from fgrlhf.model import KVCache, LLaMA
 from fgrlhf.rollout import inverse_cdf, real_slots
-from fgrlhf.templates import (
-    advise, encode_filled, end_of_turn, read_template, recognise, template_arg)
+from fgrlhf.templates import encode_filled, end_of_turn, read_template, template_arg
 from fgrlhf.tokenizer import Tokenizer
 
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer, save_model
+from fgrlhf.checkpoint import (
+    AnyTokenizer, load_adapted, load_model, load_tokenizer, open_tokenizer, save_model)
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import each
 from fgrlhf.data.readers import read_demonstrations
@@ -33,7 +34,6 @@ from fgrlhf.model import MOST, LLaMA, build
 from fgrlhf.presets import PRESETS
 from fgrlhf.sequences import Sequences, hidden_before, locate, pack
 from fgrlhf.templates import check_template
-from fgrlhf.tokenizer import Tokenizer
 from kernels import linear_cross_entropy
 
 
@@ -43,7 +43,8 @@ class Config(ReadingResponses, Machinery):
     out: str = arg(help="folder for the policy and the logs")
     model: str | None = arg(None, help="folder of the model to start from")
     init: str | None = arg(None, help=f"or a preset to initialise: {', '.join(PRESETS)}")
-    tokenizer: str | None = arg(None, help="with --init: the file tokenizer.model")
+    tokenizer: str | None = arg(None, help="with --init: tokenizer.model, tokenizer.json, "
+                                "a GGUF file, or a model folder")
     context: int | None = arg(None, least=8, help="with --init: context (default: the preset's)")
     epochs: int = arg(1, least=0, help="passes over the data; 0 saves the model as it starts")
     batch: int = arg(32, least=1, help="sequences per step")
@@ -56,7 +57,7 @@ class Config(ReadingResponses, Machinery):
                           "results; 0: the whole batch")
 
 
-def start_tokenizer(config: Config) -> Tokenizer:
+def start_tokenizer(config: Config) -> AnyTokenizer:
     """Returns the tokenizer of --model or --tokenizer. Refuses flags that do not fit together."""
     if (config.model is None) == (config.init is None):
         raise UserError("expected exactly one of --model DIR and --init PRESET")
@@ -70,7 +71,7 @@ def start_tokenizer(config: Config) -> Tokenizer:
         raise UserError("--init: expected --tokenizer FILE too")
     if (config.context or 0) > MOST["max_seq_len"]:
         raise UserError(f"--context {config.context}: expected at most {MOST['max_seq_len']}")
-    return Tokenizer(config.tokenizer)
+    return open_tokenizer(config.tokenizer)
 
 
 def start_model(config: Config, vocab_size: int, device: torch.device) -> LLaMA:

@@ -58,6 +58,16 @@ def test_every_check_passes_on_a_sound_run(method, dtype, folder):
     assert all(re.search(r"\d", check.number) and check.advice for check in found.values())
 
 
+def test_fewer_and_shorter_responses_are_sampled_of_a_large_model(folder, monkeypatch):
+    assert startup.sample_size(llama()) == (8, 64)
+    s = subject(folder, max_new_tokens=33)
+    monkeypatch.setattr(startup, "LARGE", sum(p.numel() for p in s.policy.parameters()) - 1)
+    assert startup.sample_size(s.policy) == (4, 32)
+    found = dict(startup.run_all(s))
+    counted = re.match(r"(\d+) tokens in 4 responses", found["masks"].number)
+    assert int(counted[1]) <= 4 * 32
+
+
 def test_the_checks_leave_no_gradient_and_no_draw_behind(folder):
     s = subject(folder, "rlhf")
     torch.manual_seed(3)
@@ -142,7 +152,8 @@ def test_the_rounding_of_bfloat16_is_measured_and_a_shared_trunk_stays_as_it_is(
         high = score(lora.merge(s.policy.float()), rollout.sequences, 0.9)
     count = int(rollout.sequences.response_lengths.sum())
     assert found.nats == pytest.approx(((low - high).square().sum() / count).sqrt().item(), 1e-3)
-    assert found.nats > 1e-4 and found.bound == 3 * found.nats and found.exact < 1e-4
+    assert found.nats > 1e-4 and found.exact < 1e-4 and found.tokens == count
+    assert found.bound == pytest.approx(3 * (1 + 4 / count ** 0.5) * found.nats)
     assert unmeasured == rounding.Rounding(False) and unmeasured.bound == 0.1
     assert measure(None) == rounding.Rounding(True)         # the policy is in float32 by now
 

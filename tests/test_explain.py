@@ -10,6 +10,7 @@ import torch
 
 import train_ppo
 import train_rm
+from fgrlhf.bpe import BPETokenizer
 from fgrlhf.checkpoint import load_tokenizer, save_model
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.records import Edit, Output, Span, write_jsonl, write_outputs
@@ -17,7 +18,7 @@ from fgrlhf.engine.config import parse
 from fgrlhf.explain import __main__ as explain
 from fgrlhf.explain import answers
 from fgrlhf.explain.explained import (
-    LossSettings, UpdateSettings, explain_record, minus_log_sigmoid, settings_of)
+    LossSettings, UpdateSettings, explain_record, minus_log_sigmoid, prompt_text, settings_of)
 from fgrlhf.explain.text import explained_text, visible
 from fgrlhf.reproduce.examples import explain_edit
 from fgrlhf.reproduce.report import page
@@ -26,6 +27,7 @@ from fgrlhf.sequences import pack
 from fgrlhf.tokenizer import train
 from kernels import token_preference
 from tests.small import llama, slow_logp
+from tests.test_gguf import MERGES, TOKENS
 
 VOCABULARY = 274
 SWAP = Edit("swap", "red or blue", "a red cat", "a blue cat")
@@ -222,6 +224,20 @@ def test_explained_text_in_colour_says_the_same(explained):
 
 def test_visible_spells_out_what_a_terminal_would_act_on():
     assert visible("a\x1b[31mb\nc") == "a\\x1b[31mb\u21b5c"
+
+
+def test_byte_level_tokens_and_control_tokens_are_shown_as_text():
+    tokenizer = BPETokenizer("t", TOKENS, MERGES, "gpt2", {"<|start|>": 0, "<|end|>": 1}, 0, 1)
+    record = Edit("bpe", "hell", "hell \u00e9", "he hell")
+    shown = explain_record(record, tokenizer, RewardModel(llama(1, len(TOKENS)), "token"),
+                           LossSettings(template="<|start|>{prompt}<|end|>{response}"))
+    assert shown.rejected.pieces == ["hell", "\u2581", "\\xc3", "\\xa9", "<|end|>"]
+    assert shown.rejected.texts == ["hell", " ", "\u00e9", "", "<|end|>"]
+    assert shown.chosen.pieces == ["he", "\u2581hell", "<|end|>"]
+    assert shown.prompt == "hell<|end|>"                                    # BOS is left out
+    tokenizer.adds_bos = False
+    assert prompt_text(tokenizer, [0, 0, *tokenizer.encode("he he"), 1]) == \
+        "<|start|><|start|>he he<|end|>"
 
 
 def test_explained_texts_join_to_the_response_when_bytes_share_a_character(tokenizer, reward):

@@ -8,8 +8,9 @@ import eval as evaluation
 import train_ppo
 import train_rm
 from fgrlhf import sft
-from fgrlhf.checkpoint import ExportConfig, export, load_model, load_tokenizer
+from fgrlhf.checkpoint import ExportConfig, export, load_model, load_tokenizer, save_model
 from fgrlhf.data import records
+from fgrlhf.data.fields import UserError
 from fgrlhf.engine import lora
 from fgrlhf.plan import __main__ as plan
 from tests import gguf_files
@@ -64,3 +65,17 @@ def test_answers_and_plans_are_made_from_a_gguf_file(model, data, tmp_path, caps
     assert len(answers) == 4 and answers[0]["generator"] == model
     plan.main(plan.Config(model=model, prompt=16, response=16))
     assert "GB" in capsys.readouterr().out
+
+
+def test_a_new_model_takes_the_tokenizer_of_any_file(model, data, tmp_path):
+    tokenizer = load_tokenizer(model)
+    save_model(load_model(model), tmp_path / "folder", tokenizer=tokenizer)
+    for name, file in enumerate((model, tmp_path / "folder" / "tokenizer.json",
+                                 tmp_path / "folder")):
+        out = tmp_path / f"sft{name}"
+        sft.train(sft.Config(init="tiny", tokenizer=str(file), data=data, epochs=0, out=str(out)))
+        assert load_tokenizer(out / "policy").sha256 == tokenizer.sha256
+        assert load_model(out / "policy").config.vocab_size == len(TOKENS)
+    with pytest.raises(UserError, match="none.json: expected a byte-level BPE.*, got nothing"):
+        sft.train(sft.Config(init="tiny", tokenizer=str(tmp_path / "none.json"), data=data,
+                             out=str(tmp_path / "none")))

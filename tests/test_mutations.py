@@ -2,8 +2,8 @@
 
 A row of MUTATIONS names a function of the project, gives a broken version of it, and names what
 must then fail: a startup check, which every user runs before every PPO run, or a test. A startup
-check must fail in float32 and in bfloat16. A row is tried in a forked process. With the
-unbroken functions the same checks and tests pass there.
+check must fail in float32 and in bfloat16, and with the sample of a large model too. A row is tried
+in a forked process. With the unbroken functions the same checks and tests pass there.
 """
 
 import contextlib
@@ -36,6 +36,8 @@ class Mutation(NamedTuple):
 
 
 RLHF = {"method": "rlhf"}
+CHECKED = [{"dtype": dtype, "as_large": as_large} for dtype in ("float32", "bfloat16")
+           for as_large in (False, True)]
 
 
 def reward_on_last_column(original):
@@ -244,7 +246,10 @@ def is_module(name: str) -> bool:
 
 
 def catch(caught_by: str, arguments: dict, folder: Path) -> None:
-    """Runs one startup check or one test, and raises when it fails."""
+    """Runs one startup check or one test, and raises when it fails.
+
+    as_large: whether a startup check samples as little as it does from a large model.
+    """
     if not caught_by.startswith("check: "):
         module, function = caught_by.split(".")
         given = {name: Path(tempfile.mkdtemp(dir=folder)) if value is ... else value
@@ -253,6 +258,7 @@ def catch(caught_by: str, arguments: dict, folder: Path) -> None:
         return
     from fgrlhf.checks import startup
     from tests.test_checks import subject
+    startup.LARGE = 0 if arguments.pop("as_large") else 10**9
     found = dict(startup.run_all(subject(folder, **arguments)))
     name = caught_by.removeprefix("check: ")
     assert found[name].passed, found[name]
@@ -273,7 +279,7 @@ def attempt(number: int | None, folder: Path) -> None:
     for caught_by, with_ in {(m.caught_by, repr(m.with_)): (m.caught_by, m.with_)
                              for m in rows}.values():
         is_check = caught_by.startswith("check: ")
-        for more in ({"dtype": "float32"}, {"dtype": "bfloat16"}) if is_check else ({},):
+        for more in CHECKED if is_check else ({},):
             try:
                 catch(caught_by, with_ | more, folder)
                 verdicts.append("")
@@ -287,7 +293,7 @@ def verdict(folder: Path, number: int | None) -> list[str]:
     (folder / "verdict").unlink(missing_ok=True)
     process = processes.server.Process(target=attempt, args=(number, folder))
     process.start()
-    process.join(120)
+    process.join(300)                                       # seconds, on a loaded machine
     return json.loads((folder / "verdict").read_text())
 
 

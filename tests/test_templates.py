@@ -10,9 +10,10 @@ from fgrlhf.data.records import Passage, Prompt
 from fgrlhf.encode import Encoder, encode_prompt
 from fgrlhf.engine.config import parse
 from fgrlhf.engine.encoding import Encoding, write_encoding
+from fgrlhf.layouts.chat_template import advise, recognise
 from fgrlhf.sft import Config
 from fgrlhf.templates import (
-    TEMPLATES, advise, check_template, end_of_turn, read_template, recognise, render_prompt)
+    TEMPLATES, check_template, end_of_turn, read_template, render_prompt)
 from fgrlhf.tokenizer import Tokenizer, train
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>",

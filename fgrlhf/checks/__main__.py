@@ -34,7 +34,7 @@ class Config(ReadingRecords, Computation):
     rollouts: int = arg(64, least=1, help="responses per iteration of the planned run")
     microbatch: int = arg(16, least=0, help="responses per forward pass of the planned run")
     lora_rank: int = arg(0, least=0, help="rank of the adapters of the planned run; 0: none")
-    seed: int = arg(0, help="seed of the eight sampled responses")
+    seed: int = arg(0, help="seed of the sampled responses")
 
 
 def main(config: Config) -> None:

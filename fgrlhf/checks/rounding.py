@@ -10,14 +10,17 @@ float32 copy of the policy:
     rounding   the policy and the copy score the sampled responses:
                r = rms(logp in bfloat16 - logp in float32), over all tokens
 
-Two bfloat16 computations may differ by 3 r in the root mean square. Rounding errors that are
-independent give 1.4 r. Sampling at temperature 1 and scoring at 1/0.9 gives 5 r for SmolLM2, and is
-caught by the exact comparison in any case.
+Two bfloat16 computations may differ by 3 (1 + 4 / sqrt(n)) r in the root mean square. Rounding
+errors that are independent give 1.4 r. The term with n, the number of tokens, is four standard
+errors of a root mean square: the answers of a chat model may be a few words. Sampling at
+temperature 1 and scoring at 1/0.9 gives 5 r for SmolLM2, and is caught by the exact comparison in
+any case.
 
 The copy takes 4 bytes per parameter. When they are not free, only the fixed bound COARSE is left.
 """
 
 import copy
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,7 +32,7 @@ from fgrlhf.sequences import score
 
 FINE = 1e-3                     # nats, largest difference in float32
 COARSE = 0.1                    # nats, root mean square in bfloat16 when nothing was measured
-MARGIN = 3                      # times the measured rounding
+MARGIN, ERRORS = 3, 4           # times the measured rounding; standard errors of it
 TOKENS = 32                     # longest response of the copy
 
 
@@ -39,13 +42,19 @@ class Rounding(NamedTuple):
     wide: bool                  # the policy itself is in float32 or wider
     nats: float | None = None   # r, or None when there was no memory for the copy
     exact: float = 0.0
+    tokens: int = 1             # over which r was measured
 
     @property
     def bound(self) -> float:
         """The nats that two computations of log-probabilities may differ, see `apart`."""
         if self.wide:
             return FINE
-        return COARSE if self.nats is None else MARGIN * self.nats
+        return COARSE if self.nats is None else self.margin * self.nats
+
+    @property
+    def margin(self) -> float:
+        """How many times r `bound` is."""
+        return MARGIN * (1 + ERRORS / math.sqrt(self.tokens))
 
     def apart(self, a: Tensor, b: Tensor) -> float:
         """The difference that `bound` limits: the largest in float32, else the root mean square.
@@ -61,7 +70,7 @@ class Rounding(NamedTuple):
             return f"at most {self.bound:g}"
         if self.nats is None:
             return f"rms, at most {self.bound:g} (no memory free to measure the rounding)"
-        return f"rms, at most {self.bound:.1e}: {MARGIN} times the rounding of bfloat16"
+        return f"rms, at most {self.bound:.1e}: {self.margin:.1f} times the rounding of bfloat16"
 
 
 def measure(policy: LLaMA, prompts: list[list[int]], rollout: Rollout, eos_id: int,
@@ -85,4 +94,4 @@ def measure(policy: LLaMA, prompts: list[list[int]], rollout: Rollout, eos_id: i
         mask = rollout.sequences.response_mask
         scored, close = (score(model, rollout.sequences, temperature)[mask]
                          for model in (policy, wide))
-    return Rounding(False, Rounding(False).apart(scored, close), exact)
+    return Rounding(False, Rounding(False).apart(scored, close), exact, len(scored))

@@ -142,11 +142,10 @@ def padding_is_inert(s: Subject, rollout: Rollout) -> Check:
                 standardise(spoilt, mask, "rms"), standardise(spoilt, mask, "mean-std")]
 
     with torch.no_grad():
-        pairs = list(zip(numbers(sequences, 0.0), numbers(spoiled, float("nan"))))
+        clean, spoilt = numbers(sequences, 0.0), numbers(spoiled, float("nan"))
         alone = [score(s.policy, sequences.rows(slice(b, b + 1)), s.temperature)[0]
                  for b in range(len(mask))]
-        padded = score(s.policy, sequences, s.temperature)
-    worst = max(distance(a, b) for a, b in pairs)
+    padded, worst = clean[1], max(distance(a, b) for a, b in zip(clean, spoilt))
     lone = s.rounding.apart(torch.cat(alone), torch.cat(
         [padded[b, :len(row)] for b, row in enumerate(alone)]))
     return Check(worst <= 1e-5 and lone <= s.rounding.bound,
@@ -195,10 +194,12 @@ def rewards_belong(s: Subject, rollout: Rollout) -> Check:
     mask, row = sequences.response_mask, int(sequences.response_lengths.argmax())
     length, start = int(sequences.response_lengths[row]), int(sequences.prompt_lengths[row])
 
+    one = sequences.rows(slice(row, row + 1))
+
     def first_moved(f, k: int) -> list[int]:
-        tokens = sequences.tokens.clone()
-        tokens[row, start + k] = (tokens[row, start + k] + 1) % s.policy.config.vocab_size
-        moved = (f(sequences._replace(tokens=tokens)) - f(sequences))[row].abs() > 1e-6
+        tokens = one.tokens.clone()
+        tokens[0, start + k] = (tokens[0, start + k] + 1) % s.policy.config.vocab_size
+        moved = (f(one._replace(tokens=tokens)) - f(one))[0].abs() > 1e-6
         return moved.nonzero()[:1].flatten().tolist()
 
     changed, found, wanted = sorted({length // 2, length - 1}), [], []

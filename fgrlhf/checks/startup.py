@@ -1,8 +1,9 @@
 """The startup checks: every rule that keeps the method correct, tried on the user's own models.
 
-Eight responses are sampled, and each check prints `pass` or `FAIL` with the number that decided.
-The first failure raises UserError with what to do. The checks leave no random draw and no gradient
-behind: training starts exactly as it would have started without them. rules.py has the rules.
+Eight responses are sampled (four of a large model), and each check prints `pass` or `FAIL` with the
+number that decided. The first failure raises UserError with what to do. The checks leave no random
+draw and no gradient behind: training starts exactly as it would have started without them. rules.py
+has the rules.
 
 In bfloat16 train_ppo.py scores every response again before the update. The rules after "sampling =
 scoring" therefore get log-probabilities that were scored again.
@@ -18,11 +19,16 @@ from fgrlhf.checks.rules import Check, Subject
 from fgrlhf.data.fields import UserError
 from fgrlhf.engine.draws import generator
 from fgrlhf.engine.players import Players
+from fgrlhf.model import LLaMA
 from fgrlhf.plan import memory
 from fgrlhf.rollout import sample
 from fgrlhf.sequences import score
 
-ROWS, TOKENS = 8, 64                    # responses sampled, and their longest length
+# The number of responses sampled, and their longest length. The second pair is for models of more
+# than LARGE parameters, whose forward passes take a CPU seconds. test_mutations.py checks that
+# every planted fault is found with either pair.
+SAMPLE, SMALLER_SAMPLE = (8, 64), (4, 32)
+LARGE = 50_000_000
 
 
 def subject(config, players: Players) -> Subject:
@@ -86,6 +92,12 @@ def free_bytes(device: torch.device) -> int | None:
         return None
 
 
+def sample_size(policy: LLaMA) -> tuple[int, int]:
+    """Returns how many responses the checks sample, and their longest length."""
+    large = sum(p.numel() for p in policy.parameters()) > LARGE
+    return SMALLER_SAMPLE if large else SAMPLE
+
+
 BEFORE_SAMPLING = {"tokenizer and vocabulary": tokenizer_fits, "lengths": lengths_fit,
                    "memory": memory_suffices}
 SAMPLED = {"masks": rules.masks_count, "sampling = scoring": rules.sampling_equals_scoring}
@@ -104,9 +116,10 @@ def run_all(s: Subject, seed: int = 0) -> Iterator[tuple[str, Check]]:
         yield name, found
         if not found.passed:
             return
+    count, longest = sample_size(s.policy)
     order = sorted(range(len(s.prompts)), key=lambda i: len(s.prompts[i]))
-    rows = [s.prompts[order[i * (len(order) - 1) // (ROWS - 1)]] for i in range(ROWS)]
-    rollout = sample(s.policy, rows, s.tokenizer.eos_id, min(s.max_new_tokens, TOKENS),
+    rows = [s.prompts[order[i * (len(order) - 1) // (count - 1)]] for i in range(count)]
+    rollout = sample(s.policy, rows, s.tokenizer.eos_id, min(s.max_new_tokens, longest),
                      s.temperature, generator(seed, "checks"))
     s = s._replace(rounding=rounding.measure(
         s.policy, rows, rollout, s.tokenizer.eos_id, s.temperature, generator(seed, "rounding"),

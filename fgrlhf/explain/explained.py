@@ -9,6 +9,7 @@ Rewards, losses, advantages and the update come from the functions that train_rm
 call. Training averages over a batch in (4), (6) and (7); here the batch is this one record.
 """
 
+import itertools
 import math
 from pathlib import Path
 from typing import NamedTuple, get_type_hints
@@ -72,7 +73,7 @@ class Side(NamedTuple):
     """One response. Each list has one entry per token."""
 
     pieces: list[str]                   # of the tokenizer, with U+2581 for a blank
-    texts: list[str]                    # the characters it adds to the text; "</s>" for EOS
+    texts: list[str]                    # the characters it adds to the text; EOS by its name
     sets: list[str]                     # "U0", "U1", "gap" (in U1 by the gap rule) or ""
     rewards: list[float]                # r_t on the scale of the reward model
 
@@ -191,7 +192,7 @@ def explain_record(record: Edit | Pair, tokenizer: Tokenizer, reward: RewardMode
                      kept_minus)
     chosen = _side(tokenizer, ids.chosen, plus, aligned.edited_changed, ids.plus, kept_plus)
     done = None if policy is None else _update(ids, reward, policy, reference, update)
-    return Explained(record.id, tokenizer.decode(ids.prompt), rejected, chosen,
+    return Explained(record.id, prompt_text(tokenizer, ids.prompt), rejected, chosen,
                      _rows(pairs, len(ids.rejected), len(ids.chosen)),
                      [(i, j) for j, i in ids.unchanged], loss, paper, reward.response,
                      reward.mean.item(), reward.scale.item(), done)
@@ -207,15 +208,24 @@ def _side(tokenizer: Tokenizer, ids: list[int], rewards: list[float], changed: l
 
 
 def surfaces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """Returns the characters that each id adds to the text.
+    """Returns the characters that each id adds to the text, and the name of EOS, such as "</s>".
 
     A character of several byte pieces belongs to the first of them.
     """
     text, end, parts = tokenizer.decode(ids), 0, []
     for token, (start, stop) in zip(ids, tokenizer.spans(ids)):
-        parts.append("</s>" if token == tokenizer.eos_id else text[max(start, end):stop])
+        parts.append(tokenizer.pieces[token].text if token == tokenizer.eos_id else
+                     text[max(start, end):stop])
         end = max(end, stop)
     return parts
+
+
+def prompt_text(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Returns the text of a prompt, with the names of its control tokens but the first BOS."""
+    names = {id: text for text, id in tokenizer.control.items()}
+    skipped = tokenizer.adds_bos and ids[:1] == [tokenizer.bos_id]
+    return "".join(tokenizer.decode(run) if name is None else name * len(list(run))
+                   for name, run in itertools.groupby(ids[skipped:], names.get))
 
 
 def _loss(reward: RewardModel, ids: PreferenceIds, options: token_preference.Options) -> Loss:
