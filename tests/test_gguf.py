@@ -525,11 +525,15 @@ def test_a_tokenizer_that_is_wrong_or_not_supported_is_refused(change, part, tmp
     refuse(lambda: load_tokenizer(path), "m.gguf", part)
 
 
-def test_several_files_in_a_folder_are_named(tmp_path):
+def test_a_file_is_read_in_a_folder_without_other_weights(tmp_path):
     for name in ("a.gguf", "b.gguf"):
         write(tmp_path / name, describe(variant()), weights(variant()))
     for load in (load_model, load_tokenizer):
         refuse(lambda: load(tmp_path), "expected one .gguf file, got a.gguf, b.gguf; name the file")
+    (tmp_path / "b.gguf").unlink()
+    for name in ("config.json", "params.json"):             # as in published folders of GGUF files
+        (tmp_path / name).write_text('{"model_type": "llama"}')
+        assert same(load_model(tmp_path), variant())
     (tmp_path / "c.gguf").write_bytes(b"not one")
     refuse(lambda: load_model(tmp_path / "c.gguf"), "c.gguf: expected a GGUF file of llama.cpp")
 
