@@ -186,7 +186,8 @@ def test_keys_of_params_json_that_change_nothing(change, tmp_path):
 @pytest.mark.parametrize("change", [
     {"architectures": ["LLaMAForCausalLM"]}, {"architectures": None}, {"rope_scaling": {}},
     {"rope_scaling": {"rope_type": "default"}}, {"rope_scaling": {"type": "default"}},
-    {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"head_dim": None}])
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"head_dim": None},
+    {"attention_bias": None}, {"partial_rotary_factor": None}])
 def test_keys_of_config_json_that_change_nothing(change, tmp_path):
     save_model(variant(), tmp_path, "hf")
     change_json(tmp_path / "config.json", change)
