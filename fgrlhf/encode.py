@@ -59,12 +59,22 @@ class ReadingResponses(ReadingRecords):
 def encode_prompt(tokenizer: Tokenizer, record, template: str, limit: int) -> list[int]:
     """Returns the ids of the prompt of a record, BOS first where the tokenizer wants it.
 
-    Raises UserError, which names the record, for more than `limit` ids.
+    Raises UserError, which names the record, for no id and for more than `limit` ids.
     """
-    ids = encode_filled(tokenizer, record, template)
+    ids = _encode_whole(tokenizer, record, template)
     if len(ids) > limit:
         raise UserError(f"record {record.id!r}: prompt: expected at most {limit} tokens, "
                         f"got {len(ids)}; shorten it or use a model with a longer context")
+    return ids
+
+
+def _encode_whole(tokenizer: Tokenizer, record, template: str) -> list[int]:
+    """Returns the ids of the prompt. There is one at least: it predicts the response's first id."""
+    ids = encode_filled(tokenizer, record, template)
+    if not ids:
+        raise UserError(f"record {record.id!r}: prompt: expected a token, because this model "
+                        "begins without BOS, got a text without a token; repair the text, or "
+                        "choose another --template")
     return ids
 
 
@@ -122,7 +132,7 @@ class Encoder:
         if self.prompt_tokens is None:
             return encode_prompt(self.tokenizer, record, self.template, self.context - 1)
         limit = min(self.context - 1, self.prompt_tokens)
-        ids = encode_filled(self.tokenizer, record, self.template)
+        ids = _encode_whole(self.tokenizer, record, self.template)
         if len(ids) > limit:
             ids = shorten(self.tokenizer, record, self.template, limit)
             self.counts["prompts_cut"] += 1

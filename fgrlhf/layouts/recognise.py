@@ -21,14 +21,13 @@ def gguf_file(path: str | Path) -> Path | None:
     """Returns the GGUF file at `path`, and None for anything else.
 
     It is the file itself, whatever its name (Ollama's has no ".gguf"), or the only .gguf of a
-    folder that holds no other weights. Raises UserError when such a folder has several.
+    folder that holds no other weights. A config.json next to it is not read: published folders of
+    GGUF files often have one of a few words. Raises UserError when such a folder has several.
     """
     path = Path(path)
     if path.is_file():
         with opened(path, gunzip=False) as file:
             return path if path.suffix == ".gguf" or file.read(4) == b"GGUF" else None
-    if not path.is_dir() or any((path / name).exists() for name in ("params.json", "config.json")):
-        return None
     found = sorted(path.glob("*.gguf"))
     if not found or weight_files(path, "meta") or weight_files(path, "hf") or _other_bins(path):
         return None
@@ -56,13 +55,13 @@ def read_layout(path: str | Path) -> Weights:
     if in_meta and in_hf:
         raise UserError(f"{path}: holds two checkpoints, {in_meta[0].name} and {in_hf[0].name}; "
                         "move one of them to its own folder")
+    if file := gguf_file(path):
+        return _read_gguf(file)
     if in_meta or (path / "params.json").exists() and not in_hf:
         return meta.read(path)
     if in_hf or (path / "config.json").exists():
         from fgrlhf.layouts import huggingface
         return huggingface.read(path)
-    if file := gguf_file(path):
-        return _read_gguf(file)
     others = _other_bins(path)
     if len(others) == 1:
         return _read_llama2c(others[0])

