@@ -10,7 +10,7 @@ import train_rm
 def test_cross_validate_judges_every_record_once_by_a_model_that_never_saw_it(monkeypatch):
     """Ten records in three folds; the second call a fold is on records trained on ("train_...")."""
     trained, judged = [], []
-    monkeypatch.setattr(train_rm, "new_model", lambda config, device: torch.nn.Identity())
+    monkeypatch.setattr(train_rm, "new_model", lambda config, device, frozen: torch.nn.Identity())
     monkeypatch.setattr(train_rm, "fit", lambda model, examples, *rest: trained.append(examples))
     monkeypatch.setattr(train_rm, "judge_preferences",
                         lambda model, records, examples, tokenizer: judged.append(records) or [])
