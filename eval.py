@@ -38,11 +38,12 @@ from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import each
 from fgrlhf.data.readers import read_annotations, read_outputs, read_prompts
 from fgrlhf.data.records import Output, write_jsonl, write_outputs
-from fgrlhf.encode import Encoder, ReadingRecords, ReadingResponses, encode_prompt, read_encoded
+from fgrlhf.encode import (
+    HIDDEN, Encoder, ReadingRecords, ReadingResponses, encode_prompt, read_encoded)
 from fgrlhf.engine.config import Computation, arg, dispatch, run
 from fgrlhf.engine.distributed import pick_device
 from fgrlhf.engine.encoding import Encoding, check_encoding
-from fgrlhf.evaluate import constant, reward_table, win_rates
+from fgrlhf.evaluate import constant, reward_intervals, reward_table, win_rates
 from fgrlhf.judge import answers, best_of, by_reward, joined, preferences_of
 from fgrlhf.reward import RewardModel, judge_preferences, load_reward
 from fgrlhf.simulate.oracle import by_oracle
@@ -88,6 +89,9 @@ class RewardModelConfig(ReadingResponses, Computation):
     reward: str = arg(help="folder of the reward model")
     data: str = arg(help="held-out edits or pairs; token AUC where edits have spans")
     normalise: bool = arg(False, help="first collapse runs of whitespace in edits")
+    hide: str = arg("nothing", choices=HIDDEN, help="control: judge responses without the text of "
+                    "their prompt, without their final full stop and EOS, or without both")
+    intervals: int = arg(0, least=0, help="draws of the bootstrap for 95% intervals; 0: none")
 
 
 def outputs(config: OutputsConfig) -> dict:
@@ -195,20 +199,20 @@ def win_rate(config: WinRateConfig) -> dict:
 
 def reward_model(config: RewardModelConfig) -> dict:
     check_encoding(config.reward, template=config.template, prompt_tokens=config.prompt_tokens,
-                   normalise=config.normalise)
+                   normalise=config.normalise, hide=config.hide)
     model = load_reward(config.reward, pick_device(config.device), getattr(torch, config.dtype))
     tokenizer = load_tokenizer(config.reward)
     encoder = Encoder(tokenizer, model.trunk.config.max_seq_len, config.template,
-                      config.prompt_tokens, config.cut_responses)
+                      config.prompt_tokens, config.cut_responses, hide=config.hide)
     records, examples = read_encoded(config.data, encoder, config.normalise, None,
                                      config.on_bad_record)
     counts = encoder.counted(config.data)
     judged = judge_preferences(model, records, examples, tokenizer)
     table = reward_table(judged)
-    lengths = [n for j in judged for n in j.lengths or ()]
+    lengths = [n for j in judged if j.response == "sum" for n in j.lengths or ()]
     if said := constant([r for j in judged for r in (j.chosen, j.rejected)], lengths or None):
         print(f"{config.reward}: {said}", file=sys.stderr)
-    return table | counts
+    return table | reward_intervals(judged, config.intervals) | counts
 
 
 if __name__ == "__main__":

@@ -17,12 +17,18 @@ how it is trained; equation numbers are those of fgrlhf/reward.py:
 
 --reduce, --u0, --u0-weight, --token-weight and --pair-weight change one part of the loss.
 
+--layer N lets the head read the hidden states behind the first N blocks. --freeze trains only the
+head, a linear probe: the hidden states of all records are computed once and kept in memory, so that
+epochs and folds take seconds. --hidden-states FILE keeps them for the next run too.
+
 --folds K trains K models, each on all records but one fold, and reports accuracy and token AUC on
 the records held out; no model is kept. Without --folds the reward model is in OUT/reward. The
 evaluation is in OUT/done.json.
 """
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import fgrlhf                               # before torch: it sets how OpenMP's threads wait
 import torch
@@ -32,7 +38,8 @@ from tqdm import tqdm
 from fgrlhf import controls
 from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer
 from fgrlhf.data.fields import UserError
-from fgrlhf.encode import UNITS, Encoder, PreferenceIds, ReadingResponses, read_encoded
+from fgrlhf.encode import (
+    HIDDEN, UNITS, Encoder, PreferenceIds, ReadingResponses, read_encoded)
 from fgrlhf.engine import distributed
 from fgrlhf.engine.config import Machinery, arg, parse, run
 from fgrlhf.engine.distributed import Sums, in_order, microbatches
@@ -41,7 +48,8 @@ from fgrlhf.engine.encoding import Encoding, check_encoding
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.engine.run import Run
 from fgrlhf.engine.states import TrainableState
-from fgrlhf.evaluate import Judged, reward_table
+from fgrlhf.evaluate import Judged, reward_intervals, reward_table
+from fgrlhf.frozen import FrozenStates
 from fgrlhf.reward import (
     KINDS, PreferenceBatch, RewardModel, judge_preferences, save_reward, sequence_loss, token_loss)
 from fgrlhf.sequences import pack
@@ -77,6 +85,11 @@ class Config(ReadingResponses, Machinery):
     pair_weight: float | None = arg(None, least=0, help="p, the weight of Bradley-Terry on pairs")
     logp_feature: bool = arg(False, help="ablation: add a * logp_t to the head of a token model")
     likelihood: bool = arg(False, help="control: the untrained model's log-likelihood as reward")
+    layer: int | None = arg(None, least=1, help="the head reads the hidden states behind the first "
+                            "N blocks (default: behind all of them and the last norm)")
+    freeze: bool = arg(False, help="train only the head, a linear probe")
+    hidden_states: str | None = arg(None, help="with --freeze: a file that keeps the hidden states "
+                                    "for the next run with this model and --layer")
     epochs: int = arg(6, least=0, help="passes over the data")
     batch: int = arg(16, least=1, help="pairs per step")
     lr: float = arg(3e-3, least=0, help="Adam's peak learning rate: warm-up, then linear to 0")
@@ -85,6 +98,12 @@ class Config(ReadingResponses, Machinery):
     warmup: int = arg(10, least=0, help="warm-up steps")
     eval_edits: str | None = arg(None, help="held-out edits for the final evaluation")
     eval_pairs: str | None = arg(None, help="held-out ordinary pairs for the final evaluation")
+    hide: str = arg("nothing", choices=HIDDEN, help="control: judge responses without the text of "
+                    "their prompt, without their final full stop and EOS, or without both")
+    shuffle_labels: int | None = arg(None, least=0, help="control: swap the two sides of a record "
+                                     "at random in training; the number is the seed")
+    intervals: int = arg(0, least=0, help="draws of the bootstrap for the 95% intervals of the "
+                         "held-out figures; 0: no intervals")
     folds: int = arg(0, least=0, help="K-fold cross-validation over --data; 0 trains one model")
     normalise: bool = arg(False, help="first collapse runs of whitespace in edits")
     limit: int | None = arg(None, least=1, help="use only the first N records")
@@ -118,6 +137,9 @@ def loss_of(config: Config, model: RewardModel, part: PreferenceBatch,
 def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: Run,
         name: str) -> None:
     """The training loop. `name` tells folds apart in the progress bar."""
+    if config.shuffle_labels is not None:
+        coins = torch.rand(len(examples), generator=generator(config.shuffle_labels, "labels"))
+        examples = [p.swapped() if coin < 0.5 else p for p, coin in zip(examples, coins)]
     lengths = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in examples]
     per_epoch = -(-len(examples) // config.batch)
     steps = config.epochs * per_epoch
@@ -143,22 +165,45 @@ def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: 
             log.end_step(step, sums.over_ranks() | {"rm/gradient_norm": norm}, **parts)
 
 
-def new_model(config: Config, device: torch.device) -> RewardModel:
+def new_model(config: Config, device: torch.device,
+              frozen: FrozenStates | None = None) -> RewardModel:
     """Builds the reward model to train, or the control that is not trained."""
     torch.manual_seed(config.seed)                                  # the head's initialisation
     dtype = getattr(torch, config.dtype)
-    trunk = (load_adapted(config.model, device, dtype, config.lora_rank, config.seed)
+    trunk = (frozen.trunk if frozen else
+             load_adapted(config.model, device, dtype, config.lora_rank, config.seed)
              if config.lora_rank else load_model(config.model, device, dtype))
     response = "mean" if config.reduce in ("share", "response") else "sum"          # equation (1)
     if config.likelihood:
         return controls.LikelihoodReward(trunk, response)
     if config.logp_feature:
         return controls.LogpReward(trunk, response)
-    return RewardModel(trunk, config.kind, response, config.loss == "tlcr")
+    model = RewardModel(trunk, config.kind, response, config.loss == "tlcr", config.layer)
+    model.frozen = frozen
+    unread = [] if config.layer is None else [*trunk.layers[config.layer:], trunk.norm]
+    for part in [trunk] if frozen else unread:
+        part.requires_grad_(False)
+    return model
+
+
+def keep_states(config: Config, device: torch.device,
+                examples: list[PreferenceIds]) -> FrozenStates:
+    """Computes the hidden states for --freeze, except those in the file of --hidden-states."""
+    trunk = load_model(config.model, device, getattr(torch, config.dtype))
+    states, file = FrozenStates(trunk, config.layer), config.hidden_states
+    if file and Path(file).exists():
+        states.read(file)
+    found = len(states.kept)
+    states.add(examples)
+    if file and len(states.kept) > found:
+        states.write(file)
+    print(f"hidden states of {len(states.kept)} responses: {states.bytes} bytes", file=sys.stderr)
+    return states
 
 
 def cross_validate(config: Config, records: list, examples: list[PreferenceIds], tokenizer,
-                   log: Run, device: torch.device) -> dict[str, float]:
+                   log: Run, device: torch.device,
+                   frozen: FrozenStates | None = None) -> dict[str, float]:
     """Trains K models and judges each on its own fold. Returns the table, and spreads over folds.
 
     Each model is also judged on as many of the records it was trained on ("train_..."). Whether it
@@ -170,7 +215,7 @@ def cross_validate(config: Config, records: list, examples: list[PreferenceIds],
                                                   [examples[i] for i in rows], tokenizer)
     for k, held_out in enumerate(folds):
         inside = [i for i in range(len(records)) if i not in set(held_out)]
-        model = new_model(config, device)
+        model = new_model(config, device, frozen)
         if not config.likelihood:
             fit(model, [examples[i] for i in inside], config, log, f"fold {k + 1}/{config.folds}")
         with distributed.gathered(model):
@@ -183,28 +228,47 @@ def cross_validate(config: Config, records: list, examples: list[PreferenceIds],
     values = {name: torch.tensor([float(t[name]) for t in tables if name in t])
               for name in whole if not name.endswith("pairs")}
     spread = {name + "_sd": fold.std().item() for name, fold in values.items() if len(fold) > 1}
-    return {"folds": config.folds, **whole, **spread}
+    intervals = reward_intervals(sum(judged, []), config.intervals)
+    return {"folds": config.folds, **whole, **intervals, **spread}
 
 
 def training_part(judged: list[Judged]) -> dict[str, float]:
     """The main entries of the table, for records that were trained on."""
     table = reward_table(judged)
-    names = ("pair_accuracy", "pair_accuracy_per_token", "token_auc", "token_auc_within")
+    names = ("pair_accuracy", "pair_accuracy_per_token", "pair_accuracy_sum", "token_auc",
+             "token_auc_within", "edit_auc_within")
     return {"train_" + name: table[name] for name in names if name in table}
 
 
-def train(config: Config) -> None:
+def check_flags(config: Config) -> None:
+    """Refuses flags that do not go together, before anything is read."""
     if config.kind != "token" and (config.logp_feature or config.likelihood):
         raise UserError("--logp-feature and --likelihood: expected --kind token")
+    if (config.layer or config.freeze) and (config.logp_feature or config.likelihood):
+        raise UserError("--layer and --freeze: expected without --logp-feature and --likelihood")
+    if config.freeze and config.lora_rank:
+        raise UserError("--freeze: expected without --lora-rank, because it trains only the head")
+    if config.hidden_states and not config.freeze:
+        raise UserError("--hidden-states: expected with --freeze, because hidden states change "
+                        "when the trunk is trained")
+
+
+def train(config: Config) -> None:
+    check_flags(config)
     device = distributed.start(distributed.pick_device(config.device))
+    if config.freeze and distributed.size() > 1:
+        raise UserError("--freeze: expected one process, because its training takes seconds")
     tokenizer = load_tokenizer(config.model)
     check_encoding(config.model, template=config.template)
     check_template(tokenizer, config.template, trains=True)
     log = Run(config, tokenizer.sha256, ("data", "model", "eval_edits", "eval_pairs"))
-    context = load_model(config.model, device="meta").config.max_seq_len     # reads no weights
+    sizes = load_model(config.model, device="meta").config                   # reads no weights
+    if config.layer and config.layer > sizes.n_layers:
+        raise UserError(f"--layer {config.layer}: expected 1 to {sizes.n_layers}, the blocks of "
+                        f"{config.model}")
     def read(path: str) -> tuple[list, list[PreferenceIds], dict[str, int]]:
-        encoder = Encoder(tokenizer, context, config.template, config.prompt_tokens,
-                          config.cut_responses, config.unit, config.credit_gap)
+        encoder = Encoder(tokenizer, sizes.max_seq_len, config.template, config.prompt_tokens,
+                          config.cut_responses, config.unit, config.credit_gap, config.hide)
         records, examples = read_encoded(path, encoder, config.normalise, config.limit,
                                          config.on_bad_record)
         return records, examples, encoder.counted(path) if log.writes else {}
@@ -213,10 +277,13 @@ def train(config: Config) -> None:
         raise UserError(f"--folds {config.folds}: expected 0, or 2 to {len(records)} (the records)")
     held_out = {name: read(path) for name, path in
                 (("edits", config.eval_edits), ("pairs", config.eval_pairs)) if path}
+    every = examples + [ids for _, encoded, _ in held_out.values() for ids in encoded]
+    frozen = keep_states(config, device, every) if config.freeze else None
     if config.folds:
-        log.finish(cross_validate(config, records, examples, tokenizer, log, device) | counts)
+        log.finish(cross_validate(config, records, examples, tokenizer, log, device, frozen)
+                   | counts)
         return
-    model = new_model(config, device)
+    model = new_model(config, device, frozen)
     if not config.likelihood:
         fit(model, examples, config, log, f"reward model, {config.kind}")
     with distributed.gathered(model):
@@ -224,11 +291,13 @@ def train(config: Config) -> None:
                          for p in examples[:CALIBRATION_RECORDS]])
         if log.writes:
             save_reward(model, log.folder / "reward", tokenizer,
-                        Encoding(config.template, config.prompt_tokens, config.normalise))
+                        Encoding(config.template, config.prompt_tokens, config.normalise,
+                                 config.hide))
         summary = {"records": len(records), "mean": model.mean.item(), "scale": model.scale.item()}
         summary |= counts
         for name, (kept, encoded, found) in held_out.items():
-            table = reward_table(judge_preferences(model, kept, encoded, tokenizer)) | found
+            judged = judge_preferences(model, kept, encoded, tokenizer)
+            table = reward_table(judged) | reward_intervals(judged, config.intervals) | found
             summary |= {f"{name}/{key}": value for key, value in table.items()}
     log.finish(summary)
 

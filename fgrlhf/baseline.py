@@ -23,13 +23,14 @@ class Critic(nn.Module):
     def __init__(self, reward: RewardModel):
         super().__init__()
         self.trunk, self.head = lora.clone(reward.trunk), copy.deepcopy(reward.head)
+        self.layer = reward.layer
         self.register_buffer("mean", reward.mean.clone())
         self.register_buffer("scale", reward.scale.clone())
 
     def forward(self, sequences: Sequences) -> Tensor:
         """Values [B, T] in calibrated reward. values[:, t] is known before token t is chosen."""
         at = locate(sequences)
-        hidden = hidden_before(self.trunk, sequences, at)                            # [N, D]
+        hidden = hidden_before(self.trunk, sequences, at, self.layer)                # [N, D]
         values = (self.head(hidden.to(self.head.weight.dtype))[:, 0] - self.mean) / self.scale
         return unflatten(values, at, sequences)
 

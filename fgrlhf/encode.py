@@ -6,13 +6,17 @@ begins with BOS. The response ends with EOS, which is an action like any other t
 
 A response that does not fit the context is refused, or cut and counted. A cut response has no EOS,
 like a truncated one. Both sides of an edit are aligned before they are cut.
+
+A reward model may know the better side by signs that have nothing to do with the prompt. Two
+controls hide something from it, in training and in evaluation: the texts of the prompt ("prompt"),
+and the final full stop and the EOS of both responses ("ends").
 """
 
 import contextlib
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from fgrlhf.align import Alignment, align, align_words, gap_credit
@@ -25,6 +29,7 @@ from fgrlhf.templates import check_template, encode_filled, shorten, template_ar
 from fgrlhf.tokenizer import Tokenizer
 
 UNITS = ("token", "word")
+HIDDEN = ("nothing", "prompt", "ends", "both")
 COUNTED = {                                                         # by Encoder
     "prompts_cut": "prompts lost their beginning (--prompt-tokens)",
     "responses_cut": "responses lost their end and EOS (--cut-responses)",
@@ -95,6 +100,12 @@ class PreferenceIds(NamedTuple):
     minus: list[int]                            # U1-, gap credit included: indices into rejected
     unchanged: list[tuple[int, int]]            # U0: (index into chosen, index into rejected)
     change: float = 0.0                         # token edit distance / length of the longer side
+    removed: tuple[int, ...] = ()               # U1- without gap credit: what the editor took out
+
+    def swapped(self) -> "PreferenceIds":
+        """Returns the opposite preference. `removed` stays empty, because nobody edited it so."""
+        return PreferenceIds(self.prompt, self.rejected, self.chosen, self.minus, self.plus,
+                             [(j, i) for i, j in self.unchanged], self.change)
 
 
 def two_sides(record: Edit | Pair) -> tuple[str, str]:
@@ -111,8 +122,8 @@ class Encoder:
     context: the most tokens of a prompt and a response together. template: a known name or a
     template's text. prompt_tokens: the record's text in a longer prompt loses its beginning; None
     refuses a prompt that leaves no room for a response. cut_responses: a response that does not fit
-    loses its end; False refuses it. unit, credit_gap: see `preference`. Every method raises
-    UserError with the record's id.
+    loses its end; False refuses it. unit, credit_gap: see `preference`. hide: one of HIDDEN, see
+    above. Every method raises UserError with the record's id.
     """
 
     tokenizer: Tokenizer
@@ -122,13 +133,20 @@ class Encoder:
     cut_responses: bool = False
     unit: str = "token"
     credit_gap: bool = True
+    hide: str = "nothing"
     counts: Counter = field(default_factory=Counter)
 
     def __post_init__(self):
         check_template(self.tokenizer, self.template)
 
+    @property
+    def hides_ends(self) -> bool:
+        return self.hide in ("ends", "both")
+
     def prompt(self, record) -> list[int]:
         """Returns the ids of the prompt, BOS first where the tokenizer wants it."""
+        if self.hide in ("prompt", "both"):                         # the template is left
+            record = replace(record, prompt="", input=None, context=())
         if self.prompt_tokens is None:
             return encode_prompt(self.tokenizer, record, self.template, self.context - 1)
         limit = min(self.context - 1, self.prompt_tokens)
@@ -161,6 +179,8 @@ class Encoder:
 
     def _preference(self, record: Edit | Pair) -> PreferenceIds:
         prompt, (better, worse) = self.prompt(record), two_sides(record)
+        if self.hides_ends:
+            better, worse = (text.rstrip().removesuffix(".") for text in (better, worse))
         chosen, rejected = self._whole(better), self._whole(worse)
         try:
             alignment, change = self.align(worse, better, rejected, chosen)
@@ -171,7 +191,8 @@ class Encoder:
         inside = lambda positions: [t for t in positions if t < room]
         ids = PreferenceIds(prompt, chosen[:room], rejected[:room], inside(credit.edited),
                             inside(credit.original),
-                            [(j, i) for i, j in credit.pairs if max(i, j) < room], change)
+                            [(j, i) for i, j in credit.pairs if max(i, j) < room], change,
+                            tuple(inside(gap_credit(alignment, False).original)))
         if ids.chosen == ids.rejected:
             self.counts["equal_in_tokens"] += 1
         elif not (ids.plus or ids.minus):
@@ -184,8 +205,9 @@ class Encoder:
         alignment = align(rejected, chosen)
         change = alignment.distance / max(len(rejected), len(chosen), 1)
         if self.unit == "word":
-            alignment = align_words(worse, better, self.tokenizer.offsets(worse, eos=True),
-                                    self.tokenizer.offsets(better, eos=True))
+            eos = not self.hides_ends
+            alignment = align_words(worse, better, self.tokenizer.offsets(worse, eos=eos),
+                                    self.tokenizer.offsets(better, eos=eos))
         return alignment, change
 
     @contextlib.contextmanager
@@ -200,7 +222,7 @@ class Encoder:
             raise
 
     def _whole(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(text, eos=True)
+        ids = self.tokenizer.encode(text, eos=not self.hides_ends)
         self.counts["responses_changed_by_tokenizer"] += self.tokenizer.decode(ids) != text
         return ids
 
@@ -234,8 +256,10 @@ def read_encoded(path: str, encoder: Encoder, normalise: bool, limit: int | None
     """
     def encode(record):
         ids = encoder.preference(record)
+        if not (ids.chosen and ids.rejected):                       # it was one full stop
+            return LeftOut("nothing is left of a response without its end")
         if ids.chosen == ids.rejected:
-            cut = ids.chosen[-1] != encoder.tokenizer.eos_id
+            cut = ids.chosen[-1] != encoder.tokenizer.eos_id and not encoder.hides_ends
             return LeftOut("both sides have the same tokens" + " up to the cut" * cut)
         return record, ids
     both = each(read_preferences(path, on_bad_record, normalise)[:limit], encode, on_bad_record,

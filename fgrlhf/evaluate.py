@@ -150,61 +150,103 @@ class Judged(NamedTuple):
     change: float                       # token edit distance / length of the longer side
     rewards: list[float] = []           # r_t of the rejected response, EOS left out
     types: list[str] = []               # the type of the error span that holds the token, or ""
-    lengths: tuple[int, int] | None = None      # tokens of y+ and y-, when R is a sum over them
+    lengths: tuple[int, int] | None = None      # tokens of y+ and y-
     drift: list[float] = []             # r_i+ - r_j- of each pair of U0
+    response: str = "sum"               # R: "sum" or "mean" of r_t, or "last" (sequence-level)
+    removed: list[bool] = []            # the editor took the token out (an edit only)
 
 
 def reward_table(judged: Sequence[Judged], minimal: float = 0.4) -> dict[str, float]:
-    """Pair accuracy, and the AUC of -r_t against human error spans.
+    """Pair accuracy, and the AUC of -r_t against human error spans and against the edit itself.
 
         pair_accuracy               R(y+) > R(y-)
-        pair_accuracy_per_token     R / |y| instead of R, which is a sum and grows with length
+        pair_accuracy_per_token     R / |y| instead of R, where R is a sum and grows with length
+        pair_accuracy_sum           R |y| instead of R, where R is a mean
         pair_accuracy_shorter       the length-only baseline: the shorter side wins
-        token_auc, position_auc     by -r_t, and by the position of the token only
+        token_auc, position_auc     by -r_t, and by the position of the token only: tokens inside a
+                                    span against the other tokens
+        edit_auc, edit_position_auc the same for the tokens of y- that the editor took out, U1-
         ..._within                  the mean of the AUC inside each response
         token_auc/TYPE              spans of one type against the tokens outside any span
         minimal/...                 the preferences whose share of changed tokens is below `minimal`
+        equal_length/...            those whose sides differ by at most one token in length
         r_errors, r_behind, r_elsewhere     mean r_t on tokens inside a span, on tokens behind the
                                     first span, and on the others; 0 is the mean over all, 1 the
                                     standard deviation
         u0_drift                    root mean square of r_i+ - r_j- over U0, in the same unit: the
                                     core assumption says 0
 
-    Entries that need lengths or spans are absent without them, and so is an AUC without tokens
-    inside and outside the spans. Raises FloatingPointError for a reward that is not finite.
+    Entries that need lengths, spans or an edit are absent without them, and so is an AUC without
+    tokens of both classes. Raises FloatingPointError for a reward that is not finite.
     """
     for j in judged:
         if not np.isfinite([j.chosen, j.rejected, *j.rewards]).all():
             raise FloatingPointError(f"record {j.id!r}: expected finite rewards, got {j.chosen} "
                                      f"and {j.rejected}; check the reward model's weights")
-    accuracy = lambda group: pair_accuracy([j.chosen for j in group], [j.rejected for j in group])
-    table = {"pairs": len(judged), "pair_accuracy": accuracy(judged)}
-    sized = [j for j in judged if j.lengths]
-    if sized:
-        sides = list(zip(*(j.lengths for j in sized)))
-        table["pair_accuracy_per_token"] = pair_accuracy(
-            [j.chosen / j.lengths[0] for j in sized], [j.rejected / j.lengths[1] for j in sized])
-        table["pair_accuracy_shorter"] = pair_accuracy(*(np.negative(side) for side in sides))
-    few = [j for j in judged if j.change < minimal]
-    table["minimal/pairs"] = len(few)
-    if few:
-        table["minimal/pair_accuracy"] = accuracy(few)
-    for prefix, group in (("", judged), ("minimal/", few)):
-        spanned = [j for j in group if any(j.types)]
-        if not spanned:
-            continue
-        costs = [[-r for r in j.rewards] for j in spanned]
-        places = [[(t + 0.5) / len(j.rewards) for t in range(len(j.rewards))] for j in spanned]
-        labels = [[bool(kind) for kind in j.types] for j in spanned]
-        for name, scores in (("token_auc", costs), ("position_auc", places)):
-            table[prefix + name] = auc(np.concatenate(scores), np.concatenate(labels))
-            table[prefix + name + "_within"] = auc_within(list(zip(scores, labels)))
+    table = _pair_figures(judged) | _token_figures(judged)
+    strata = {"minimal/": [j for j in judged if j.change < minimal]}
+    if any(j.lengths for j in judged):
+        strata["equal_length/"] = [j for j in judged
+                                   if j.lengths and abs(j.lengths[0] - j.lengths[1]) <= 1]
+    for prefix, group in strata.items():
+        found = _pair_figures(group) | _token_figures(group)
+        table |= {prefix + name: value for name, value in found.items()}
     table |= _places(judged)
     for kind in sorted({k for j in judged for k in j.types} - {""}):
         scores = [-r for j in judged for r, k in zip(j.rewards, j.types) if k in ("", kind)]
         table[f"token_auc/{kind}"] = auc(scores, [k == kind for j in judged for k in j.types
                                                   if k in ("", kind)])
     return {name: value for name, value in table.items() if not math.isnan(value)}
+
+
+def reward_intervals(judged: Sequence[Judged], draws: int, seed: int = 0) -> dict[str, list[float]]:
+    """Returns the 95% bootstrap interval [low, high] of each entry of `reward_table`, as NAME_95.
+
+    Records are drawn with replacement, `draws` times; 0 draws give no intervals. An entry that some
+    draws lack, such as the AUC of a rare type of error, is taken over the others.
+    """
+    rng, n = np.random.default_rng(seed), len(judged)
+    tables = [reward_table([judged[i] for i in rng.integers(0, n, n)]) for _ in range(draws)]
+    return {f"{name}_95": np.percentile([t[name] for t in tables if name in t],
+                                        (2.5, 97.5)).tolist()
+            for name in dict.fromkeys(name for t in tables for name in t)
+            if not name.endswith("pairs")}
+
+
+def _pair_figures(group: Sequence[Judged]) -> dict[str, float]:
+    """Returns the entries of `reward_table` that compare the two sides of preferences."""
+    table = {"pairs": len(group)}
+    if group:
+        table["pair_accuracy"] = pair_accuracy([j.chosen for j in group],
+                                               [j.rejected for j in group])
+    sized = [j for j in group if j.lengths]
+    for response, name, power in (("sum", "per_token", -1), ("mean", "sum", 1)):
+        if some := [j for j in sized if j.response == response]:
+            table[f"pair_accuracy_{name}"] = pair_accuracy(
+                [j.chosen * float(j.lengths[0]) ** power for j in some],
+                [j.rejected * float(j.lengths[1]) ** power for j in some])
+    if sized:
+        table["pair_accuracy_shorter"] = pair_accuracy([-j.lengths[0] for j in sized],
+                                                       [-j.lengths[1] for j in sized])
+    return table
+
+
+def _token_figures(group: Sequence[Judged]) -> dict[str, float]:
+    """Returns the AUCs of `reward_table`, for spans and for what the editor took out."""
+    table = {}
+    in_span, taken_out = lambda j: [bool(kind) for kind in j.types], lambda j: j.removed
+    for prefix, place, labels_of in (("token_auc", "position_auc", in_span),
+                                     ("edit_auc", "edit_position_auc", taken_out)):
+        marked = [j for j in group if any(labels_of(j))]
+        if not marked:
+            continue
+        labels = [labels_of(j) for j in marked]
+        costs = [[-r for r in j.rewards] for j in marked]
+        places = [[(t + 0.5) / len(j.rewards) for t in range(len(j.rewards))] for j in marked]
+        for name, scores in ((prefix, costs), (place, places)):
+            table[name] = auc(np.concatenate(scores), np.concatenate(labels))
+            table[name + "_within"] = auc_within(list(zip(scores, labels)))
+    return table
 
 
 def _places(judged: Sequence[Judged]) -> dict[str, float]:

@@ -21,6 +21,7 @@ short prompt and the response, because the responses of all rows start at the sa
 import copy
 import math
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -377,7 +378,7 @@ class LLaMA(nn.Module):
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None,
                key_mask: Tensor | None = None, cache: KVCache | None = None,
-               lengths: Tensor | None = None) -> Tensor:
+               lengths: Tensor | None = None, layers: int | None = None) -> Tensor:
         """Returns the final hidden states [B, T, D], after the last norm. Logits: hidden @ head.T.
 
         tokens [B, T] int64. With a `cache` they continue its `length` filled slots and are stored
@@ -387,6 +388,8 @@ class LLaMA(nn.Module):
 
         lengths [B] int64, given without the other three: tokens behind them are padding. Only
         attention computes it, and its hidden states are 0.
+
+        layers: compute only the first N blocks, and return h_N without the last norm.
         """
         if lengths is not None and not (positions is key_mask is cache is None):
             raise ValueError("lengths: expected without positions, key_mask and cache")
@@ -401,14 +404,15 @@ class LLaMA(nn.Module):
         rotary = rotary_table(positions, self.config, h.dtype)
         mask = (attention_mask(0, T, key_mask, h) if cache is None else
                 cache.mask(T, key_mask, h))
-        for layer, block in enumerate(self.layers):
+        for layer, block in enumerate(islice(self.layers, layers)):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, rotary, mask, padding, cache, layer, use_reentrant=False)
             else:
                 h = block(h, rotary, mask, padding, cache, layer)
         if cache is not None:
             cache.length += T
-        h = self.norm(h)
+        if layers is None:
+            h = self.norm(h)
         return h if padding is None else padding.restore(h)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None,

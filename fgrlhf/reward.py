@@ -5,6 +5,8 @@
     sequence   R(x, y) = v . h_T + b                  read at the last token (EOS when y ended)
     (2)        P(y+ > y-) = sigmoid(R(x, y+) - R(x, y-))
 
+h_t is the last hidden state, or with --layer N the hidden state h_t^(N) behind the first N blocks.
+
 The paper's loss is -log of (2), with the mean in (1). Our loss has the sum in (1) and puts only the
 changed tokens into the margin. For an edit y+ of y-,
 
@@ -23,6 +25,7 @@ responses of the training records.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +46,8 @@ from fgrlhf.evaluate import Judged
 from fgrlhf.layouts.pickles import open_pickle
 from fgrlhf.layouts.stored import check_finite
 from fgrlhf.model import LLaMA
-from fgrlhf.sequences import Sequences, hidden_at, locate, pack, unflatten
+from fgrlhf.sequences import (
+    Located, Sequences, hidden_at, locate, locate_last, pack, unflatten)
 from fgrlhf.tokenizer import Tokenizer
 from kernels import token_preference
 from kernels.token_preference import Lengths, Options, Preference, Totals, Unchanged
@@ -55,19 +59,27 @@ RESPONSES = ("sum", "mean")
 class RewardModel(nn.Module):
     """A LLaMA trunk with one linear head. `kind` says what the output of the head means.
 
+    layer: N in r_t = v . h_t^(N) + b, from 1. The head reads the hidden state behind the first N
+    blocks, and the others are not computed. None: behind all blocks and the last norm.
+
     response: "mean" or "sum", how R comes from the rewards of tokens, equation (1). `mean` and
     `scale` are those of `calibrate`: of r_t over tokens (kind "token"), or of R over
     responses (kind "sequence"). confidence: PPO gets 2 sigmoid(r_t) - 1 in [-1, 1] in place of r_t,
     divided by its scale only, because 0 means "neither right nor wrong" (TLCR's form).
     """
 
-    def __init__(self, trunk: LLaMA, kind: str, response: str = "sum", confidence: bool = False):
+    def __init__(self, trunk: LLaMA, kind: str, response: str = "sum", confidence: bool = False,
+                 layer: int | None = None):
         super().__init__()
         if kind not in KINDS or response not in RESPONSES:
             raise ValueError(f"kind, response: expected one of {', '.join(KINDS)} and one of "
                              f"{', '.join(RESPONSES)}, got {kind!r} and {response!r}")
+        if layer is not None and not 1 <= layer <= trunk.config.n_layers:
+            raise ValueError(f"layer: expected 1 to {trunk.config.n_layers}, the blocks of the "
+                             f"model, got {layer}")
         self.trunk, self.kind, self.response = trunk, kind, response
-        self.confidence = confidence
+        self.confidence, self.layer = confidence, layer
+        self.frozen: Callable[[Sequences, Located], Tensor] | None = None       # see frozen.py
         D, device = trunk.config.dim, trunk.head.device
         wide = torch.promote_types(trunk.head.dtype, torch.float32)
         self.head = nn.Linear(D, 1, device=device, dtype=wide)
@@ -80,6 +92,12 @@ class RewardModel(nn.Module):
     def device(self) -> torch.device:
         return self.mean.device
 
+    def hidden(self, sequences: Sequences, at: Located) -> Tensor:
+        """h_t^(N) [N, D] of the located tokens."""
+        if self.frozen is not None:
+            return self.frozen(sequences, at)
+        return hidden_at(self.trunk, sequences, at, self.layer)
+
     def head_value(self, hidden: Tensor) -> Tensor:
         """v . h + b, [N, D] -> [N] float32."""
         return self.head(hidden.to(self.head.weight.dtype))[:, 0].float()
@@ -90,16 +108,14 @@ class RewardModel(nn.Module):
             raise ValueError("token_rewards: expected a token-level reward model, "
                              "got a sequence-level one")
         at = locate(sequences)
-        return unflatten(self.head_value(hidden_at(self.trunk, sequences, at)), at, sequences)
+        return unflatten(self.head_value(self.hidden(sequences, at)), at, sequences)
 
     def sequence_rewards(self, sequences: Sequences) -> Tensor:
         """R(x, y) [B] on its own scale: equation (1), or the head's value at the last token."""
         if self.kind == "token":
             sums = self.token_rewards(sequences).sum(-1)
             return sums / sequences.response_lengths if self.response == "mean" else sums
-        rows = torch.arange(len(sequences.tokens), device=sequences.tokens.device)
-        hidden = self.trunk.hidden(sequences.tokens, lengths=sequences.lengths)
-        return self.head_value(hidden[rows, sequences.lengths - 1])
+        return self.head_value(self.hidden(sequences, locate_last(sequences)))
 
     def ppo_rewards(self, sequences: Sequences) -> Tensor:
         """Calibrated rewards for PPO, [B, T]: one per token, or all of R on the last token."""
@@ -199,26 +215,31 @@ def sequence_loss(model: RewardModel, batch: PreferenceBatch,
 @torch.no_grad()
 def judge_preferences(model: RewardModel, records: list[Edit | Pair],
                       examples: list[PreferenceIds], tokenizer: Tokenizer) -> list[Judged]:
-    """Rewards both sides of held-out preferences, and marks human error spans where there are any.
+    """Rewards both sides of held-out preferences. Marks error spans, and what an editor took out.
 
     `examples` are the encoded `records`, in the same order.
     """
     judged = []
     for record, pair in zip(tqdm(records, desc="evaluate", leave=False), examples):
         both = pack([pair.prompt] * 2, [pair.chosen, pair.rejected], device=model.device)
+        lengths = (len(pair.chosen), len(pair.rejected))
         if model.kind == "sequence":
-            judged.append(Judged(record.id, *model.sequence_rewards(both).tolist(), pair.change))
+            judged.append(Judged(record.id, *model.sequence_rewards(both).tolist(), pair.change,
+                                 lengths=lengths, response="last"))
             continue
-        rewards, types, drift = [], [], []
+        rewards, types, drift, removed = [], [], [], []
         token_rewards = model.token_rewards(both)
-        R, lengths = token_rewards.sum(-1), (len(pair.chosen), len(pair.rejected))
+        R = token_rewards.sum(-1)
         if model.response == "mean":
-            R, lengths = R / both.response_lengths, None
+            R = R / both.response_lengths
+        if isinstance(record, Edit):
+            n = lengths[1] - (pair.rejected[-1] == tokenizer.eos_id)            # without EOS
+            rewards, removed = token_rewards[1, :n].tolist(), [t in pair.removed for t in range(n)]
         if isinstance(record, Edit) and record.spans is not None:
-            types = span_types(tokenizer, record.original, record.spans)[:len(pair.rejected)]
-            rewards = token_rewards[1, :len(types)].tolist()
+            types = span_types(tokenizer, record.original, record.spans)[:n]
             drift = [(token_rewards[0, i] - token_rewards[1, j]).item() for i, j in pair.unchanged]
-        judged.append(Judged(record.id, *R.tolist(), pair.change, rewards, types, lengths, drift))
+        judged.append(Judged(record.id, *R.tolist(), pair.change, rewards, types, lengths, drift,
+                             model.response, removed))
     return judged
 
 
@@ -243,7 +264,8 @@ def save_reward(model: RewardModel, path: str | Path, tokenizer: Tokenizer,
     description = {"kind": getattr(model, "kind", "token"),
                    "control": getattr(model, "control", None),
                    "response": getattr(model, "response", "sum"),
-                   "confidence": getattr(model, "confidence", False)}
+                   "confidence": getattr(model, "confidence", False),
+                   "layer": model.layer}
     write_atomic(folder / "reward.json", (json.dumps(description) + "\n").encode())
 
 
@@ -274,8 +296,10 @@ def load_reward(path: str | Path, device="cpu", dtype=None,
     return model
 
 
-def describe_reward(path: str | Path) -> dict[str, str | bool | None]:
-    """Reads kind, response and confidence of a reward model, and its control (controls.py) or None.
+def describe_reward(path: str | Path) -> dict[str, str | bool | int | None]:
+    """Reads kind, response, confidence and layer of a reward model, and its control or None.
+
+    controls.py has the controls.
 
     Raises UserError when the folder holds no reward model, or `reward.json` is damaged.
     """
@@ -285,18 +309,20 @@ def describe_reward(path: str | Path) -> dict[str, str | bool | None]:
         raise UserError(f"{path}: expected a reward model folder (with reward.json), "
                         "as train_rm.py writes")
     found = read_object(file, "copy the folder again")
-    about = {name: found.get(name) for name in ("kind", "control", "response", "confidence")}
+    names = ("kind", "control", "response", "confidence", "layer")
+    about = {name: found.get(name) for name in names}
     about["response"] = about["response"] or "sum"              # an older folder
     about["confidence"] = about["confidence"] or False
     if (about["kind"] not in KINDS or about["control"] not in (None, "logp", "likelihood")
-            or about["response"] not in RESPONSES or about["confidence"] not in (True, False)):
+            or about["response"] not in RESPONSES or about["confidence"] not in (True, False)
+            or not isinstance(about["layer"], int | None) or about["layer"] is True):
         raise UserError(f"{file}: damaged; copy the folder again")
     return about
 
 
-def _build(trunk: LLaMA, kind: str, control: str | None, response: str,
-           confidence: bool) -> RewardModel:
+def _build(trunk: LLaMA, kind: str, control: str | None, response: str, confidence: bool,
+           layer: int | None) -> RewardModel:
     if control is None:
-        return RewardModel(trunk, kind, response, confidence)
+        return RewardModel(trunk, kind, response, confidence, layer)
     from fgrlhf.controls import CONTROLS
     return CONTROLS[control](trunk, response)

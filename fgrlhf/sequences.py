@@ -78,24 +78,36 @@ def locate(sequences: Sequences) -> Located:
     return Located(row, t, position, sequences.tokens[row, position])
 
 
+def locate_last(sequences: Sequences) -> Located:
+    """Finds the last token of each response."""
+    row = torch.arange(len(sequences.tokens), device=sequences.tokens.device)
+    position = sequences.lengths - 1
+    return Located(row, sequences.response_lengths - 1, position, sequences.tokens[row, position])
+
+
 def unflatten(values: Tensor, at: Located, sequences: Sequences) -> Tensor:
     """Puts one value per token, [N], into a response-aligned [B, T] that is 0 in the padding."""
     shape = (len(sequences.tokens), int(sequences.response_lengths.max()))
     return values.new_zeros(shape).index_put((at.row, at.t), values)
 
 
-def hidden_at(model: LLaMA, sequences: Sequences, at: Located) -> Tensor:
-    """[N, D]: the hidden state at each response token, which has seen the token. Rewards use it."""
-    hidden = model.hidden(sequences.tokens, lengths=sequences.lengths)
+def hidden_at(model: LLaMA, sequences: Sequences, at: Located,
+              layers: int | None = None) -> Tensor:
+    """[N, D]: the hidden state at each located token, which has seen the token. Rewards use it.
+
+    layers: of the first N blocks only, see `LLaMA.hidden`.
+    """
+    hidden = model.hidden(sequences.tokens, lengths=sequences.lengths, layers=layers)
     return hidden[at.row, at.position]
 
 
-def hidden_before(model: LLaMA, sequences: Sequences, at: Located) -> Tensor:
+def hidden_before(model: LLaMA, sequences: Sequences, at: Located,
+                  layers: int | None = None) -> Tensor:
     """[N, D]: the hidden state one position before each response token, which predicts the token.
 
     The last column of the batch predicts nothing, so the model does not compute it.
     """
-    hidden = model.hidden(sequences.tokens[:, :-1], lengths=sequences.lengths - 1)
+    hidden = model.hidden(sequences.tokens[:, :-1], lengths=sequences.lengths - 1, layers=layers)
     return hidden[at.row, at.position - 1]
 
 

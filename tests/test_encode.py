@@ -8,7 +8,8 @@ import train_rm
 from fgrlhf import sft
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.records import Demonstration, Edit, Pair, Prompt, Span, write_jsonl
-from fgrlhf.encode import COUNTED, Encoder, encode_prompt, encode_response, read_encoded, span_types
+from fgrlhf.encode import (
+    COUNTED, HIDDEN, Encoder, encode_prompt, encode_response, read_encoded, span_types)
 from fgrlhf.engine.config import parse
 from fgrlhf.tokenizer import Tokenizer, train
 from tests.small import ppo_folder
@@ -236,3 +237,37 @@ def test_span_types_marks_every_token_that_overlaps_a_span(tokenizer):
     assert span_types(tokenizer, text,
                       [Span(9, 10, "blank"), Span(13, 14, "x")]) == ["", "", "blank", "x"]
     assert span_types(tokenizer, text, [Span(3, 4, "a")]) == ["", "a", "", ""]
+
+
+def test_removed_is_what_the_editor_took_out_without_gap_credit(tokenizer):
+    p = preference(tokenizer, "the river is red", "the bear is red and big")
+    assert [pieces(tokenizer, p.rejected)[t] for t in p.removed] == ["river"]
+    assert p.minus[-1] > p.removed[-1]                              # EOS, credited with the gap
+    assert preference(tokenizer, "the river is", "the river is red").removed == ()
+
+
+def test_swapped_is_the_preference_of_the_opposite_edit(tokenizer):
+    p = preference(tokenizer, "the river is red", "the bear is red and big")
+    q = preference(tokenizer, "the bear is red and big", "the river is red")
+    assert p.swapped()._replace(removed=q.removed) == q
+
+
+@pytest.mark.parametrize("unit", ["token", "word"])
+def test_hide_leaves_out_the_source_or_the_ends(unit, tokenizer):
+    whole, blind, bare, both = (preference(tokenizer, "the river is red.", "the bear is red.",
+                                           hide=hide, unit=unit) for hide in HIDDEN)
+    assert blind == whole._replace(prompt=[tokenizer.bos_id, *tokenizer.encode(" ->")])
+    assert bare.prompt == whole.prompt and both == bare._replace(prompt=blind.prompt)
+    assert pieces(tokenizer, bare.rejected) == ["the", "river", "is", "red"]
+    assert pieces(tokenizer, bare.chosen) == ["the", "bear", "is", "red"]
+    assert bare.minus == [1] == list(bare.removed) and bare.unchanged == [(0, 0), (2, 2), (3, 3)]
+
+
+def test_read_encoded_leaves_out_what_differs_only_at_a_hidden_end(tokenizer, tmp_path, capsys):
+    write_jsonl(tmp_path / "e.jsonl", [Edit("1", "the", "the river.", "the river"),
+                                       Edit("2", "the", ".", "the"), Edit("3", "the", "is", "and")])
+    encoder = Encoder(tokenizer, 64, "plain", hide="ends")
+    records, _ = read_encoded(str(tmp_path / "e.jsonl"), encoder, False, None, "stop")
+    assert [r.id for r in records] == ["3"]
+    said = capsys.readouterr().err
+    assert "both sides have the same tokens (1)" in said and "nothing is left" in said

@@ -7,7 +7,7 @@ import pytest
 
 from fgrlhf.evaluate import (
     Judged, auc, auc_within, bootstrap, compare, constant, over_seeds, pair_accuracy,
-    reward_table, standard_error, t_quantile, win_rate, win_rates)
+    reward_intervals, reward_table, standard_error, t_quantile, win_rate, win_rates)
 
 
 # ----- win rate -----------------------------------------------------------------------------------
@@ -192,9 +192,10 @@ def test_constant_compares_sums_per_token_and_up_to_rounding():
 def test_reward_table_leaves_out_an_auc_without_both_classes():
     """Every token is inside a span: there is no AUC, and no NaN in its place."""
     table = reward_table([Judged("a", 1.0, 0.0, 0.1, [-1.0, 0.5], ["fact", "fact"], (2, 2))])
-    assert table == {"pairs": 1, "pair_accuracy": 1.0, "pair_accuracy_per_token": 1.0,
-                     "pair_accuracy_shorter": 0.5, "minimal/pairs": 1,
-                     "minimal/pair_accuracy": 1.0}
+    figures = {"pairs": 1, "pair_accuracy": 1.0, "pair_accuracy_per_token": 1.0,
+               "pair_accuracy_shorter": 0.5}
+    assert table == {stratum + name: value for name, value in figures.items()
+                     for stratum in ("", "minimal/", "equal_length/")}
 
 
 @pytest.mark.parametrize("bad", [Judged("b", math.nan, 0.0, 0.1), Judged("b", 0.0, math.inf, 0.1),
@@ -217,3 +218,38 @@ def test_reward_table_compares_means_and_lengths_where_lengths_are_known():
     assert table["pair_accuracy"] == pytest.approx(2 / 3)
     assert table["pair_accuracy_per_token"] == 0.5 and table["pair_accuracy_shorter"] == 0.5
     assert "pair_accuracy_per_token" not in reward_table(judged[2:])
+
+
+def test_reward_table_compares_what_an_editor_took_out_with_the_rest():
+    """Costs a: 2 taken out | 1 -1; b: 0 -3 taken out | 5; nothing was taken out of c."""
+    judged = [Judged("a", 1.0, 0.0, 0.1, [-1.0, -2.0, 1.0], removed=[False, True, False]),
+              Judged("b", 1.0, 0.0, 0.1, [0.0, 3.0, -5.0], removed=[True, True, False]),
+              Judged("c", 1.0, 0.0, 0.1, [-9.0, 9.0], removed=[False, False])]
+    table = reward_table(judged)
+    assert table["edit_auc"] == pytest.approx((2 + 1 + 0) / 9)          # 2, 0 and -3 over 1, -1, 5
+    assert table["edit_auc_within"] == pytest.approx((1 + 0) / 2)
+    assert table["edit_position_auc_within"] == pytest.approx((0.5 + 0) / 2)
+    assert "token_auc" not in table and "equal_length/pairs" not in table
+
+
+def test_reward_table_of_means_and_of_sides_of_equal_length():
+    """a: mean 2 of 2 tokens against mean 1 of 5, b: 1 of 3 against 3 of 4; c is sequence-level."""
+    judged = [Judged("a", 2.0, 1.0, 0.1, lengths=(2, 5), response="mean"),
+              Judged("b", 1.0, 3.0, 0.1, lengths=(3, 4), response="mean")]
+    table = reward_table(judged)
+    assert table["pair_accuracy"] == 0.5 and table["pair_accuracy_sum"] == 0
+    assert table["pair_accuracy_shorter"] == 1 and "pair_accuracy_per_token" not in table
+    assert table["equal_length/pairs"] == 1 and table["equal_length/pair_accuracy"] == 0
+    table = reward_table([Judged("c", 2.0, 1.0, 0.1, lengths=(2, 5), response="last")])
+    assert table["pair_accuracy_shorter"] == 1 and table["equal_length/pairs"] == 0
+    assert not {"pair_accuracy_sum", "pair_accuracy_per_token"} & set(table)
+
+
+def test_reward_intervals_are_those_of_the_share_of_right_pairs():
+    """80 of 100 pairs right: the normal's half-width is 1.96 sqrt(.8 .2 / 100) = .078."""
+    judged = [Judged(str(i), float(i % 5 > 0), 0.5, 0.1) for i in range(100)]
+    found = reward_intervals(judged, 400)
+    low, high = found["pair_accuracy_95"]
+    assert 0.8 - low == pytest.approx(0.078, abs=0.02) and high - 0.8 == pytest.approx(0.078,
+                                                                                       abs=0.02)
+    assert "pairs_95" not in found and reward_intervals(judged, 0) == {}

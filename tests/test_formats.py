@@ -16,6 +16,7 @@ import time
 import pytest
 
 from fgrlhf.data import files, values
+from fgrlhf.data.defacto import read_evidence_edits
 from fgrlhf.data.qa_feedback import read_qa_feedback_pairs
 from fgrlhf.data.readers import (
     read_demonstrations, read_edits, read_outputs, read_pairs, read_preferences, read_prompts)
@@ -126,6 +127,18 @@ def test_defacto_as_published_gives_the_edit_where_there_is_an_error(lines, caps
         read_edits, lines(DEFACTO | {"feedback": None}))
     path = lines(DEFACTO | {"has_error": "yes"})
     assert f"{path}:1: has_error: expected true or false, got 'yes'" in refusal(read_edits, path)
+
+
+def test_defacto_with_the_evidence_as_prompt_keeps_only_what_was_changed(lines, capsys):
+    evidence = DEFACTO | {"doc_id": 18, "feedback": DEFACTO["feedback"] | {"evidence": "Ten left."}}
+    blank = DEFACTO | {"doc_id": 19, "feedback": DEFACTO["feedback"] | {"evidence": " "}}
+    path = lines(evidence, blank, DEFACTO | {"doc_id": 20, "has_error": False},
+                 DEFACTO | {"doc_id": 21, "feedback": {"summary": ""}})
+    assert read_evidence_edits(path) == [
+        Edit("18", "Ten left.", "Nine men left.", "Ten men left."),
+        Edit("19", "Ten men left.", "Nine men left.", "Ten men left.")]
+    said = capsys.readouterr().err
+    assert "the edit changes nothing (1)" in said and "the error is not corrected (1)" in said
 
 
 def test_coachlm_as_published_gives_edits_of_one_prompt(array, capsys):

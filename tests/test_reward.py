@@ -6,10 +6,12 @@ import math
 import pytest
 import torch
 
+from fgrlhf.baseline import Critic
 from fgrlhf.checkpoint import save_model
 from fgrlhf.controls import LikelihoodReward, LogpReward
 from fgrlhf.data.fields import UserError
 from fgrlhf.encode import PreferenceIds
+from fgrlhf.frozen import FrozenStates
 from fgrlhf.reward import (
     PreferenceBatch, RewardModel, load_reward, save_reward, sequence_loss, token_loss)
 from fgrlhf.sequences import pack
@@ -127,6 +129,56 @@ def test_token_rewards_refuses_a_sequence_model():
         reward_model("sequence").token_rewards(ragged())
     with pytest.raises(ValueError, match="token, sequence and one of .* got 'word'"):
         reward_model("word")
+
+
+def test_a_layer_is_read_behind_so_many_blocks_and_before_the_last_norm():
+    """r_t by a loop over the blocks; the other blocks are not computed."""
+    model, batch = RewardModel(llama(n_layers=3), "token", layer=2), ragged((3,), (5,))
+    trunk = model.trunk
+    states = []
+    for block in trunk.layers:
+        block.register_forward_hook(lambda module, given, h: states.append(h))
+    trunk.hidden(batch.tokens)
+    v, b = model.head.weight[0], model.head.bias
+    expected = (states[1][0, 3:] @ v + b).tolist()
+    states.clear()
+    assert model.token_rewards(batch)[0].tolist() == pytest.approx(expected, abs=1e-5)
+    assert len(states) == 2
+    model.kind = "sequence"
+    assert model.sequence_rewards(batch).tolist() == pytest.approx(expected[-1:], abs=1e-5)
+    critic = Critic(model)
+    assert critic(batch)[0, 1:].tolist() == pytest.approx(expected[:-1], abs=1e-5)
+    for wrong in (0, 4):
+        with pytest.raises(ValueError, match="layer: expected 1 to 3"):
+            RewardModel(trunk, "token", layer=wrong)
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+def test_frozen_states_are_those_of_the_trunk_and_are_computed_once(layer, tmp_path):
+    model = RewardModel(llama(), "token", layer=layer)
+    expected = model.token_rewards(BATCH.sequences)
+    states = FrozenStates(model.trunk, layer)
+    states.add(PAIRS)
+    assert states.bytes == 4 * 16 * sum(len(p.chosen) + len(p.rejected) for p in PAIRS)
+    states.write(tmp_path / "states.pt")
+    again = FrozenStates(model.trunk, layer)
+    again.read(tmp_path / "states.pt")
+    other = pack([ids(2)], [ids(3)])                    # is not kept, so it is computed
+    unkept = model.token_rewards(other)
+    for frozen in (states, again):
+        model.frozen = frozen
+        torch.testing.assert_close(model.token_rewards(other), unkept)
+        hidden, model.trunk.hidden = model.trunk.hidden, None
+        frozen.add(PAIRS)
+        torch.testing.assert_close(model.token_rewards(BATCH.sequences), expected)
+        model.kind = "sequence"
+        last = BATCH.sequences.response_lengths - 1
+        torch.testing.assert_close(model.sequence_rewards(BATCH.sequences),
+                                   expected[torch.arange(6), last])
+        model.kind, model.trunk.hidden = "token", hidden
+    for elsewhere in (FrozenStates(llama(seed=1), layer), FrozenStates(model.trunk, 2)):
+        with pytest.raises(UserError, match="expected hidden states of this model"):
+            elsewhere.read(tmp_path / "states.pt")
 
 
 # ----- calibration --------------------------------------------------------------------------------
@@ -276,14 +328,15 @@ def tokenizer(tmp_path_factory):
 
 @pytest.mark.parametrize("build", [
     lambda trunk: RewardModel(trunk, "token"), lambda trunk: RewardModel(trunk, "sequence"),
-    lambda trunk: RewardModel(trunk, "token", "mean"), LogpReward, LikelihoodReward])
+    lambda trunk: RewardModel(trunk, "token", "mean"),
+    lambda trunk: RewardModel(trunk, "token", layer=1), LogpReward, LikelihoodReward])
 def test_save_reward_and_load_reward_keep_every_bit(build, tokenizer, tmp_path):
     model = build(llama(vocab_size=268))
     model.calibrate([ragged()])
     save_reward(model, tmp_path, tokenizer)
     again = load_reward(tmp_path)
     assert again.kind == model.kind and type(again) is type(model)
-    assert again.response == model.response
+    assert (again.response, again.layer) == (model.response, model.layer)
     assert torch.equal(model.ppo_rewards(ragged()), again.ppo_rewards(ragged()))
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
@@ -303,7 +356,8 @@ def test_load_reward_refuses_a_plain_model_a_damaged_head_and_a_damaged_descript
     with pytest.raises(UserError, match="expected a reward model folder"):
         load_reward(tmp_path / "plain")
     for name, damage in (("reward_head.pt", b"PK nothing"), ("reward.json", b"{"),
-                         ("reward.json", json.dumps({"kind": "word"}).encode())):
+                         ("reward.json", json.dumps({"kind": "word"}).encode()),
+                         ("reward.json", json.dumps({"kind": "token", "layer": "1"}).encode())):
         folder = tmp_path / f"{name}-{len(damage)}"
         save_reward(RewardModel(llama(vocab_size=268), "token"), folder, tokenizer)
         (folder / name).write_bytes(damage)

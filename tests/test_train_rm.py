@@ -1,16 +1,30 @@
-"""Cross-validation: no record is judged by a model that was trained on it."""
+"""Cross-validation, linear probes, shuffled labels and flags that do not go together."""
 
+import json
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 import train_rm
+from fgrlhf import frozen
+from fgrlhf.checkpoint import load_model
+from fgrlhf.data.fields import UserError
+from fgrlhf.data.records import Edit, write_jsonl
+from fgrlhf.encode import PreferenceIds
+from fgrlhf.engine.config import parse
+from fgrlhf.reward import load_reward
+from fgrlhf.sequences import hidden_at
+from tests.small import ppo_folder
+
+EDITS = [Edit(str(i), "name the river", f"it is {'red' * (i % 2)} name", "it is the river")
+         for i in range(6)]
 
 
 def test_cross_validate_judges_every_record_once_by_a_model_that_never_saw_it(monkeypatch):
     """Ten records in three folds; the second call a fold is on records trained on ("train_...")."""
     trained, judged = [], []
-    monkeypatch.setattr(train_rm, "new_model", lambda config, device: torch.nn.Identity())
+    monkeypatch.setattr(train_rm, "new_model", lambda config, device, frozen: torch.nn.Identity())
     monkeypatch.setattr(train_rm, "fit", lambda model, examples, *rest: trained.append(examples))
     monkeypatch.setattr(train_rm, "judge_preferences",
                         lambda model, records, examples, tokenizer: judged.append(records) or [])
@@ -24,3 +38,77 @@ def test_cross_validate_judges_every_record_once_by_a_model_that_never_saw_it(mo
     for inside, outside, again in zip(trained, held_out, fitted):
         assert sorted(inside + outside) == records
         assert set(again) <= set(inside) and len(again) == len(outside)
+
+
+# ----- linear probes ------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = ppo_folder(tmp_path_factory.mktemp("probe"))
+    write_jsonl(root / "edits.jsonl", EDITS)
+    return root
+
+
+def trained(root, out, *more: str):
+    """Runs train_rm.py. Returns the head's weights, the reward model and done.json."""
+    train_rm.train(parse(train_rm.Config, "", [
+        "--data", f"{root}/edits.jsonl", "--model", f"{root}/policy", "--out", str(out),
+        "--epochs", "3", "--batch", "4", "--eval-edits", f"{root}/edits.jsonl", *more]))
+    model = load_reward(out / "reward")
+    return model.head.weight.detach(), model, json.loads((out / "done.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_freeze_trains_only_the_head_and_as_without_kept_states(kind, root, tmp_path, monkeypatch):
+    flags = ("--freeze", "--layer", "1", "--kind", kind)
+    states = ("--hidden-states", f"{tmp_path}/states.pt")
+    head, model, done = trained(root, tmp_path / "a", *flags, *states)
+    before = load_model(root / "policy").state_dict()
+    assert all(torch.equal(x, before[name]) for name, x in model.trunk.state_dict().items())
+    assert model.layer == 1 and done["edits/pairs"] == 6
+    assert ("edits/edit_auc_within" in done) == (kind == "token")
+
+    monkeypatch.setattr(frozen, "hidden_at", None)                  # all states are in the file
+    again, _, _ = trained(root, tmp_path / "b", *flags, *states)
+    assert torch.equal(head, again)
+    monkeypatch.setattr(frozen.FrozenStates, "add", lambda self, examples: None)
+    monkeypatch.setattr(frozen, "hidden_at", hidden_at)
+    again, _, _ = trained(root, tmp_path / "c", *flags)             # nothing is kept
+    torch.testing.assert_close(head, again, rtol=1e-4, atol=1e-5)
+    start, _, _ = trained(root, tmp_path / "d", *flags, "--epochs", "0")
+    assert (head - start).abs().max() > 1e-3
+
+
+def test_layer_leaves_the_blocks_behind_it_as_they_were(root, tmp_path):
+    _, model, _ = trained(root, tmp_path / "a", "--layer", "1")
+    before = load_model(root / "policy").state_dict()
+    same = {name: torch.equal(x, before[name]) for name, x in model.trunk.state_dict().items()}
+    assert not same["layers.0.attention.wq.weight"] and not same["tok_embeddings.weight"]
+    assert all(value for name, value in same.items() if name.startswith(("layers.1.", "norm")))
+
+
+def test_shuffle_labels_swaps_about_half_the_records_and_only_in_training(monkeypatch):
+    pairs = [PreferenceIds([1], [5, i + 6], [5, 2], [1], [1], [(0, 0)]) for i in range(100)]
+    seen = []
+    monkeypatch.setattr(train_rm, "bucketed_batches", lambda *sizes: [list(range(100))])
+    monkeypatch.setattr(train_rm.PreferenceBatch, "of",
+                        lambda examples, device: seen.extend(examples) or 1 / 0)
+    log = SimpleNamespace(writes=False)
+    config = train_rm.Config(data="", model="", out="", folds=2, shuffle_labels=0, epochs=1)
+    model = SimpleNamespace(trunk=SimpleNamespace(), device="cpu", named_parameters=lambda: [
+        ("head", torch.nn.Parameter(torch.ones(2)))])
+    with pytest.raises(ZeroDivisionError):
+        train_rm.fit(model, pairs, config, log, "shuffled")
+    swapped = [p.rejected == pair.chosen for p, pair in zip(seen, pairs)]
+    assert 35 <= sum(swapped) <= 65
+    assert all(p == (pair.swapped() if s else pair) for p, pair, s in zip(seen, pairs, swapped))
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (("--layer", "3"), "--layer 3: expected 1 to 2, the blocks"),
+    (("--freeze", "--lora-rank", "2"), "--freeze: expected without --lora-rank"),
+    (("--hidden-states", "x.pt"), "--hidden-states: expected with --freeze"),
+    (("--layer", "1", "--likelihood"), "--layer and --freeze: expected without")])
+def test_flags_that_do_not_go_together_are_refused(flags, expected, root, tmp_path):
+    with pytest.raises(UserError, match=expected):
+        trained(root, tmp_path / "out", *flags)

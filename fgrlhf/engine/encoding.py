@@ -22,6 +22,7 @@ class Encoding(NamedTuple):
     template: str                       # a known name, or the text of a template file
     prompt_tokens: int | None = None    # a longer prompt lost its beginning; None: none was cut
     normalise: bool = False             # runs of whitespace in edits became one blank
+    hide: str = "nothing"               # a control: what the model was not shown (fgrlhf/encode.py)
 
 
 def is_text(template: str) -> bool:
@@ -39,8 +40,8 @@ def read_encoding(folder: str | Path) -> Encoding | None:
     file = Path(folder) / FILE
     if not file.is_file():
         return None
-    found = read_object(file, "copy the folder again")
-    kinds = {"template": str, "prompt_tokens": (int, type(None)), "normalise": bool}
+    found = {"hide": "nothing"} | read_object(file, "copy the folder again")    # an older folder
+    kinds = {"template": str, "prompt_tokens": (int, type(None)), "normalise": bool, "hide": str}
     for name, kind in kinds.items():
         if not isinstance(found.get(name), kind):
             raise UserError(f"{file}: {name}: expected a value as train_rm.py or fgrlhf.sft "
@@ -52,7 +53,8 @@ def check_encoding(folder: str | Path, **given) -> Encoding | None:
     """Returns the encoding of a model folder, and compares it with flags: name=value.
 
     Raises UserError when a flag is another than in the model's training. A reward model that does
-    not say is used, and stderr says so. Other models that do not say come from elsewhere.
+    not say is used, and stderr says so. Other models that do not say come from elsewhere. Whoever
+    gives no `hide` hides nothing, and a control is refused.
     """
     encoding = read_encoding(folder)
     if encoding is None:
@@ -61,7 +63,7 @@ def check_encoding(folder: str | Path, **given) -> Encoding | None:
                   f"trained with {' and '.join(map(_flag, given, given.values()))}",
                   file=sys.stderr)
         return None
-    for name, value in given.items():
+    for name, value in ({"hide": "nothing"} | given).items():
         if (trained := getattr(encoding, name)) != value:
             flag = _flag(name, trained)
             if name == "template" and is_text(trained):
