@@ -129,7 +129,7 @@ def test_check_encoding_says_when_a_reward_model_does_not_tell(trained, capsys):
 def test_a_damaged_encoding_is_named(content, tmp_path):
     write_encoding(tmp_path, Encoding("plain", 6, True))
     assert json.loads((tmp_path / FILE).read_text()) == {
-        "template": "plain", "prompt_tokens": 6, "normalise": True}
+        "template": "plain", "prompt_tokens": 6, "normalise": True, "hide": "nothing"}
     (tmp_path / FILE).write_text(content)
     with pytest.raises(UserError, match=FILE):
         read_encoding(tmp_path)

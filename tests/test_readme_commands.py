@@ -115,10 +115,10 @@ def test_glossary_has_every_metric_that_these_runs_left(folder):
     assert len(metrics) > 20
     assert not {name for name in metrics if f"`{name}`" not in GLOSSARY
                 and f"`{name.removeprefix('rm/')}`" not in GLOSSARY
-                and not re.match("rm/(train_|minimal/)", name)}
+                and not re.match("rm/(train_|minimal/|equal_length/)", name)}
     assert not {key for key in keys_in(folder / "runs")
                 if f"`{key}`" not in GLOSSARY and f"`rm/{key}`" not in GLOSSARY
-                and not re.search("^train_|^minimal/|_sd$", key)}
+                and not re.search("^train_|^minimal/|^equal_length/|_sd$", key)}
 
 
 def test_explain_command_of_the_readme_names_what_the_quick_profile_leaves():

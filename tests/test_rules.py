@@ -71,7 +71,7 @@ def test_rule_1_a_reward_on_token_k_reaches_the_logits_that_produced_token_k_alo
     """The head is the identity: hidden states are logits, with gradient A / N (p - onehot(k))."""
     batch = ragged((3, 2), (5, 3))
     logits = torch.randn(2, batch.tokens.shape[1], 24).double().requires_grad_()
-    policy = SimpleNamespace(hidden=lambda tokens, lengths: logits, head=torch.eye(24).double())
+    policy = SimpleNamespace(hidden=lambda tokens, **_: logits, head=torch.eye(24).double())
     logp = score(policy, batch).detach()
     rewards = torch.zeros_like(logp)
     rewards[0, k] = 3.0
@@ -89,7 +89,7 @@ def test_rule_1_holds_for_rollouts_of_a_real_policy():
     policy = llama()
     rollout = rollout_of(policy)
     hidden = policy.hidden(rollout.sequences.tokens).detach().requires_grad_()
-    stub = SimpleNamespace(hidden=lambda tokens, lengths: hidden, head=policy.head.detach())
+    stub = SimpleNamespace(hidden=lambda tokens, **_: hidden, head=policy.head.detach())
     mask = rollout.sequences.response_mask
     for row, k in mask.nonzero().tolist()[::5]:
         rewards = torch.zeros_like(rollout.logp_old)

@@ -166,7 +166,7 @@ def planted_reward_stays(s: Subject, rollout: Rollout) -> Check:
     moved = {}
     for k in sorted({0, length // 2, length - 1}):
         states = hidden.clone().requires_grad_()
-        stub = SimpleNamespace(hidden=lambda tokens, lengths: states, head=s.policy.head.detach())
+        stub = SimpleNamespace(hidden=lambda tokens, **_: states, head=s.policy.head.detach())
         planted = torch.zeros_like(rollout.logp_old)
         planted[row, k] = 1.0
         penalised = penalise_kl(planted, rollout.logp_old, rollout.logp_old, mask, s.beta)

@@ -18,6 +18,7 @@ import torch
 
 from fgrlhf.advantage import penalise_kl, reward_to_go, standardise
 from fgrlhf.data.fields import check
+from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import read_object
 from fgrlhf.data.records import Edit, Pair
 from fgrlhf.encode import Encoder, PreferenceIds, two_sides
@@ -44,6 +45,7 @@ class LossSettings(NamedTuple):
     cut_responses: bool = False
     unit: str = "token"
     credit_gap: bool = True
+    hide: str = "nothing"
     reduce: str = "response"
     u0: str = "difference"
     u0_weight: float = 0.0
@@ -176,7 +178,10 @@ def explain_record(record: Edit | Pair, tokenizer: Tokenizer, reward: RewardMode
     """
     encoder = Encoder(tokenizer, reward.trunk.config.max_seq_len, settings.template,
                       settings.prompt_tokens, settings.cut_responses, settings.unit,
-                      settings.credit_gap)
+                      settings.credit_gap, settings.hide)
+    if encoder.hides_ends:
+        raise UserError(f"expected a reward model that was shown whole responses, got one trained "
+                        f"with --hide {settings.hide}; choose another")
     ids, (better, worse) = encoder.preference(record), two_sides(record)
     encoder.counted(f"record {record.id!r}")
     aligned, _ = encoder.align(worse, better, *(tokenizer.encode(text, eos=True)
