@@ -17,8 +17,7 @@ from typing import NamedTuple, get_type_hints
 import torch
 
 from fgrlhf.advantage import penalise_kl, reward_to_go, standardise
-from fgrlhf.data.fields import check
-from fgrlhf.data.fields import UserError
+from fgrlhf.data.fields import UserError, check
 from fgrlhf.data.files import read_object
 from fgrlhf.data.records import Edit, Pair
 from fgrlhf.encode import Encoder, PreferenceIds, two_sides
