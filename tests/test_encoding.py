@@ -129,10 +129,28 @@ def test_check_encoding_says_when_a_reward_model_does_not_tell(trained, capsys):
 def test_a_damaged_encoding_is_named(content, tmp_path):
     write_encoding(tmp_path, Encoding("plain", 6, True))
     assert json.loads((tmp_path / FILE).read_text()) == {
-        "template": "plain", "prompt_tokens": 6, "normalise": True, "hide": "nothing"}
+        "template": "plain", "prompt_tokens": 6, "normalise": True}
     (tmp_path / FILE).write_text(content)
     with pytest.raises(UserError, match=FILE):
         read_encoding(tmp_path)
+
+
+def test_a_control_is_refused_by_whoever_hides_nothing(trained, tmp_path):
+    """Its rewards mean nothing for whole prompts and responses."""
+    root = trained
+    train_rm.train(parse(train_rm.Config, "", [
+        "--data", f"{root}/edits.jsonl", "--model", f"{root}/sft/policy", "--out", f"{tmp_path}/rm",
+        "--epochs", "0", "--hide", "both"]))
+    folder = tmp_path / "rm/reward"
+    assert read_encoding(folder).hide == "both"
+    with pytest.raises(UserError, match="expected --hide both, .* got --hide nothing"):
+        check_encoding(folder, template="plain")
+    with pytest.raises(UserError, match="got a control"):
+        explain.explain(parse(explain.Config, "", ["--reward", f"{folder}", "--record",
+                                                   f"{root}/edits.jsonl"]))
+    table = evaluation.reward_model(parse(evaluation.RewardModelConfig, "", [
+        "--reward", f"{folder}", "--data", f"{root}/edits.jsonl", "--hide", "both"]))
+    assert table["pairs"] == 2
 
 
 # ----- one's own template -------------------------------------------------------------------------

@@ -50,15 +50,17 @@ def reward_on_last_column(original):
 
 
 def reward_read_in_padding(original):
-    return lambda model, s, at: model.hidden(s.tokens, lengths=s.lengths - 1)[at.row, at.position]
+    return lambda model, s, at, *layers: model.hidden(
+        s.tokens, lengths=s.lengths - 1)[at.row, at.position]
 
 
 def own_state(original):
-    return lambda model, s, at: model.hidden(s.tokens, lengths=s.lengths)[at.row, at.position]
+    return lambda model, s, at, *layers: model.hidden(
+        s.tokens, lengths=s.lengths)[at.row, at.position]
 
 
 def stripped_too_far(original):
-    return lambda model, s, at: model.hidden(
+    return lambda model, s, at, *layers: model.hidden(
         s.tokens[:, :-1], lengths=s.lengths - 2)[at.row, at.position - 1]
 
 

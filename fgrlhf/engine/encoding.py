@@ -31,8 +31,11 @@ def is_text(template: str) -> bool:
 
 
 def write_encoding(folder: str | Path, encoding: Encoding) -> None:
-    """Writes encoding.json into a model folder."""
-    write_atomic(Path(folder) / FILE, (json.dumps(encoding._asdict()) + "\n").encode())
+    """Writes encoding.json into a model folder. `hide` is in it only for a control."""
+    values = encoding._asdict()
+    if encoding.hide == "nothing":
+        del values["hide"]
+    write_atomic(Path(folder) / FILE, (json.dumps(values) + "\n").encode())
 
 
 def read_encoding(folder: str | Path) -> Encoding | None:
@@ -40,7 +43,7 @@ def read_encoding(folder: str | Path) -> Encoding | None:
     file = Path(folder) / FILE
     if not file.is_file():
         return None
-    found = {"hide": "nothing"} | read_object(file, "copy the folder again")    # an older folder
+    found = {"hide": "nothing"} | read_object(file, "copy the folder again")
     kinds = {"template": str, "prompt_tokens": (int, type(None)), "normalise": bool, "hide": str}
     for name, kind in kinds.items():
         if not isinstance(found.get(name), kind):

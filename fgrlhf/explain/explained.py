@@ -44,7 +44,6 @@ class LossSettings(NamedTuple):
     cut_responses: bool = False
     unit: str = "token"
     credit_gap: bool = True
-    hide: str = "nothing"
     reduce: str = "response"
     u0: str = "difference"
     u0_weight: float = 0.0
@@ -153,6 +152,9 @@ def settings_of(kind: type, folder: str | Path):
     """
     encoding = read_encoding(folder) if kind is LossSettings else None
     remembered = {} if encoding is None else encoding._asdict()
+    if (hidden := remembered.pop("hide", "nothing")) != "nothing":
+        raise UserError(f"{folder}: expected a reward model that sees whole records, got a control "
+                        f"(--hide {hidden}); train one without --hide")
     run = Path(folder).resolve().parent
     file = run / "config.json"
     saved = read_object(file) if file.is_file() else {}
@@ -177,10 +179,7 @@ def explain_record(record: Edit | Pair, tokenizer: Tokenizer, reward: RewardMode
     """
     encoder = Encoder(tokenizer, reward.trunk.config.max_seq_len, settings.template,
                       settings.prompt_tokens, settings.cut_responses, settings.unit,
-                      settings.credit_gap, settings.hide)
-    if encoder.hides_ends:
-        raise UserError(f"expected a reward model that was shown whole responses, got one trained "
-                        f"with --hide {settings.hide}; choose another")
+                      settings.credit_gap)
     ids, (better, worse) = encoder.preference(record), two_sides(record)
     encoder.counted(f"record {record.id!r}")
     aligned, _ = encoder.align(worse, better, *(tokenizer.encode(text, eos=True)
