@@ -265,7 +265,7 @@ def update(config: Config, players: Players, batch: Batch, iteration: int) -> di
 def prompts_of(config: Config, count: int, iteration: int) -> list[int]:
     """The prompts of an iteration, from shuffled passes over all `count` prompts.
 
-    With rloo and grpo each prompt stands --group times in a row.
+    With rloo and grpo each prompt comes --group times in a row.
     """
     rows, group = [], config.group if config.method in GROUPED else 1
     prompts = config.rollouts // group
@@ -327,7 +327,7 @@ def dev_judge(config: Config, tokenizer: Tokenizer) -> OracleJudge | None:
 
 
 def evaluates(config: Config, iteration: int) -> bool:
-    """True after every --eval-every iterations, after the last, and after 2, 4, .. at first.
+    """Returns True every --eval-every iterations, at the last, and at 2, 4, .. at first.
 
     Policies change fastest at first, and how fast is one of the questions.
     """

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from fgrlhf.data.fields import UserError
 from fgrlhf.engine.config import parse
 from fgrlhf.rollout import Rollout
 from fgrlhf.sequences import pack
 from fgrlhf.simulate import advantages
 from fgrlhf.simulate.world import World
 from fgrlhf.tokenizer import train
+from tests.small import ppo_folder
 
 
 def test_values_are_minus_the_mean_errors_of_the_completions(tmp_path, monkeypatch):
@@ -46,6 +48,15 @@ def test_values_are_minus_the_mean_errors_of_the_completions(tmp_path, monkeypat
     assert V[head + 1:].tolist() == [[-1.0, -1.0]] * (len(response) - head)
     places = advantages.places_of(world, prompt, text, tokenizer, response)
     assert places[0] == "elsewhere" and "error" in places and places[-1] == "behind"
+
+
+def test_flags_that_cannot_be_compared_are_refused_in_a_line(tmp_path):
+    folder = ppo_folder(tmp_path)
+    flags = ["--world", "3", "--policy", "p", "--prompts", "q", "--out", f"{tmp_path}/o"]
+    for more, said in ((["--rewards", f"{folder}/sequence"], "expected a token-level reward model"),
+                       (["--rewards", f"{folder}/token", "--critic", "c"], "both or neither")):
+        with pytest.raises(UserError, match=said):
+            advantages.main(parse(advantages.Config, argv=flags + more))
 
 
 def test_compare_of_the_measurement_itself_is_perfect_and_of_its_negative_is_not():

@@ -37,7 +37,7 @@ TOKENS = 32                     # longest response of the copy
 
 
 class Rounding(NamedTuple):
-    """What was measured. `exact` is the largest |log ratio| of the copy, in nats."""
+    """The measured rounding. `exact` is the largest |log ratio| of the copy, in nats."""
 
     wide: bool                  # the policy itself is in float32 or wider
     nats: float | None = None   # r, or None when there was no memory for the copy

@@ -19,7 +19,7 @@ from fgrlhf.layouts.stored import LONGEST, damaged, read_settings
 
 
 class SpecialTokens:
-    """What the files of a folder say.
+    """The special tokens that the settings files of a folder name.
 
     Attributes: named, the text of special tokens by "bos", "eos", "unk" and "pad"; ids, their ids
     where a file gives only the id; added, the ids of added tokens by their text; adds_bos, None

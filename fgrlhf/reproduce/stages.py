@@ -187,7 +187,7 @@ def more_rivals(seed: Seed) -> None:
 
 
 def mechanism(seed: Seed) -> None:
-    """Adds the comparison of rewards and GAE with measured advantages of the SFT policy.
+    """Adds the command that measures advantages and compares token rewards and GAE with them.
 
     The critic learns beside a policy that does not move (learning rate 0).
     """

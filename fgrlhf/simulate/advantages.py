@@ -36,13 +36,14 @@ from tqdm import tqdm
 
 from fgrlhf.baseline import Critic, generalised_advantage
 from fgrlhf.checkpoint import load_model, load_tokenizer
+from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import write_atomic
 from fgrlhf.data.readers import read_prompts
 from fgrlhf.encode import encode_prompt
 from fgrlhf.engine.config import Computation, arg, parse, run
 from fgrlhf.engine.distributed import pick_device
 from fgrlhf.engine.draws import generator
-from fgrlhf.reward import load_reward
+from fgrlhf.reward import describe_reward, load_reward
 from fgrlhf.rollout import Rollout, sample
 from fgrlhf.simulate.world import World
 
@@ -126,7 +127,18 @@ def compare(estimate: np.ndarray, measured: np.ndarray, places: np.ndarray) -> d
     return table
 
 
+def check_flags(config: Config) -> None:
+    """Refuses what cannot be compared, before anything is sampled."""
+    if (config.critic is None) != (config.critic_reward is None):
+        raise UserError("--critic and --critic-reward: expected both or neither")
+    for folder in config.rewards.split(","):
+        if describe_reward(folder)["kind"] != "token":
+            raise UserError(f"--rewards {folder}: expected a token-level reward model, got a "
+                            "sequence-level one")
+
+
 def main(config: Config) -> None:
+    check_flags(config)
     device, world = pick_device(config.device), World(config.world)
     tokenizer, dtype = load_tokenizer(config.policy), getattr(torch, config.dtype)
     policy = load_model(config.policy, device, dtype)
