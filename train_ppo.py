@@ -33,7 +33,7 @@ from typing import NamedTuple
 import fgrlhf                               # before torch: it sets how OpenMP's threads wait
 from torch import Tensor
 
-from fgrlhf.advantage import penalise_kl, reward_to_go, standardise
+from fgrlhf.advantage import penalise_kl, reward_to_go, standardise, without_eos
 from fgrlhf.baseline import generalised_advantage, value_loss
 from fgrlhf.checkpoint import load_tokenizer, save_model
 from fgrlhf.checks import startup
@@ -76,6 +76,9 @@ class Config(ReadingRecords, Machinery):                # and --template, --seed
     standardise: str = arg("rms", choices=("rms", "mean-std", "none"),
                            help="fine-grained, rloo, grpo: how advantages are standardised per "
                            "batch")
+    reward_eos: bool = arg(True, help="fine-grained: no: EOS gets the average reward 0. A reward "
+                           "model that has seen shorter edits pays for every EOS, and answers "
+                           "shrink")
     group: int = arg(4, least=2, help="rloo, grpo: responses per prompt, a divisor of --rollouts")
     clip_eps: float = arg(0.2, least=0, help="the ratio is clipped to [1 - eps, 1 + eps]")
     epochs: int = arg(2, least=1, help="passes over each batch of rollouts")
@@ -94,6 +97,8 @@ class Config(ReadingRecords, Machinery):                # and --template, --seed
     eval_every: int = arg(5, least=1, help="iterations between dev evaluations; every second one "
                           "at first, up to twice this number")
     save_critic: bool = arg(False, help="rlhf: keep the critic in OUT/critic")
+    save_samples: bool = arg(False, help="keep the responses of every iteration, with their "
+                             "rewards and KL, in OUT/samples.jsonl")
     exact_kl: int = arg(0, least=0, help="also log the KL over the whole vocabulary, of this many "
                         "responses per iteration")
     skip_checks: bool = arg(False, help="start without the startup checks")
@@ -167,6 +172,9 @@ def train(config: Config) -> None:
                         config.microbatch)
             if iteration == 1:                  # the policy is still the reference
                 check_first_ratio(batch.logp_ref, batch.logp_old)
+            if config.save_samples:
+                log.append("samples.jsonl", {"step": iteration, "responses": samples_of(
+                    config, players, batch, iteration)})
             # step 5
             metrics = update(config, players, batch, iteration) | statistics
         # step 6
@@ -206,6 +214,8 @@ def make_experience(config: Config, players: Players, iteration: int) -> tuple[R
         rollout = rollout._replace(logp_old=scorer.logp(players.policy))
     logp_old, logp_ref = rollout.logp_old, scorer.logp(players.ref)
     rewards = scorer.rewards(players.reward_model)          # calibrated
+    if not config.reward_eos:
+        rewards = without_eos(rewards, sequences, players.tokenizer.eos_id)
     # 3. equation (5): the reward of each token minus beta times its KL
     penalised = penalise_kl(rewards, logp_old, logp_ref, mask, config.beta)
     # 4. advantages
@@ -262,6 +272,19 @@ def update(config: Config, players: Players, batch: Batch, iteration: int) -> di
     return metrics
 
 
+def samples_of(config: Config, players: Players, batch: Batch, iteration: int) -> list[dict]:
+    """The responses of an iteration as text. `prompt` counts the prompts of --prompts from 0."""
+    kl = ((batch.logp_old - batch.logp_ref) * batch.mask).sum(-1)
+    lengths, rewards = batch.sequences.response_lengths, batch.rewards.sum(-1)
+    tokens = batch.sequences.tokens
+    return [{"prompt": prompt, "tokens": n, "kl": round(kl[b].item(), 4),
+             "reward": round(rewards[b].item(), 4),
+             "output": players.tokenizer.decode(tokens[b, start:start + n].tolist()).strip()}
+            for b, (prompt, start, n) in enumerate(zip(
+                prompts_of(config, len(players.prompts), iteration),
+                batch.sequences.prompt_lengths.tolist(), lengths.tolist()))]
+
+
 def prompts_of(config: Config, count: int, iteration: int) -> list[int]:
     """The prompts of an iteration, from shuffled passes over all `count` prompts.
 
@@ -305,6 +328,9 @@ def check_flags(config: Config) -> None:
     if config.method in GROUPED and config.rollouts % config.group:
         raise UserError(f"--group {config.group}: expected a divisor of --rollouts "
                         f"{config.rollouts}")
+    if not config.reward_eos and config.method != "fine-grained":
+        raise UserError("--no-reward-eos: expected --method fine-grained; with the others the "
+                        "reward of the whole response is at its end")
     if not config.temperature > 0:
         raise UserError(f"--temperature {config.temperature}: expected a number above 0")
     missing = [config.dev_prompts is None, config.dev_reference is None, config.world is None]

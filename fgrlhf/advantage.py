@@ -10,6 +10,8 @@ and changes nothing. What PPO-RLHF computes in place of (6) is in baseline.py.
 import torch
 from torch import Tensor
 
+from fgrlhf.sequences import Sequences, locate
+
 
 def penalise_kl(rewards: Tensor, logp_old: Tensor, logp_ref: Tensor, mask: Tensor,
                 beta: float) -> Tensor:
@@ -23,6 +25,18 @@ def penalise_kl(rewards: Tensor, logp_old: Tensor, logp_ref: Tensor, mask: Tenso
                          f"got {tuple(rewards.shape)}, {tuple(logp_old.shape)}, "
                          f"{tuple(logp_ref.shape)}; pass the response part only")
     return torch.where(mask, rewards - beta * (logp_old - logp_ref), 0.0)
+
+
+def without_eos(rewards: Tensor, sequences: Sequences, eos_id: int) -> Tensor:
+    """r_t with 0 at EOS, [B, T] -> [B, T]: to end a response is neither rewarded nor punished.
+
+    0 is the average, because rewards are calibrated. Where edits are shorter than their originals,
+    a reward model learns a high reward for every EOS, in good and in bad responses alike. A policy
+    earns it most often by short responses.
+    """
+    at = locate(sequences)
+    ends = at.target == eos_id
+    return rewards.index_put((at.row[ends], at.t[ends]), rewards.new_zeros(()))
 
 
 def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:

@@ -70,6 +70,39 @@ def test_train_hands_the_update_rewards_less_kl_over_their_rms(folder, tmp_path,
     assert (seen[1].logp_old - logp_ref).abs().max() > 0.01                  # it has left it
 
 
+def test_without_reward_for_eos_its_advantage_is_its_kl_alone(folder, tmp_path, monkeypatch):
+    """Equation (5) with r = 0 at EOS; every other token keeps its reward."""
+    eos = load_tokenizer(folder / "policy").eos_id
+    found = 0
+    for batch in updates(monkeypatch, config(folder, out=str(tmp_path / "a"), reward_eos=False,
+                                             standardise="none", beta=0.0, rollouts=12)):
+        rewards = load_reward(folder / "token").ppo_rewards(batch.sequences)
+        for row, (p, n) in enumerate(zip(*(part.tolist() for part in batch.sequences[1:]))):
+            for t, token in enumerate(batch.sequences.tokens[row, p:p + n].tolist()):
+                expected = 0.0 if token == eos else rewards[row, t].item()
+                assert batch.advantages[row, t].item() == pytest.approx(expected, abs=1e-5)
+                found += token == eos
+    assert found
+
+
+def test_samples_are_kept_by_step_with_prompt_text_and_kl(folder, tmp_path, monkeypatch):
+    seen = updates(monkeypatch, config(folder, out=str(tmp_path / "a"), save_samples=True))
+    lines = [json.loads(line) for line in (tmp_path / "a/samples.jsonl").read_text().splitlines()]
+    tokenizer = load_tokenizer(folder / "policy")
+    assert [line["step"] for line in lines] == [1, 2]
+    for line, batch in zip(lines, seen):
+        assert len(line["responses"]) == 6
+        for b, sample in enumerate(line["responses"]):
+            p, n = (int(part[b]) for part in batch.sequences[1:])
+            ids = batch.sequences.tokens[b, p:p + n].tolist()
+            assert sample["tokens"] == n and sample["output"] == tokenizer.decode(ids).strip()
+            assert sample["reward"] == pytest.approx(batch.rewards[b, :n].sum().item(), abs=1e-3)
+            kl = (batch.logp_old[b, :n] - batch.logp_ref[b, :n]).sum().item()
+            assert sample["kl"] == pytest.approx(kl, abs=1e-3)
+    firsts = [sample["prompt"] for sample in lines[0]["responses"]]
+    assert firsts == train_ppo.prompts_of(config(folder), 5, 1)
+
+
 def test_rloo_samples_each_prompt_as_often_as_asked_and_compares(folder, tmp_path, monkeypatch):
     """Three responses to each of two prompts; their advantages sum to 0, equal along a response."""
     seen = updates(monkeypatch, config(folder, out=str(tmp_path / "a"), method="rloo", group=3,

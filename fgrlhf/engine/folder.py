@@ -21,6 +21,7 @@ MODELS = ("policy", "best", "reward")                    # the folders that a ru
 MAY_DIFFER = ("resume", "out", "keep", "save_every")       # in a run that is resumed
 # These may differ too, but then numbers are added up in another order and round differently.
 ROUNDING = ("device", "microbatch", "decode_batch", "checkpoint_activations", "offload")
+LOGS = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")       # one line per step each
 LOCKS: dict[str, int | None] = {}          # the folders that this process holds
 
 
@@ -64,7 +65,7 @@ class OutputFolder:
             return
         self._lock()
         self._refuse_other_run()                        # another process may have been faster
-        for name in ("metrics.jsonl", "timing.jsonl") if self.config.resume else ():
+        for name in LOGS if self.config.resume else ():
             self._drop_lines_after(self.step, self.folder / name)
         write_atomic(self.folder / "config.json", configuration.to_json(self.config).encode())
 

@@ -2,6 +2,7 @@
 
     OUT/config.json      the resolved configuration
     OUT/metrics.jsonl    one JSON object per step; a function of configuration and seed
+    OUT/samples.jsonl    responses of each step, where a script is asked to keep them
     OUT/timing.jsonl     seconds per step, in a file of their own because they never repeat
     OUT/state-*.pt       the newest --keep training states, for --resume; removed at the end
     OUT/done.json        written last: a run without it is not finished
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import sync, write_atomic
 from fgrlhf.engine import config as configuration, distributed, states
-from fgrlhf.engine.folder import OutputFolder
+from fgrlhf.engine.folder import LOGS, OutputFolder
 
 
 class Run(OutputFolder):
@@ -107,10 +108,11 @@ class Run(OutputFolder):
         now = time.perf_counter()
         self.seconds, self.clock = self.seconds + now - self.clock, now
         rounded = {k: float(f"{float(v):.7g}") for k, v in metrics.items()}
-        self._append("metrics.jsonl", {"step": step} | rounded)
-        self._append("timing.jsonl", {"step": step, "seconds": round(self.seconds, 4)})
+        self.append("metrics.jsonl", {"step": step} | rounded)
+        self.append("timing.jsonl", {"step": step, "seconds": round(self.seconds, 4)})
 
-    def _append(self, name: str, record: dict) -> None:
+    def append(self, name: str, record: dict) -> None:
+        """Appends one line, which has a "step", to one of the files LOGS."""
         self.open()
         if not self.writes:
             return
@@ -134,8 +136,9 @@ class Run(OutputFolder):
         started = time.perf_counter()
         with self.untimed():
             whole = {name: part.state_dict() for name, part in parts.items()}
-            for name in ("metrics.jsonl", "timing.jsonl") if self.writes else ():
-                sync(self.folder / name)                            # no state without its lines
+            for name in LOGS if self.writes else ():                # no state without its lines
+                if (self.folder / name).exists():
+                    sync(self.folder / name)
             more = {"step": step, "seconds": self.seconds, "inputs": self.inputs,
                     "config": configuration.to_json(self.config), "extra": extra or {},
                     "machine": self._machine()}
