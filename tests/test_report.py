@@ -119,7 +119,7 @@ def test_page_is_balanced_and_has_every_section(results):
     reader = Reader(page(results))
     assert len(reader.all("h1")) == 1
     for part in ("Systems", "Differences", "Reward models", "Speed", "What the paper reports",
-                 "Training", "Learning curves", "Token rewards of sampled answers", "Minimal edits",
+                 "Training", "Learning curves", "Token rewards", "Minimal edits",
                  "Before and after", "The 2 commands of this run", "23 min 51 s", "seeds 0, 1",
                  "about 85.2%"):
         assert part in reader.text

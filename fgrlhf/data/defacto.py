@@ -10,9 +10,9 @@
 A record is the edit from `candidate` to `feedback.summary`. Where the annotator found no error, the
 edit changes nothing, and a summary that is given nevertheless is not used.
 
-An article has about 500 tokens. `read_evidence_edits` makes the evidence the prompt, which is about
-30 tokens: enough to check a summary against, and a fifteenth of the work. An annotator chose the
-evidence with the error in view, so it is not a prompt for new summaries.
+An article has about 500 tokens. `read_evidence_edits` and `read_summaries` make the evidence the
+prompt, which is about 30 tokens: enough to check a summary against, and a fifteenth of the work. An
+annotator chose the evidence with the candidate in view, so it names what the candidate is about.
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fgrlhf.data.fields import Id, Text, take
 from fgrlhf.data.files import LeftOut, read_records
-from fgrlhf.data.records import Edit, NoEdit, Prompt
+from fgrlhf.data.records import Demonstration, Edit, NoEdit, Passage, Prompt
 
 FIELDS = {"article", "candidate", "feedback"}
 
@@ -52,5 +52,26 @@ def _with_evidence(value, place: str) -> Edit | LeftOut:
         return LeftOut(edit.why)
     if edit.original == edit.edited:
         return LeftOut("the edit changes nothing")
+    return replace(edit, prompt=_evidence(value, place) or edit.prompt)
+
+
+def read_summaries(path: str | Path, on_bad_record: str = "stop") -> list[Demonstration]:
+    """Returns every candidate, right or wrong, as the answer to its evidence.
+
+    The article is the only passage of its context, which no template shows without being asked. A
+    record with a blank evidence keeps its article as the prompt. on_bad_record: see files.each.
+    """
+    return read_records(path, _with_article, on_bad_record)
+
+
+def _with_article(value, place: str) -> Demonstration:
+    id, article = take(value, "doc_id", Id, place), take(value, "article", Text, place)
+    return Demonstration(id, _evidence(value, place) or article,
+                         take(value, "candidate", Text, place),
+                         context=(Passage("article", article),))
+
+
+def _evidence(value: dict, place: str) -> str | None:
+    """Returns the evidence, or None when it is blank."""
     evidence = take(value["feedback"], "evidence", str | None, place, "feedback.")
-    return replace(edit, prompt=evidence if (evidence or "").strip() else edit.prompt)
+    return evidence if (evidence or "").strip() else None

@@ -2,8 +2,11 @@
 
     python -m fgrlhf.reproduce --profile quick --seeds 1 --out runs/quick   minutes on two CPU cores
     python -m fgrlhf.reproduce --profile full  --seeds 4 --out runs/full    intervals over seeds
+    python -m fgrlhf.reproduce --profile real  --data DIR --out runs/real   people's edits
 
 The profiles full and annotations add systems to those of quick. In one folder they share its runs.
+The profile real has another world: news, summaries and people's edits of them (DeFacto, in --data),
+and a pretrained model of 135 million parameters.
 
 Every step is a command of this project that can be repeated by hand. pipeline.py runs the commands
 and results.json lists them; stages.py has their settings.
@@ -25,6 +28,9 @@ from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import write_atomic
 from fgrlhf.engine.config import DTYPES, arg, parse, run
 from fgrlhf.engine.distributed import pick_device
+from fgrlhf.real import results as real_results
+from fgrlhf.real import stages as real
+from fgrlhf.real.files import check_data
 from fgrlhf.reproduce.pipeline import run_stages
 from fgrlhf.reproduce.report import text_table, write_report
 from fgrlhf.reproduce.results import collect
@@ -34,10 +40,11 @@ from fgrlhf.reproduce.stages import PROFILES, Seed, start
 @dataclass(frozen=True)
 class Config:
     out: str = arg(help="folder for all runs, results.json and report.html")
-    profile: str = arg("quick", choices=tuple(PROFILES),
+    profile: str = arg("quick", choices=(*PROFILES, "real"),
                        help="quick: minutes per seed; full: rivals, controls and ablations too; "
                             "annotations: fewer annotations too; sweep: the settings that were "
-                            "tried, on dev prompts only")
+                            "tried, on dev prompts only; real: people's edits")
+    data: str | None = arg(None, help="real: folder with DeFacto's train.jsonl and val.jsonl")
     seeds: int = arg(1, least=1, help="number of seeds; each seed has its own world")
     first_seed: int = arg(0, help="the first seed")
     device: str = arg("cpu", help="device of every stage; the published figures are from CPUs")
@@ -62,7 +69,9 @@ def wall_seconds(out: Path, this_call: float) -> float:
 def collected(config: Config, seeds: list[Seed]) -> dict:
     """Collects the results. A file that was changed since its stage ran is refused in one line."""
     try:
-        return collect(config.profile, [seed.folder for seed in seeds])
+        folders = [seed.folder for seed in seeds]
+        return (real_results.collect(folders) if config.profile == "real" else
+                collect(config.profile, folders))
     except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
         what = error if isinstance(error, UserError) else (
             f"{config.out}: the files of the finished stages do not give results "
@@ -76,18 +85,33 @@ def command_of(config: Config) -> str:
     """The command of these results; results.json names the device under "machine"."""
     dtype = f" --dtype {config.dtype}" if config.dtype != "float32" else ""
     lora = f" --lora-rank {config.lora_rank}" if config.lora_rank else ""
-    return (f"python -m fgrlhf.reproduce --profile {config.profile} --seeds {config.seeds} "
+    data = f" --data {config.data}" if config.data else ""
+    return (f"python -m fgrlhf.reproduce --profile {config.profile}{data} --seeds {config.seeds} "
             f"--first-seed {config.first_seed} --out {config.out}{dtype}{lora}")
 
 
+def check_flags(config: Config) -> None:
+    """Refuses now what the first stage would refuse later."""
+    pick_device(config.device)
+    if config.profile == "real":
+        check_data(config.data)
+        if config.lora_rank:
+            raise UserError("--profile real: expected no --lora-rank")
+    elif config.data:
+        raise UserError("--data: expected --profile real")
+
+
 def main(config: Config) -> None:
-    pick_device(config.device)                              # refused now, not by the first stage
+    check_flags(config)
     out, started = Path(config.out), time.perf_counter()
     seeds = [Seed(number, out / f"seed{number}", config.device, config.dtype, config.lora_rank)
              for number in range(config.first_seed, config.first_seed + config.seeds)]
     for seed in seeds:
-        start(seed)
-        PROFILES[config.profile](seed)
+        if config.profile == "real":
+            real.plan(seed, config.data)
+        else:
+            start(seed)
+            PROFILES[config.profile](seed)
     stages = [stage for seed in seeds for stage in seed.stages]
     run_stages(stages, out, config.workers)
     results = collected(config, seeds) | {

@@ -14,7 +14,8 @@ MARKS = {"error": ("u", "error"), "out": ("del", "taken out"), "in": ("ins", "pu
          "gap": ("u", "credited with a gap")}
 
 
-def heat_maps(maps: Sequence[dict]) -> Html:
+def heat_maps(maps: Sequence[dict],
+              underlined: str = "an error that the oracle found") -> Html:
     """Shows each token on the colour of its reward, with the number below and errors underlined.
 
     Maps with the same prompt, which are neighbours, are the answers of several systems.
@@ -26,12 +27,12 @@ def heat_maps(maps: Sequence[dict]) -> Html:
                    [_heat_map(one, largest) for one in group])
                for prompt, group in groupby(maps, key=lambda one: one["prompt"])]
     return section(
-        "Token rewards of sampled answers",
-        tag("p", "The first prompts, with the answers of several systems. The number under each "
-            "token is its reward. Blue means above 0, orange below 0. "
+        "Token rewards",
+        tag("p", "The answers to the first prompts. The number under each token is its reward. "
+            "Blue means above 0, orange below 0. "
             f"The colour is strongest at {typeset(number(largest, digits=1))}, the largest "
             "absolute reward here. ", tag("u", "A wavy underline", class_="error"),
-            " marks an error that the oracle found."),
+            f" marks {underlined}."),
         figures)
 
 

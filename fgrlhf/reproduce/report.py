@@ -10,8 +10,9 @@
     speed          [{label, names, rows: [{label, baseline, method, ratio}]}]
                    names: of baseline and method; ratio: a cell or a number
     paper          [{label, value}]                                 the figures of the paper
-    curves         [{system, label, seed, metric, x_episodes, x_seconds, y}]
+    curves         [{system, label, seed, metric, x_episodes, x_seconds, x_kl, y}]
     examples       {heat_maps: [{prompt, label, tokens, rewards, errors}],
+                    underlined: what the errors of the heat maps are,
                     edits: [{prompt, original_tokens, original_changed,
                              edited_tokens, edited_changed}],
                     explained: [explained.Explained],
@@ -24,6 +25,7 @@ network, no script and no colour: signs, numbers, dashes and underlines carry th
 """
 
 import re
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Sequence
@@ -34,15 +36,22 @@ from fgrlhf.reproduce import excerpts
 from fgrlhf.reproduce.chart import Curve, line_chart, strip, strip_axis, ticks
 from fgrlhf.reproduce.markup import Html, section, table, tag, typeset
 from fgrlhf.reproduce.table import (
-    ADVANTAGES, DECODING, DIFFERENCE, ERRORS, GREEDY_ERRORS, PLACES, REWARD_MODELS, TRAINING,
-    WIN_RATES, Column, cell_texts, interval_of, is_number, number, present, ratio, text_table)
+    ADVANTAGES, DECODING, DIFFERENCE, ERRORS, GREEDY_ERRORS, GREEDY_SUMMARIES, PLACES,
+    REWARD_MODELS, SUMMARIES, TRAINING, WIN_RATES, Column, cell_texts, interval_of, is_number,
+    number, present, ratio, text_table)
 
 STYLE = Path(__file__).parent / "style.css"
 # With this policy the browser refuses everything that is not on the page.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 CURVES = {"win_rate": ("Win rate on dev prompts, %", 100),
           "reward": ("Reward per response, each system on its own scale", 1),
-          "kl_k1": ("KL from the SFT policy, nats per response", 1)}
+          "kl_k1": ("KL from the SFT policy, nats per response", 1),
+          "length": ("Tokens per response", 1),
+          "made_up": ("Made-up names and numbers per sampled summary", 1),
+          "made_up_rate": ("Made-up share of the names and numbers, %", 100),
+          "judge": ("Reward by the judge, which trained no policy", 1)}
+AXES = {"episodes": "episodes", "seconds": "seconds",
+        "kl": "KL from the SFT policy, nats per response"}
 
 
 def write_report(path: str | Path, results: dict) -> None:
@@ -56,11 +65,13 @@ def page(results: dict) -> str:
     systems = get("systems") or {}
     is_method = lambda curve: systems.get(curve["system"], {}).get("role") == "method"
     curves = sorted(get("curves") or [], key=is_method, reverse=True)  # the method gets style s0
-    parts = [(_systems, systems), (_temperatures, systems),
+    maps = examples.get("heat_maps")
+    underlined = {"underlined": examples["underlined"]} if "underlined" in examples else {}
+    parts = [(_systems, systems), (_summaries, systems), (_temperatures, systems),
              (_by_annotations, get("by_annotations")), (_comparisons, get("comparisons")),
              (_reward_models, get("reward_models")), (_advantages, get("advantages")),
              (_speed, get("speed")), (_paper, get("paper")), (_training, systems),
-             (_curves, curves), (excerpts.heat_maps, examples.get("heat_maps")),
+             (_curves, curves), (partial(excerpts.heat_maps, **underlined), maps),
              (excerpts.edits, examples.get("edits")), (explained_page, examples.get("explained")),
              (excerpts.before_after, examples.get("before_after")), (_again, results)]
     sections = [shown for show, part in parts if part and (shown := show(part))]
@@ -113,12 +124,31 @@ def _systems(systems: dict[str, dict]) -> Html | None:
     head, strips = _strips([s["metrics"].get("win_rate") or {} for s in systems.values()], 50)
     rows = [tag("tr", _name(s), drawn, _numbers(s, columns), class_=s.get("role"))
             for s, drawn in zip(systems.values(), strips)]
+    about = ("The reference is one fixed sample of the SFT policy, and the oracle counts the errors "
+             "per response. PPO runs are tested with the checkpoint that is best on dev prompts; SFT "
+             "and imitation with the last one."
+             if present(systems, ERRORS) else
+             "The reference is SFT with the same decoding, and the judge is a reward model that "
+             "was trained on other edits. All policies are those of the last step.")
     return section("Systems", table(
-        "Win rates on test prompts against one fixed sample of the SFT policy (50: no better), "
-        "with sampled and with greedy answers, and the oracle's errors per response. PPO runs are "
-        "tested with the checkpoint that is best on dev prompts; SFT and imitation with the last "
-        "one. Brackets and lines are 95% intervals, discs are means, ticks are seeds.",
+        "Win rates on test prompts against the SFT policy (50: no better), with sampled and with "
+        f"greedy answers. {about} Brackets and lines are 95% intervals, discs are means, ticks are "
+        "seeds.",
         ["system", head, *(c.header for c in columns)], _by_role(systems, rows)))
+
+
+def _summaries(systems: dict[str, dict]) -> Html | None:
+    tables = []
+    for decoding, columns in (("Sampled", SUMMARIES), ("Greedy", GREEDY_SUMMARIES)):
+        if shown := present(systems, columns):
+            rows = [tag("tr", _name(s), _numbers(s, shown), class_=s.get("role"))
+                    for s in systems.values()]
+            tables.append(table(
+                f"{decoding} summaries: names and numbers that the article does not have, per "
+                "summary and per name or number; summaries with any; words; and pairs of "
+                "neighbouring words that the article has too.",
+                ["system", *(c.header for c in shown)], _by_role(systems, rows)))
+    return section("Made-up facts", tables) if tables else None
 
 
 def _temperatures(systems: dict[str, dict]) -> Html | None:
@@ -247,19 +277,20 @@ def _strips(cells: Sequence[dict], reference: float) -> tuple[Html, list[Html]]:
 # ----- the rest ---------------------------------------------------------------------------------
 
 def _curves(curves: Sequence[dict]) -> Html:
-    """Draws the win rate over episodes and over seconds, and other metrics over episodes."""
+    """Draws each metric over the axes that its curves have; over seconds only the win rate."""
     style = {key: n % 8 for n, key in enumerate(dict.fromkeys(c["system"] for c in curves))}
     figures = []
     for metric in dict.fromkeys(c["metric"] for c in curves):
         name, factor = CURVES.get(metric, (metric, 1))
         reference = (50, "the SFT sample itself") if metric == "win_rate" else ()
-        for axis in ("episodes", "seconds") if metric == "win_rate" else ("episodes",):
+        for axis, unit in AXES.items():
             drawn = [Curve(c["label"], style[c["system"]], c[f"x_{axis}"],
                            [factor * y if is_number(y) else None for y in c["y"]])
-                     for c in curves if c["metric"] == metric and c.get(f"x_{axis}")]
+                     for c in curves if c["metric"] == metric and c.get(f"x_{axis}")
+                     and (axis != "seconds" or metric == "win_rate")]
             if drawn:
-                figures.append(tag("figure", tag("figcaption", tag("b", name), f", over {axis}"),
-                                   line_chart(drawn, name, axis, *reference)))
+                figures.append(tag("figure", tag("figcaption", tag("b", name), f", over {unit}"),
+                                   line_chart(drawn, name, unit, *reference)))
     return section("Learning curves", tag(
         "p", "Each system has one line. With several seeds, each thin line is a seed, and the "
         "thick line is their mean up to the end of the shortest.", class_="muted"), figures)

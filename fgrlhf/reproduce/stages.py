@@ -58,9 +58,11 @@ class Seed:
     def at(self, name: str) -> str:
         return str(self.folder / name)
 
-    def add(self, name: str, *command: str, needs: tuple[str, ...] = ()) -> None:
+    def add(self, name: str, *command: str, needs: tuple[str, ...] = (),
+            computes: bool = True) -> None:
+        """Adds a stage. computes: it has a model, and so the flags of the device."""
         prefix = self.folder.name
-        if "fgrlhf.simulate" not in command:                    # the world needs no device
+        if computes and "fgrlhf.simulate" not in command:       # the world needs no device
             command += self.common
         self.stages.append(Stage(f"{prefix}.{name}", command,
                                  tuple(f"{prefix}.{need}" for need in needs)))

@@ -33,8 +33,14 @@ DECODING = (Column("win_rate", "1", 100, 1, False), Column("win_rate_0.7", "0.7"
             Column("win_rate_0.3", "0.3", 100, 1, False),
             Column("win_rate_greedy", "greedy", 100, 1, False),
             Column("win_rate_mean", "mean", 100, 1))
+SUMMARIES = (Column("made_up", "made up", 1, 2), Column("made_up_rate", "per name %", 100, 1),
+             Column("made_up_any", "any %", 100, 0, False), Column("words", "words", 1, 1, False),
+             Column("copied", "copied %", 100, 0, False))
+GREEDY_SUMMARIES = tuple(c._replace(metric=f"{c.metric}_greedy") for c in SUMMARIES)
 REWARD_MODELS = (Column("edit_accuracy", "edit pairs %", 100, 1),
                  Column("pair_accuracy", "pairs %", 100, 1),
+                 Column("equal_length", "equal length %", 100, 1),
+                 Column("shorter", "shorter wins %", 100, 1, False),
                  Column("token_auc", "token AUC", 1, 3, False),
                  Column("token_auc_within", "AUC within", 1, 3, False))
 PLACES = (Column("r_errors", "r errors", 1, 2, False), Column("r_behind", "behind", 1, 2, False),
@@ -106,6 +112,8 @@ def text_table(results: dict, width: int = 104) -> str:
     parts = [_metrics("system", systems, columns, width),
              "\n".join(line for sentence in results.get("reading") or []
                        for line in textwrap.wrap(sentence, width, break_on_hyphens=False)),
+             _metrics("summaries, sampled", systems, SUMMARIES, width),
+             _metrics("summaries, greedy", systems, GREEDY_SUMMARIES, width),
              _metrics("win rate % by temperature",
                       {name: system for name, system in systems.items()
                        if present({name: system}, DECODING[-1:])}, DECODING, width),
@@ -133,6 +141,8 @@ def text_table(results: dict, width: int = 104) -> str:
 def _metrics(title: str, rows: dict[str, dict], columns: Sequence[Column], width: int) -> str:
     cells = [_cells(c, [row["metrics"].get(c.metric) for row in rows.values()])
              for c in present(rows, columns)]
+    if not cells:
+        return ""
     return _aligned([title, *(row["label"] for row in rows.values())], cells, width)
 
 

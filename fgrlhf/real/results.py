@@ -1,0 +1,221 @@
+"""Collects the figures of the profile real for results.json, from the judgements of judge.py.
+
+The statistics of one system are functions of its summaries. With one seed their intervals are from
+a bootstrap over articles, the same draws for all systems; with several, Student's t over seeds.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from fgrlhf.checkpoint import load_tokenizer
+from fgrlhf.data.files import read_object
+from fgrlhf.data.readers import read_edits, read_outputs
+from fgrlhf.encode import Encoder
+from fgrlhf.evaluate import compare
+from fgrlhf.real.made_up import made_up
+from fgrlhf.real.judge import article_of
+from fgrlhf.real.stages import POLICIES, TEST
+from fgrlhf.reproduce.examples import changes, pieces
+from fgrlhf.reproduce.names import SYSTEMS
+from fgrlhf.reproduce.results import cell, read_lines, seed_of
+from fgrlhf.reward import load_reward
+from fgrlhf.sequences import pack
+
+Rows = dict[str, np.ndarray]        # the figures of judge.py by name, one number per summary
+
+ORDER = ("sft", "rlhf", "fine-grained-paper", "fine-grained", "imitation", "dpo-sft")
+DECODINGS = {"sampled": "", "greedy": "_greedy"}        # and the end of a metric's name
+DRAWS = 1000
+REWARDS = {"rm-paper": "Token-level, paper's loss", "rm-ours": "Token-level, our loss",
+           "rm-sequence": "Sequence-level on edits", "rm-judge": "The judge, on other edits"}
+FOUND = {"pair_accuracy": "edit_accuracy", "pair_accuracy_shorter": "shorter",
+         "equal_length/pair_accuracy": "equal_length", "edit_auc": "token_auc",
+         "edit_auc_within": "token_auc_within"}
+NOTES = [
+    "DeFacto: summaries of news by a model, and minimal edits of them by people. SmolLM2-135M, a "
+    "pretrained LLaMA. Nothing here was built for the method.",
+    "The prompt of a summary is the sentence that an annotator chose as evidence. The annotator "
+    "had seen the summary.",
+    "Made up: words with a capital or a digit, the first word aside, that the article does not "
+    "have. The rate on DeFacto's val is 37% where an annotator found an error, 12% after the "
+    "annotator's edit, and 13% where there was none.",
+    "The judge is a sequence-level reward model, trained on the edits of val. No other model has "
+    "seen these. Its accuracy is in the table of reward models.",
+    "Reward models are linear probes on layer 20 of the pretrained model, trained on edits of "
+    "train. The token rewards give EOS no reward in PPO (--no-reward-eos)."]
+
+STATISTICS: dict[str, Callable[[Rows], float]] = {
+    "made_up": lambda rows: rows["made_up"].mean(),
+    "made_up_any": lambda rows: (rows["made_up"] > 0).mean(),
+    "made_up_rate": lambda rows: rows["made_up"].sum() / max(rows["named"].sum(), 1),
+    "words": lambda rows: rows["words"].mean(),
+    "copied": lambda rows: rows["copied"].mean()}
+
+
+def rows_of(found: list[dict]) -> Rows:
+    """Returns the figures of several summaries, by name."""
+    return {name: np.array([row[name] for row in found], dtype=float)
+            for name in ("reward", "named", "made_up", "words", "copied")}
+
+
+def judged(folder: Path, system: str) -> dict[str, Rows]:
+    """Returns the figures of a system's test answers, by decoding. `win` is against SFT's."""
+    found, start = (read_object(folder / f"judged/{name}.json")["answers"]
+                    for name in (system, "sft"))
+    result = {}
+    for decoding in DECODINGS:
+        rows, first = rows_of(found[f"{system}-{decoding}"]), rows_of(start[f"sft-{decoding}"])
+        wins = compare((-rows["reward"]).tolist(), (-first["reward"]).tolist())
+        result[decoding] = rows | {"win": np.array(wins)}
+    return result
+
+
+def estimate(seeds: list[tuple[Rows, ...]], statistic: Callable[..., float]) -> dict:
+    """Returns the cell of a statistic of one or more systems, given for each seed."""
+    found = cell([float(statistic(*systems)) for systems in seeds])
+    if len(seeds) > 1:
+        return found
+    rng, (systems,) = np.random.default_rng(0), seeds
+    n = len(systems[0]["win"])
+    draws = [statistic(*({name: values[rows] for name, values in one.items()} for one in systems))
+             for rows in rng.integers(0, n, (DRAWS, n))]
+    return found | {"interval": np.percentile(draws, (2.5, 97.5)).tolist()}
+
+
+def systems_table(tests: dict[str, list[dict[str, Rows]]]) -> dict:
+    """Returns the table of the systems. `..._change` is relative to SFT, -0.5 for half."""
+    table = {}
+    for system, seeds in tests.items():
+        label, role = SYSTEMS[system]
+        metrics = {}
+        for decoding, end in DECODINGS.items():
+            own = [(one[decoding],) for one in seeds]
+            both = [(one[decoding], sft[decoding]) for one, sft in zip(seeds, tests["sft"])]
+            metrics |= {name + end: estimate(own, statistic)
+                        for name, statistic in STATISTICS.items()}
+            if system == "sft":
+                continue
+            metrics["win_rate" + end] = estimate(own, lambda rows: rows["win"].mean())
+            for name in ("made_up", "made_up_rate", "words"):
+                metrics[f"{name}_change{end}"] = estimate(
+                    both, lambda ours, sft, of=STATISTICS[name]: of(ours) / of(sft) - 1)
+        table[system] = {"label": label, "role": role, "metrics": metrics}
+    return table
+
+
+def comparisons(tests: dict[str, list[dict[str, Rows]]]) -> list[dict]:
+    """Returns the differences of the judge's win rates between the methods and the others."""
+    result = []
+    for ours in ("fine-grained-paper", "fine-grained"):
+        for other in ("rlhf", "imitation", "dpo-sft"):
+            for decoding in DECODINGS:
+                both = [(a[decoding], b[decoding]) for a, b in zip(tests[ours], tests[other])]
+                result.append({
+                    "systems": [ours, other], "decoding": decoding,
+                    "label": f"{SYSTEMS[ours][0]} minus {SYSTEMS[other][0]}, {decoding}"}
+                    | estimate(both, lambda a, b: a["win"].mean() - b["win"].mean()))
+    return result
+
+
+def reward_models(folders: list[Path]) -> dict:
+    """Returns accuracy and AUC of the reward models on held-out edits, intervals over articles."""
+    table = {}
+    for name, label in REWARDS.items():
+        done = [read_object(folder / name / "done.json") for folder in folders]
+        metrics = {}
+        for old, new in FOUND.items():
+            values = [one.get(f"edits/{old}") for one in done]
+            if None not in values:
+                metrics[new] = cell(values)
+                if len(done) == 1:
+                    metrics[new]["interval"] = done[0].get(f"edits/{old}_95")
+        table[name] = {"label": label, "metrics": metrics}
+    return table
+
+
+def curves(folders: list[Path]) -> list[dict]:
+    """Returns made-up facts and the judge's reward over KL, and reward and KL over episodes."""
+    over_kl = {name: STATISTICS[name] for name in ("made_up", "made_up_rate")}
+    over_kl["judge"] = lambda rows: rows["reward"].mean()
+    result = []
+    for folder in folders:
+        for system in POLICIES:
+            head = {"system": system, "label": SYSTEMS[system][0], "seed": seed_of(folder)}
+            samples = read_object(folder / f"judged/{system}.json")["samples"]
+            steps = [[row for row in samples if row["step"] == step]
+                     for step in sorted({row["step"] for row in samples})]
+            rows = [rows_of(some) for some in steps]
+            kl = [float(np.mean([row["kl"] for row in some])) for some in steps]
+            result += [head | {"metric": name, "x_kl": kl, "y": [
+                float(statistic(one)) for one in rows]} for name, statistic in over_kl.items()]
+            lines = read_lines(folder / system / "metrics.jsonl")
+            episodes = [int(line["rollout/episodes"]) for line in lines]
+            result += [head | {"metric": metric, "x_episodes": episodes, "y": [
+                line[f"rollout/{metric}"] * line.get(unit, 1) for line in lines]}
+                for metric, unit in (("reward", 1), ("kl_k1", "rollout/length"), ("length", 1))]
+    return result
+
+
+def reading(systems: dict) -> list[str]:
+    """Says in sentences what PPO with each reward changed."""
+    def percent(metrics: dict, name: str) -> str:
+        change = metrics[name]
+        low, high = change["interval"] or (math.nan, math.nan)
+        return f"{100 * change['mean']:+.0f}% [{100 * low:+.0f}, {100 * high:+.0f}]"
+    start = systems["sft"]["metrics"]
+    said = [f"The SFT policy makes up {start['made_up']['mean']:.2f} names and numbers per sampled "
+            f"summary, {start['made_up_greedy']['mean']:.2f} per greedy one."]
+    for system in ("fine-grained-paper", "fine-grained", "rlhf", "imitation", "dpo-sft"):
+        m = systems[system]["metrics"]
+        said.append(
+            f"{systems[system]['label']}: {percent(m, 'made_up_change')} of them sampled, "
+            f"{percent(m, 'made_up_change_greedy')} greedy; per name or number "
+            f"{percent(m, 'made_up_rate_change')} and {percent(m, 'made_up_rate_change_greedy')}; "
+            f"length {percent(m, 'words_change')} and {percent(m, 'words_change_greedy')}. The "
+            f"judge prefers it to SFT in {100 * m['win_rate']['mean']:.1f}% of the samples and "
+            f"{100 * m['win_rate_greedy']['mean']:.1f}% of the greedy summaries.")
+    return said
+
+
+def examples(folder: Path, count: int = 4) -> dict:
+    """Returns texts for the report: the first edits of val with token rewards, and answers."""
+    edits = read_edits(folder / "data/val-edits.jsonl")[:count]
+    models = {name: load_reward(folder / f"{name}/reward") for name in ("rm-paper", "rm-ours")}
+    tokenizer = load_tokenizer(folder / "rm-ours/reward")
+    encoder = Encoder(tokenizer, models["rm-ours"].trunk.config.max_seq_len, "plain")
+    maps = []
+    for edit in edits:
+        ids = encoder.preference(edit)
+        for name, model in models.items():
+            rewards = model.ppo_rewards(pack([ids.prompt], [ids.rejected]))[0].tolist()
+            maps.append({"prompt": edit.prompt, "label": REWARDS[name], "rewards": rewards,
+                         "tokens": pieces(tokenizer, ids.rejected),
+                         "errors": [t in ids.removed for t in range(len(ids.rejected))]})
+    before, after = (read_outputs(folder / f"outputs/{name}-greedy.json")
+                     for name in ("sft", "fine-grained"))
+    rows = [{"prompt": a.instruction, "before": a.output, "after": b.output,
+             "before_errors": len(made_up(a.output, article_of(a))),
+             "after_errors": len(made_up(b.output, article_of(b)))} for a, b in zip(before, after)]
+    worse = [row for row in rows if row["after_errors"] > row["before_errors"]]
+    labels = [SYSTEMS["sft"][0], SYSTEMS["fine-grained"][0]]
+    return {"heat_maps": maps, "underlined": "a token that the annotator took out",
+            "edits": [changes(tokenizer, edit) for edit in edits],
+            "before_after": [{"caption": caption, "labels": labels, "rows": some[:count + 2]}
+                             for caption, some in (
+                (f"Greedy summaries of the first of {TEST} articles of val, whatever they are. "
+                 "Errors are names and numbers that the article does not have.", rows),
+                (f"Where more is made up than before: {len(worse)} of {len(rows)}. These are the "
+                 "first of them.", worse)) if some]}
+
+
+def collect(folders: list[Path]) -> dict:
+    """Collects everything that the table and the report show."""
+    tests = {system: [judged(folder, system) for folder in folders] for system in ORDER}
+    systems = systems_table(tests)
+    return {"profile": "real", "seeds": [seed_of(folder) for folder in folders], "notes": NOTES,
+            "reading": reading(systems), "systems": systems,
+            "reward_models": reward_models(folders), "comparisons": comparisons(tests),
+            "curves": curves(folders), "examples": examples(folders[0])}

@@ -1,0 +1,79 @@
+"""The stages of the profile real: human edits of summaries, and a pretrained LLaMA.
+
+The policy is trained on all candidates of DeFacto's train, right and wrong, so that it errs as the
+annotators saw it. Reward models are linear probes of the pretrained model. The policies answer the
+first prompts of val. They are judged by a reward model that was trained on the edits of val, which
+no policy and no other reward model has seen, and by the names and numbers that they make up.
+"""
+
+from fgrlhf.reproduce.stages import Seed
+
+MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
+LAYER = "20"                    # of 30, chosen on folds of train, see reproduce/REAL.md
+TEST = 160                      # prompts of val
+LONGEST = "48"                  # tokens of an answer
+# Of all policies. The rates of PPO were chosen on its samples of train prompts.
+SFT = ("--lr", "3e-5", "--muon-lr", "0", "--warmup", "5")
+PPO = ("--iterations", "16", "--rollouts", "32", "--epochs", "1", "--minibatches", "2",
+       "--lr", "5e-5", "--lr-decay", "--warmup", "3", "--beta", "0.5", "--save-samples",
+       "--save-every", "4", "--keep", "1")
+OURS = ("--method", "fine-grained", "--no-reward-eos")
+RLHF = ("--method", "rlhf", "--value-lr", "5e-5")
+DPO = ("--sft-weight", "1", "--beta", "0.1", "--epochs", "1", "--lr", "3e-5", "--warmup", "5")
+REWARDS = {"rm-paper": ("--loss", "paper"), "rm-ours": ("--epochs", "20"),
+           "rm-sequence": ("--kind", "sequence")}
+POLICIES = {"fine-grained-paper": ("rm-paper", OURS), "fine-grained": ("rm-ours", OURS),
+            "rlhf": ("rm-sequence", RLHF)}
+
+
+def plan(seed: Seed, data: str) -> None:
+    """Adds every stage. data: the folder of DeFacto's files."""
+    seed.add("model", "-m", "fgrlhf.checkpoint", "fetch-smollm2", "--out", "models", computes=False)
+    seed.add("data", "-m", "fgrlhf.real.files", "--data", data, "--out", seed.at("data"),
+             computes=False)
+    _reward_models(seed)
+    trained = ("--template", "plain", "--seed", seed.seed, "--resume")
+    seed.add("sft", "-m", "fgrlhf.sft", "--data", seed.at("data/train-summaries.jsonl"),
+             "--model", MODEL, *SFT, "--out", seed.at("sft"), *trained, needs=("model", "data"))
+    for name, module, options in (("imitation", "fgrlhf.sft", (*SFT, "--epochs", "2")),
+                                  ("dpo-sft", "fgrlhf.dpo", DPO)):
+        seed.add(name, "-m", module, "--data", seed.at("data/train-edits.jsonl"), "--model",
+                 seed.at("sft/policy"), *options, "--out", seed.at(name), *trained, needs=("sft",))
+    for name, (reward, method) in POLICIES.items():
+        seed.add(name, "train_ppo.py", *method, "--policy", seed.at("sft/policy"), "--reward",
+                 seed.at(f"{reward}/reward"), "--prompts", seed.at("data/train-prompts.jsonl"),
+                 "--max-new-tokens", LONGEST, *PPO, "--out", seed.at(name), *trained,
+                 needs=("sft", reward))
+    for name in ("sft", *POLICIES, "imitation", "dpo-sft"):
+        _test(seed, name)
+
+
+def _reward_models(seed: Seed) -> None:
+    """Adds the probes, and the judge: the other kind on the other edits.
+
+    The first of them computes the hidden states of all edits, which the others read.
+    """
+    train, val = (seed.at(f"data/{split}-edits.jsonl") for split in ("train", "val"))
+    judge = ("rm-judge", train, val, ("--kind", "sequence"))
+    needs = ("model", "data")
+    for name, held_out, edits, options in (
+            *((name, val, train, options) for name, options in REWARDS.items()), judge):
+        seed.add(name, "train_rm.py", "--data", edits, "--eval-edits", held_out, "--model", MODEL,
+                 "--template", "plain", "--freeze", "--layer", LAYER,
+                 "--hidden-states", seed.at("states.pt"), "--intervals", "300",
+                 "--seed", seed.seed, "--resume", *options, "--out", seed.at(name), needs=needs)
+        needs = ("rm-paper",)
+
+
+def _test(seed: Seed, name: str) -> None:
+    """Adds a policy's sampled and greedy answers, and what the judges say about them."""
+    answers = [seed.at(f"outputs/{name}-{decoding}.json") for decoding in ("sampled", "greedy")]
+    seed.add(f"{name}-test", "eval.py", "outputs", "--policy", seed.at(f"{name}/policy"),
+             "--prompts", seed.at("data/val-prompts.jsonl"), "--limit", str(TEST), "--template",
+             "plain", "--max-new-tokens", LONGEST, "--seed", "7", "--out", answers[0],
+             "--greedy-out", answers[1], needs=(name,))
+    samples = ("--samples", seed.at(f"{name}/samples.jsonl"),
+               "--prompts", seed.at("data/train-prompts.jsonl")) if name in POLICIES else ()
+    seed.add(f"{name}-judged", "-m", "fgrlhf.real.judge", "--reward", seed.at("rm-judge/reward"),
+             "--outputs", ",".join(answers), *samples, "--out", seed.at(f"judged/{name}.json"),
+             needs=(f"{name}-test", "rm-judge"))
