@@ -124,9 +124,9 @@ def _systems(systems: dict[str, dict]) -> Html | None:
     head, strips = _strips([s["metrics"].get("win_rate") or {} for s in systems.values()], 50)
     rows = [tag("tr", _name(s), drawn, _numbers(s, columns), class_=s.get("role"))
             for s, drawn in zip(systems.values(), strips)]
-    about = ("The reference is one fixed sample of the SFT policy, and the oracle counts the errors "
-             "per response. PPO runs are tested with the checkpoint that is best on dev prompts; SFT "
-             "and imitation with the last one."
+    about = ("The reference is one fixed sample of the SFT policy, and the oracle counts errors. "
+             "PPO runs are tested with the checkpoint that is best on dev prompts; SFT and "
+             "imitation with the last one."
              if present(systems, ERRORS) else
              "The reference is SFT with the same decoding, and the judge is a reward model that "
              "was trained on other edits. All policies are those of the last step.")
