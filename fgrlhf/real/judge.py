@@ -13,6 +13,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from fgrlhf.checkpoint import load_tokenizer
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import read_json, write_atomic
@@ -20,13 +22,11 @@ from fgrlhf.data.readers import read_outputs, read_prompts
 from fgrlhf.data.records import Output
 from fgrlhf.engine.config import Computation, arg, parse, run
 from fgrlhf.engine.distributed import pick_device
-from fgrlhf.engine.encoding import check_encoding
+from fgrlhf.engine.encoding import Encoding, check_encoding
 from fgrlhf.judge import answer_to, rewards_of
 from fgrlhf.real.made_up import copied, made_up, named, words
 from fgrlhf.reward import load_reward
 from fgrlhf.templates import template_arg
-
-import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,8 @@ def read_samples(config: Config) -> tuple[list[dict], list[Output]]:
 def judge(config: Config) -> None:
     if (config.samples is None) != (config.prompts is None):
         raise UserError("--samples and --prompts: expected both or neither")
-    device, encoding = pick_device(config.device), check_encoding(config.reward,
-                                                                  template=config.template)
+    device = pick_device(config.device)
+    encoding = check_encoding(config.reward, template=config.template) or Encoding(config.template)
     model = load_reward(config.reward, device, getattr(torch, config.dtype))
     tokenizer = load_tokenizer(config.reward)
 

@@ -1,0 +1,211 @@
+"""The profile real: its files, the measure of made-up facts, the judge and the statistics."""
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fgrlhf.checkpoint import FetchConfig
+from fgrlhf.data.defacto import read_summaries
+from fgrlhf.data.fields import UserError
+from fgrlhf.data.readers import read_edits, read_prompts
+from fgrlhf.data.records import Output, Passage, Prompt, write_jsonl, write_outputs
+from fgrlhf.engine.config import parser
+from fgrlhf.judge import answer_to
+from fgrlhf.real import files, judge, results, stages
+from fgrlhf.real.made_up import copied, made_up, named
+from fgrlhf.reproduce.__main__ import Config as ReproduceConfig
+from fgrlhf.reproduce.__main__ import check_flags
+from fgrlhf.reproduce.stages import Seed
+from tests.small import ppo_folder
+from tests.test_readme import config_of
+
+ARTICLE = "Ann Lee of Leeds has 1,200 cows. The farm opened in May."
+
+
+@pytest.mark.parametrize("summary, expected", [
+    ("A farm in Leeds has 1,200 cows.", []),
+    ("A farm in leeds has 1200 cows.", ["1200"]),              # another form counts as made up
+    ("York is where Ann Lee lives.", []),                       # the first word is left aside
+    ("The farm of ANN LEE opened in June 2019.", ["June", "2019"]),
+    ("Ann's farm, the BBC says, is in the U.K.", ["BBC", "U", "K"]),
+    ("", [])])
+def test_made_up_lists_names_and_numbers_that_the_article_lacks(summary, expected):
+    assert made_up(summary, ARTICLE) == expected
+
+
+def test_named_counts_words_with_a_capital_or_a_digit_but_not_the_first():
+    assert named("The farm of Ann has 3.5 cows and an iPad.") == ["Ann", "3.5", "iPad"]
+
+
+def test_copied_is_the_share_of_neighbours_that_the_article_has():
+    assert copied("the farm opened in June", ARTICLE) == 3 / 4
+    assert copied("cows", ARTICLE) == copied("", ARTICLE) == 0.0
+
+
+# ----- files --------------------------------------------------------------------------------------
+
+def published(folder: Path) -> Path:
+    """Writes both splits with one wrong and one right candidate."""
+    folder.mkdir()
+    right = {"doc_id": 1, "article": ARTICLE, "candidate": "Ann Lee has cows.", "has_error": False,
+             "feedback": {"summary": "", "evidence": "Ann Lee of Leeds has 1,200 cows."}}
+    wrong = right | {"doc_id": 2, "candidate": "Ann Lee has 90 cows.", "has_error": True,
+                     "feedback": {"summary": "Ann Lee has 1,200 cows.", "evidence": " "}}
+    for split in ("train", "val"):
+        (folder / f"{split}.jsonl").write_text("".join(
+            json.dumps(value) + "\n" for value in (right, wrong)))
+    return folder
+
+
+def test_files_hold_edits_candidates_and_prompts_with_their_articles(tmp_path):
+    data = published(tmp_path / "defacto")
+    files.write_files(files.Config(data=str(data), out=str(tmp_path / "out")))
+    (edit,) = read_edits(tmp_path / "out/val-edits.jsonl")
+    assert (edit.id, edit.original, edit.edited) == ("2", "Ann Lee has 90 cows.",
+                                                     "Ann Lee has 1,200 cows.")
+    assert edit.prompt == ARTICLE                               # its evidence is blank
+    summaries = read_summaries(data / "train.jsonl")
+    assert [s.output for s in summaries] == ["Ann Lee has cows.", "Ann Lee has 90 cows."]
+    first, second = read_prompts(tmp_path / "out/train-prompts.jsonl")
+    assert first == Prompt("1", "Ann Lee of Leeds has 1,200 cows.",
+                           context=(Passage("article", ARTICLE),))
+    assert second.prompt == ARTICLE
+
+
+@pytest.mark.parametrize("folder", [None, "nowhere"])
+def test_without_the_data_one_line_says_where_it_is_public(folder):
+    with pytest.raises(UserError, match="git clone https://github.com/microsoft/DeFacto"):
+        check_flags(ReproduceConfig(out="x", profile="real", data=folder))
+
+
+def test_data_and_adapters_are_refused_where_they_are_not_read(tmp_path):
+    data = str(published(tmp_path / "defacto"))
+    with pytest.raises(UserError, match="--data: expected --profile real"):
+        check_flags(ReproduceConfig(out="x", data=data))
+    with pytest.raises(UserError, match="expected no --lora-rank"):
+        check_flags(ReproduceConfig(out="x", profile="real", data=data, lora_rank=4))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_stage_is_a_command_that_its_script_understands(dtype):
+    seed = Seed(3, Path("runs/x/seed3"), "cpu", dtype)
+    stages.plan(seed, "data")
+    names = [stage.name for stage in seed.stages]
+    for stage in seed.stages:
+        assert all(names.index(need) < names.index(stage.name) for need in stage.needs)
+        words = shlex.split(stage.text)
+        if words[2] != "fgrlhf.checkpoint":
+            parser(config_of(words)).parse_args(words[2 + (words[1] in ("-m", "eval.py")):])
+    first = shlex.split(seed.stages[0].text)[3:]
+    assert parser(FetchConfig).parse_args(first[1:]).out == str(Path(stages.MODEL).parent)
+
+
+# ----- judge --------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = ppo_folder(tmp_path_factory.mktemp("real"))
+    prompts = [Prompt(str(i), f"name {i}", context=(Passage("article", ARTICLE),))
+               for i in range(3)]
+    write_jsonl(folder / "prompts-articles.jsonl", prompts)
+    for name, texts in (("sft-sampled", ("A red Ann", "The Bob", "it")),
+                        ("sft-greedy", ("A red", "is Bob", "in May"))):
+        write_outputs(folder / f"{name}.json",
+                      [answer_to(prompt, text, "p") for prompt, text in zip(prompts, texts)])
+    lines = [{"step": step, "responses": [
+        {"prompt": 2, "tokens": 4, "kl": 0.5 * step, "reward": 1.0, "output": "the May Bob"},
+        {"prompt": 0, "tokens": 4, "kl": 0.1, "reward": 1.0, "output": "it"}]}
+        for step in (1, 2, 3, 4)]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_judge_measures_every_answer_and_the_samples_of_some_iterations(folder, tmp_path):
+    judge.judge(judge.Config(
+        reward=str(folder / "sequence"), samples=str(folder / "samples.jsonl"),
+        outputs=f"{folder / 'sft-sampled.json'},{folder / 'sft-greedy.json'}",
+        prompts=str(folder / "prompts-articles.jsonl"), every=3, per_step=1,
+        out=str(tmp_path / "judged.json"), device="cpu"))
+    found = json.loads((tmp_path / "judged.json").read_text())
+    sampled, greedy = found["answers"]["sft-sampled"], found["answers"]["sft-greedy"]
+    assert [row["made_up"] for row in sampled] == [0, 1, 0]
+    assert [row["named"] for row in greedy] == [0, 1, 1]
+    assert [row["words"] for row in sampled] == [3, 2, 1]
+    assert [(row["step"], row["kl"], row["made_up"]) for row in found["samples"]] == [
+        (1, 0.5, 1), (3, 1.5, 1)]
+    assert len({row["reward"] for row in sampled}) == 3
+
+
+def test_judge_refuses_answers_without_an_article():
+    with pytest.raises(UserError, match="expected a context with the article"):
+        judge.article_of(Output("name", "x", "p"))
+
+
+def test_judge_wants_samples_and_prompts_together(folder, tmp_path):
+    with pytest.raises(UserError, match="--samples and --prompts: expected both or neither"):
+        judge.judge(judge.Config(reward="x", outputs="x", out="x", samples="x"))
+
+
+# ----- statistics ---------------------------------------------------------------------------------
+
+def rows(made, named, words, reward=None) -> list[dict]:
+    rewards = reward or [0.0] * len(made)
+    return [{"made_up": m, "named": n, "words": w, "copied": 0.5, "reward": r}
+            for m, n, w, r in zip(made, named, words, rewards)]
+
+
+def write_judged(folder: Path, systems: dict[str, list[dict]]) -> None:
+    (folder / "judged").mkdir(parents=True)
+    for name, found in systems.items():
+        answers = {f"{name}-{decoding}": found for decoding in ("sampled", "greedy")}
+        (folder / f"judged/{name}.json").write_text(json.dumps({"answers": answers, "samples": []}))
+
+
+def test_systems_table_has_rates_of_all_summaries_together_and_changes_against_sft(tmp_path):
+    write_judged(tmp_path, {"sft": rows([2, 2], [4, 2], [10, 20], [1.0, 2.0]),
+                            "rlhf": rows([1, 0], [1, 3], [5, 10], [2.0, 1.0])})
+    tests = {name: [results.judged(tmp_path, name)] for name in ("sft", "rlhf")}
+    table = results.systems_table(tests)
+    own = {name: cell["mean"] for name, cell in table["rlhf"]["metrics"].items()}
+    assert own["made_up"] == 0.5 and own["made_up_rate"] == 1 / 4 and own["made_up_any"] == 0.5
+    assert own["made_up_change"] == pytest.approx(0.5 / 2 - 1)
+    assert own["made_up_rate_change"] == pytest.approx((1 / 4) / (4 / 6) - 1)
+    assert own["words_change"] == pytest.approx(-0.5) and own["win_rate"] == 0.5
+    assert "win_rate" not in table["sft"]["metrics"]
+    assert table["rlhf"]["metrics"]["words_change"]["interval"] == [-0.5, -0.5]    # of either
+
+
+def test_interval_of_a_mean_is_that_of_the_central_limit():
+    """1.96 standard errors of the mean of 400 summaries."""
+    values = np.random.default_rng(0).normal(3.0, 2.0, 400)
+    found = results.estimate([({"win": values},)], lambda one: one["win"].mean())
+    half = 1.96 * values.std() / 20
+    assert found["mean"] == pytest.approx(values.mean())
+    assert found["interval"] == pytest.approx([values.mean() - half, values.mean() + half],
+                                              abs=0.03)
+
+
+def test_several_seeds_give_students_interval():
+    seeds = [({"win": np.full(3, value)},) for value in (0.5, 0.7)]
+    found = results.estimate(seeds, lambda one: one["win"].mean())
+    assert found["per_seed"] == pytest.approx([0.5, 0.7])
+    assert found["interval"] == pytest.approx([0.6 - 1.2706, 0.6 + 1.2706], abs=1e-3)
+
+
+# ----- DeFacto ------------------------------------------------------------------------------------
+
+def test_the_measure_follows_the_annotators(data_dir):
+    """The rates that the notes of the report give."""
+    found = {True: [0, 0], False: [0, 0], "edit": [0, 0]}
+    for line in (data_dir / "defacto/val.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        texts = [(record["has_error"], record["candidate"])]
+        texts += [("edit", record["feedback"]["summary"])] * record["has_error"]
+        for kind, text in texts:
+            found[kind][0] += len(made_up(text, record["article"]))
+            found[kind][1] += len(named(text))
+    assert {kind: round(made / count, 2) for kind, (made, count) in found.items()} == {
+        True: 0.37, "edit": 0.12, False: 0.13}
