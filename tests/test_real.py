@@ -14,7 +14,7 @@ from fgrlhf.data.readers import read_edits, read_prompts
 from fgrlhf.data.records import Output, Passage, Prompt, write_jsonl, write_outputs
 from fgrlhf.engine.config import parser
 from fgrlhf.judge import answer_to
-from fgrlhf.real import files, judge, results, stages
+from fgrlhf.real import analysis, files, judge, results, stages
 from fgrlhf.real.made_up import copied, made_up, named
 from fgrlhf.reproduce.__main__ import Config as ReproduceConfig
 from fgrlhf.reproduce.__main__ import check_flags
@@ -147,6 +147,33 @@ def test_judge_refuses_answers_without_an_article():
 def test_judge_wants_samples_and_prompts_together(folder, tmp_path):
     with pytest.raises(UserError, match="--samples and --prompts: expected both or neither"):
         judge.judge(judge.Config(reward="x", outputs="x", out="x", samples="x"))
+
+
+# ----- error analysis -----------------------------------------------------------------------------
+
+def test_types_of_words_by_hand():
+    summary = "Anns 12 red cows left Leeds in May, 2019."
+    pieces = ["Anns", " 1", "2", " red", " cows", " left", " Le", "eds", " in", " May", ",",
+              " 2019", "."]
+    spans, start = [], 0
+    for piece in pieces:
+        spans.append((start, start + len(piece)))
+        start += len(piece)
+    assert summary == "".join(pieces)
+    assert analysis.types_of(summary, "Leeds: 12 cows left.", spans) == [
+        "other word, not seen", "number, seen", "number, seen", "other word, not seen",
+        "other word, seen", "other word, seen", "name, seen", "name, seen", "function word",
+        "name, not seen", "punctuation", "number, not seen", "punctuation"]
+
+
+def test_by_type_counts_and_compares_the_tokens_of_each_type():
+    token = lambda removed, reward: analysis.Token("x", "punctuation", removed, reward)
+    table = analysis.by_type([token(True, -1.0), token(True, 2.0), token(False, 1.0),
+                              token(False, 1.0)])
+    assert table["punctuation"] == {"tokens": 4, "removed": 2, "r_removed": 0.5, "r_kept": 1.0,
+                                    "auc": 0.5}
+    assert table["name, seen"] == {"tokens": 0, "removed": 0, "r_removed": None, "r_kept": None,
+                                   "auc": None}
 
 
 # ----- statistics ---------------------------------------------------------------------------------

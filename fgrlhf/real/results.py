@@ -17,10 +17,11 @@ from fgrlhf.encode import Encoder
 from fgrlhf.evaluate import compare
 from fgrlhf.real.made_up import made_up
 from fgrlhf.real.judge import article_of
-from fgrlhf.real.stages import POLICIES, TEST
+from fgrlhf.real.stages import POLICIES, TEST, TOKEN_LEVEL
 from fgrlhf.reproduce.examples import changes, pieces
 from fgrlhf.reproduce.names import SYSTEMS
 from fgrlhf.reproduce.results import cell, read_lines, seed_of
+from fgrlhf.reproduce.table import number
 from fgrlhf.reward import load_reward
 from fgrlhf.sequences import pack
 
@@ -180,6 +181,34 @@ def reading(systems: dict) -> list[str]:
     return said
 
 
+def analysis_tables(folder: Path) -> list[dict]:
+    """Returns the tables of analysis.py, of the first seed."""
+    found = read_object(folder / "analysis.json")
+    shown = lambda value, digits=2: number(value, digits=digits)
+    models = {name: next(v for k, v in found.items() if k.endswith(f"{name}/reward"))
+              for name in TOKEN_LEVEL}
+    detects = [[f"{REWARDS[name]}, {how}", shown(value)] for name, one in models.items()
+               for how, value in one["detects"].items()]
+    detects += [[how, shown(value)] for how, value in found["detects"].items()]
+    kinds = [[f"{REWARDS[name]}, {kind} errors", str(group["summaries"]),
+              shown(group["auc_within"])] for name, one in models.items()
+             for kind, group in one["errors"].items()]
+    types = [[kind, str(row["tokens"]), str(row["removed"]), shown(row["r_removed"]),
+              shown(row["r_kept"]), shown(row["auc"])]
+             for kind, row in models[TOKEN_LEVEL[-1]]["words"].items()]
+    return [
+        {"header": ["score", "AUC"], "rows": detects,
+         "caption": "All candidates of val: how well a score tells those where the annotator found "
+                    "an error from the others (chance: .5)."},
+        {"header": ["reward", "summaries", "AUC within"], "rows": kinds,
+         "caption": "Tokens that the annotator took out, in summaries with errors of one kind only."
+                    " Intrinsic: the article says it otherwise. Extrinsic: it does not say it."},
+        {"header": ["word", "tokens", "taken out", "r taken out", "r kept", "AUC"],
+         "rows": types,
+         "caption": f"{REWARDS[TOKEN_LEVEL[-1]]}, calibrated rewards. Seen: the evidence, which is "
+                    "the prompt, has the word. AUC: tokens taken out against tokens kept."}]
+
+
 def examples(folder: Path, count: int = 4) -> dict:
     """Returns texts for the report: the first edits of val with token rewards, and answers."""
     edits = read_edits(folder / "data/val-edits.jsonl")[:count]
@@ -217,5 +246,6 @@ def collect(folders: list[Path]) -> dict:
     systems = systems_table(tests)
     return {"profile": "real", "seeds": [seed_of(folder) for folder in folders], "notes": NOTES,
             "reading": reading(systems), "systems": systems,
-            "reward_models": reward_models(folders), "comparisons": comparisons(tests),
+            "reward_models": reward_models(folders), "tables": analysis_tables(folders[0]),
+            "comparisons": comparisons(tests),
             "curves": curves(folders), "examples": examples(folders[0])}

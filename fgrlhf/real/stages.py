@@ -22,6 +22,7 @@ RLHF = ("--method", "rlhf", "--value-lr", "5e-5")
 DPO = ("--sft-weight", "1", "--beta", "0.1", "--epochs", "1", "--lr", "3e-5", "--warmup", "5")
 REWARDS = {"rm-paper": ("--loss", "paper"), "rm-ours": ("--epochs", "20"),
            "rm-sequence": ("--kind", "sequence")}
+TOKEN_LEVEL = ("rm-paper", "rm-ours")
 POLICIES = {"fine-grained-paper": ("rm-paper", OURS), "fine-grained": ("rm-ours", OURS),
             "rlhf": ("rm-sequence", RLHF)}
 
@@ -32,6 +33,10 @@ def plan(seed: Seed, data: str) -> None:
     seed.add("data", "-m", "fgrlhf.real.files", "--data", data, "--out", seed.at("data"),
              computes=False)
     _reward_models(seed)
+    rewards = ",".join(seed.at(f"{name}/reward") for name in TOKEN_LEVEL)
+    seed.add("analysis", "-m", "fgrlhf.real.analysis", "--rewards", rewards,
+             "--data", f"{data}/val.jsonl", "--hidden-states", seed.at("states.pt"),
+             "--out", seed.at("analysis.json"), needs=TOKEN_LEVEL)
     trained = ("--template", "plain", "--seed", seed.seed, "--resume")
     seed.add("sft", "-m", "fgrlhf.sft", "--data", seed.at("data/train-summaries.jsonl"),
              "--model", MODEL, *SFT, "--out", seed.at("sft"), *trained, needs=("model", "data"))

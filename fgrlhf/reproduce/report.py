@@ -10,6 +10,7 @@
     speed          [{label, names, rows: [{label, baseline, method, ratio}]}]
                    names: of baseline and method; ratio: a cell or a number
     paper          [{label, value}]                                 the figures of the paper
+    tables         [{caption, header, rows}]                        rows of texts, name first
     curves         [{system, label, seed, metric, x_episodes, x_seconds, x_kl, y}]
     examples       {heat_maps: [{prompt, label, tokens, rewards, errors}],
                     underlined: what the errors of the heat maps are,
@@ -69,7 +70,8 @@ def page(results: dict) -> str:
     underlined = {"underlined": examples["underlined"]} if "underlined" in examples else {}
     parts = [(_systems, systems), (_summaries, systems), (_temperatures, systems),
              (_by_annotations, get("by_annotations")), (_comparisons, get("comparisons")),
-             (_reward_models, get("reward_models")), (_advantages, get("advantages")),
+             (_reward_models, get("reward_models")), (_tables, get("tables")),
+             (_advantages, get("advantages")),
              (_speed, get("speed")), (_paper, get("paper")), (_training, systems),
              (_curves, curves), (partial(excerpts.heat_maps, **underlined), maps),
              (excerpts.edits, examples.get("edits")), (explained_page, examples.get("explained")),
@@ -206,6 +208,14 @@ def _reward_models(models: dict[str, dict]) -> Html:
         "mean token rewards on errors, behind the first error and elsewhere, and the root mean "
         "square of r+ - r- over unchanged tokens, all in standard deviations of the rewards.",
         ["reward model", *(c.header for c in columns)], [rows]))
+
+
+def _tables(tables: Sequence[dict]) -> Html:
+    return section("Error analysis", [table(one["caption"], one["header"], [[
+        tag("tr", tag("th", name, scope="row"),
+            [tag("td", typeset(value), class_="number", data_label=header)
+             for header, value in zip(one["header"][1:], values)])
+        for name, *values in one["rows"]]]) for one in tables])
 
 
 def _advantages(estimates: dict[str, dict]) -> Html:

@@ -1,0 +1,174 @@
+"""What a token-level reward model sees of human edits, and what it does not.
+
+    python -m fgrlhf.real.analysis --rewards runs/real/seed0/rm-ours/reward,.. \
+        --data defacto/val.jsonl --hidden-states states.pt --out analysis.json
+
+For each reward model, on the candidates of a split of DeFacto:
+
+    detects     AUC of "the annotator found an error" by the lowest and by the mean r_t
+    errors      AUC within a summary of the tokens that the annotator took out, for summaries with
+                only intrinsic errors (the article says it otherwise) and only extrinsic ones (the
+                article does not say it)
+    words       for each type of word: how many tokens, how many of them taken out, the mean reward
+                of both, and the AUC over all tokens of the type
+    worst       the tokens taken out with the highest reward, and those kept with the lowest
+
+OUT also has the AUC of "found an error" by the number of made-up names (made_up.py) and by length.
+A word that the evidence has is "seen", whatever it means there.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from fgrlhf.checkpoint import load_tokenizer
+from fgrlhf.data.defacto import read_evidence_edits, read_summaries
+from fgrlhf.data.fields import UserError, take
+from fgrlhf.data.files import read_json, write_atomic
+from fgrlhf.encode import Encoder, PreferenceIds
+from fgrlhf.engine.config import Computation, arg, parse, run
+from fgrlhf.engine.distributed import pick_device
+from fgrlhf.evaluate import auc, auc_within
+from fgrlhf.frozen import FrozenStates
+from fgrlhf.real.made_up import WORD, made_up, words
+from fgrlhf.reward import RewardModel, load_reward
+from fgrlhf.sequences import pack
+
+FUNCTION = frozenset(
+    "a an the and or but of in on at to for from by with about into over after before between "
+    "against during as is are was were be been being has have had will would can could may might "
+    "it its he his him she her they them their this that these those who which what when where "
+    "while not no than then there more most also out up down off".split())
+TYPES = ("name, seen", "name, not seen", "number, seen", "number, not seen", "function word",
+         "other word, seen", "other word, not seen", "punctuation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Computation):
+    rewards: str = arg(help="folders of token-level probes of one trunk, with commas between them")
+    data: str = arg(help="a split of DeFacto as published")
+    hidden_states: str = arg(help="the file of train_rm.py --hidden-states")
+    out: str = arg(help="file for the figures")
+
+
+class Token(NamedTuple):
+    """One token of a candidate."""
+
+    text: str
+    type: str
+    removed: bool
+    reward: float
+
+
+def type_of(word: str, first: bool, seen: set[str]) -> str:
+    """Returns one of TYPES. first: it begins the summary, so that its capital says nothing."""
+    where = "seen" if word.lower() in seen else "not seen"
+    if not word or not any(c.isalnum() for c in word):
+        return "punctuation"
+    if any(c.isdigit() for c in word):
+        return f"number, {where}"
+    if word[0].isupper() and not first:
+        return f"name, {where}"
+    return "function word" if word.lower() in FUNCTION else f"other word, {where}"
+
+
+def types_of(summary: str, evidence: str, spans: list[tuple[int, int]]) -> list[str]:
+    """Returns the type of each token, that of the word in which the token begins or ends."""
+    seen = {word.lower() for word in words(evidence)}
+    found = [(match.start(), match.end(), match[0]) for match in WORD.finditer(summary)]
+    result = []
+    for start, end in spans:
+        inside = [(begin, word) for begin, stop, word in found if begin < end and start < stop]
+        begin, word = inside[0] if inside else (0, "")
+        result.append(type_of(word, begin == 0, seen))
+    return result
+
+
+def labels(path: str) -> dict[str, tuple[bool, bool, bool]]:
+    """Returns (has_error, intrinsic_error, extrinsic_error) of each record, by its id."""
+    found = {}
+    for place, value in read_json(path):
+        if isinstance(value, UserError):
+            raise value
+        found[str(take(value, "doc_id", int, place))] = tuple(
+            take(value, name, bool, place)
+            for name in ("has_error", "intrinsic_error", "extrinsic_error"))
+    return found
+
+
+def rewarded(model: RewardModel, ids: PreferenceIds) -> list[float]:
+    """Returns the calibrated reward of each token of the candidate but EOS."""
+    with torch.no_grad():
+        return model.ppo_rewards(pack([ids.prompt], [ids.rejected]))[0].tolist()[:-1]
+
+
+def by_type(tokens: list[Token]) -> dict[str, dict[str, float]]:
+    """Returns the figures of each type of word."""
+    table = {}
+    mean = lambda values: sum(values) / len(values) if values else None
+    for name in TYPES:
+        some = [t for t in tokens if t.type == name]
+        out, kept = ([t.reward for t in some if t.removed == side] for side in (True, False))
+        table[name] = {"tokens": len(some), "removed": len(out), "r_removed": mean(out),
+                       "r_kept": mean(kept), "auc": auc([-t.reward for t in some],
+                                                        [t.removed for t in some])
+                       if out and kept else None}
+    return table
+
+
+def analyse(config: Config) -> None:
+    device, folders = pick_device(config.device), config.rewards.split(",")
+    models = [load_reward(folder, device, getattr(torch, config.dtype)) for folder in folders]
+    if any(model.kind != "token" for model in models):
+        raise UserError("--rewards: expected token-level reward models; see train_rm.py --kind")
+    tokenizer = load_tokenizer(folders[0])
+    encoder = Encoder(tokenizer, models[0].trunk.config.max_seq_len, "plain")
+    summaries, told = read_summaries(config.data), labels(config.data)
+    edits = {edit.id: encoder.preference(edit) for edit in read_evidence_edits(config.data)}
+    encoded = []
+    for summary in summaries:
+        prompt, ids = encoder.demonstration(summary)
+        encoded.append(edits.get(summary.id) or PreferenceIds(prompt, ids, ids, [], [], []))
+    states = FrozenStates(models[0].trunk, models[0].layer)
+    states.read(config.hidden_states)
+    states.add(encoded)
+
+    articles = [summary.context[0].text for summary in summaries]
+    wrong = [told[summary.id][0] for summary in summaries]
+    result = {"detects": {
+        "made-up names": auc([len(made_up(s.output, a)) for s, a in zip(summaries, articles)],
+                             wrong),
+        "length": auc([len(words(s.output)) for s in summaries], wrong)}}
+    for folder, model in zip(folders, models):
+        model.frozen = states
+        rewards = [rewarded(model, ids) for ids in encoded]
+        tokens, groups = [], {"intrinsic": [], "extrinsic": []}
+        for summary, ids, values in zip(summaries, encoded, rewards):
+            if summary.id not in edits:
+                continue
+            spans = tokenizer.spans(ids.rejected)[:len(values)]
+            types = types_of(summary.output, summary.prompt, spans)
+            removed = [t in ids.removed for t in range(len(values))]
+            tokens += [Token(f"{summary.output[a:b]} | {summary.output}", *rest)
+                       for (a, b), *rest in zip(spans, types, removed, values)]
+            _, intrinsic, extrinsic = told[summary.id]
+            if intrinsic != extrinsic:
+                groups["intrinsic" if intrinsic else "extrinsic"].append(
+                    ([-r for r in values], removed))
+        missed = sorted((t for t in tokens if t.removed), key=lambda t: -t.reward)[:20]
+        blamed = sorted((t for t in tokens if not t.removed), key=lambda t: t.reward)[:20]
+        result[folder] = {
+            "detects": {"lowest r": auc([-min(values) for values in rewards], wrong),
+                        "mean r": auc([-sum(v) / len(v) for v in rewards], wrong)},
+            "errors": {kind: {"summaries": len(some), "auc_within": auc_within(some)}
+                       for kind, some in groups.items()},
+            "words": by_type(tokens), "worst": {"taken out, high reward": missed,
+                                                "kept, low reward": blamed}}
+    text = json.dumps(result, indent=1)
+    write_atomic(config.out, (text + "\n").encode())
+
+
+if __name__ == "__main__":
+    run(lambda: analyse(parse(Config, __doc__)))
