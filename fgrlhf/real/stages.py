@@ -40,15 +40,15 @@ def plan(seed: Seed, data: str) -> None:
     trained = ("--template", "plain", "--seed", seed.seed, "--resume")
     seed.add("sft", "-m", "fgrlhf.sft", "--data", seed.at("data/train-summaries.jsonl"),
              "--model", MODEL, *SFT, "--out", seed.at("sft"), *trained, needs=("model", "data"))
-    for name, module, options in (("imitation", "fgrlhf.sft", (*SFT, "--epochs", "2")),
-                                  ("dpo-sft", "fgrlhf.dpo", DPO)):
-        seed.add(name, "-m", module, "--data", seed.at("data/train-edits.jsonl"), "--model",
-                 seed.at("sft/policy"), *options, "--out", seed.at(name), *trained, needs=("sft",))
     for name, (reward, method) in POLICIES.items():
         seed.add(name, "train_ppo.py", *method, "--policy", seed.at("sft/policy"), "--reward",
                  seed.at(f"{reward}/reward"), "--prompts", seed.at("data/train-prompts.jsonl"),
                  "--max-new-tokens", LONGEST, *PPO, "--out", seed.at(name), *trained,
                  needs=("sft", reward))
+    for name, module, options in (("imitation", "fgrlhf.sft", (*SFT, "--epochs", "2")),
+                                  ("dpo-sft", "fgrlhf.dpo", DPO)):
+        seed.add(name, "-m", module, "--data", seed.at("data/train-edits.jsonl"), "--model",
+                 seed.at("sft/policy"), *options, "--out", seed.at(name), *trained, needs=("sft",))
     for name in ("sft", *POLICIES, "imitation", "dpo-sft"):
         _test(seed, name)
 
