@@ -15,15 +15,15 @@ LONGEST = "48"                  # tokens of an answer
 # Of all policies. The rates of PPO were chosen on its samples of train prompts.
 SFT = ("--lr", "3e-5", "--muon-lr", "0", "--warmup", "5")
 PPO = ("--iterations", "16", "--rollouts", "32", "--epochs", "1", "--minibatches", "2",
-       "--lr", "5e-5", "--lr-decay", "--warmup", "3", "--beta", "0.5", "--save-samples",
-       "--save-every", "4", "--keep", "1")
-OURS = ("--method", "fine-grained", "--no-reward-eos")
-RLHF = ("--method", "rlhf", "--value-lr", "5e-5")
+       "--lr", "5e-5", "--lr-decay", "--warmup", "3", "--save-samples", "--save-every", "4",
+       "--keep", "1")
+TOKENS = ("--method", "fine-grained", "--beta", "0.5", "--no-reward-eos")
+RLHF = ("--method", "rlhf", "--beta", "0.2", "--value-lr", "5e-5")     # beta: as in the other world
 DPO = ("--sft-weight", "1", "--beta", "0.1", "--epochs", "1", "--lr", "3e-5", "--warmup", "5")
 REWARDS = {"rm-paper": ("--loss", "paper"), "rm-ours": ("--epochs", "20"),
            "rm-sequence": ("--kind", "sequence")}
 TOKEN_LEVEL = ("rm-paper", "rm-ours")
-POLICIES = {"fine-grained-paper": ("rm-paper", OURS), "fine-grained": ("rm-ours", OURS),
+POLICIES = {"fine-grained-paper": ("rm-paper", TOKENS), "fine-grained": ("rm-ours", TOKENS),
             "rlhf": ("rm-sequence", RLHF)}
 
 
