@@ -9,7 +9,7 @@ no policy and no other reward model has seen, and by the names and numbers that 
 from fgrlhf.reproduce.stages import Seed
 
 MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
-LAYER = "20"                    # of 30, chosen on folds of train, see reproduce/REAL.md
+LAYER = "20"                    # of 30, chosen on folds of train, see README.md
 TEST = 160                      # prompts of val
 LONGEST = "48"                  # tokens of an answer
 # Of all policies. The rates of PPO were chosen on its samples of train prompts.
@@ -18,7 +18,7 @@ PPO = ("--iterations", "16", "--rollouts", "32", "--epochs", "1", "--minibatches
        "--lr", "5e-5", "--lr-decay", "--warmup", "3", "--save-samples", "--save-every", "4",
        "--keep", "1")
 TOKENS = ("--method", "fine-grained", "--beta", "0.5", "--no-reward-eos")
-RLHF = ("--method", "rlhf", "--beta", "0.2", "--value-lr", "5e-5")     # beta: as in the other world
+RLHF = ("--method", "rlhf", "--beta", "0.2", "--value-lr", "5e-5")     # the beta of the built-in world
 DPO = ("--sft-weight", "1", "--beta", "0.1", "--epochs", "1", "--lr", "3e-5", "--warmup", "5")
 REWARDS = {"rm-paper": ("--loss", "paper"), "rm-ours": ("--epochs", "20"),
            "rm-sequence": ("--kind", "sequence")}
