@@ -83,7 +83,12 @@ def estimate(seeds: list[tuple[Rows, ...]], statistic: Callable[..., float]) -> 
     n = len(systems[0]["win"])
     draws = [statistic(*({name: values[rows] for name, values in one.items()} for one in systems))
              for rows in rng.integers(0, n, (DRAWS, n))]
-    return found | {"interval": np.percentile(draws, (2.5, 97.5)).tolist()}
+    return found | {"interval": np.nanpercentile(draws, (2.5, 97.5)).tolist()}
+
+
+def change(ours: float, theirs: float) -> float:
+    """Returns ours / theirs - 1, and NaN for 0 of them."""
+    return ours / theirs - 1 if theirs else math.nan
 
 
 def systems_table(tests: dict[str, list[dict[str, Rows]]]) -> dict:
@@ -102,7 +107,7 @@ def systems_table(tests: dict[str, list[dict[str, Rows]]]) -> dict:
             metrics["win_rate" + end] = estimate(own, lambda rows: rows["win"].mean())
             for name in ("made_up", "made_up_rate", "words"):
                 metrics[f"{name}_change{end}"] = estimate(
-                    both, lambda ours, sft, of=STATISTICS[name]: of(ours) / of(sft) - 1)
+                    both, lambda ours, sft, of=STATISTICS[name]: change(of(ours), of(sft)))
         table[system] = {"label": label, "role": role, "metrics": metrics}
     return table
 
@@ -172,11 +177,12 @@ def reading(systems: dict) -> list[str]:
     for system in ("fine-grained-paper", "fine-grained", "rlhf", "imitation", "dpo-sft"):
         m = systems[system]["metrics"]
         said.append(
-            f"{systems[system]['label']}: {percent(m, 'made_up_change')} of them sampled, "
-            f"{percent(m, 'made_up_change_greedy')} greedy; per name or number "
-            f"{percent(m, 'made_up_rate_change')} and {percent(m, 'made_up_rate_change_greedy')}; "
-            f"length {percent(m, 'words_change')} and {percent(m, 'words_change_greedy')}. The "
-            f"judge prefers it to SFT in {100 * m['win_rate']['mean']:.1f}% of the samples and "
+            f"{systems[system]['label']} changes the made-up names and numbers by "
+            f"{percent(m, 'made_up_change')} sampled and {percent(m, 'made_up_change_greedy')} "
+            f"greedy, their share of all names and numbers by {percent(m, 'made_up_rate_change')} "
+            f"and {percent(m, 'made_up_rate_change_greedy')}, and the length by "
+            f"{percent(m, 'words_change')} and {percent(m, 'words_change_greedy')}. The judge "
+            f"prefers it to SFT in {100 * m['win_rate']['mean']:.1f}% of the sampled and "
             f"{100 * m['win_rate_greedy']['mean']:.1f}% of the greedy summaries.")
     return said
 
