@@ -179,8 +179,9 @@ def reading(systems: dict) -> list[str]:
         said.append(
             f"{systems[system]['label']} changes the made-up names and numbers by "
             f"{percent(m, 'made_up_change')} sampled and {percent(m, 'made_up_change_greedy')} "
-            f"greedy, their share of all names and numbers by {percent(m, 'made_up_rate_change')} "
-            f"and {percent(m, 'made_up_rate_change_greedy')}, and the length by "
+            "greedy, their share of all names and numbers by "
+            f"{percent(m, 'made_up_rate_change')} and {percent(m, 'made_up_rate_change_greedy')}, "
+            "and the length by "
             f"{percent(m, 'words_change')} and {percent(m, 'words_change_greedy')}. The judge "
             f"prefers it to SFT in {100 * m['win_rate']['mean']:.1f}% of the sampled and "
             f"{100 * m['win_rate_greedy']['mean']:.1f}% of the greedy summaries.")
