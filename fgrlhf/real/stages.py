@@ -18,7 +18,8 @@ PPO = ("--iterations", "16", "--rollouts", "32", "--epochs", "1", "--minibatches
        "--lr", "5e-5", "--lr-decay", "--warmup", "3", "--save-samples", "--save-every", "4",
        "--keep", "1")
 TOKENS = ("--method", "fine-grained", "--beta", "0.5", "--no-reward-eos")
-RLHF = ("--method", "rlhf", "--beta", "0.2", "--value-lr", "5e-5")     # the beta of the built-in world
+# The beta of PPO-RLHF is that of the built-in world.
+RLHF = ("--method", "rlhf", "--beta", "0.2", "--value-lr", "5e-5")
 DPO = ("--sft-weight", "1", "--beta", "0.1", "--epochs", "1", "--lr", "3e-5", "--warmup", "5")
 REWARDS = {"rm-paper": ("--loss", "paper"), "rm-ours": ("--epochs", "20"),
            "rm-sequence": ("--kind", "sequence")}
