@@ -1,0 +1,80 @@
+"""The comparison as one HTML page: the tables of the terminal, and one chart per metric.
+
+The page is built from the parts of the report of `make reproduce`, and like it needs no network,
+no script and no colour.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from fgrlhf.compare.runs import Group
+from fgrlhf.compare.tables import Table
+from fgrlhf.reproduce.chart import Curve, line_chart
+from fgrlhf.reproduce.markup import Html, document, section, table, tag, typeset
+
+EPISODES = "rollout/episodes"
+MOST_POINTS = 300                               # of a curve; a chart is 900 pixels wide
+
+
+def page(groups: Sequence[Group], tables: Sequence[Table], notes: Sequence[str]) -> str:
+    """Returns the whole HTML document."""
+    names = " \N{MIDDLE DOT} ".join(group.name for group in groups)
+    header = tag("header", tag("h1", "Comparison of runs"), tag("p", names, class_="muted"),
+                 [tag("p", note) for note in notes])
+    return document(f"Comparison of runs: {names}",
+                    [header, *map(_table, tables), _curves(groups)])
+
+
+def _table(one: Table) -> Html:
+    header = ["", *one.header]
+    rows = [tag("tr", tag("th", name, scope="row"),
+                [tag("td", typeset(text),
+                     tag("span", " ", typeset(more), class_="interval") if more else None,
+                     class_="number", data_label=label)
+                 for label, (text, more) in zip(one.header, cells)])
+            for name, cells in one.rows.items()]
+    return section(one.title, table(one.caption, header, [rows]))
+
+
+# ----- curves -------------------------------------------------------------------------------------
+
+def _curves(groups: Sequence[Group]) -> Html | None:
+    """Draws one chart for each metric that all runs have, over episodes if all runs have them."""
+    runs = [run for group in groups for run in group.runs]
+    shared = [name for name in runs[0].metrics if all(name in run.metrics for run in runs)]
+    unit = "episodes" if EPISODES in shared else "steps"
+    figures = [tag("figure", tag("figcaption", tag("b", name), f", over {unit}"),
+                   line_chart(curves_of(groups, name, unit), name, unit))
+               for name in shared if name not in (EPISODES, "seconds")]
+    about = ("Each thin line is a seed, and the thick line is the mean of the seeds up to the end "
+             "of the shortest. " if len(runs) > len(groups) else "")
+    return section("Curves", tag("p", about, f"Of a curve with more than {MOST_POINTS} points, "
+                                 "each point is the mean of several steps.", class_="muted"),
+                   figures) if figures else None
+
+
+def curves_of(groups: Sequence[Group], name: str, unit: str) -> list[Curve]:
+    """Returns the curve of one metric of each run. unit: "episodes" or "steps".
+
+    The runs of a group keep the steps that all of them have, and what comes after the end of the
+    shortest, because the mean of a group is taken point by point.
+    """
+    longest = max(len(run.metrics[name]) for group in groups for run in group.runs)
+    block = math.ceil(longest / MOST_POINTS)
+    curves = []
+    for style, group in enumerate(groups):
+        each = [run.metrics[name] for run in group.runs]
+        shared, end = set.intersection(*map(set, each)), min(map(max, each))
+        for run in group.runs:
+            steps = [step for step in run.metrics[name] if step in shared or step > end]
+            x = [run.metrics[EPISODES].get(step) if unit == "episodes" else step for step in steps]
+            curves.append(Curve(group.name, style % 8, _means(x, block),
+                                _means([run.metrics[name][step] for step in steps], block)))
+    return curves
+
+
+def _means(values: Sequence[float], block: int) -> list[float]:
+    """Returns the mean of each `block` neighbouring values; the last block may be shorter."""
+    return [float(np.mean(values[at:at + block])) for at in range(0, len(values), block)]
