@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fgrlhf.compare.runs import Group
+from fgrlhf.compare.runs import Group, shared_metrics
 from fgrlhf.compare.tables import Table
 from fgrlhf.reproduce.chart import Curve, line_chart
 from fgrlhf.reproduce.markup import Html, document, section, table, tag, typeset
@@ -30,26 +30,31 @@ def page(groups: Sequence[Group], tables: Sequence[Table], notes: Sequence[str])
 def _table(one: Table) -> Html:
     header = ["", *one.header]
     rows = [tag("tr", tag("th", name, scope="row"),
-                [tag("td", typeset(text),
-                     tag("span", " ", typeset(more), class_="interval") if more else None,
+                [tag("td", _shown(text),
+                     tag("span", " ", _shown(more), class_="interval") if more else None,
                      class_="number", data_label=label)
                  for label, (text, more) in zip(one.header, cells)])
             for name, cells in one.rows.items()]
     return section(one.title, table(one.caption, header, [rows]))
 
 
+def _shown(text: str) -> str:
+    """Gives numbers a real minus sign. Hyphens in names stay."""
+    return text if any(map(str.isalpha, text)) else typeset(text)
+
+
 # ----- curves -------------------------------------------------------------------------------------
 
 def _curves(groups: Sequence[Group]) -> Html | None:
     """Draws one chart for each metric that all runs have, over episodes if all runs have them."""
-    runs = [run for group in groups for run in group.runs]
-    shared = [name for name in runs[0].metrics if all(name in run.metrics for run in runs)]
+    shared = shared_metrics(groups)
+    several = any(len(group.runs) > 1 for group in groups)
     unit = "episodes" if EPISODES in shared else "steps"
     figures = [tag("figure", tag("figcaption", tag("b", name), f", over {unit}"),
                    line_chart(curves_of(groups, name, unit), name, unit))
                for name in shared if name not in (EPISODES, "seconds")]
     about = ("Each thin line is a seed, and the thick line is the mean of the seeds up to the end "
-             "of the shortest. " if len(runs) > len(groups) else "")
+             "of the shortest. " if several else "")
     return section("Curves", tag("p", about, f"Of a curve with more than {MOST_POINTS} points, "
                                  "each point is the mean of several steps.", class_="muted"),
                    figures) if figures else None
@@ -67,11 +72,12 @@ def curves_of(groups: Sequence[Group], name: str, unit: str) -> list[Curve]:
     for style, group in enumerate(groups):
         each = [run.metrics[name] for run in group.runs]
         shared, end = set.intersection(*map(set, each)), min(map(max, each))
-        for run in group.runs:
-            steps = [step for step in run.metrics[name] if step in shared or step > end]
-            x = [run.metrics[EPISODES].get(step) if unit == "episodes" else step for step in steps]
-            curves.append(Curve(group.name, style % 8, _means(x, block),
-                                _means([run.metrics[name][step] for step in steps], block)))
+        for run, values in zip(group.runs, each):
+            steps = [step for step in values if step in shared or step > end]
+            x = run.metrics[EPISODES] if unit == "episodes" else dict(zip(steps, steps))
+            steps = [step for step in steps if step in x]
+            curves.append(Curve(group.name, style % 8, _means([x[s] for s in steps], block),
+                                _means([values[s] for s in steps], block)))
     return curves
 
 

@@ -55,6 +55,13 @@ class Group(NamedTuple):
         return [run.seed for run in self.runs]
 
 
+def shared_metrics(groups: Sequence[Group]) -> list[str]:
+    """Returns the metrics that all runs have, in the order of the first run, evaluations first."""
+    runs = [run for group in groups for run in group.runs]
+    names = [name for name in runs[0].metrics if all(name in run.metrics for run in runs)]
+    return sorted(names, key=lambda name: (name == "seconds", not name.startswith("eval/")))
+
+
 def read_groups(words: Sequence[str]) -> list[Group]:
     """Reads the runs of the command line, each given as "[NAME=]DIR".
 

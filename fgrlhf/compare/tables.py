@@ -7,11 +7,10 @@ import json
 import math
 import os
 import re
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from fgrlhf.compare.runs import Group, LoggedRun
+from fgrlhf.compare.runs import Group, LoggedRun, shared_metrics
 from fgrlhf.evaluate import over_seeds
 from fgrlhf.reproduce.table import Column, aligned, cell_texts, is_number
 
@@ -38,7 +37,8 @@ def tables(groups: Sequence[Group]) -> list[Table]:
     """Returns the tables that have something to show."""
     figures = figures_of(groups)
     found = [_runs(groups), _settings(groups),
-             _figures("Last figures", "The last value of each metric that all runs have.",
+             _figures("Last figures", "The last value of each metric that all runs have, and figures of "
+                      "done.json that differ.",
                       [group.name for group in groups], figures),
              _differences(groups, figures)]
     return [table for table in found if table.rows and table.header]
@@ -48,26 +48,27 @@ def notes(groups: Sequence[Group]) -> list[str]:
     """Returns sentences about what limits the comparison."""
     runs = [run for group in groups for run in group.runs]
     found = []
-    if len({run.script for run in runs}) > 1:
-        found.append("These runs are of different scripts, so they share few settings and "
-                     "metrics. Only settings that all of them have are listed.")
+    if any(len(group.runs) > 1 for group in groups):
+        found.append("Figures of a group are means over seeds with their 95% interval by Student's "
+                     "t. Differences are taken seed by seed.")
     for group in groups:
         if names := [name for name in _setting_names([group]) if _over_seeds(group, name) is None]:
             found.append(f"The runs of {group.name} differ in more than their seed: "
                          f"{', '.join(names)}.")
-    steps = sorted({run.steps for run in runs})
-    if len(steps) > 1:
-        found.append(f"The last steps of the runs differ ({', '.join(map(str, steps))}), so their "
-                     "last values are not of the same step.")
-    unpaired = [group.name for group in groups[1:] if len(group.seeds) > 1
-                and group.seeds != groups[0].seeds]
-    if unpaired:
+    if unpaired := [group.name for group in groups[1:] if len(group.seeds) > 1
+                    and group.seeds != groups[0].seeds]:
         found.append(f"No differences are shown for {', '.join(unpaired)}: expected the seeds of "
                      f"{groups[0].name} ({_numbers(groups[0].seeds)}).")
-    shared = set.intersection(*(set(run.metrics) for run in runs))
+    if len({run.script for run in runs}) > 1:
+        return [*found, "The runs are of different scripts, so they share few settings and "
+                "metrics. Only settings and metrics that all runs have are listed."]
+    if len(steps := sorted({run.steps for run in runs})) > 1:
+        found.append(f"The last steps of the runs differ ({', '.join(map(str, steps))}), so their "
+                     "last values are not of the same step.")
+    shared = shared_metrics(groups)
     if other := [name for name in dict.fromkeys(n for r in runs for n in r.metrics)
                  if name not in shared]:
-        found.append(f"Not in all runs: {', '.join(other)}.")
+        found.append(f"Metrics that only some runs have: {', '.join(other)}.")
     return found
 
 
@@ -163,7 +164,7 @@ def _merged(values: Sequence[str], seeds: Sequence[int]) -> str | None:
 
 def _shown(config: dict, name: str) -> str:
     value = config.get(name, "-")
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) and value.isprintable() else json.dumps(value)
 
 
 def _without_common_beginning(values: list[str]) -> list[str]:
@@ -198,25 +199,21 @@ def figures_of(groups: Sequence[Group]) -> Figures:
     """
     each = lambda of: [[of(run) for run in group.runs] for group in groups]
     runs = [run for group in groups for run in group.runs]
-    shared = [name for name in runs[0].metrics if all(name in run.metrics for run in runs)]
     rows: Figures = {}
-    for name in sorted(shared, key=lambda name: (name == "seconds", not name.startswith("eval/"))):
+    for name in shared_metrics(groups):
         rows[name] = each(lambda run: run.metrics[name][max(run.metrics[name])])
         if name == WIN_RATE:
             rows["best " + name] = each(lambda run: max(run.metrics[name].values()))
     for name in runs[0].done or ():
         values = [(run.done or {}).get(name) for run in runs]
         if name not in LEFT_OUT and all(map(is_number, values)) and len(set(values)) > 1:
-            rows["done.json: " + name] = each(lambda run: run.done[name])
+            rows[name] = each(lambda run: run.done[name])
     return rows
 
 
 def _figures(title: str, caption: str, names: list[str], figures: Figures, sign: str = "") -> Table:
     rows = {name: [cell_texts(cell(values), Column("", "", 1, _digits(groups), sign=sign))
                    for values in groups] for name, groups in figures.items()}
-    several = max((len(values) for groups in figures.values() for values in groups), default=0) > 1
-    if several:
-        caption += " Of several seeds the mean is shown, with its 95% interval (Student's t)."
     return Table(title, caption, names, rows)
 
 
@@ -227,21 +224,23 @@ def _differences(groups: Sequence[Group], figures: Figures) -> Table:
               if n and len(group.seeds) > 1 and group.seeds == first.seeds]
     minus = {name: [[b - a for a, b in zip(values[0], values[n])] for n in paired]
              for name, values in figures.items()}
-    return _figures(f"Minus {first.name}", "Differences are taken seed by seed.",
+    return _figures(f"Difference from {first.name}", "Each run minus the run of the same seed.",
                     [groups[n].name for n in paired], minus, "+")
 
 
 def cell(values: Sequence[float]) -> dict:
-    """Makes a cell of fgrlhf/reproduce/table.py: the mean, and its 95% interval over seeds."""
+    """Makes a cell of fgrlhf/reproduce/table.py: the mean, and its 95% interval over seeds.
+
+    Without a second value there is no interval, and none is shown of values that are all equal.
+    """
     mean, low, high = over_seeds(values)
-    return {"mean": mean, "interval": None if math.isnan(low) else [low, high],
+    return {"mean": mean, "interval": [low, high] if low < high else None,
             "per_seed": list(values)}
 
 
 def _digits(groups: Sequence[Sequence[float]]) -> int:
-    """Returns the decimals of a row: four digits of its largest number, none of whole numbers."""
-    values = [value for group in groups for value in group]
-    largest = max(map(abs, values), default=0)
-    if not largest or (all(value == int(value) for value in values) and len(groups[0]) == 1):
+    """Returns the decimals of a row: four digits of its largest value, none if cells are whole."""
+    largest = max(abs(value) for group in groups for value in group)
+    if all(len(set(group)) == 1 and group[0] == int(group[0]) for group in groups):
         return 0
     return min(8, max(0, 3 - math.floor(math.log10(largest))))
