@@ -54,10 +54,13 @@ def table(text: str, title: str) -> dict[str, str]:
 @pytest.fixture
 def seeds(tmp_path) -> list[str]:
     """Two groups with the seeds 0 and 1. The win rates are .5 and .6, and .7 and .9."""
-    return [f"{name}={write(tmp_path / f'seed{seed}' / name, win_rates(0.4, rate), seed=seed, **more)}"
-            for name, rates, lr in (("A", (0.5, 0.6), 0.1), ("B", (0.7, 0.9), 0.2))
-            for seed, rate in enumerate(rates)
-            for more in [{"lr": lr, "world": seed, "reward": f"runs/seed{seed}/{name}/reward"}]]
+    words = []
+    for name, rates, lr in (("A", (0.5, 0.6), 0.1), ("B", (0.7, 0.9), 0.2)):
+        for seed, rate in enumerate(rates):
+            folder = write(tmp_path / f"seed{seed}" / name, win_rates(0.4, rate), seed=seed, lr=lr,
+                           world=seed, reward=f"runs/seed{seed}/{name}/reward")
+            words.append(f"{name}={folder}")
+    return words
 
 
 # ----- single runs --------------------------------------------------------------------------------
@@ -92,8 +95,9 @@ def test_runs_of_different_scripts_are_said_to_be_so(capsys, tmp_path):
     config = json.loads((tmp_path / "two" / "config.json").read_text())
     del config["world"]
     (tmp_path / "two" / "config.json").write_text(json.dumps(config))
-    text = compare(capsys, one, two)
+    text = compare(capsys, one, two, "--html", tmp_path / "page.html")
     assert "The runs are of different scripts" in text
+    assert not Reader((tmp_path / "page.html").read_text()).all("svg")
     assert table(text, "Settings") == {"lr": "0.1 0.2"}              # not "world"
     assert list(table(text, "Last figures")) == ["seconds"]
 
@@ -134,6 +138,12 @@ def test_what_else_differs_in_a_group_is_said(capsys, tmp_path, seeds):
     assert table(text, "Settings that differ")["lr"] == "0.1 | 0.3 0.2"
     assert "No differences are shown for B: expected the seeds of A (0 to 2)." in text
     assert "Difference from" not in text
+
+
+def test_a_number_that_equals_the_seed_by_chance_is_a_difference(capsys, tmp_path):
+    words = [f"A={write(tmp_path / str(seed), win_rates(0.5), seed=seed, lora_rank=seed)}"
+             for seed in (0, 1)]
+    assert "The runs of A differ in more than their seed: lora_rank." in compare(capsys, *words)
 
 
 def test_runs_without_a_name_are_named_by_the_end_of_their_paths(tmp_path, seeds):
@@ -222,8 +232,8 @@ def test_a_last_line_that_was_cut_off_is_left_out_of_an_unfinished_run_only(tmp_
     (["nowhere"], "nowhere: expected the --out folder of a training run, got nothing"),
     (["a={0}", "a={1}"], "a: expected runs of different seeds, got seed 0 in .*one and in .*two"),
     (["={0}"], "expected NAME=DIR"), ([f"{'n' * 41}={{0}}"], "expected NAME=DIR with a NAME of at"),
-    (["{0}", "--csv", "{0}/metrics.jsonl"], "--csv .*: expected a file of its own, got the path of"),
-    (["{0}", "--csv", "x", "--html", "x"], "--csv x: expected a file of its own, got the path of")])
+    (["{0}", "--csv", "{0}/metrics.jsonl"], "--csv .*: expected a file of its own"),
+    (["{0}", "--csv", "x", "--html", "x"], "--csv x: expected a file of its own")])
 def test_bad_words_are_refused(tmp_path, words, pattern):
     one, two = (write(tmp_path / name, win_rates(0.5)) for name in ("one", "two"))
     with pytest.raises(UserError, match=pattern):

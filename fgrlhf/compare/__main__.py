@@ -1,13 +1,14 @@
 """Compares training runs: settings that differ, last figures, curves over each other.
 
     python -m fgrlhf.compare runs/quick/seed0/rlhf runs/quick/seed0/fine-grained --html compare.html
-    python -m fgrlhf.compare PPO=runs/full/seed{400..407}/rlhf ours=runs/full/seed{400..407}/fine-grained
+    python -m fgrlhf.compare PPO=runs/full/seed{400..407}/rlhf \\
+        ours=runs/full/seed{400..407}/fine-grained
 
 A run is the --out folder of train_ppo.py, train_rm.py, fgrlhf.sft or fgrlhf.dpo, finished or not.
 Runs with the same NAME form a group, such as the seeds of one experiment. (The shell turns the
 second command into 16 words NAME=DIR.) A group is shown as its mean with a 95% interval over seeds.
-When it has the same seeds as the first group, the differences to that group are shown too, paired
-by seed.
+When it has the same seeds as the first group, the differences from that group are shown too,
+paired by seed.
 
 --csv FILE has the columns run, seed, step, metric and value. `run` is the name of the group.
 """

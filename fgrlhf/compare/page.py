@@ -24,7 +24,7 @@ def page(groups: Sequence[Group], tables: Sequence[Table], notes: Sequence[str])
     header = tag("header", tag("h1", "Comparison of runs"), tag("p", names, class_="muted"),
                  [tag("p", note) for note in notes])
     return document(f"Comparison of runs: {names}",
-                    [header, *map(_table, tables), _curves(groups)])
+                    [header, *map(_table, tables), *_curves(groups)])
 
 
 def _table(one: Table) -> Html:
@@ -45,19 +45,28 @@ def _shown(text: str) -> str:
 
 # ----- curves -------------------------------------------------------------------------------------
 
-def _curves(groups: Sequence[Group]) -> Html | None:
+def _curves(groups: Sequence[Group]) -> list[Html]:
     """Draws one chart for each metric that all runs have, over episodes if all runs have them."""
     shared = shared_metrics(groups)
-    several = any(len(group.runs) > 1 for group in groups)
     unit = "episodes" if EPISODES in shared else "steps"
     figures = [tag("figure", tag("figcaption", tag("b", name), f", over {unit}"),
                    line_chart(curves_of(groups, name, unit), name, unit))
                for name in shared if name not in (EPISODES, "seconds")]
-    about = ("Each thin line is a seed, and the thick line is the mean of the seeds up to the end "
-             "of the shortest. " if several else "")
-    return section("Curves", tag("p", about, f"Of a curve with more than {MOST_POINTS} points, "
-                                 "each point is the mean of several steps.", class_="muted"),
-                   figures) if figures else None
+    about = []
+    if any(len(group.runs) > 1 for group in groups):
+        about.append("Each thin line is a seed, and the thick line is the mean of the seeds up to "
+                     "the end of the shortest. ")
+    if any(_block(groups, name) > 1 for name in shared):
+        about.append(f"A curve with more than {MOST_POINTS} points is shown by the means of "
+                     "neighbouring steps.")
+    note = tag("p", about, class_="muted") if about else None
+    return [section("Curves", note, figures)] if figures else []
+
+
+def _block(groups: Sequence[Group], name: str) -> int:
+    """Returns how many steps become one point, the same number for all curves of a chart."""
+    longest = max(len(run.metrics[name]) for group in groups for run in group.runs)
+    return math.ceil(longest / MOST_POINTS)
 
 
 def curves_of(groups: Sequence[Group], name: str, unit: str) -> list[Curve]:
@@ -66,9 +75,7 @@ def curves_of(groups: Sequence[Group], name: str, unit: str) -> list[Curve]:
     The runs of a group keep the steps that all of them have, and what comes after the end of the
     shortest, because the mean of a group is taken point by point.
     """
-    longest = max(len(run.metrics[name]) for group in groups for run in group.runs)
-    block = math.ceil(longest / MOST_POINTS)
-    curves = []
+    block, curves = _block(groups, name), []
     for style, group in enumerate(groups):
         each = [run.metrics[name] for run in group.runs]
         shared, end = set.intersection(*map(set, each)), min(map(max, each))

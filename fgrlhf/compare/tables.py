@@ -1,6 +1,7 @@
 """Compares groups of runs: their settings, their last figures, and paired differences over seeds.
 
-`tables` makes the tables that the terminal and the page show, `notes` the sentences above them.
+`tables` makes the tables that the terminal and the page show, and `notes` the sentences that say
+what limits the comparison.
 """
 
 import json
@@ -10,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fgrlhf.compare.runs import Group, LoggedRun, shared_metrics
+from fgrlhf.compare.runs import Group, shared_metrics
 from fgrlhf.evaluate import over_seeds
 from fgrlhf.reproduce.table import Column, aligned, cell_texts, is_number
 
@@ -36,11 +37,9 @@ class Table(NamedTuple):
 def tables(groups: Sequence[Group]) -> list[Table]:
     """Returns the tables that have something to show."""
     figures = figures_of(groups)
-    found = [_runs(groups), _settings(groups),
-             _figures("Last figures", "The last value of each metric that all runs have, and figures of "
-                      "done.json that differ.",
-                      [group.name for group in groups], figures),
-             _differences(groups, figures)]
+    last = _figures("Last figures", "The last value of each metric that all runs have, and figures "
+                    "of done.json that differ.", [group.name for group in groups], figures)
+    found = [_runs(groups), _settings(groups), last, _differences(groups, figures)]
     return [table for table in found if table.rows and table.header]
 
 
@@ -50,7 +49,7 @@ def notes(groups: Sequence[Group]) -> list[str]:
     found = []
     if any(len(group.runs) > 1 for group in groups):
         found.append("Figures of a group are means over seeds with their 95% interval by Student's "
-                     "t. Differences are taken seed by seed.")
+                     "t, and differences are taken seed by seed. SEED is the seed of a run.")
     for group in groups:
         if names := [name for name in _setting_names([group]) if _over_seeds(group, name) is None]:
             found.append(f"The runs of {group.name} differ in more than their seed: "
@@ -95,18 +94,14 @@ def as_text(table: Table, width: int) -> str:
 def _runs(groups: Sequence[Group]) -> Table:
     rows = {}
     for group in groups:
-        scripts, steps = ({f(run) for run in group.runs} for f in (_script, lambda r: r.steps))
-        done = sum(run.done is not None for run in group.runs)
-        folder = _merged([run.folder for run in group.runs], group.seeds) or group.runs[0].folder
-        rows[group.name] = [(text, "") for text in (
-            ", ".join(sorted(scripts)), _numbers(group.seeds), _numbers(sorted(steps)),
-            f"{done} of {len(group.runs)}", _shortened(folder))]
-    return Table("Runs", "SEED is the seed of a run.",
+        folders = [run.folder for run in group.runs]
+        cells = (", ".join(sorted({run.script for run in group.runs})), _numbers(group.seeds),
+                 _numbers(sorted({run.steps for run in group.runs})),
+                 f"{sum(run.done is not None for run in group.runs)} of {len(group.runs)}",
+                 _merged(folders, group.seeds) or f"{folders[0]}, ...")
+        rows[group.name] = [(_shortened(text), "") for text in cells]
+    return Table("Runs", "The folders that are compared.",
                  ["script", "seed", "last step", "finished", "folder"], rows)
-
-
-def _script(run: LoggedRun) -> str:
-    return run.script
 
 
 def _settings(groups: Sequence[Group]) -> Table:
@@ -121,12 +116,12 @@ def _settings(groups: Sequence[Group]) -> Table:
             rows[name] = [(_shortened(value), "") for value in _without_common_beginning(values)]
     return Table("Settings that differ",
                  "Settings of config.json that are equal are left out, and paths are shown without "
-                 "their common beginning. SEED is the seed of a run. A - means that the run does "
-                 "not have the setting.", [group.name for group in groups], rows)
+                 "their common beginning. A - means that the run does not have the setting.",
+                 [group.name for group in groups], rows)
 
 
 def _setting_names(groups: Sequence[Group]) -> list[str]:
-    """The settings of all runs. Those of different scripts are only the settings they share."""
+    """Returns the settings of all runs; of runs of different scripts, those that all have."""
     runs = [run for group in groups for run in group.runs]
     names = dict.fromkeys(name for run in runs for name in run.config)
     one_script = len({run.script for run in runs}) == 1
@@ -135,10 +130,16 @@ def _setting_names(groups: Sequence[Group]) -> list[str]:
 
 
 def _over_seeds(group: Group, name: str) -> str | None:
-    """Returns the value of a setting as text, and None when it differs in more than the seed."""
+    """Returns the value of a setting as text, and None when it differs in more than the seed.
+
+    Only a path or --world has the seed in it. Any other number that equals the seed is chance.
+    """
     if name == "seed":
         return _numbers(group.seeds)
-    return _merged([_shown(run.config, name) for run in group.runs], group.seeds)
+    values = [_shown(run.config, name) for run in group.runs]
+    if name == "world" or all(isinstance(run.config.get(name), str) for run in group.runs):
+        return _merged(values, group.seeds)
+    return values[0] if len(set(values)) == 1 else None
 
 
 def _merged(values: Sequence[str], seeds: Sequence[int]) -> str | None:
