@@ -9,9 +9,10 @@
     if __name__ == "__main__":
         run(lambda: train(parse(Config, __doc__)))
 
-Flags are the names of the fields, with dashes. A bool becomes `--flag / --no-flag`. An unknown flag
-is an error. Inherited fields come last in --help, in a group that has the docstring of the base
-class as its title.
+Flags are the names of the fields, with dashes. A bool becomes `--flag / --no-flag`. A field of the
+type tuple[str, ...] takes the words that follow no flag, at least one. An unknown flag is an error.
+Inherited fields come last in --help, in a group that has the docstring of the base class as its
+title.
 """
 
 import argparse
@@ -145,6 +146,9 @@ def _add_flag(group, field: dataclasses.Field, kind: type) -> None:
         options["default"] = field.default
     if isinstance(kind, types.UnionType):                           # `int | None`
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if typing.get_origin(kind) is tuple:
+        group.add_argument(field.name, nargs="+", type=path_or_name, help=options["help"])
+        return
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:

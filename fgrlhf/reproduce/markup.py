@@ -1,7 +1,12 @@
 """Builds HTML that is always escaped: `tag` escapes every text that is not from another `tag`."""
 
 import html
+from pathlib import Path
 from typing import Sequence
+
+STYLE = Path(__file__).parent / "style.css"
+# With this policy the browser refuses everything that is not on the page.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 class Html(str):
@@ -28,6 +33,16 @@ def join(children: Sequence) -> Html:
         elif child is not None:
             parts.append(child if isinstance(child, Html) else html.escape(str(child)))
     return Html("".join(parts))
+
+
+def document(title: str, children: Sequence[Html]) -> str:
+    """Returns a whole HTML document in the style of the report, which needs no other file."""
+    return "\n".join([
+        '<!doctype html>', '<html lang="en">', '<head>', '<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">', tag("title", title),
+        tag("style", Html(STYLE.read_text(encoding="utf-8"))), '</head>', '<body>', '<main>',
+        *children, '</main>', '</body>', '</html>', ''])
 
 
 def section(title: str, *children) -> Html:

@@ -35,15 +35,12 @@ from fgrlhf.data.files import write_atomic
 from fgrlhf.explain.page import explained_page
 from fgrlhf.reproduce import excerpts
 from fgrlhf.reproduce.chart import Curve, line_chart, strip, strip_axis, ticks
-from fgrlhf.reproduce.markup import Html, section, table, tag, typeset
+from fgrlhf.reproduce.markup import Html, document, section, table, tag, typeset
 from fgrlhf.reproduce.table import (
     ADVANTAGES, DECODING, DIFFERENCE, ERRORS, GREEDY_ERRORS, GREEDY_SUMMARIES, PLACES,
     REWARD_MODELS, SUMMARIES, TRAINING, WIN_RATES, Column, cell_texts, interval_of, is_number,
     number, present, ratio, text_table)
 
-STYLE = Path(__file__).parent / "style.css"
-# With this policy the browser refuses everything that is not on the page.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 CURVES = {"win_rate": ("Win rate on dev prompts, %", 100),
           "reward": ("Reward per response, each system on its own scale", 1),
           "kl_k1": ("KL from the SFT policy, nats per response", 1),
@@ -78,12 +75,7 @@ def page(results: dict) -> str:
              (excerpts.before_after, examples.get("before_after")), (_again, results)]
     sections = [shown for show, part in parts if part and (shown := show(part))]
     title = f"Token-level RLHF from minimal edits, {get('profile') or 'a'} run"
-    return "\n".join([
-        '<!doctype html>', '<html lang="en">', '<head>', '<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">', tag("title", title),
-        tag("style", Html(STYLE.read_text(encoding="utf-8"))), '</head>', '<body>', '<main>',
-        _header(results), _contents(sections), *sections, '</main>', '</body>', '</html>', ''])
+    return document(title, [_header(results), _contents(sections), *sections])
 
 
 def _header(results: dict) -> Html:

@@ -124,17 +124,17 @@ def text_table(results: dict, width: int = 104) -> str:
              _metrics("estimates of the advantage", results.get("advantages") or {}, ADVANTAGES,
                       width)]
     comparisons = results.get("comparisons") or []
-    parts.append(_aligned(["difference of win rates", *(c["label"] for c in comparisons)],
-                          [_cells(DIFFERENCE, comparisons)], width))
+    parts.append(aligned(["difference of win rates", *(c["label"] for c in comparisons)],
+                         [_cells(DIFFERENCE, comparisons)], width))
     for speed in results.get("speed") or []:
         rows, names = speed["rows"], speed.get("names") or ("baseline", "method")
-        parts.append(_aligned(["speed", *(row["label"] for row in rows)],
-                              [[names[0], *(number(row.get("baseline")) for row in rows)],
-                               [names[1], *(number(row.get("method")) for row in rows)],
-                               ["ratio", *(ratio(row.get("ratio")) for row in rows)]], width))
+        parts.append(aligned(["speed", *(row["label"] for row in rows)],
+                             [[names[0], *(number(row.get("baseline")) for row in rows)],
+                              [names[1], *(number(row.get("method")) for row in rows)],
+                              ["ratio", *(ratio(row.get("ratio")) for row in rows)]], width))
     paper = results.get("paper") or []
-    parts.append(_aligned(["the paper", *(row["label"] for row in paper)],
-                          [["value", *(row["value"] for row in paper)]], width))
+    parts.append(aligned(["the paper", *(row["label"] for row in paper)],
+                         [["value", *(row["value"] for row in paper)]], width))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -143,14 +143,14 @@ def _metrics(title: str, rows: dict[str, dict], columns: Sequence[Column], width
              for c in present(rows, columns)]
     if not cells:
         return ""
-    return _aligned([title, *(row["label"] for row in rows.values())], cells, width)
+    return aligned([title, *(row["label"] for row in rows.values())], cells, width)
 
 
 def _by_annotations(rows: list[dict], width: int) -> str:
     names = list(rows[0]["systems"]) if rows else []
     columns = [[name, *("{} {}".format(*cell_texts(row["systems"][name], WIN_RATES[0])).rstrip()
                         for row in rows)] for name in names]
-    return _aligned(["annotations", *(number(row["annotations"]) for row in rows)], columns, width)
+    return aligned(["annotations", *(number(row["annotations"]) for row in rows)], columns, width)
 
 
 def _cells(column: Column, cells: Sequence[dict | None]) -> list[str]:
@@ -161,7 +161,7 @@ def _cells(column: Column, cells: Sequence[dict | None]) -> list[str]:
                              for mean, interval in texts)]
 
 
-def _aligned(labels: list[str], columns: list[list[str]], width: int) -> str:
+def aligned(labels: list[str], columns: list[list[str]], width: int) -> str:
     """Sets labels on the left, cut to the free width, and columns on the right, two blanks apart.
 
     The first entry of each is its header, with a line below. Returns "" if there are only headers.
