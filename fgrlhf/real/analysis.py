@@ -11,6 +11,7 @@ For each reward model, on the candidates of a split of DeFacto:
                 article does not say it)
     words       for each type of word: how many tokens, how many of them taken out, the mean reward
                 of both, and the AUC over all tokens of the type
+    eos         mean and standard deviation of the reward of EOS behind edits and behind originals
     worst       the tokens taken out with the highest reward, and those kept with the lowest
 
 OUT also has the AUC of "found an error" by the number of made-up names (made_up.py) and by length.
@@ -98,10 +99,10 @@ def labels(path: str) -> dict[str, tuple[bool, bool, bool]]:
     return found
 
 
-def rewarded(model: RewardModel, ids: PreferenceIds) -> list[float]:
-    """Returns the calibrated reward of each token of the candidate but EOS."""
+def rewarded(model: RewardModel, prompt: list[int], response: list[int]) -> list[float]:
+    """Returns the calibrated reward of each token of the response."""
     with torch.no_grad():
-        return model.ppo_rewards(pack([ids.prompt], [ids.rejected]))[0].tolist()[:-1]
+        return model.ppo_rewards(pack([prompt], [response]))[0].tolist()
 
 
 def by_type(tokens: list[Token]) -> dict[str, dict[str, float]]:
@@ -143,7 +144,9 @@ def analyse(config: Config) -> None:
         "length": auc([len(words(s.output)) for s in summaries], wrong)}}
     for folder, model in zip(folders, models):
         model.frozen = states
-        rewards = [rewarded(model, ids) for ids in encoded]
+        rewards = [rewarded(model, ids.prompt, ids.rejected)[:-1] for ids in encoded]
+        ends = {side: torch.tensor([rewarded(model, ids.prompt, getattr(ids, side))[-1]
+                                    for ids in edits.values()]) for side in ("chosen", "rejected")}
         tokens, groups = [], {"intrinsic": [], "extrinsic": []}
         for summary, ids, values in zip(summaries, encoded, rewards):
             if summary.id not in edits:
@@ -164,6 +167,8 @@ def analyse(config: Config) -> None:
                         "mean r": auc([-sum(v) / len(v) for v in rewards], wrong)},
             "errors": {kind: {"summaries": len(some), "auc_within": auc_within(some)}
                        for kind, some in groups.items()},
+            "eos": {name: [ends[side].mean().item(), ends[side].std().item()]
+                    for name, side in (("edits", "chosen"), ("originals", "rejected"))},
             "words": by_type(tokens), "worst": {"taken out, high reward": missed,
                                                 "kept, low reward": blamed}}
     text = json.dumps(result, indent=1)

@@ -200,6 +200,8 @@ def analysis_tables(folder: Path) -> list[dict]:
     kinds = [[f"{REWARDS[name]}, {kind} errors", str(group["summaries"]),
               shown(group["auc_within"])] for name, one in models.items()
              for kind, group in one["errors"].items()]
+    eos = [[f"{REWARDS[name]}, behind {side}", *map(shown, values)]
+           for name, one in models.items() for side, values in one["eos"].items()]
     types = [[kind, str(row["tokens"]), str(row["removed"]), shown(row["r_removed"]),
               shown(row["r_kept"]), shown(row["auc"])]
              for kind, row in models[TOKEN_LEVEL[-1]]["words"].items()]
@@ -210,6 +212,10 @@ def analysis_tables(folder: Path) -> list[dict]:
         {"header": ["reward", "summaries", "AUC within"], "rows": kinds,
          "caption": "Tokens that the annotator took out, in summaries with errors of one kind only."
                     " Intrinsic: the article says it otherwise. Extrinsic: it does not say it."},
+        {"header": ["reward", "mean", "deviation"], "rows": eos,
+         "caption": "The reward of EOS, in standard deviations of the rewards of all tokens. What "
+                    "is equal behind edits and originals says nothing about them, but pays a "
+                    "policy for every response that it ends."},
         {"header": ["word", "tokens", "taken out", "r taken out", "r kept", "AUC"],
          "rows": types,
          "caption": f"{REWARDS[TOKEN_LEVEL[-1]]}, calibrated rewards. Seen: the evidence, which is "
