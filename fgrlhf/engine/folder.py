@@ -29,18 +29,21 @@ class OutputFolder:
     """The folder --out of one training run, new or resumed.
 
     `inputs` names the fields of `config` that hold files or folders the run depends on. Their
-    sha256 is part of every state. A resumed run must find the same contents, at any path.
+    sha256 is part of every state. A resumed run must find the same contents, at any path. `files`
+    are further files that the run depends on, by their names.
 
     Making this object refuses an --out that cannot be used, and writes nothing. `open` makes and
     locks the folder.
     """
 
-    def __init__(self, config, tokenizer_hash: str = "", inputs: tuple[str, ...] = ()):
+    def __init__(self, config, tokenizer_hash: str = "", inputs: tuple[str, ...] = (),
+                 files: tuple[Path, ...] = ()):
         self.folder, self.config = Path(config.out), config
         self.writes = distributed.rank() == 0                   # of several ranks, one writes
         self.state, self.seconds, self.opened = None, 0.0, False
         self.inputs = {name: states.fingerprint(getattr(config, name)) for name in inputs
                        if getattr(config, name) is not None} | {"tokenizer": tokenizer_hash}
+        self.inputs |= {file.name: states.fingerprint(file) for file in files}
         self._refuse_other_run()
         self._refuse_bad_place()
         if config.resume:
@@ -159,7 +162,8 @@ class OutputFolder:
     def _check_inputs(self, before: dict[str, str], path: Path) -> None:
         for name in self.inputs | before:
             if before.get(name, "") != self.inputs.get(name, ""):
-                flag = "tokenizer" if name == "tokenizer" else "--" + name.replace("_", "-")
+                given = hasattr(self.config, name)          # otherwise a file or the tokenizer
+                flag = "--" + name.replace("_", "-") if given else name
                 how = "its contents have changed since the run was started; restore it"
                 if name not in self.inputs or name not in before:
                     how = f"the run was started with{'' if name in before else 'out'} it; repeat"

@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -39,8 +40,9 @@ class Run(OutputFolder):
     opens the folder, and so does the first thing that is written.
     """
 
-    def __init__(self, config, tokenizer_hash: str = "", inputs: tuple[str, ...] = ()):
-        super().__init__(config, tokenizer_hash, inputs)
+    def __init__(self, config, tokenizer_hash: str = "", inputs: tuple[str, ...] = (),
+                 files: tuple[Path, ...] = ()):
+        super().__init__(config, tokenizer_hash, inputs, files)
         self.total, self.stopped_by = 0, 0
         self.save_seconds = 0.0                                 # of this call of the script
         self.clock = time.perf_counter()
