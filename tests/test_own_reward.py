@@ -11,7 +11,7 @@ import train_ppo
 from fgrlhf.checkpoint import load_model, load_tokenizer
 from fgrlhf.checks import __main__ as checks, startup
 from fgrlhf.data.fields import UserError
-from fgrlhf.engine import players
+from fgrlhf.engine import lora, players
 from fgrlhf.engine.config import parse
 from fgrlhf.own_reward import OwnReward, find, is_own, start_of_critic
 from fgrlhf.sequences import pack
@@ -131,6 +131,17 @@ def test_the_critic_starts_from_the_policy_with_a_head_drawn_by_the_seed(folder,
         assert torch.equal(loaded.critic.trunk.state_dict()[name], weight)
     assert all(a.data_ptr() != b.data_ptr() for a, b in zip(
         loaded.critic.trunk.parameters(), loaded.policy.parameters()))
+
+
+def test_with_adapters_the_critic_shares_the_trunk_of_the_policy(folder, write):
+    write(PLANTED)
+    loaded = players.load(config(folder, method="rlhf", reward="my_rewards:spread", lora_rank=2),
+                          torch.device("cpu"))
+    ours, theirs = (lora.shared(model) for model in (loaded.critic.trunk, loaded.policy))
+    assert ours and all(ours[name] is theirs[name] for name in theirs)
+    trained = {name for name, p in loaded.critic.named_parameters() if p.requires_grad}
+    assert {"head.weight", "head.bias"} < trained
+    assert all("lora_" in name for name in trained if name.startswith("trunk."))
 
 
 # ----- what is wrong with a function --------------------------------------------------------------
