@@ -111,6 +111,8 @@ class Config(ReadingRecords, Machinery):                # and --template, --seed
                             "not results; 0: all")
     offload: bool = arg(False, help="keep reference and reward model in host memory between uses")
     save_every: int = arg(10, least=1, help="iterations between training states for --resume")
+    keep_last: bool = arg(False, help="keep the training state of the last iteration, from which "
+                          "--resume with more --iterations goes on")
 
     def __post_init__(self):
         if self.gamma is None:                              # config.json shows the resolved value
@@ -150,7 +152,8 @@ def train(config: Config) -> None:
     device = distributed.start(distributed.pick_device(config.device))
     check_flags(config)
     tokenizer = load_tokenizer(config.policy)
-    log = Run(config, tokenizer.sha256, *inputs_of(config))     # refuses an --out that is in use
+    log = Run(config, tokenizer.sha256, *inputs_of(config),     # refuses an --out that is in use
+              keep_last=config.keep_last)
     judge = dev_judge(config, tokenizer)
     players = load(config, device)
     policy = players.policy
