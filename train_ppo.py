@@ -28,11 +28,13 @@ folder (metrics, states, signals), `microbatches` cuts a minibatch for memory an
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import fgrlhf                               # before torch: it sets how OpenMP's threads wait
 from torch import Tensor
 
+from fgrlhf import own_reward
 from fgrlhf.advantage import penalise_kl, reward_to_go, standardise, without_eos
 from fgrlhf.baseline import generalised_advantage, value_loss
 from fgrlhf.checkpoint import load_tokenizer, save_model
@@ -62,7 +64,8 @@ class Config(ReadingRecords, Machinery):                # and --template, --seed
     method: str = arg(choices=("fine-grained", "rlhf", *GROUPED), help="token advantages; critic "
                       "and GAE; or other responses to the same prompt as the baseline (group.py)")
     policy: str = arg(help="folder of the SFT model; policy and frozen reference start from it")
-    reward: str = arg(help="folder of the reward model")
+    reward: str = arg(help="folder of the reward model; or module:function, a Python function of "
+                      "your own (fgrlhf/own_reward.py)")
     prompts: str = arg(help="prompts to sample responses to")
     out: str = arg(help="folder for the policies and the logs")
     iterations: int = arg(30, least=1, help="number of iterations (rollout and update)")
@@ -108,6 +111,8 @@ class Config(ReadingRecords, Machinery):                # and --template, --seed
                             "not results; 0: all")
     offload: bool = arg(False, help="keep reference and reward model in host memory between uses")
     save_every: int = arg(10, least=1, help="iterations between training states for --resume")
+    keep_last: bool = arg(False, help="keep the training state of the last iteration, from which "
+                          "--resume with more --iterations goes on")
 
     def __post_init__(self):
         if self.gamma is None:                              # config.json shows the resolved value
@@ -147,8 +152,8 @@ def train(config: Config) -> None:
     device = distributed.start(distributed.pick_device(config.device))
     check_flags(config)
     tokenizer = load_tokenizer(config.policy)
-    log = Run(config, tokenizer.sha256,                     # refuses an --out that is in use
-              ("policy", "reward", "prompts", "dev_prompts", "dev_reference"))
+    log = Run(config, tokenizer.sha256, *inputs_of(config),     # refuses an --out that is in use
+              keep_last=config.keep_last)
     judge = dev_judge(config, tokenizer)
     players = load(config, device)
     policy = players.policy
@@ -339,6 +344,15 @@ def check_flags(config: Config) -> None:
     if config.offload and (config.lora_rank or distributed.size() > 1):
         raise UserError("--offload: expected one process and --lora-rank 0; a shared trunk and "
                         "sharded models stay where they are")
+
+
+def inputs_of(config: Config) -> tuple[tuple[str, ...], tuple[Path, ...]]:
+    """Returns the flags whose files a run depends on, and the file of a reward of one's own."""
+    flags = ("policy", "reward", "prompts", "dev_prompts", "dev_reference")
+    if not own_reward.is_own(config.reward):
+        return flags, ()
+    # --reward is then a name, which --resume compares like any other setting
+    return tuple(name for name in flags if name != "reward"), (own_reward.find(config.reward).file,)
 
 
 def dev_judge(config: Config, tokenizer: Tokenizer) -> OracleJudge | None:

@@ -76,6 +76,18 @@ class Vocabulary:
             spans.append((home[start], home[end - 1] + 1) if surface else (before, before))
         return spans
 
+    def texts(self, ids: Iterable[int]) -> list[str]:
+        """Returns the characters that each id adds to the text. Joined, they are `decode(ids)`.
+
+        A character of several byte pieces belongs to the first of them.
+        """
+        ids, end, parts = list(ids), 0, []
+        text = self.decode(ids)
+        for start, stop in self.spans(ids):
+            parts.append(text[max(start, end):stop])
+            end = max(end, stop)
+        return parts
+
     def keeps(self, text: str) -> bool:
         """Returns True if decoding gives the text back exactly."""
         return self.decode(self.encode(text)) == text

@@ -156,6 +156,29 @@ def test_train_lets_learning_rates_fall_to_0_with_lr_decay(folder, tmp_path, mon
     assert sum(rates, []) == pytest.approx(sum(expected, []))
 
 
+def test_a_finished_run_that_kept_its_last_state_goes_on_as_if_never_finished(folder, tmp_path):
+    """With a critic; 2 + 3 iterations give the metrics and the policy of 5, bit by bit."""
+    fields = dict(method="rlhf", reward=str(folder / "sequence"), skip_checks=True)
+    a = dict(fields, out=str(tmp_path / "a"), keep_last=True)
+    train_ppo.train(config(folder, **a))
+    assert [path.name for path in (tmp_path / "a").glob("state-*")] == ["state-000002.pt"]
+    with pytest.raises(SystemExit, match="0"):
+        train_ppo.train(config(folder, **a, resume=True))
+    for refused in ({"iterations": 1}, {"iterations": 5, "lr": 0.1}, {"iterations": 5, "resume": 0},
+                    {"iterations": 5, "lr_decay": True}):
+        with pytest.raises(UserError, match="holds a finished run; choose another --out"):
+            train_ppo.train(config(folder, **{**a, "resume": True, **refused}))
+    train_ppo.train(config(folder, **a | {"keep_last": False}, resume=True, iterations=5))
+    train_ppo.train(config(folder, **fields, out=str(tmp_path / "b"), iterations=5))
+    for name in ("metrics.jsonl", "policy/consolidated.00.pth"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    done = json.loads((tmp_path / "a/done.json").read_text())
+    assert done["iterations"] == 5 and not list((tmp_path / "a").glob("state-*"))
+    with pytest.raises(UserError, match="of 5 iterations, which .* no training state"):
+        train_ppo.train(config(folder, **a, resume=True, iterations=6))
+    assert (tmp_path / "a/done.json").exists()
+
+
 @pytest.mark.parametrize("rollouts, parts, sizes", [(6, 2, [3, 3]), (5, 4, [1, 1, 1, 2])])
 def test_minibatches_are_as_many_as_asked_for_and_hold_every_row_once(folder, rollouts, parts,
                                                                       sizes):

@@ -17,13 +17,14 @@ from fgrlhf.encode import ReadingRecords
 from fgrlhf.engine import players
 from fgrlhf.engine.config import Computation, arg, parse, run
 from fgrlhf.engine.distributed import pick_device
+from fgrlhf.own_reward import is_own
 from fgrlhf.reward import describe_reward
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ReadingRecords, Computation):
     policy: str | None = arg(None, help="folder of the policy as PPO would start from it")
-    reward: str | None = arg(None, help="folder of the reward model")
+    reward: str | None = arg(None, help="folder of the reward model, or module:function")
     prompts: str | None = arg(None, help="prompts to sample responses to")
     replay: str | None = arg(None, help="or a failed-batch.pt: say which tensor is bad, and where")
     method: str | None = arg(None, choices=("fine-grained", "rlhf"), help="method of the planned "
@@ -49,6 +50,9 @@ def main(config: Config) -> None:
             print(line)
         return
     if config.method is None:
+        if is_own(config.reward):
+            raise UserError("--method: expected fine-grained or rlhf, because --reward "
+                            f"{config.reward} is a function; give one")
         kind = describe_reward(config.reward)["kind"]
         config = replace(config, method={"token": "fine-grained", "sequence": "rlhf"}[kind])
     loaded = players.load(config, pick_device(config.device))

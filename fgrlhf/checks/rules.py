@@ -16,6 +16,7 @@ from fgrlhf.advantage import penalise_kl, reward_to_go, standardise
 from fgrlhf.checks.rounding import COARSE, FINE, Rounding
 from fgrlhf.evaluate import constant
 from fgrlhf.model import LLaMA
+from fgrlhf.own_reward import OwnReward
 from fgrlhf.ppo import kl_estimates, policy_loss
 from fgrlhf.reward import RewardModel
 from fgrlhf.rollout import Rollout
@@ -28,7 +29,7 @@ class Subject(NamedTuple):
 
     policy: LLaMA
     ref: LLaMA
-    reward_model: RewardModel
+    reward_model: RewardModel | OwnReward
     tokenizer: Tokenizer
     prompts: list[list[int]]            # ids, BOS first
     max_new_tokens: int
@@ -189,7 +190,11 @@ def values_of(s: Subject, rewards: Tensor, mask: Tensor) -> tuple[Tensor, str]:
 
 
 def rewards_belong(s: Subject, rollout: Rollout) -> Check:
-    """Rule 1: changing token k changes its reward and no reward before it; PAD has no reward."""
+    """Rule 1: changing token k changes its reward and no reward before it; PAD has no reward.
+
+    A function as reward may look ahead, and is checked by `own_rewards_repeat`.
+    """
+    own = isinstance(s.reward_model, OwnReward)
     sequences = ragged(rollout.sequences)
     mask, row = sequences.response_mask, int(sequences.response_lengths.argmax())
     length, start = int(sequences.response_lengths[row]), int(sequences.prompt_lengths[row])
@@ -206,11 +211,17 @@ def rewards_belong(s: Subject, rollout: Rollout) -> Check:
     with torch.no_grad():
         rewards = s.reward_model.ppo_rewards(sequences)
         for k in changed:
-            found.append(first_moved(s.reward_model.ppo_rewards, k))
-            wanted.append([k if s.reward_model.kind == "token" else length - 1])
+            if not own:
+                found.append(first_moved(s.reward_model.ppo_rewards, k))
+                wanted.append([k if s.reward_model.kind == "token" else length - 1])
             if s.critic is not None:
                 found.append(first_moved(s.critic, k))
                 wanted.append([k + 1][:length - k - 1])
+    if own and found != wanted:
+        return Check(False, f"critic: first change at {found}, expected {wanted}",
+                     "read the critic's value one position before its token")
+    if own:
+        return own_rewards_repeat(s, sequences, rewards)
     on_padding = int(rewards[~mask].count_nonzero())
     off_last = 0
     if s.reward_model.kind == "sequence":
@@ -226,6 +237,23 @@ def rewards_belong(s: Subject, rollout: Rollout) -> Check:
                  f"on padding {on_padding}, finite {finite}",
                  "read a token's reward at its own position, a response's at its last token, the "
                  "critic's value one position earlier")
+
+
+def own_rewards_repeat(s: Subject, sequences: Sequences, rewards: Tensor) -> Check:
+    """Compares the rewards [B, T] of a function with those of each response in a call of its own.
+
+    Rewards that do not vary are no failure: a few responses may lack what the function looks for.
+    """
+    values, unit = values_of(s, rewards, sequences.response_mask)
+    worst = 0.0
+    for b, n in enumerate(sequences.response_lengths.tolist()):
+        alone = s.reward_model.ppo_rewards(sequences.rows(slice(b, b + 1)))[0]
+        worst = max(worst, distance(rewards[b, :n], alone))
+    number = f"the reward of a response in a call of its own differs by {worst:.1e}"
+    if (values == values[0]).all():
+        number += f"; every {unit} has the reward {values[0]:g}, so there may be nothing to learn"
+    return Check(worst <= 1e-5 * max(1, rewards.abs().max().item()), number,
+                 "the function must depend on the response and its prompt only, and draw nothing")
 
 
 def microbatches_agree(s: Subject, rollout: Rollout) -> Check:
@@ -263,6 +291,9 @@ def scales_side_by_side(s: Subject, rollout: Rollout) -> Check:
         rewards = s.reward_model.ppo_rewards(rollout.sequences)
     values, unit = values_of(s, rewards, mask)
     spread = values.std(correction=0).item()
+    if spread == 0 and isinstance(s.reward_model, OwnReward):       # see own_rewards_repeat
+        return Check(True, f"reward per {unit} {values[0]:+.2f}, it does not vary in these "
+                     f"responses; a nat of KL costs beta = {s.beta:g}", "")
     return Check(0 < spread < float("inf"),
                  f"reward per {unit} {values.mean():+.2f} +- {spread:.2f}; a nat of KL costs beta "
                  f"= {s.beta:g}; beta {spread:.2g} makes it cost one standard deviation",

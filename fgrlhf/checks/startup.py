@@ -20,6 +20,7 @@ from fgrlhf.data.fields import UserError
 from fgrlhf.engine.draws import generator
 from fgrlhf.engine.players import Players
 from fgrlhf.model import LLaMA
+from fgrlhf.own_reward import OwnReward
 from fgrlhf.plan import memory
 from fgrlhf.rollout import sample
 from fgrlhf.sequences import score
@@ -38,10 +39,15 @@ def subject(config, players: Players) -> Subject:
                    config.rollouts, config.microbatch, players.critic)
 
 
+def trunks(s: Subject) -> list[LLaMA]:
+    """Returns the models that read prompts and responses. A function as reward is none."""
+    own = isinstance(s.reward_model, OwnReward)
+    return [s.policy] if own else [s.policy, s.reward_model.trunk]
+
+
 def tokenizer_fits(s: Subject) -> Check:
     """Checks that every id of the tokenizer and of the prompts has a row in both embeddings."""
-    sizes = {s.tokenizer.vocab_size, s.policy.config.vocab_size,
-             s.reward_model.trunk.config.vocab_size}
+    sizes = {s.tokenizer.vocab_size, *(trunk.config.vocab_size for trunk in trunks(s))}
     highest = max(max(ids) for ids in s.prompts)
     special = {s.tokenizer.bos_id, s.tokenizer.eos_id}
     passed = len(sizes) == 1 and highest < min(sizes) and s.tokenizer.pad_id not in special
@@ -53,7 +59,7 @@ def tokenizer_fits(s: Subject) -> Check:
 def lengths_fit(s: Subject) -> Check:
     """Checks that the longest prompt and the longest response together fit both contexts."""
     lengths = sorted(len(ids) for ids in s.prompts)
-    context = min(s.policy.config.max_seq_len, s.reward_model.trunk.config.max_seq_len)
+    context = min(trunk.config.max_seq_len for trunk in trunks(s))
     return Check(lengths[-1] + s.max_new_tokens <= context,
                  f"prompts of {lengths[0]} to {lengths[-1]} tokens (median "
                  f"{lengths[len(lengths) // 2]}) + {s.max_new_tokens} new <= context {context}",

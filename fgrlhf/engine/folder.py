@@ -5,6 +5,7 @@ to it, another run has finished or begun in it, or --resume finds other settings
 """
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from fgrlhf.data.lock import lock
 from fgrlhf.engine import config as configuration, distributed, states
 
 MODELS = ("policy", "best", "reward")                    # the folders that a run writes
-MAY_DIFFER = ("resume", "out", "keep", "save_every")       # in a run that is resumed
+MAY_DIFFER = ("resume", "out", "keep", "keep_last", "save_every")   # in a run that is resumed
 # These may differ too, but then numbers are added up in another order and round differently.
 ROUNDING = ("device", "microbatch", "decode_batch", "checkpoint_activations", "offload")
 LOGS = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")       # one line per step each
@@ -29,18 +30,22 @@ class OutputFolder:
     """The folder --out of one training run, new or resumed.
 
     `inputs` names the fields of `config` that hold files or folders the run depends on. Their
-    sha256 is part of every state. A resumed run must find the same contents, at any path.
+    sha256 is part of every state. A resumed run must find the same contents, at any path. `files`
+    are further files that the run depends on, by their names. With `keep_last` the last state stays
+    when the run is finished, and a call with --resume and more --iterations goes on from there.
 
     Making this object refuses an --out that cannot be used, and writes nothing. `open` makes and
     locks the folder.
     """
 
-    def __init__(self, config, tokenizer_hash: str = "", inputs: tuple[str, ...] = ()):
-        self.folder, self.config = Path(config.out), config
+    def __init__(self, config, tokenizer_hash: str = "", inputs: tuple[str, ...] = (),
+                 files: tuple[Path, ...] = (), keep_last: bool = False):
+        self.folder, self.config, self.keep_last = Path(config.out), config, keep_last
         self.writes = distributed.rank() == 0                   # of several ranks, one writes
         self.state, self.seconds, self.opened = None, 0.0, False
         self.inputs = {name: states.fingerprint(getattr(config, name)) for name in inputs
                        if getattr(config, name) is not None} | {"tokenizer": tokenizer_hash}
+        self.inputs |= {file.name: states.fingerprint(file) for file in files}
         self._refuse_other_run()
         self._refuse_bad_place()
         if config.resume:
@@ -67,6 +72,7 @@ class OutputFolder:
         self._refuse_other_run()                        # another process may have been faster
         for name in LOGS if self.config.resume else ():
             self._drop_lines_after(self.step, self.folder / name)
+        (self.folder / "done.json").unlink(missing_ok=True)     # a finished run that goes on
         write_atomic(self.folder / "config.json", configuration.to_json(self.config).encode())
 
     def _lock(self) -> None:
@@ -103,19 +109,27 @@ class OutputFolder:
         if self.writes and (self.folder / "config.json").exists():
             self._lock()
         if (self.folder / "done.json").exists():
-            self._already_complete()
+            self._finished()
         if not self.config.resume and (self.folder / "metrics.jsonl").exists():
             raise UserError(f"{self.folder}: holds an unfinished run; continue it with --resume, "
                             "choose another --out or remove it")
 
-    def _already_complete(self) -> None:
+    def _finished(self) -> None:
+        """Ends the program, unless more iterations can start from a state that was kept."""
         before = read_object(self.folder / "config.json") if self.config.resume else {}
-        if self._other_setting(self._settings(), before, self._settings()) is not None:
+        now = self._settings()
+        if self._other_setting(now, before, now) is not None:
             raise UserError(f"{self.folder}: holds a finished run; choose another --out or remove "
                             "it")
+        if now.get("iterations") != before.get("iterations"):
+            if states.paths(self.folder):
+                return
+            raise UserError(f"{self.folder}: holds a finished run of {before['iterations']} "
+                            "iterations, which cannot go on because it kept no training state "
+                            "(--keep-last); choose another --out")
         done = read_object(self.folder / "done.json")
         self._check_inputs(done.get("inputs", self.inputs), self.folder / "done.json")
-        if self.writes:
+        if self.writes and not self.keep_last:
             states.remove(self.folder)                  # a kill may have come before their removal
         print(f"{self.folder}: already complete")
         raise SystemExit(0)
@@ -145,7 +159,9 @@ class OutputFolder:
 
     def _other_setting(self, names: Iterable[str], before: dict, now: dict) -> str | None:
         """The first of the settings `names` that may not differ in one run, and does."""
-        own = (*MAY_DIFFER, *ROUNDING, *self.inputs)        # of inputs the contents are compared
+        own = [*MAY_DIFFER, *ROUNDING, *self.inputs]        # of inputs the contents are compared
+        if not now.get("lr_decay", True) and now["iterations"] > before.get("iterations", math.inf):
+            own.append("iterations")                        # no step depends on their number
         return next((n for n in names if n not in own and before.get(n) != now.get(n)), None)
 
     def _machine(self) -> dict:
@@ -159,7 +175,8 @@ class OutputFolder:
     def _check_inputs(self, before: dict[str, str], path: Path) -> None:
         for name in self.inputs | before:
             if before.get(name, "") != self.inputs.get(name, ""):
-                flag = "tokenizer" if name == "tokenizer" else "--" + name.replace("_", "-")
+                given = hasattr(self.config, name)          # otherwise a file or the tokenizer
+                flag = "--" + name.replace("_", "-") if given else name
                 how = "its contents have changed since the run was started; restore it"
                 if name not in self.inputs or name not in before:
                     how = f"the run was started with{'' if name in before else 'out'} it; repeat"

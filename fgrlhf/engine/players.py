@@ -20,6 +20,7 @@ from fgrlhf.engine.encoding import check_encoding
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.engine.states import TrainableState
 from fgrlhf.model import LLaMA
+from fgrlhf.own_reward import OwnReward, find, is_own, start_of_critic
 from fgrlhf.reward import RewardModel, describe_reward, load_reward
 from fgrlhf.templates import check_template
 from fgrlhf.tokenizer import Tokenizer
@@ -31,7 +32,7 @@ class Players(NamedTuple):
     tokenizer: Tokenizer
     policy: LLaMA
     ref: LLaMA                          # the policy as it starts, frozen
-    reward_model: RewardModel           # frozen
+    reward_model: RewardModel | OwnReward       # frozen
     critic: Critic | None               # only for method rlhf
     prompts: list[list[int]]            # ids, BOS first
     optimizers: dict[str, Optimizer]    # "policy" and, for rlhf, "critic"; see `prepare`
@@ -59,20 +60,29 @@ def prompt_room(config) -> int:
     return context - config.max_new_tokens
 
 
-def load(config, device: torch.device) -> Players:
-    """Reads prompts and models. Raises UserError for whatever does not fit together.
-
-    Everything that can be refused without weights is refused before a weight is read.
-    """
-    tokenizer = load_tokenizer(config.policy)
+def check_reward(config, tokenizer: Tokenizer) -> None:
+    """Refuses a reward model with another tokenizer, or of another kind than the method needs."""
     if load_tokenizer(config.reward).sha256 != tokenizer.sha256:
         raise UserError(f"--reward {config.reward}: its tokenizer is not the one of "
                         f"--policy {config.policy}; train both from one SFT model")
     if config.method == "fine-grained" and describe_reward(config.reward)["kind"] != "token":
         raise UserError(f"--reward {config.reward}: expected a token-level reward model for "
                         "--method fine-grained, got a sequence-level one; see train_rm.py --kind")
+
+
+def load(config, device: torch.device) -> Players:
+    """Reads prompts and models. Raises UserError for whatever does not fit together.
+
+    Everything that can be refused without weights is refused before a weight is read.
+    """
+    tokenizer = load_tokenizer(config.policy)
+    own = None
+    if is_own(config.reward):
+        own = OwnReward(find(config.reward), config.method, tokenizer)
+    else:
+        check_reward(config, tokenizer)
     check_encoding(config.policy, template=config.template)
-    encoding = check_encoding(config.reward, template=config.template)
+    encoding = None if own else check_encoding(config.reward, template=config.template)
     check_template(tokenizer, config.template, trains=True)
     room, judged = prompt_room(config), encoding and encoding.prompt_tokens
 
@@ -94,8 +104,10 @@ def load(config, device: torch.device) -> Players:
             return load_adapted(config.policy, device, dtype, config.lora_rank, config.seed, trunks)
         return load_model(config.policy, device, dtype)
     policy, ref = read_policy(), read_policy().requires_grad_(False)
-    reward_model = load_reward(config.reward, device, dtype, trunks).requires_grad_(False)
-    critic = lora.train(Critic(reward_model)) if config.method == "rlhf" else None
+    reward_model = own or load_reward(config.reward, device, dtype, trunks).requires_grad_(False)
+    critic = None
+    if config.method == "rlhf":
+        critic = lora.train(Critic(start_of_critic(policy, config.seed) if own else reward_model))
     return Players(tokenizer, policy, ref, reward_model, critic, prompts, {})
 
 

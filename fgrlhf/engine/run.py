@@ -4,7 +4,8 @@
     OUT/metrics.jsonl    one JSON object per step; a function of configuration and seed
     OUT/samples.jsonl    responses of each step, where a script is asked to keep them
     OUT/timing.jsonl     seconds per step, in a file of their own because they never repeat
-    OUT/state-*.pt       the newest --keep training states, for --resume; removed at the end
+    OUT/state-*.pt       the newest --keep training states, for --resume; removed at the end,
+                         except with --keep-last
     OUT/done.json        written last: a run without it is not finished
     OUT/failed-batch.pt  the batch that gave a number that is not finite (python -m fgrlhf.checks)
 
@@ -21,6 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -39,8 +41,9 @@ class Run(OutputFolder):
     opens the folder, and so does the first thing that is written.
     """
 
-    def __init__(self, config, tokenizer_hash: str = "", inputs: tuple[str, ...] = ()):
-        super().__init__(config, tokenizer_hash, inputs)
+    def __init__(self, config, tokenizer_hash: str = "", inputs: tuple[str, ...] = (),
+                 files: tuple[Path, ...] = (), keep_last: bool = False):
+        super().__init__(config, tokenizer_hash, inputs, files, keep_last)
         self.total, self.stopped_by = 0, 0
         self.save_seconds = 0.0                                 # of this call of the script
         self.clock = time.perf_counter()
@@ -92,7 +95,8 @@ class Run(OutputFolder):
                                          f"{float(value)}")
         self.log(step, metrics)
         self.stopped_by = distributed.largest(self.stopped_by)      # a signal to one rank stops all
-        if self.stopped_by or (step % self.config.save_every == 0 and step < self.total):
+        due = self.keep_last if step == self.total else step % self.config.save_every == 0
+        if self.stopped_by or due:
             self.save(step, extra, **parts)
         if self.stopped_by:
             self.bar.close()
@@ -174,7 +178,7 @@ class Run(OutputFolder):
     def finish(self, summary: dict) -> None:
         """Marks the run as complete, and unlocks the folder.
 
-        The training states are then not needed any more. Like in `log`, NaN becomes null.
+        The training states are removed, except with `keep_last`. Like in `log`, NaN becomes null.
         """
         self.open()
         if not self.writes:
@@ -182,7 +186,8 @@ class Run(OutputFolder):
         summary |= {"seconds": round(self.seconds, 2),
                     "save_seconds": round(self.save_seconds, 3), "inputs": self.inputs}
         write_atomic(self.folder / "done.json", (_json(summary, indent=2) + "\n").encode())
-        states.remove(self.folder)
+        if not self.keep_last:
+            states.remove(self.folder)
         self.unlock()
 
 

@@ -215,12 +215,8 @@ def surfaces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
     A character of several byte pieces belongs to the first of them.
     """
-    text, end, parts = tokenizer.decode(ids), 0, []
-    for token, (start, stop) in zip(ids, tokenizer.spans(ids)):
-        parts.append(tokenizer.pieces[token].text if token == tokenizer.eos_id else
-                     text[max(start, end):stop])
-        end = max(end, stop)
-    return parts
+    return [tokenizer.pieces[token].text if token == tokenizer.eos_id else text
+            for token, text in zip(ids, tokenizer.texts(ids))]
 
 
 def prompt_text(tokenizer: Tokenizer, ids: list[int]) -> str:
