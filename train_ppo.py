@@ -28,13 +28,11 @@ folder (metrics, states, signals), `microbatches` cuts a minibatch for memory an
 import time
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import fgrlhf                               # before torch: it sets how OpenMP's threads wait
 from torch import Tensor
 
-from fgrlhf import own_reward
 from fgrlhf.advantage import penalise_kl, reward_to_go, standardise, without_eos
 from fgrlhf.baseline import generalised_advantage, value_loss
 from fgrlhf.checkpoint import load_tokenizer, save_model
@@ -46,12 +44,13 @@ from fgrlhf.engine.config import Machinery, arg, parse, run
 from fgrlhf.engine.distributed import Sums, microbatches
 from fgrlhf.engine.draws import batches, generator
 from fgrlhf.engine.encoding import Encoding, write_encoding
-from fgrlhf.engine.players import Players, load, prepare, prompt_room
+from fgrlhf.engine.players import Players, inputs_of, load, prepare, prompt_room
 from fgrlhf.engine.run import Run
 from fgrlhf.group import METHODS as GROUPED
 from fgrlhf.group import group_advantage
 from fgrlhf.judge import answers
-from fgrlhf.ppo import check_first_ratio, exact_kl_of, policy_loss, rollout_metrics
+from fgrlhf.ppo import (
+    check_first_ratio, exact_kl_of, policy_loss, rollout_metrics, samples_of)
 from fgrlhf.reward import save_reward
 from fgrlhf.rollout import Rollout, sample_shared
 from fgrlhf.sequences import Scorer, Sequences, by_length
@@ -179,7 +178,8 @@ def train(config: Config) -> None:
                 check_first_ratio(batch.logp_ref, batch.logp_old)
             if config.save_samples:
                 log.append("samples.jsonl", {"step": iteration, "responses": samples_of(
-                    config, players, batch, iteration)})
+                    rollout, batch.logp_ref, batch.rewards, players.tokenizer,
+                    prompts_of(config, len(players.prompts), iteration))})
             # step 5
             metrics = update(config, players, batch, iteration) | statistics
         # step 6
@@ -277,19 +277,6 @@ def update(config: Config, players: Players, batch: Batch, iteration: int) -> di
     return metrics
 
 
-def samples_of(config: Config, players: Players, batch: Batch, iteration: int) -> list[dict]:
-    """The responses of an iteration as text. `prompt` counts the prompts of --prompts from 0."""
-    kl = ((batch.logp_old - batch.logp_ref) * batch.mask).sum(-1)
-    lengths, rewards = batch.sequences.response_lengths, batch.rewards.sum(-1)
-    tokens = batch.sequences.tokens
-    return [{"prompt": prompt, "tokens": n, "kl": round(kl[b].item(), 4),
-             "reward": round(rewards[b].item(), 4),
-             "output": players.tokenizer.decode(tokens[b, start:start + n].tolist()).strip()}
-            for b, (prompt, start, n) in enumerate(zip(
-                prompts_of(config, len(players.prompts), iteration),
-                batch.sequences.prompt_lengths.tolist(), lengths.tolist()))]
-
-
 def prompts_of(config: Config, count: int, iteration: int) -> list[int]:
     """The prompts of an iteration, from shuffled passes over all `count` prompts.
 
@@ -344,15 +331,6 @@ def check_flags(config: Config) -> None:
     if config.offload and (config.lora_rank or distributed.size() > 1):
         raise UserError("--offload: expected one process and --lora-rank 0; a shared trunk and "
                         "sharded models stay where they are")
-
-
-def inputs_of(config: Config) -> tuple[tuple[str, ...], tuple[Path, ...]]:
-    """Returns the flags whose files a run depends on, and the file of a reward of one's own."""
-    flags = ("policy", "reward", "prompts", "dev_prompts", "dev_reference")
-    if not own_reward.is_own(config.reward):
-        return flags, ()
-    # --reward is then a name, which --resume compares like any other setting
-    return tuple(name for name in flags if name != "reward"), (own_reward.find(config.reward).file,)
 
 
 def dev_judge(config: Config, tokenizer: Tokenizer) -> OracleJudge | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fgrlhf.model import LLaMA
 from fgrlhf.rollout import Rollout
 from fgrlhf.sequences import Sequences, by_length, hidden_before, locate
+from fgrlhf.tokenizer import Tokenizer
 from kernels import exact_kl, linear_ppo
 
 
@@ -94,3 +95,21 @@ def rollout_metrics(rollout: Rollout, logp_ref: Tensor, rewards: Tensor,
         "rollout/length": rollout.sequences.response_lengths.float().mean().item(),
         "rollout/eos": 1 - truncated,
         "rollout/truncated": truncated}
+
+
+def samples_of(rollout: Rollout, logp_ref: Tensor, rewards: Tensor, tokenizer: Tokenizer,
+               prompts: list[int]) -> list[dict]:
+    """The responses of an iteration as text, with their KL in nats and their summed reward.
+
+    logp_ref, rewards [B, T]. prompts [B]: the number of each prompt in the file, from 0.
+    """
+    sequences, mask = rollout.sequences, rollout.sequences.response_mask
+    kl, totals = ((rollout.logp_old - logp_ref) * mask).sum(-1), (rewards * mask).sum(-1)
+    result = []
+    for b, prompt in enumerate(prompts):
+        start, n = int(sequences.prompt_lengths[b]), int(sequences.response_lengths[b])
+        ids = sequences.tokens[b, start:start + n].tolist()
+        result.append({"prompt": prompt, "tokens": n, "kl": round(kl[b].item(), 4),
+                       "reward": round(totals[b].item(), 4),
+                       "output": tokenizer.decode(ids).strip()})
+    return result

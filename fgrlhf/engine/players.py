@@ -3,6 +3,7 @@
 train_ppo.py has the algorithm. The functions here read its Config.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,15 @@ class Players(NamedTuple):
         """The parts of a training state, by name."""
         return {name: TrainableState(model) for name, model in self.learning().items()} | {
             f"optimizer_{name}": optimizer for name, optimizer in self.optimizers.items()}
+
+
+def inputs_of(config) -> tuple[tuple[str, ...], tuple[Path, ...]]:
+    """Returns the flags whose files a run depends on, and the file of a reward of one's own."""
+    flags = ("policy", "reward", "prompts", "dev_prompts", "dev_reference")
+    if not is_own(config.reward):
+        return flags, ()
+    # --reward is then a name, which --resume compares like any other setting
+    return tuple(name for name in flags if name != "reward"), (find(config.reward).file,)
 
 
 def prompt_room(config) -> int:
