@@ -33,7 +33,8 @@ from typing import NamedTuple
 import fgrlhf                               # before torch: it sets how OpenMP's threads wait
 from torch import Tensor
 
-from fgrlhf.advantage import penalise_kl, reward_to_go, standardise, without_eos
+from fgrlhf.advantage import (
+    penalise_kl, penalise_missing_eos, reward_to_go, standardise, without_eos)
 from fgrlhf.baseline import generalised_advantage, value_loss
 from fgrlhf.checkpoint import load_tokenizer, save_model
 from fgrlhf.checks import startup
@@ -49,6 +50,7 @@ from fgrlhf.engine.run import Run
 from fgrlhf.group import METHODS as GROUPED
 from fgrlhf.group import group_advantage
 from fgrlhf.judge import answers
+from fgrlhf.own_reward import is_own
 from fgrlhf.ppo import (
     check_first_ratio, exact_kl_of, policy_loss, rollout_metrics, samples_of)
 from fgrlhf.reward import save_reward
@@ -78,9 +80,11 @@ class Config(ReadingRecords, Machinery):                # and --template, --seed
     standardise: str = arg("rms", choices=("rms", "mean-std", "none"),
                            help="fine-grained, rloo, grpo: how advantages are standardised per "
                            "batch")
-    reward_eos: bool = arg(True, help="fine-grained: no: EOS gets the average reward 0. A reward "
-                           "model that has seen shorter edits pays for every EOS, and answers "
-                           "shrink")
+    reward_eos: bool = arg(True, help="fine-grained: no: EOS gets the reward 0, the average over "
+                           "the reward model's training responses. A reward model that has seen "
+                           "shorter edits pays for every EOS")
+    missing_eos_penalty: float = arg(0.0, least=0, help="taken off the reward of the last token "
+                                     "of a response without EOS")
     group: int = arg(4, least=2, help="rloo, grpo: responses per prompt, a divisor of --rollouts")
     clip_eps: float = arg(0.2, least=0, help="the ratio is clipped to [1 - eps, 1 + eps]")
     epochs: int = arg(2, least=1, help="passes over each batch of rollouts")
@@ -176,10 +180,6 @@ def train(config: Config) -> None:
                         config.microbatch)
             if iteration == 1:                  # the policy is still the reference
                 check_first_ratio(batch.logp_ref, batch.logp_old)
-            if config.save_samples:
-                log.append("samples.jsonl", {"step": iteration, "responses": samples_of(
-                    rollout, batch.logp_ref, batch.rewards, players.tokenizer,
-                    prompts_of(config, len(players.prompts), iteration))})
             # step 5
             metrics = update(config, players, batch, iteration) | statistics
         # step 6
@@ -187,6 +187,10 @@ def train(config: Config) -> None:
         if judge and evaluates(config, iteration):
             with log.untimed():
                 metrics |= evaluate(config, players, judge, log, best, iteration)
+        if config.save_samples:
+            log.append("samples.jsonl", {"step": iteration, "responses": samples_of(
+                rollout, batch.logp_ref, batch.rewards, players.tokenizer,
+                prompts_of(config, len(players.prompts), iteration))})
         log.end_step(iteration, metrics, best, **parts)
 
     with distributed.gathered(policy):
@@ -221,6 +225,8 @@ def make_experience(config: Config, players: Players, iteration: int) -> tuple[R
     rewards = scorer.rewards(players.reward_model)          # calibrated
     if not config.reward_eos:
         rewards = without_eos(rewards, sequences, players.tokenizer.eos_id)
+    rewards = penalise_missing_eos(rewards, sequences, rollout.truncated,
+                                   config.missing_eos_penalty)
     # 3. equation (5): the reward of each token minus beta times its KL
     penalised = penalise_kl(rewards, logp_old, logp_ref, mask, config.beta)
     # 4. advantages
@@ -320,9 +326,9 @@ def check_flags(config: Config) -> None:
     if config.method in GROUPED and config.rollouts % config.group:
         raise UserError(f"--group {config.group}: expected a divisor of --rollouts "
                         f"{config.rollouts}")
-    if not config.reward_eos and config.method != "fine-grained":
-        raise UserError("--no-reward-eos: expected --method fine-grained; with the others the "
-                        "reward of the whole response is at its end")
+    if not config.reward_eos and (config.method != "fine-grained" or is_own(config.reward)):
+        raise UserError("--no-reward-eos: expected --method fine-grained and a reward model, whose "
+                        "average reward is 0; otherwise the reward at EOS is needed")
     if not config.temperature > 0:
         raise UserError(f"--temperature {config.temperature}: expected a number above 0")
     missing = [config.dev_prompts is None, config.dev_reference is None, config.world is None]

@@ -28,15 +28,30 @@ def penalise_kl(rewards: Tensor, logp_old: Tensor, logp_ref: Tensor, mask: Tenso
 
 
 def without_eos(rewards: Tensor, sequences: Sequences, eos_id: int) -> Tensor:
-    """r_t with 0 at EOS, [B, T] -> [B, T]: to end a response is neither rewarded nor punished.
+    """r_t with 0 at EOS, [B, T] -> [B, T].
 
-    0 is the average, because rewards are calibrated. Where edits are shorter than their originals,
-    a reward model learns a high reward for every EOS, in good and in bad responses alike. A policy
-    earns it most often by short responses.
+    Calibrated rewards have the mean 0 over the rejected responses of the reward model's training,
+    so EOS gets their average, whatever it follows. Where edits are shorter than their originals, a
+    reward model learns a high reward for every EOS, behind good and bad responses alike, and a
+    policy gets it most often by short responses. When the rewards of the other tokens have risen
+    above 0, an EOS of 0 is below their average.
     """
     at = locate(sequences)
     ends = at.target == eos_id
     return rewards.index_put((at.row[ends], at.t[ends]), rewards.new_zeros(()))
+
+
+def penalise_missing_eos(rewards: Tensor, sequences: Sequences, truncated: Tensor,
+                         penalty: float) -> Tensor:
+    """r_t less `penalty` at the last token of each truncated response, [B, T] -> [B, T].
+
+    truncated [B] bool: the response has no EOS. A sequence-level reward model has learnt from the
+    last tokens of finished responses only; what it says in the middle of a sentence is no judgement
+    of the response, and may be high.
+    """
+    row = truncated.nonzero()[:, 0]
+    last = sequences.response_lengths[row] - 1
+    return rewards.index_put((row, last), rewards[row, last] - penalty)
 
 
 def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:

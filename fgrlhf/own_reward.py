@@ -159,12 +159,12 @@ class OwnReward(nn.Module):
             **{name: given[name][rows] for name in self.found.wanted})
         try:
             return _plain(call(slice(None)))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             said, at = _said(error, self.found.file), None
         for b, text in enumerate(given["responses"]):
             try:
                 call(slice(b, b + 1))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 said, at = _said(error, self.found.file), text
                 break
         self._refuse(at, f"the function failed: {said}; correct it")

@@ -101,7 +101,8 @@ def samples_of(rollout: Rollout, logp_ref: Tensor, rewards: Tensor, tokenizer: T
                prompts: list[int]) -> list[dict]:
     """The responses of an iteration as text, with their KL in nats and their summed reward.
 
-    logp_ref, rewards [B, T]. prompts [B]: the number of each prompt in the file, from 0.
+    logp_ref, rewards [B, T]. prompts [B]: the number of each prompt among those that are used,
+    from 0.
     """
     sequences, mask = rollout.sequences, rollout.sequences.response_mask
     kl, totals = ((rollout.logp_old - logp_ref) * mask).sum(-1), (rewards * mask).sum(-1)

@@ -10,7 +10,7 @@ import pytest
 from fgrlhf.checkpoint import FetchConfig
 from fgrlhf.data.defacto import read_summaries
 from fgrlhf.data.fields import UserError
-from fgrlhf.data.readers import read_edits, read_prompts
+from fgrlhf.data.readers import read_edits, read_outputs, read_prompts
 from fgrlhf.data.records import Output, Passage, Prompt, write_jsonl, write_outputs
 from fgrlhf.engine.config import parser
 from fgrlhf.judge import answer_to
@@ -36,8 +36,9 @@ def test_made_up_lists_names_and_numbers_that_the_article_lacks(summary, expecte
     assert made_up(summary, ARTICLE) == expected
 
 
-def test_named_counts_words_with_a_capital_or_a_digit_but_not_the_first():
+def test_named_counts_words_with_a_capital_or_a_digit_but_not_the_first_of_a_sentence():
     assert named("The farm of Ann has 3.5 cows and an iPad.") == ["Ann", "3.5", "iPad"]
+    assert named('It rained. The end came. "Ann left," Bob said. He saw Tim.') == ["Bob", "Tim"]
 
 
 def test_copied_is_the_share_of_neighbours_that_the_article_has():
@@ -48,31 +49,45 @@ def test_copied_is_the_share_of_neighbours_that_the_article_has():
 # ----- files --------------------------------------------------------------------------------------
 
 def published(folder: Path) -> Path:
-    """Writes both splits with one wrong and one right candidate."""
+    """Writes both splits: a wrong and a right candidate each, and one article that both have."""
     folder.mkdir()
-    right = {"doc_id": 1, "article": ARTICLE, "candidate": "Ann Lee has cows.", "has_error": False,
-             "feedback": {"summary": "", "evidence": "Ann Lee of Leeds has 1,200 cows."}}
-    wrong = right | {"doc_id": 2, "candidate": "Ann Lee has 90 cows.", "has_error": True,
-                     "feedback": {"summary": "Ann Lee has 1,200 cows.", "evidence": " "}}
-    for split in ("train", "val"):
+    for split, number in (("train", 1), ("val", 4)):
+        article = f"{ARTICLE} It is in {split}."
+        right = {"doc_id": number, "article": article, "candidate": "Ann Lee has cows.",
+                 "has_error": False,
+                 "feedback": {"summary": "", "evidence": "Ann Lee of Leeds has 1,200 cows."}}
+        wrong = right | {"doc_id": number + 1, "article": article + " Yes.", "has_error": True,
+                         "candidate": "Ann Lee has 90 cows.",
+                         "feedback": {"summary": "Ann Lee has 1,200 cows.", "evidence": " "}}
+        shared = wrong | {"doc_id": number + 2, "article": ARTICLE}
+        last = wrong | {"doc_id": number + 9, "article": article + " No."}
         (folder / f"{split}.jsonl").write_text("".join(
-            json.dumps(value) + "\n" for value in (right, wrong)))
+            json.dumps(value) + "\n" for value in (right, wrong, shared, last)))
     return folder
 
 
-def test_files_hold_edits_candidates_and_prompts_with_their_articles(tmp_path):
-    data = published(tmp_path / "defacto")
-    files.write_files(files.Config(data=str(data), out=str(tmp_path / "out")))
-    (edit,) = read_edits(tmp_path / "out/val-edits.jsonl")
-    assert (edit.id, edit.original, edit.edited) == ("2", "Ann Lee has 90 cows.",
-                                                     "Ann Lee has 1,200 cows.")
-    assert edit.prompt == ARTICLE                               # its evidence is blank
+def test_files_hold_edits_candidates_and_prompts_with_their_articles(tmp_path, capsys):
+    data, out = published(tmp_path / "defacto"), tmp_path / "out"
+    files.write_files(files.Config(data=str(data), out=str(out), test=2))
+    assert [edit.id for edit in read_edits(out / "train-edits.jsonl")] == ["2", "3", "10"]
+    first, last = read_edits(out / "val-edits.jsonl")           # not 6, whose article is in train
+    assert (first.id, first.original, first.edited) == ("5", "Ann Lee has 90 cows.",
+                                                        "Ann Lee has 1,200 cows.")
+    assert first.prompt == f"{ARTICLE} It is in val. Yes."      # its evidence is blank
+    assert "val.jsonl: left out 1 records" in capsys.readouterr().err
+    assert read_edits(out / "judge-edits.jsonl") == [last] and last.id == "13"
     summaries = read_summaries(data / "train.jsonl")
-    assert [s.output for s in summaries] == ["Ann Lee has cows.", "Ann Lee has 90 cows."]
-    first, second = read_prompts(tmp_path / "out/train-prompts.jsonl")
-    assert first == Prompt("1", "Ann Lee of Leeds has 1,200 cows.",
-                           context=(Passage("article", ARTICLE),))
-    assert second.prompt == ARTICLE
+    assert [s.output for s in summaries][:2] == ["Ann Lee has cows.", "Ann Lee has 90 cows."]
+    right, wrong, _ = read_prompts(out / "val-prompts.jsonl")
+    assert right == Prompt("4", "Ann Lee of Leeds has 1,200 cows.",
+                           context=(Passage("article", f"{ARTICLE} It is in val."),))
+    assert wrong.prompt == first.prompt
+    texts = {name: [(output.output, judge.article_of(output)[-4:])
+                    for output in read_outputs(out / f"{name}.json")]
+             for name in ("candidates", "annotators")}
+    assert texts["candidates"] == [("Ann Lee has cows.", "val."), ("Ann Lee has 90 cows.", "Yes.")]
+    assert texts["annotators"] == [("Ann Lee has cows.", "val."),
+                                   ("Ann Lee has 1,200 cows.", "Yes.")]
 
 
 @pytest.mark.parametrize("folder", [None, "nowhere"])

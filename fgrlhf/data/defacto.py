@@ -32,7 +32,7 @@ def build_edit(value: dict, place: str) -> Edit | NoEdit:
     has_error = take(value, "has_error", bool, place)
     if not has_error:
         return Edit(id, article, candidate, candidate)
-    summary = take(value["feedback"], "summary", str | None, place, "feedback.")
+    summary = take(value.get("feedback"), "summary", str | None, place, "feedback.")
     if not (summary or "").strip():
         return NoEdit(Prompt(id, article), "the error is not corrected")
     return Edit(id, article, candidate, summary)
@@ -73,5 +73,5 @@ def _with_article(value, place: str) -> Demonstration:
 
 def _evidence(value: dict, place: str) -> str | None:
     """Returns the evidence, or None when it is blank."""
-    evidence = take(value["feedback"], "evidence", str | None, place, "feedback.")
+    evidence = take(value.get("feedback"), "evidence", str | None, place, "feedback.")
     return evidence if (evidence or "").strip() else None

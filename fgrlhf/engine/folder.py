@@ -110,7 +110,7 @@ class OutputFolder:
             self._lock()
         if (self.folder / "done.json").exists():
             self._finished()
-        if not self.config.resume and (self.folder / "metrics.jsonl").exists():
+        if not self.config.resume and any((self.folder / name).exists() for name in LOGS):
             raise UserError(f"{self.folder}: holds an unfinished run; continue it with --resume, "
                             "choose another --out or remove it")
 
@@ -129,7 +129,7 @@ class OutputFolder:
                             "(--keep-last); choose another --out")
         done = read_object(self.folder / "done.json")
         self._check_inputs(done.get("inputs", self.inputs), self.folder / "done.json")
-        if self.writes and not self.keep_last:
+        if self.writes and not (self.keep_last or before.get("keep_last")):
             states.remove(self.folder)                  # a kill may have come before their removal
         print(f"{self.folder}: already complete")
         raise SystemExit(0)

@@ -5,8 +5,9 @@
 
 --outputs are answers of eval.py to prompts whose first passage is the article. --samples are those
 that train_ppo.py --save-samples kept; the first --per-step of every --every-th iteration are
-judged. OUT has for each of them the judge's reward R, names and numbers, those made up, words, and
-the share of copied pairs of words.
+judged. OUT has for each of them the judge's reward R, names and numbers, those made up, words, the
+tokens that the judge saw without EOS, and the share of copied pairs of words. The judge takes an
+answer that was cut off for a whole one, because the text does not tell.
 """
 
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from fgrlhf.checkpoint import load_tokenizer
-from fgrlhf.data.fields import UserError
+from fgrlhf.data.fields import UserError, take
 from fgrlhf.data.files import read_json, write_atomic
 from fgrlhf.data.readers import read_outputs, read_prompts
 from fgrlhf.data.records import Output
@@ -50,41 +51,47 @@ def article_of(output: Output) -> str:
     return context[0]["text"]
 
 
-def measured(output: Output, reward: float) -> dict[str, float]:
+def measured(output: Output, reward: float, tokens: int) -> dict[str, float]:
     """The figures of one summary."""
     text, article = output.output, article_of(output)
-    return {"reward": reward, "named": len(named(text)), "made_up": len(made_up(text, article)),
-            "words": len(words(text)), "copied": copied(text, article)}
+    return {"reward": reward, "tokens": tokens, "named": len(named(text)),
+            "made_up": len(made_up(text, article)), "words": len(words(text)),
+            "copied": copied(text, article)}
 
 
 def read_samples(config: Config) -> tuple[list[dict], list[Output]]:
     """Returns the chosen samples, and each of them as an answer."""
     prompts, rows = read_prompts(config.prompts), []
-    for _, line in read_json(config.samples):
-        if line["step"] == 1 or line["step"] % config.every == 0:
-            rows += [{"step": line["step"]} | row for row in line["responses"][:config.per_step]]
+    for place, line in read_json(config.samples):
+        if isinstance(line, UserError):
+            raise line
+        step, responses = take(line, "step", int, place), line.get("responses", [])
+        if step == 1 or step % config.every == 0:
+            rows += [{"step": step} | row for row in responses[:config.per_step]]
+    if any(row["prompt"] >= len(prompts) for row in rows):
+        raise UserError(f"--prompts {config.prompts}: expected the prompts of {config.samples}, "
+                        f"got only {len(prompts)}; give the file of that run")
     return rows, [answer_to(prompts[row["prompt"]], row["output"], "sample") for row in rows]
 
 
 def judge(config: Config) -> None:
     if (config.samples is None) != (config.prompts is None):
         raise UserError("--samples and --prompts: expected both or neither")
+    chosen = read_samples(config) if config.samples else ([], [])
+    files = {Path(path).stem: read_outputs(path) for path in config.outputs.split(",")}
     device = pick_device(config.device)
     encoding = check_encoding(config.reward, template=config.template) or Encoding(config.template)
     model = load_reward(config.reward, device, getattr(torch, config.dtype))
     tokenizer = load_tokenizer(config.reward)
 
     def judged(outputs: list[Output]) -> list[dict]:
-        rewards, _ = rewards_of(model, tokenizer, encoding, outputs)
-        return [measured(output, reward) for output, reward in zip(outputs, rewards)]
-    files = {Path(path).stem: judged(read_outputs(path)) for path in config.outputs.split(",")}
-    samples = []
-    if config.samples:
-        rows, outputs = read_samples(config)
-        samples = [row | figures for row, figures in zip(rows, judged(outputs))]
-        for row in samples:
-            del row["output"], row["prompt"]
-    text = json.dumps({"answers": files, "samples": samples})
+        rewards, seen = rewards_of(model, tokenizer, encoding, outputs)
+        return [measured(output, reward, len(ids) - 1)
+                for output, reward, ids in zip(outputs, rewards, seen)]
+    samples = [{"step": row["step"], "kl": row["kl"]} | figures
+               for row, figures in zip(chosen[0], judged(chosen[1]))]
+    text = json.dumps({"answers": {name: judged(outputs) for name, outputs in files.items()},
+                       "samples": samples})
     write_atomic(config.out, (text + "\n").encode())
 
 

