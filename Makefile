@@ -19,7 +19,7 @@ reproduce: $(VENV)/ready
 	$(VENV)/bin/python -m fgrlhf.reproduce --profile quick --seeds 1 --out $(OUT)
 
 real: $(VENV)/ready
-	$(VENV)/bin/python -m fgrlhf.reproduce --profile real $(if $(DATA),--data $(DATA)) --out runs/real
+	$(VENV)/bin/python -m fgrlhf.reproduce --profile real $(if $(DATA),--data "$(DATA)") --out runs/real
 
 model: $(VENV)/ready
 	$(VENV)/bin/python -m fgrlhf.checkpoint fetch-smollm2 --out models

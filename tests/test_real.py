@@ -18,6 +18,7 @@ from fgrlhf.real import analysis, files, judge, results, stages
 from fgrlhf.real.made_up import copied, made_up, named
 from fgrlhf.reproduce.__main__ import Config as ReproduceConfig
 from fgrlhf.reproduce.__main__ import check_flags
+from fgrlhf.reproduce.report import text_table, write_report
 from fgrlhf.reproduce.stages import Seed
 from tests.small import ppo_folder
 from tests.test_readme import config_of
@@ -195,7 +196,8 @@ def test_by_type_counts_and_compares_the_tokens_of_each_type():
 
 def rows(made, named, words, reward=None) -> list[dict]:
     rewards = reward or [0.0] * len(made)
-    return [{"made_up": m, "named": n, "words": w, "copied": 0.5, "reward": r}
+    return [{"made_up": m, "named": n, "words": w, "copied": 0.5, "reward": r,
+             "tokens": 48 if w > 9 else w}
             for m, n, w, r in zip(made, named, words, rewards)]
 
 
@@ -212,6 +214,7 @@ def test_systems_table_has_rates_of_all_summaries_together_and_changes_against_s
     tests = {name: [results.judged(tmp_path, name)] for name in ("sft", "rlhf")}
     table = results.systems_table(tests)
     own = {name: cell["mean"] for name, cell in table["rlhf"]["metrics"].items()}
+    assert own["named"] == 2 and own["cut_off"] == 0.5
     assert own["made_up"] == 0.5 and own["made_up_rate"] == 1 / 4 and own["made_up_any"] == 0.5
     assert own["made_up_change"] == pytest.approx(0.5 / 2 - 1)
     assert own["made_up_rate_change"] == pytest.approx((1 / 4) / (4 / 6) - 1)
@@ -235,6 +238,65 @@ def test_several_seeds_give_students_interval():
     found = results.estimate(seeds, lambda one: one["win"].mean())
     assert found["per_seed"] == pytest.approx([0.5, 0.7])
     assert found["interval"] == pytest.approx([0.6 - 1.2706, 0.6 + 1.2706], abs=1e-3)
+
+
+def test_a_start_that_makes_nothing_up_has_no_change_and_no_interval(tmp_path):
+    write_judged(tmp_path, {"sft": rows([0, 0], [0, 0], [10, 20]),
+                            "rlhf": rows([1, 0], [1, 3], [5, 10])})
+    tests = {name: [results.judged(tmp_path, name)] for name in ("sft", "rlhf")}
+    metrics = results.systems_table(tests)["rlhf"]["metrics"]
+    for name in ("made_up_change", "made_up_rate_change"):
+        assert metrics[name]["mean"] is None and metrics[name]["interval"] is None
+    assert results.percent(metrics["made_up_change"]) == "-"
+    assert results.percent(metrics["words_change"]) == "-50% [-50, -50]"
+
+
+def test_results_and_report_of_a_whole_run(folder, tmp_path):
+    """Every system with the same answers: no change, and a win rate of a half."""
+    seed = tmp_path / "seed0"
+    summaries = [json.dumps({"id": str(i), "prompt": f"name {i}", "original": f"the {i} red Ann",
+                             "edited": f"the {i} red Bob"}) for i in range(3)]
+    (seed / "data").mkdir(parents=True)
+    (seed / "data/val-edits.jsonl").write_text("\n".join(summaries) + "\n")
+    shown = {"edits/pair_accuracy": 0.9, "edits/pair_accuracy_95": [0.8, 1.0],
+             "edits/edit_auc_within": 0.7, "edits/edit_auc_within_95": [0.6, 0.8]}
+    for name in results.REWARDS:
+        (seed / name).mkdir()
+        (seed / name / "done.json").write_text(json.dumps(shown))
+        (seed / name / "reward").symlink_to(folder / "token")
+    token = ["Ann | the red Ann", "name, seen", True, 1.5]
+    figures = {"detects": {"lowest r": 0.6}, "eos": {"edits": [1.9, 0.2]},
+               "errors": {"intrinsic": {"summaries": 2, "auc_within": 0.5}},
+               "words": {"name, seen": {"tokens": 1, "removed": 1, "r_removed": 1.5,
+                                        "r_kept": None, "auc": None}},
+               "worst": {"taken out": [token], "kept": []}}
+    (seed / "analysis.json").write_text(json.dumps(
+        {"detects": {"length": 0.5}} | {str(seed / f"{name}/reward"): figures
+                                        for name in stages.TOKEN_LEVEL}))
+    (seed / "outputs").mkdir(), (seed / "judged").mkdir()
+    line = {"step": 1, "rollout/episodes": 8.0, "rollout/reward": 1.0, "rollout/kl_k1": 0.1,
+            "rollout/length": 5.0}
+    for name in (*results.ORDER, "published"):
+        found = rows([1, 0], [2, 1], [5, 10], [1.0, 2.0])
+        kinds = results.PUBLISHED if name == "published" else (f"{name}-sampled", f"{name}-greedy")
+        samples = [one | {"step": 1, "kl": 0.5} for one in found]
+        (seed / f"judged/{name}.json").write_text(json.dumps(
+            {"answers": dict.fromkeys(kinds, found), "samples": samples}))
+        if name in stages.POLICIES:
+            (seed / name).mkdir()
+            (seed / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        (seed / f"outputs/{name}-greedy.json").write_text((folder / "sft-greedy.json").read_text())
+    found = results.collect([seed])
+    assert found["systems"]["rlhf"]["metrics"]["win_rate"]["mean"] == 0.5
+    assert found["systems"]["annotators"]["metrics"]["made_up"]["mean"] == 0.5
+    assert len(found["reading"]) == 6 and "-0%" not in text_table(found)
+    curves = {(c["metric"], c["system"]): c for c in found["curves"]}
+    assert curves["made_up", "rlhf"]["x_kl"] == [0.5] and curves["judge", "rlhf"]["y"] == [1.5]
+    assert curves["kl_k1", "rlhf"]["y"] == [0.5]
+    write_report(tmp_path / "report.html", found)
+    page = (tmp_path / "report.html").read_text()
+    assert "Made-up facts" in page and "over KL from the SFT policy" in page
+    assert "a token that the annotator took out" in page
 
 
 # ----- DeFacto ------------------------------------------------------------------------------------

@@ -85,6 +85,23 @@ def test_without_reward_for_eos_its_advantage_is_its_kl_alone(folder, tmp_path, 
     assert found
 
 
+@pytest.mark.parametrize("method, kind", [("rlhf", "sequence"), ("fine-grained", "token")])
+def test_a_response_without_eos_loses_the_penalty_at_its_last_token(folder, tmp_path, monkeypatch,
+                                                                    method, kind):
+    reward, found = str(folder / kind), set()
+    for batch in updates(monkeypatch, config(folder, out=str(tmp_path / "a"), method=method,
+                                             reward=reward, missing_eos_penalty=3.0, rollouts=12)):
+        rewards = load_reward(reward).ppo_rewards(batch.sequences)
+        eos = load_tokenizer(folder / "policy").eos_id
+        for row, (p, n) in enumerate(zip(*(part.tolist() for part in batch.sequences[1:]))):
+            truncated = batch.sequences.tokens[row, p + n - 1].item() != eos
+            expected = rewards[row, :n].tolist()
+            expected[-1] -= 3.0 * truncated
+            assert batch.rewards[row, :n].tolist() == pytest.approx(expected, abs=1e-5)
+            found.add(truncated)
+    assert found == {True, False}
+
+
 def test_samples_are_kept_by_step_with_prompt_text_and_kl(folder, tmp_path, monkeypatch):
     seen = updates(monkeypatch, config(folder, out=str(tmp_path / "a"), save_samples=True))
     lines = [json.loads(line) for line in (tmp_path / "a/samples.jsonl").read_text().splitlines()]
@@ -211,6 +228,7 @@ def test_prompts_of_takes_every_prompt_once_before_any_twice(folder):
 
 
 @pytest.mark.parametrize("changes, flag", [
+    ({"reward_eos": False, "method": "rlhf"}, "--no-reward-eos"),
     ({"minibatches": 7}, "--minibatches"), ({"method": "grpo", "group": 4}, "--group"),
     ({"temperature": 0.0}, "--temperature"), ({"world": 1}, "--dev-prompts")])
 def test_flags_that_contradict_one_another_are_refused(changes, flag, folder, tmp_path):

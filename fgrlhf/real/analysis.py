@@ -24,13 +24,16 @@ from typing import NamedTuple
 
 import torch
 
-from fgrlhf.checkpoint import load_tokenizer
+from fgrlhf.checkpoint import AnyTokenizer, load_tokenizer
 from fgrlhf.data.defacto import read_evidence_edits, read_summaries
 from fgrlhf.data.fields import UserError, take
 from fgrlhf.data.files import read_json, write_atomic
+from fgrlhf.data.records import Demonstration
 from fgrlhf.encode import Encoder, PreferenceIds
 from fgrlhf.engine.config import Computation, arg, parse, run
 from fgrlhf.engine.distributed import pick_device
+from fgrlhf.engine.encoding import check_encoding
+from fgrlhf.engine.lora import fingerprint
 from fgrlhf.evaluate import auc, auc_within
 from fgrlhf.frozen import FrozenStates
 from fgrlhf.real.made_up import WORD, made_up, words
@@ -63,6 +66,26 @@ class Token(NamedTuple):
     reward: float
 
 
+class Label(NamedTuple):
+    """What the annotator said about a candidate."""
+
+    has_error: bool
+    intrinsic: bool
+    extrinsic: bool
+
+
+class Candidate(NamedTuple):
+    """A summary by DeFacto's model, and the ids of its edit."""
+
+    summary: Demonstration
+    label: Label
+    ids: PreferenceIds
+
+    @property
+    def edited(self) -> bool:
+        return self.ids.chosen != self.ids.rejected
+
+
 def type_of(word: str, first: bool, seen: set[str]) -> str:
     """Returns one of TYPES. first: it begins the summary, so that its capital says nothing."""
     where = "seen" if word.lower() in seen else "not seen"
@@ -87,16 +110,38 @@ def types_of(summary: str, evidence: str, spans: list[tuple[int, int]]) -> list[
     return result
 
 
-def labels(path: str) -> dict[str, tuple[bool, bool, bool]]:
-    """Returns (has_error, intrinsic_error, extrinsic_error) of each record, by its id."""
+def read_labels(path: str) -> dict[str, Label]:
+    """Reads what the annotators said about each candidate, by the id of its record."""
     found = {}
     for place, value in read_json(path):
         if isinstance(value, UserError):
             raise value
-        found[str(take(value, "doc_id", int, place))] = tuple(
+        found[str(take(value, "doc_id", int, place))] = Label(*(
             take(value, name, bool, place)
-            for name in ("has_error", "intrinsic_error", "extrinsic_error"))
+            for name in ("has_error", "intrinsic_error", "extrinsic_error")))
     return found
+
+
+def read_candidates(path: str, encoder: Encoder) -> list[Candidate]:
+    """Reads all candidates of a split. One without an edit is its own edit."""
+    labels = read_labels(path)
+    edits = {edit.id: encoder.preference(edit) for edit in read_evidence_edits(path)}
+    result = []
+    for summary in read_summaries(path):
+        prompt, ids = encoder.demonstration(summary)
+        result.append(Candidate(summary, labels[summary.id], edits.get(summary.id)
+                                or PreferenceIds(prompt, ids, ids, [], [], [])))
+    return result
+
+
+def check_models(folders: list[str], models: list[RewardModel]) -> None:
+    """Refuses reward models that do not read the same hidden states of the same prompts."""
+    states = {(fingerprint(model.trunk), model.layer) for model in models}
+    if any(model.kind != "token" for model in models) or len(states) > 1:
+        raise UserError("--rewards: expected token-level reward models with one trunk and one "
+                        "--layer, as train_rm.py --freeze makes them")
+    for folder in folders:
+        check_encoding(folder, template="plain")
 
 
 def rewarded(model: RewardModel, prompt: list[int], response: list[int]) -> list[float]:
@@ -119,58 +164,61 @@ def by_type(tokens: list[Token]) -> dict[str, dict[str, float]]:
     return table
 
 
+def tokens_of(one: Candidate, rewards: list[float], tokenizer: AnyTokenizer) -> list[Token]:
+    """Returns the tokens of an edited candidate, without EOS, with their types and rewards."""
+    text, spans = one.summary.output, tokenizer.spans(one.ids.rejected)[:len(rewards)]
+    types = types_of(text, one.summary.prompt, spans)
+    return [Token(f"{text[start:end].strip()} | {text}", kind, t in one.ids.removed, reward)
+            for t, ((start, end), kind, reward) in enumerate(zip(spans, types, rewards))]
+
+
+def figures_of(model: RewardModel, candidates: list[Candidate], tokenizer: AnyTokenizer) -> dict:
+    """Returns the figures of one reward model that the docstring of this module lists."""
+    rewards = [rewarded(model, one.ids.prompt, one.ids.rejected)[:-1] for one in candidates]
+    wrong = [one.label.has_error for one in candidates]
+    edited = [(one, values) for one, values in zip(candidates, rewards) if one.edited]
+    tokens = [token for one, values in edited for token in tokens_of(one, values, tokenizer)]
+
+    def of_kind(name: str, other: str) -> dict[str, float]:
+        """Only candidates with errors of this kind and not of the other."""
+        groups = [([-r for r in values], [t in one.ids.removed for t in range(len(values))])
+                  for one, values in edited
+                  if getattr(one.label, name) and not getattr(one.label, other)]
+        return {"summaries": len(groups), "auc_within": auc_within(groups)}
+
+    def eos(side: str) -> list[float]:
+        ends = [rewarded(model, one.ids.prompt, getattr(one.ids, side))[-1] for one, _ in edited]
+        return [torch.tensor(ends).mean().item(), torch.tensor(ends).std().item()]
+    return {"detects": {"lowest r": auc([-min(values) for values in rewards], wrong),
+                        "mean r": auc([-sum(values) / len(values) for values in rewards], wrong)},
+            "errors": {"intrinsic": of_kind("intrinsic", "extrinsic"),
+                       "extrinsic": of_kind("extrinsic", "intrinsic")},
+            "eos": {"edits": eos("chosen"), "originals": eos("rejected")},
+            "words": by_type(tokens),
+            "worst": {
+                "taken out": sorted((t for t in tokens if t.removed), key=lambda t: -t.reward)[:8],
+                "kept": sorted((t for t in tokens if not t.removed), key=lambda t: t.reward)[:8]}}
+
+
 def analyse(config: Config) -> None:
     device, folders = pick_device(config.device), config.rewards.split(",")
     models = [load_reward(folder, device, getattr(torch, config.dtype)) for folder in folders]
-    if any(model.kind != "token" for model in models):
-        raise UserError("--rewards: expected token-level reward models; see train_rm.py --kind")
+    check_models(folders, models)
     tokenizer = load_tokenizer(folders[0])
-    encoder = Encoder(tokenizer, models[0].trunk.config.max_seq_len, "plain")
-    summaries, told = read_summaries(config.data), labels(config.data)
-    edits = {edit.id: encoder.preference(edit) for edit in read_evidence_edits(config.data)}
-    encoded = []
-    for summary in summaries:
-        prompt, ids = encoder.demonstration(summary)
-        encoded.append(edits.get(summary.id) or PreferenceIds(prompt, ids, ids, [], [], []))
+    candidates = read_candidates(
+        config.data, Encoder(tokenizer, models[0].trunk.config.max_seq_len, "plain"))
     states = FrozenStates(models[0].trunk, models[0].layer)
     states.read(config.hidden_states)
-    states.add(encoded)
+    states.add([one.ids for one in candidates])
 
-    articles = [summary.context[0].text for summary in summaries]
-    wrong = [told[summary.id][0] for summary in summaries]
+    wrong = [one.label.has_error for one in candidates]
+    summaries = [one.summary for one in candidates]
     result = {"detects": {
-        "made-up names": auc([len(made_up(s.output, a)) for s, a in zip(summaries, articles)],
-                             wrong),
+        "made-up names": auc([len(made_up(s.output, s.context[0].text)) for s in summaries], wrong),
         "length": auc([len(words(s.output)) for s in summaries], wrong)}}
     for folder, model in zip(folders, models):
         model.frozen = states
-        rewards = [rewarded(model, ids.prompt, ids.rejected)[:-1] for ids in encoded]
-        ends = {side: torch.tensor([rewarded(model, ids.prompt, getattr(ids, side))[-1]
-                                    for ids in edits.values()]) for side in ("chosen", "rejected")}
-        tokens, groups = [], {"intrinsic": [], "extrinsic": []}
-        for summary, ids, values in zip(summaries, encoded, rewards):
-            if summary.id not in edits:
-                continue
-            spans = tokenizer.spans(ids.rejected)[:len(values)]
-            types = types_of(summary.output, summary.prompt, spans)
-            removed = [t in ids.removed for t in range(len(values))]
-            tokens += [Token(f"{summary.output[a:b]} | {summary.output}", *rest)
-                       for (a, b), *rest in zip(spans, types, removed, values)]
-            _, intrinsic, extrinsic = told[summary.id]
-            if intrinsic != extrinsic:
-                groups["intrinsic" if intrinsic else "extrinsic"].append(
-                    ([-r for r in values], removed))
-        missed = sorted((t for t in tokens if t.removed), key=lambda t: -t.reward)[:20]
-        blamed = sorted((t for t in tokens if not t.removed), key=lambda t: t.reward)[:20]
-        result[folder] = {
-            "detects": {"lowest r": auc([-min(values) for values in rewards], wrong),
-                        "mean r": auc([-sum(v) / len(v) for v in rewards], wrong)},
-            "errors": {kind: {"summaries": len(some), "auc_within": auc_within(some)}
-                       for kind, some in groups.items()},
-            "eos": {name: [ends[side].mean().item(), ends[side].std().item()]
-                    for name, side in (("edits", "chosen"), ("originals", "rejected"))},
-            "words": by_type(tokens), "worst": {"taken out, high reward": missed,
-                                                "kept, low reward": blamed}}
+        result[folder] = figures_of(model, candidates, tokenizer)
     text = json.dumps(result, indent=1)
     write_atomic(config.out, (text + "\n").encode())
 

@@ -17,7 +17,7 @@ from fgrlhf.encode import Encoder
 from fgrlhf.evaluate import compare
 from fgrlhf.real.made_up import made_up
 from fgrlhf.real.judge import article_of
-from fgrlhf.real.stages import POLICIES, TEST, TOKEN_LEVEL
+from fgrlhf.real.stages import LONGEST, POLICIES, TEST, TOKEN_LEVEL
 from fgrlhf.reproduce.examples import changes, pieces
 from fgrlhf.reproduce.names import SYSTEMS
 from fgrlhf.reproduce.results import cell, read_lines, seed_of
@@ -28,7 +28,13 @@ from fgrlhf.sequences import pack
 Rows = dict[str, np.ndarray]        # the figures of judge.py by name, one number per summary
 
 ORDER = ("sft", "rlhf", "fine-grained-paper", "fine-grained", "imitation", "dpo-sft")
+PUBLISHED = {"candidates": "DeFacto's summaries (Pegasus)",
+             "annotators": "The same, edited by annotators"}
 DECODINGS = {"sampled": "", "greedy": "_greedy"}        # and the end of a metric's name
+CHANGES = ("made_up", "named", "made_up_rate", "words")         # also relative to SFT
+LOGGED = {"reward": lambda line: line["rollout/reward"],        # of metrics.jsonl
+          "kl_k1": lambda line: line["rollout/kl_k1"] * line["rollout/length"],
+          "length": lambda line: line["rollout/length"]}
 DRAWS = 1000
 REWARDS = {"rm-paper": "Token-level, paper's loss", "rm-ours": "Token-level, our loss",
            "rm-sequence": "Sequence-level on edits", "rm-judge": "The judge, on other edits"}
@@ -40,18 +46,26 @@ NOTES = [
     "pretrained LLaMA. Nothing here was built for the method.",
     "The prompt of a summary is the sentence that an annotator chose as evidence. The annotator "
     "had seen the summary.",
-    "Made up: words with a capital or a digit, the first word aside, that the article does not "
-    "have. The rate on DeFacto's val is 37% where an annotator found an error, 12% after the "
-    "annotator's edit, and 13% where there was none.",
-    "The judge is a sequence-level reward model, trained on the edits of val. No other model has "
-    "seen these. Its accuracy is in the table of reward models.",
-    "Reward models are linear probes on layer 20 of the pretrained model, trained on edits of "
-    "train. The token rewards give EOS no reward in PPO (--no-reward-eos)."]
+    "Made up: words with a capital or a digit, the first of a sentence aside, that the article "
+    "does not have. The rate on DeFacto's val is 37% where an annotator found an error, 12% after "
+    "the annotator's edit, and 13% where there was none. These summaries are fluent; samples of "
+    "the policies often are not. A summary without names makes nothing up.",
+    "The judge is a sequence-level reward model on edits of other summaries, which no other model "
+    "has seen. It is of the same form as the reward model of PPO-RLHF, with which it agrees most, "
+    "and it takes an answer that was cut off for a whole one.",
+    "Reward models are linear probes on layer 20 of the pretrained model. In fine-grained PPO, EOS "
+    "gets no reward (--no-reward-eos); in PPO-RLHF, a response without EOS loses 3 "
+    "(--missing-eos-penalty). Each system has one setting, and none was tuned.",
+    "With one seed the intervals are over the articles, for this one training run of each system. "
+    "With several seeds they are over seeds, for these articles."]
 
 STATISTICS: dict[str, Callable[[Rows], float]] = {
     "made_up": lambda rows: rows["made_up"].mean(),
     "made_up_any": lambda rows: (rows["made_up"] > 0).mean(),
-    "made_up_rate": lambda rows: rows["made_up"].sum() / max(rows["named"].sum(), 1),
+    "made_up_rate": lambda rows: rows["made_up"].sum() / rows["named"].sum()
+    if rows["named"].sum() else math.nan,
+    "named": lambda rows: rows["named"].mean(),
+    "cut_off": lambda rows: (rows["tokens"] >= int(LONGEST)).mean(),
     "words": lambda rows: rows["words"].mean(),
     "copied": lambda rows: rows["copied"].mean()}
 
@@ -59,7 +73,7 @@ STATISTICS: dict[str, Callable[[Rows], float]] = {
 def rows_of(found: list[dict]) -> Rows:
     """Returns the figures of several summaries, by name."""
     return {name: np.array([row[name] for row in found], dtype=float)
-            for name in ("reward", "named", "made_up", "words", "copied")}
+            for name in ("reward", "tokens", "named", "made_up", "words", "copied")}
 
 
 def judged(folder: Path, system: str) -> dict[str, Rows]:
@@ -80,10 +94,11 @@ def estimate(seeds: list[tuple[Rows, ...]], statistic: Callable[..., float]) -> 
     if len(seeds) > 1:
         return found
     rng, (systems,) = np.random.default_rng(0), seeds
-    n = len(systems[0]["win"])
+    n = len(next(iter(systems[0].values())))
     draws = [statistic(*({name: values[rows] for name, values in one.items()} for one in systems))
              for rows in rng.integers(0, n, (DRAWS, n))]
-    return found | {"interval": np.nanpercentile(draws, (2.5, 97.5)).tolist()}
+    interval = np.percentile(draws, (2.5, 97.5)).tolist()
+    return found | {"interval": interval if np.isfinite(interval).all() else None}
 
 
 def change(ours: float, theirs: float) -> float:
@@ -105,11 +120,20 @@ def systems_table(tests: dict[str, list[dict[str, Rows]]]) -> dict:
             if system == "sft":
                 continue
             metrics["win_rate" + end] = estimate(own, lambda rows: rows["win"].mean())
-            for name in ("made_up", "made_up_rate", "words"):
+            for name in CHANGES:
                 metrics[f"{name}_change{end}"] = estimate(
                     both, lambda ours, sft, of=STATISTICS[name]: change(of(ours), of(sft)))
         table[system] = {"label": label, "role": role, "metrics": metrics}
     return table
+
+
+def published_table(folder: Path) -> dict:
+    """Returns the rows of DeFacto's own summaries and of the annotators' versions of them."""
+    found = read_object(folder / "judged/published.json")["answers"]
+    return {name: {"label": label, "role": "published", "metrics": {
+        metric: estimate([(rows_of(found[name]),)], statistic)
+        for metric, statistic in STATISTICS.items() if metric != "cut_off"}}
+        for name, label in PUBLISHED.items()}
 
 
 def comparisons(tests: dict[str, list[dict[str, Rows]]]) -> list[dict]:
@@ -160,31 +184,37 @@ def curves(folders: list[Path]) -> list[dict]:
             lines = read_lines(folder / system / "metrics.jsonl")
             episodes = [int(line["rollout/episodes"]) for line in lines]
             result += [head | {"metric": metric, "x_episodes": episodes, "y": [
-                line[f"rollout/{metric}"] * line.get(unit, 1) for line in lines]}
-                for metric, unit in (("reward", 1), ("kl_k1", "rollout/length"), ("length", 1))]
+                of(line) for line in lines]} for metric, of in LOGGED.items()]
     return result
+
+
+def percent(cell: dict) -> str:
+    """Writes a change as "-50% [-60, -40]", and "-" without a number."""
+    if cell["mean"] is None:
+        return "-"
+    interval = " [{:+.0f}, {:+.0f}]".format(*(100 * x for x in cell["interval"] or ())) \
+        if cell["interval"] else ""
+    return f"{100 * cell['mean']:+.0f}%{interval}"
 
 
 def reading(systems: dict) -> list[str]:
     """Says in sentences what PPO with each reward changed."""
-    def percent(metrics: dict, name: str) -> str:
-        change = metrics[name]
-        low, high = change["interval"] or (math.nan, math.nan)
-        return f"{100 * change['mean']:+.0f}% [{100 * low:+.0f}, {100 * high:+.0f}]"
     start = systems["sft"]["metrics"]
     said = [f"The SFT policy makes up {start['made_up']['mean']:.2f} names and numbers per sampled "
             f"summary, {start['made_up_greedy']['mean']:.2f} per greedy one."]
-    for system in ("fine-grained-paper", "fine-grained", "rlhf", "imitation", "dpo-sft"):
-        m = systems[system]["metrics"]
+    for system in ORDER[1:]:
+        metrics = systems[system]["metrics"]
+        pairs = {name: f"{percent(metrics[name + '_change'])} sampled and "
+                 f"{percent(metrics[name + '_change_greedy'])} greedy" for name in CHANGES}
+        wins = ["{:.1f}% [{:.1f}, {:.1f}]".format(*(100 * x for x in (
+            metrics[name]["mean"], *(metrics[name]["interval"] or (math.nan,) * 2))))
+            for name in ("win_rate", "win_rate_greedy")]
         said.append(
-            f"{systems[system]['label']} changes the made-up names and numbers by "
-            f"{percent(m, 'made_up_change')} sampled and {percent(m, 'made_up_change_greedy')} "
-            "greedy, their share of all names and numbers by "
-            f"{percent(m, 'made_up_rate_change')} and {percent(m, 'made_up_rate_change_greedy')}, "
-            "and the length by "
-            f"{percent(m, 'words_change')} and {percent(m, 'words_change_greedy')}. The judge "
-            f"prefers it to SFT in {100 * m['win_rate']['mean']:.1f}% of the sampled and "
-            f"{100 * m['win_rate_greedy']['mean']:.1f}% of the greedy summaries.")
+            f"{systems[system]['label']} changes what is made up by {pairs['made_up']}; names and "
+            f"numbers in all by {pairs['named']}; the made-up share of them by "
+            f"{pairs['made_up_rate']}; words by {pairs['words']}. By the judge it wins {wins[0]} "
+            f"of the samples and {wins[1]} of the greedy summaries against SFT, a tie counting "
+            "one half.")
     return said
 
 
@@ -202,6 +232,8 @@ def analysis_tables(folder: Path) -> list[dict]:
              for kind, group in one["errors"].items()]
     eos = [[f"{REWARDS[name]}, behind {side}", *map(shown, values)]
            for name, one in models.items() for side, values in one["eos"].items()]
+    worst = [[f"{side}: {token[0]}", shown(token[3], 1)]
+             for side, some in models[TOKEN_LEVEL[-1]]["worst"].items() for token in some]
     types = [[kind, str(row["tokens"]), str(row["removed"]), shown(row["r_removed"]),
               shown(row["r_kept"]), shown(row["auc"])]
              for kind, row in models[TOKEN_LEVEL[-1]]["words"].items()]
@@ -212,6 +244,9 @@ def analysis_tables(folder: Path) -> list[dict]:
         {"header": ["reward", "summaries", "AUC within"], "rows": kinds,
          "caption": "Tokens that the annotator took out, in summaries with errors of one kind only."
                     " Intrinsic: the article says it otherwise. Extrinsic: it does not say it."},
+        {"header": ["token | summary", "r"], "rows": worst,
+         "caption": f"{REWARDS[TOKEN_LEVEL[-1]]}: the tokens with the highest reward that the "
+                    "annotator took out, and those with the lowest that the annotator kept."},
         {"header": ["reward", "mean", "deviation"], "rows": eos,
          "caption": "The reward of EOS, in standard deviations of the rewards of all tokens. What "
                     "is equal behind edits and originals says nothing about them, but pays a "
@@ -258,7 +293,7 @@ def collect(folders: list[Path]) -> dict:
     tests = {system: [judged(folder, system) for folder in folders] for system in ORDER}
     systems = systems_table(tests)
     return {"profile": "real", "seeds": [seed_of(folder) for folder in folders], "notes": NOTES,
-            "reading": reading(systems), "systems": systems,
+            "reading": reading(systems), "systems": systems | published_table(folders[0]),
             "reward_models": reward_models(folders), "tables": analysis_tables(folders[0]),
             "comparisons": comparisons(tests),
             "curves": curves(folders), "examples": examples(folders[0])}

@@ -11,9 +11,9 @@ and a pretrained model of 135 million parameters.
 Every step is a command of this project that can be repeated by hand. pipeline.py runs the commands
 and results.json lists them; stages.py has their settings.
 
-The settings were chosen on dev prompts (--profile sweep). The best checkpoint of a PPO run is the
-one with the highest dev win rate. The test prompts are answered once, at the end. The same command
-continues an interrupted call where it stopped.
+In the other profiles the settings were chosen on dev prompts (--profile sweep), and the best
+checkpoint of a PPO run is the one with the highest dev win rate. The test prompts are answered
+once, at the end. The same command continues an interrupted call where it stopped.
 """
 
 import json

@@ -139,8 +139,9 @@ def _summaries(systems: dict[str, dict]) -> Html | None:
                     for s in systems.values()]
             tables.append(table(
                 f"{decoding} summaries: names and numbers that the article does not have, per "
-                "summary and per name or number; summaries with any; words; and pairs of "
-                "neighbouring words that the article has too.",
+                "summary and per name or number; names and numbers in all; summaries with any "
+                "that is made up; words; pairs of neighbouring words that the article has too; "
+                "summaries as long as the limit, most of which are cut off.",
                 ["system", *(c.header for c in shown)], _by_role(systems, rows)))
     return section("Made-up facts", tables) if tables else None
 
@@ -193,12 +194,17 @@ def _comparisons(comparisons: Sequence[dict]) -> Html:
 def _reward_models(models: dict[str, dict]) -> Html:
     columns = present(models, (*REWARD_MODELS, *PLACES))
     rows = [tag("tr", _name(model), _numbers(model, columns)) for model in models.values()]
+    about = ("AUC: how well low token rewards find the oracle's error spans, over all tokens and "
+             "within a response (chance: .5). The last columns are mean token rewards on errors, "
+             "behind the first error and elsewhere, and the root mean square of r+ - r- over "
+             "unchanged tokens, all in standard deviations of the rewards."
+             if present(models, PLACES) else
+             "Equal length: edits that differ from their original by at most one token. Shorter "
+             "wins: how often the edit is the shorter side. AUC: how well low token rewards find "
+             "the tokens that the editor took out, over all tokens and within a response.")
     return section("Reward models", table(
-        "How often the better side of a held-out preference gets the higher reward, on edit pairs "
-        "and on ordinary pairs (chance: 50). AUC: how well low token rewards find the oracle's "
-        "error spans, over all tokens and within a response (chance: .5). The last columns are "
-        "mean token rewards on errors, behind the first error and elsewhere, and the root mean "
-        "square of r+ - r- over unchanged tokens, all in standard deviations of the rewards.",
+        "How often the better side of a held-out preference gets the higher reward, on edits and, "
+        f"where there are any, on ordinary pairs (chance: 50). {about}",
         ["reward model", *(c.header for c in columns)], [rows]))
 
 
