@@ -179,8 +179,9 @@ def test_a_finished_run_that_kept_its_last_state_goes_on_as_if_never_finished(fo
     a = dict(fields, out=str(tmp_path / "a"), keep_last=True)
     train_ppo.train(config(folder, **a))
     assert [path.name for path in (tmp_path / "a").glob("state-*")] == ["state-000002.pt"]
-    with pytest.raises(SystemExit, match="0"):
-        train_ppo.train(config(folder, **a, resume=True))
+    for again in (a, a | {"keep_last": False}):                     # the state stays
+        with pytest.raises(SystemExit, match="0"):
+            train_ppo.train(config(folder, **again, resume=True))
     for refused in ({"iterations": 1}, {"iterations": 5, "lr": 0.1}, {"iterations": 5, "resume": 0},
                     {"iterations": 5, "lr_decay": True}):
         with pytest.raises(UserError, match="holds a finished run; choose another --out"):
