@@ -39,7 +39,7 @@ from fgrlhf.reproduce.markup import Html, document, section, table, tag, typeset
 from fgrlhf.reproduce.table import (
     ADVANTAGES, DECODING, DIFFERENCE, ERRORS, GREEDY_ERRORS, GREEDY_SUMMARIES, PLACES,
     REWARD_MODELS, SUMMARIES, TRAINING, WIN_RATES, Column, cell_texts, interval_of, is_number,
-    number, present, ratio, text_table)
+    measured, number, present, ratio, text_table)
 
 CURVES = {"win_rate": ("Win rate on dev prompts, %", 100),
           "reward": ("Reward per response, each system on its own scale", 1),
@@ -115,6 +115,7 @@ def _systems(systems: dict[str, dict]) -> Html | None:
     columns = present(systems, (*WIN_RATES, *ERRORS, *GREEDY_ERRORS))
     if not columns:
         return None
+    systems = measured(systems, columns)
     head, strips = _strips([s["metrics"].get("win_rate") or {} for s in systems.values()], 50)
     rows = [tag("tr", _name(s), drawn, _numbers(s, columns), class_=s.get("role"))
             for s, drawn in zip(systems.values(), strips)]
@@ -135,28 +136,28 @@ def _summaries(systems: dict[str, dict]) -> Html | None:
     tables = []
     for decoding, columns in (("Sampled", SUMMARIES), ("Greedy", GREEDY_SUMMARIES)):
         if shown := present(systems, columns):
+            some = measured(systems, columns)
             rows = [tag("tr", _name(s), _numbers(s, shown), class_=s.get("role"))
-                    for s in systems.values()]
+                    for s in some.values()]
             tables.append(table(
                 f"{decoding} summaries: names and numbers that the article does not have, per "
                 "summary and per name or number; names and numbers in all; summaries with any "
                 "that is made up; words; pairs of neighbouring words that the article has too; "
                 "summaries as long as the limit, most of which are cut off.",
-                ["system", *(c.header for c in shown)], _by_role(systems, rows)))
+                ["system", *(c.header for c in shown)], _by_role(some, rows)))
     return section("Made-up facts", tables) if tables else None
 
 
 def _temperatures(systems: dict[str, dict]) -> Html | None:
-    measured = {name: system for name, system in systems.items()
-                if present({name: system}, DECODING[-1:])}
-    if not measured:
+    some = measured(systems, DECODING[-1:])
+    if not some:
         return None
     rows = [tag("tr", _name(s), _numbers(s, DECODING), class_=s.get("role"))
-            for s in measured.values()]
+            for s in some.values()]
     return section("Decoding temperatures", table(
         "Win rates in % of answers sampled at other temperatures, and their mean with its 95% "
         "interval. A sharper policy gains less from a low temperature.",
-        ["system", *(c.header for c in DECODING)], _by_role(measured, rows)))
+        ["system", *(c.header for c in DECODING)], _by_role(some, rows)))
 
 
 def _by_annotations(rows: Sequence[dict]) -> Html:

@@ -102,6 +102,11 @@ def present(rows: dict[str, dict], columns: Sequence[Column]) -> list[Column]:
             if any(cell_texts(row["metrics"].get(c.metric), c)[0] != "-" for row in rows.values())]
 
 
+def measured(rows: dict[str, dict], columns: Sequence[Column]) -> dict[str, dict]:
+    """Returns the rows that have a value in at least one of the columns."""
+    return {name: row for name, row in rows.items() if present({name: row}, columns)}
+
+
 def text_table(results: dict, width: int = 104) -> str:
     """Writes systems, reward models, differences, speed and the paper's figures as aligned text.
 
@@ -117,12 +122,10 @@ def text_table(results: dict, width: int = 104) -> str:
              _metrics("summaries, sampled", systems, SUMMARIES, width),
              _metrics("summaries, greedy", systems, GREEDY_SUMMARIES, width),
              _metrics("win rate % by temperature",
-                      {name: system for name, system in systems.items()
-                       if present({name: system}, DECODING[-1:])}, DECODING, width),
+                      measured(systems, DECODING[-1:]), DECODING, width),
              _by_annotations(results.get("by_annotations") or [], width),
              _metrics("reward model", models, REWARD_MODELS, width),
-             _metrics("token rewards", {name: model for name, model in models.items()
-                                        if present({name: model}, PLACES)}, PLACES, width),
+             _metrics("token rewards", models, PLACES, width),
              _metrics("estimates of the advantage", results.get("advantages") or {}, ADVANTAGES,
                       width)]
     comparisons = results.get("comparisons") or []
@@ -141,6 +144,7 @@ def text_table(results: dict, width: int = 104) -> str:
 
 
 def _metrics(title: str, rows: dict[str, dict], columns: Sequence[Column], width: int) -> str:
+    rows = measured(rows, columns)
     cells = [_cells(c, [row["metrics"].get(c.metric) for row in rows.values()])
              for c in present(rows, columns)]
     if not cells:
