@@ -210,7 +210,7 @@ def write_judged(folder: Path, systems: dict[str, list[dict]]) -> None:
 
 def test_systems_table_has_rates_of_all_summaries_together_and_changes_against_sft(tmp_path):
     write_judged(tmp_path, {"sft": rows([2, 2], [4, 2], [10, 20], [1.0, 2.0]),
-                            "rlhf": rows([1, 0], [1, 3], [5, 10], [2.0, 1.0])})
+                            "rlhf": rows([1, 0], [1, 3], [5, 10], [2.0, 2.0])})
     tests = {name: [results.judged(tmp_path, name)] for name in ("sft", "rlhf")}
     table = results.systems_table(tests)
     own = {name: cell["mean"] for name, cell in table["rlhf"]["metrics"].items()}
@@ -218,7 +218,7 @@ def test_systems_table_has_rates_of_all_summaries_together_and_changes_against_s
     assert own["made_up"] == 0.5 and own["made_up_rate"] == 1 / 4 and own["made_up_any"] == 0.5
     assert own["made_up_change"] == pytest.approx(0.5 / 2 - 1)
     assert own["made_up_rate_change"] == pytest.approx((1 / 4) / (4 / 6) - 1)
-    assert own["words_change"] == pytest.approx(-0.5) and own["win_rate"] == 0.5
+    assert own["words_change"] == pytest.approx(-0.5) and own["win_rate"] == 0.75    # a win, a tie
     assert "win_rate" not in table["sft"]["metrics"]
     assert table["rlhf"]["metrics"]["words_change"]["interval"] == [-0.5, -0.5]    # of either
 
