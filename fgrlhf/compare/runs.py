@@ -21,7 +21,7 @@ LONGEST_NAME = 40                   # characters; charts and tables have room fo
 
 
 class LoggedRun(NamedTuple):
-    """What one run has written so far."""
+    """The settings, the metrics and the final figures of one run, as far as they are written."""
 
     folder: str
     config: dict

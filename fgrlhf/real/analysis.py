@@ -1,4 +1,4 @@
-"""What a token-level reward model sees of human edits, and what it does not.
+"""Measures which errors a token-level reward model finds in human edits, and which it misses.
 
     python -m fgrlhf.real.analysis --rewards runs/real/seed0/rm-ours/reward,.. \
         --data defacto/val.jsonl --hidden-states states.pt --out analysis.json
@@ -67,7 +67,7 @@ class Token(NamedTuple):
 
 
 class Label(NamedTuple):
-    """What the annotator said about a candidate."""
+    """The three answers of the annotator about a candidate."""
 
     has_error: bool
     intrinsic: bool

@@ -51,8 +51,8 @@ NOTES = [
     "the annotator's edit, and 13% where there was none. These summaries are fluent; samples of "
     "the policies often are not. A summary without names makes nothing up.",
     "The judge is a sequence-level reward model on edits of other summaries, which no other model "
-    "has seen. It is of the same form as the reward model of PPO-RLHF, with which it agrees most, "
-    "and it takes an answer that was cut off for a whole one.",
+    "has seen. It is of the same form as the reward model of PPO-RLHF, and it takes an answer that "
+    "was cut off for a whole one.",
     "Reward models are linear probes on layer 20 of the pretrained model. In fine-grained PPO, EOS "
     "gets no reward (--no-reward-eos); in PPO-RLHF, a response without EOS loses 3 "
     "(--missing-eos-penalty). Each system has one setting, and none was tuned.",

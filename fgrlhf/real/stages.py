@@ -58,7 +58,7 @@ def plan(seed: Seed, data: str) -> None:
 
 
 def _reward_models(seed: Seed) -> None:
-    """Adds the probes, and the judge: the other kind on the other edits.
+    """Adds the probes, and the judge, a sequence-level probe on the edits of other summaries.
 
     The first of them computes the hidden states of all edits, which the others read.
     """
