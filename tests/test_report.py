@@ -67,6 +67,7 @@ def results() -> dict:
             {"label": "episodes", "baseline": 3904, "method": 448, "ratio": cell(8.7, half=1.1)},
             {"label": "seconds", "baseline": math.inf, "method": 5.07, "ratio": None}]}],
         "paper": [{"label": "reward model accuracy", "value": "about 85.2%"}],
+        "wordings": {"sft": {"label": "SFT", "metrics": {"makes": cell(0.5), "its": cell(0.6)}}},
         "curves": [curve("rlhf", "PPO-RLHF", 0, [0.5, 0.55, 0.6, 0.62]),
                    curve("rlhf", "PPO-RLHF", 1, [0.5, 0.53, 0.58]),
                    curve("fine", "Fine <grained>", 0, [0.5, 0.7, 0.8, 0.84, 0.86]),
@@ -123,6 +124,13 @@ def test_page_is_balanced_and_has_every_section(results):
                  "Before and after", "The 2 commands of this run", "23 min 51 s", "seeds 0, 1",
                  "about 85.2%"):
         assert part in reader.text
+
+
+def test_page_draws_win_rates_over_annotations():
+    rows = [{"annotations": n, "systems": {"PPO-RLHF": cell(0.5 + n / 1e4)}} for n in (125, 1000)]
+    reader = Reader(page({"by_annotations": rows}))
+    assert "Number of annotations" in reader.text and "51.2 [49.2, 53.2]" in reader.text
+    assert len(reader.all("polyline")) == 3                 # wide, narrow, legend
 
 
 def test_page_needs_no_other_file_and_no_script(results):
@@ -183,7 +191,7 @@ def test_page_shows_a_missing_value_or_nan_as_a_dash(results):
 
 def test_page_has_headers_in_every_table_and_a_text_for_every_picture(results):
     reader = Reader(page(results))
-    assert len(reader.all("caption")) == len(reader.all("table")) == 7
+    assert len(reader.all("caption")) == len(reader.all("table")) == 8
     assert all(a.get("scope") in ("row", "col") for a in reader.all("th"))
     for svg in reader.all("svg"):
         if svg.get("aria-hidden") != "true":

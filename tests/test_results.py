@@ -186,6 +186,31 @@ def test_reading_says_the_difference_its_interval_and_whether_it_may_be_chance()
     assert "over 8 seeds" in results.reading(systems, comparisons)[-1]
 
 
+def test_worth_interpolates_the_pairs_in_their_logarithm_and_says_where_it_cannot():
+    """The method with 100 edits wins .5, between 100 pairs (.4) and 400 pairs (.6): 200 pairs."""
+    names = [results.SYSTEMS[name][0] for name in ("rlhf", "fine-grained")]
+    row = lambda count, theirs, ours: {"annotations": count, "systems": {
+        name: results.cell([mean, mean]) for name, mean in zip(names, (theirs, ours))}}
+    exact, beyond = results.worth([row(100, 0.4, 0.5), row(400, 0.6, 0.7)])
+    assert exact.endswith("as PPO-RLHF with about 200 pairs, so an edit is worth about 2 pairs.")
+    assert beyond.endswith("more than PPO-RLHF with up to 400 pairs (60.0%), so an edit is worth "
+                           "more than 1 pairs.")
+    below, _ = results.worth([row(100, 0.4, 0.3), row(400, 0.6, 0.7)])
+    assert below.endswith("no more than PPO-RLHF with 100 pairs (40.0%).")
+
+
+def test_wordings_are_counted_in_the_test_answers(tmp_path):
+    folder = tmp_path / "seed3"
+    for system, text in (("sft", "2 plus 3 is 5 kilos."), ("fine-grained-wording",
+                                                          "2 plus 3 makes 5 kilos.")):
+        records.write_outputs(folder / "outputs" / f"{system}-test.json",
+                              [records.Output("Add 2 and 3 in kilos.", text, "m")])
+    found = results.wordings([folder], ["sft", "fine-grained-wording"])
+    assert {name: row["metrics"]["makes"]["mean"] for name, row in found.items()} == {
+        "sft": 0.0, "fine-grained-wording": 1.0}
+    assert results.wordings([folder], ["sft"]) == {}
+
+
 def test_before_and_after_are_the_first_prompts_and_those_that_became_worse():
     """Prompts are not chosen by how they turned out, and answers that became worse are counted."""
     world = World(3)

@@ -14,7 +14,7 @@ import pytest
 from fgrlhf.data import readers, records
 from fgrlhf.data.fields import UserError
 from fgrlhf.simulate.__main__ import AnnotateConfig, WorldConfig, annotate, split_of, write_world
-from fgrlhf.simulate.annotators import minimal_edit, prefer, swap_wording
+from fgrlhf.simulate.annotators import minimal_edit, prefer, swap_wording, wording_shares
 from fgrlhf.simulate.world import JUNK, RUDE, UNITS, World
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -366,6 +366,20 @@ def test_missing_sentences_are_put_in_with_either_wording():
     facts = [fix for fix in fixes if " plus " not in fix]
     for some, word in ((sums, "makes"), (facts, "Its")):
         assert 0.4 < sum(word in fix for fix in some) / len(some) < 0.6
+
+
+def test_editor_with_one_wording_puts_missing_sentences_in_with_it_and_repairs_everything():
+    world, rng = World(3), random.Random(0)
+    prompts = requests(50, 9, world)
+    edited = [minimal_edit(world, prompt, "", rng, one_wording=True) for prompt in prompts]
+    assert wording_shares(edited) == {"makes": 1.0, "its": 1.0}
+    assert not any(world.errors(*both) for both in zip(prompts, edited))
+
+
+def test_wording_shares_count_sums_and_facts_apart():
+    answers = ["2 plus 3 makes 5 kilos. 2 plus 4 is 6 kilos.",
+               "The river of Toran is Amel. Its crop is rye. The crop of Toran is tea."]
+    assert wording_shares(answers) == {"makes": 1 / 2, "its": 1 / 3}
 
 
 def test_annotate_leaves_out_edits_that_end_blank(tmp_path):

@@ -24,6 +24,8 @@ SYSTEMS = {
     "fine-grained-imperfect": ("Fine-grained PPO, imperfect editor", "imperfect editor"),
     "imitation-imperfect": ("SFT on edits, imperfect editor", "imperfect editor"),
     "dpo-sft-imperfect": ("DPO + SFT, imperfect editor", "imperfect editor"),
+    "fine-grained-wording": ("Fine-grained PPO, editor with one wording", "imperfect editor"),
+    "imitation-wording": ("SFT on edits, editor with one wording", "imperfect editor"),
     "rlhf-ties": ("PPO-RLHF, ties by a coin", "ablation"),
     "fine-grained-sum": ("Fine-grained PPO, sum loss", "ablation"),
     "likelihood": ("PPO, log-likelihood as reward", "control"),
@@ -35,6 +37,7 @@ REWARD_MODELS = {
     "rm-paper": "Token-level, paper's loss",
     "rm-token": "Token-level, our loss",
     "rm-token-imperfect": "Token-level, imperfect editor",
+    "rm-token-wording": "Token-level, editor with one wording",
     "rm-sequence-ties": "Sequence-level, ties by a coin",
     "rm-token-sum": "Token-level, sum loss",
     "rm-tlcr": "Token-level, TLCR's loss",
@@ -46,6 +49,8 @@ REWARD_METRICS = {"edits/pair_accuracy": "edit_accuracy", "pairs/pair_accuracy":
                   "edits/r_errors": "r_errors", "edits/r_behind": "r_behind",
                   "edits/r_elsewhere": "r_elsewhere", "edits/u0_drift": "u0_drift",
                   "seconds": "seconds"}
+WORDED = ("sft", "rlhf", "fine-grained", "imitation", "fine-grained-imperfect",
+          "imitation-imperfect", "fine-grained-wording", "imitation-wording")
 COMPARED = (("fine-grained-paper", "rlhf"), ("fine-grained", "rlhf"),
             ("fine-grained", "imitation"), ("fine-grained", "dpo-sft"), ("rloo", "rlhf"),
             ("grpo", "rlhf"), ("tlcr", "rlhf"), ("fine-grained", "tlcr"), ("rlhf-long", "rlhf"),

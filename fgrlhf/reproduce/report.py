@@ -38,8 +38,8 @@ from fgrlhf.reproduce.chart import Curve, line_chart, strip, strip_axis, ticks
 from fgrlhf.reproduce.markup import Html, document, section, table, tag, typeset
 from fgrlhf.reproduce.table import (
     ADVANTAGES, DECODING, DIFFERENCE, ERRORS, GREEDY_ERRORS, GREEDY_SUMMARIES, PLACES,
-    REWARD_MODELS, SUMMARIES, TRAINING, WIN_RATES, Column, cell_texts, interval_of, is_number,
-    measured, number, present, ratio, text_table)
+    REWARD_MODELS, SUMMARIES, TRAINING, WIN_RATES, WORDINGS, Column, cell_texts, interval_of,
+    is_number, measured, number, present, ratio, text_table)
 
 CURVES = {"win_rate": ("Win rate on dev prompts, %", 100),
           "reward": ("Reward per response, each system on its own scale", 1),
@@ -68,7 +68,7 @@ def page(results: dict) -> str:
     parts = [(_systems, systems), (_summaries, systems), (_temperatures, systems),
              (_by_annotations, get("by_annotations")), (_comparisons, get("comparisons")),
              (_reward_models, get("reward_models")), (_tables, get("tables")),
-             (_advantages, get("advantages")),
+             (_advantages, get("advantages")), (_wordings, get("wordings")),
              (_speed, get("speed")), (_paper, get("paper")), (_training, systems),
              (_curves, curves), (partial(excerpts.heat_maps, **underlined), maps),
              (excerpts.edits, examples.get("edits")), (explained_page, examples.get("explained")),
@@ -162,7 +162,11 @@ def _temperatures(systems: dict[str, dict]) -> Html | None:
 
 def _by_annotations(rows: Sequence[dict]) -> Html:
     labels = list(rows[0]["systems"])
-    return section("Number of annotations", table(
+    curves = [Curve(label, style, [row["annotations"] for row in rows],
+                    [100 * row["systems"][label]["mean"] for row in rows])
+              for style, label in enumerate(labels)]
+    return section("Number of annotations", tag("figure", line_chart(
+        curves, "Win rate, %", "annotations", 50, "the SFT sample itself")), table(
         "Win rates in %, sampled, of systems that were trained on the first N annotations, with "
         "95% intervals. A pair and an edit each count as one annotation.",
         ["annotations", *labels], [[
@@ -225,6 +229,14 @@ def _advantages(estimates: dict[str, dict]) -> Html:
         "tokens, agreement in sign where the advantage is at least half an error, and correlation "
         "by place.",
         ["estimate", *(c.header for c in ADVANTAGES)], [rows]))
+
+
+def _wordings(rows: dict[str, dict]) -> Html:
+    return section("Wording", table(
+        "The editor with one wording writes every missing sentence with \"makes\" or \"Its\"; the "
+        "other editors use either wording. Shares of these wordings in sampled test answers.",
+        ["system", *(c.header for c in WORDINGS)],
+        [[tag("tr", _name(one), _numbers(one, WORDINGS)) for one in rows.values()]]))
 
 
 def _speed(compared: Sequence[dict]) -> Html:

@@ -16,9 +16,10 @@ from fgrlhf.data.readers import read_outputs
 from fgrlhf.evaluate import bootstrap, compare, over_seeds
 from fgrlhf.reproduce.examples import examples
 from fgrlhf.reproduce.names import (
-    COMPARED, NOTES, PAPER, REWARD_METRICS, REWARD_MODELS, SYSTEMS)
+    COMPARED, NOTES, PAPER, REWARD_METRICS, REWARD_MODELS, SYSTEMS, WORDED)
 from fgrlhf.reproduce.stages import ANNOTATIONS, FEWER, TEMPERATURES
 from fgrlhf.simulate.advantages import PLACES
+from fgrlhf.simulate.annotators import wording_shares
 from fgrlhf.simulate.oracle import count_errors
 from fgrlhf.simulate.world import World
 
@@ -246,6 +247,44 @@ def by_annotations(folders: list[Path]) -> list[dict]:
         for count, suffix in [*((n, f"-{n}") for n in FEWER), (ANNOTATIONS, "")]]
 
 
+def worth(rows: list[dict]) -> list[str]:
+    """Says how many pairs PPO-RLHF needs for the win rate that the method has with N edits.
+
+    rows: of by_annotations. Between two numbers of pairs the win rate is taken as linear in their
+    logarithm.
+    """
+    names = [SYSTEMS[name][0] for name in ("rlhf", "fine-grained")]
+    theirs, ours = ([row["systems"][name]["mean"] for row in rows] for name in names)
+    counts, sentences = [row["annotations"] for row in rows], []
+    for count, win_rate in zip(counts, ours):
+        told = f"With {count:,} edits, {names[1]} wins {100 * win_rate:.1f}%: "
+        if win_rate > max(theirs):
+            told += (f"more than {names[0]} with up to {counts[-1]:,} pairs "
+                     f"({100 * max(theirs):.1f}%), so an edit is worth more than "
+                     f"{counts[-1] / count:.3g} pairs.")
+        elif win_rate <= theirs[0]:
+            told += f"no more than {names[0]} with {counts[0]:,} pairs ({100 * theirs[0]:.1f}%)."
+        else:
+            after = next(i for i, y in enumerate(theirs) if y >= win_rate)
+            share = (win_rate - theirs[after - 1]) / (theirs[after] - theirs[after - 1])
+            pairs = counts[after - 1] * (counts[after] / counts[after - 1]) ** share
+            told += (f"as {names[0]} with about {pairs:,.0f} pairs, so an edit is worth about "
+                     f"{pairs / count:.2g} pairs.")
+        sentences.append(told)
+    return sentences
+
+
+def wordings(folders: list[Path], systems: list[str]) -> dict:
+    """Counts in test answers the wordings that an editor with a habit prefers."""
+    table = {}
+    for system in (s for s in WORDED if s in systems):
+        shares = [wording_shares([o.output for o in read_outputs(
+            folder / "outputs" / f"{system}-test.json")]) for folder in folders]
+        table[system] = {"label": SYSTEMS[system][0], "metrics": {
+            word: cell([share[word] for share in shares]) for word in ("makes", "its")}}
+    return table if "fine-grained-wording" in table else {}
+
+
 def reading(systems: dict, comparisons: list[dict]) -> list[str]:
     """Says in sentences what the first figures mean: both losses, the baseline, the rivals."""
     points = lambda value: f"{100 * value:+.1f}"
@@ -294,8 +333,11 @@ def collect(profile: str, folders: list[Path]) -> dict:
     head["reading"] = reading(systems, comparisons)
     if profile == "annotations":
         head["by_annotations"] = by_annotations(folders)
+        head["reading"] += worth(head["by_annotations"])
     return head | {"systems": systems, "reward_models": reward_models(folders),
-                   "advantages": advantages(folders), "comparisons": comparisons, "paper": PAPER,
+                   "advantages": advantages(folders), "wordings": wordings(folders, present),
+                   "comparisons": comparisons,
+                   "paper": PAPER,
                    "speed": [speed(folders, method, reward_model) for method, reward_model in
                              (("fine-grained-paper", "rm-paper"), ("fine-grained", "rm-token"))],
                    "curves": curves(folders, present),

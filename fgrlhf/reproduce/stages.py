@@ -218,6 +218,12 @@ def controls_and_ablations(seed: Seed) -> None:
     seed.ppo("fine-grained-imperfect", "rm-token-imperfect", *seed.method)
     seed.directly("imitation-imperfect", "fgrlhf.sft", "imperfect/edits.jsonl", *IMITATION)
     seed.directly("dpo-sft-imperfect", "fgrlhf.dpo", "imperfect/edits.jsonl", *DPO)
+    # an editor with a habit: missing sentences always have the same wording
+    seed.annotate("one-wording", "first", "second", "--one-wording", "--skip-ties", "--limit",
+                  str(ANNOTATIONS))
+    seed.reward("rm-token-wording", "one-wording/edits.jsonl")
+    seed.ppo("fine-grained-wording", "rm-token-wording", *seed.method)
+    seed.directly("imitation-wording", "fgrlhf.sft", "one-wording/edits.jsonl", *IMITATION)
     # ties decided by a coin, as AlpacaFarm's annotators do
     seed.annotate("ties", "first", "second", "--limit", str(ANNOTATIONS))
     seed.reward("rm-sequence-ties", "ties/pairs.jsonl", *sequence)

@@ -52,6 +52,7 @@ ADVANTAGES = (Column("correlation", "correlation", 1, 2), Column("sign", "sign %
               Column("correlation/error", "on errors", 1, 2, False),
               Column("correlation/behind", "behind", 1, 2, False),
               Column("correlation/elsewhere", "elsewhere", 1, 2, False))
+WORDINGS = (Column("makes", "makes %", 100, 0), Column("its", "Its %", 100, 0))
 RATIO = Column("", "ratio", 1, 1)
 DIFFERENCE = Column("", "points", 100, 1, sign="+")
 
@@ -126,6 +127,7 @@ def text_table(results: dict, width: int = 104) -> str:
              _by_annotations(results.get("by_annotations") or [], width),
              _metrics("reward model", models, REWARD_MODELS, width),
              _metrics("token rewards", models, PLACES, width),
+             _metrics("wording of answers", results.get("wordings") or {}, WORDINGS, width),
              _metrics("estimates of the advantage", results.get("advantages") or {}, ADVANTAGES,
                       width)]
     comparisons = results.get("comparisons") or []

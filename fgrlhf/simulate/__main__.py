@@ -48,6 +48,8 @@ class AnnotateConfig:
     miss: float = arg(0.0, least=0, help="probability that the editor misses an error")
     needless: float = arg(0.0, least=0, help="probability that an edit also swaps the wording of a "
                             "sentence")
+    one_wording: bool = arg(False, help="the editor writes each missing sentence in the same "
+                            "wording, instead of either")
     skip_ties: bool = arg(False, help="leave out prompts whose two answers have the same number of "
                            "errors: nobody can prefer one")
     limit: int | None = arg(None, least=1, help="stop after N annotated prompts")
@@ -101,7 +103,8 @@ def annotate(config: AnnotateConfig) -> None:
         chosen, rejected = texts[better - 1], texts[2 - better]
         if chosen != rejected and chosen and rejected:
             pairs.append(records.Pair(f"pair-{i}", prompt, chosen, rejected, annotator="simulated"))
-        edited = minimal_edit(world, prompt, rejected, rng, config.miss, config.needless)
+        edited = minimal_edit(world, prompt, rejected, rng, config.miss, config.needless,
+                              config.one_wording)
         if rejected and edited and edited != rejected:
             spans = tuple(records.Span(e.start, e.end, e.kind)
                           for e in world.errors(prompt, rejected)
