@@ -31,7 +31,8 @@ def make_small(command: list[str]) -> None:
     from fgrlhf.engine.config import parse, run
     from fgrlhf.reproduce import __main__ as reproduce, pipeline, stages
     pipeline.subprocess.Popen = processes.Stage
-    for grid in (*stages.GRIDS.values(), stages.IMITATION_GRID, stages.DPO_GRID):
+    for grid in (*stages.GRIDS.values(), stages.IMITATION_GRID, stages.DPO_GRID,
+                 stages.DPO_ALONE_GRID):
         grid[1:] = []
     init = pipeline.Stage.__init__
 

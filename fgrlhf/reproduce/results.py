@@ -175,7 +175,8 @@ def reward_models(folders: list[Path]) -> dict:
 def sweep_table(folders: list[Path]) -> dict:
     """Reads the best dev win rate of every point of the sweep."""
     roles = {"rlhf-": "baseline", "fine-grained-": "method", "imitation-": "rival",
-             "dpo-sft-": "rival", "rloo-": "rival", "grpo-": "rival", "tlcr-": "rival"}
+             "dpo-sft-": "rival", "rloo-": "rival", "grpo-": "rival", "tlcr-": "rival",
+             "dpo-edits-": "rival", "dpo-pairs-": "rival"}
     runs = sorted({run.name for folder in folders for run in folder.iterdir()
                    if run.name.startswith(tuple(roles))})
     return {run: {"label": run, "role": next(role for start, role in roles.items()

@@ -39,6 +39,7 @@ IMITATION_GRID = [(epochs, lr) for epochs in ("3", "6") for lr in ("1e-3", "2e-3
 IMITATION_GRID += [("6", "8e-3"), ("12", "4e-3")]
 DPO_GRID = [(beta, lr) for beta in ("0.1", "0.3") for lr in ("5e-4", "1e-3", "2e-3")]
 DPO_GRID += [("0.3", "4e-3"), ("1.0", "2e-3"), ("1.0", "4e-3")]
+DPO_ALONE_GRID = [(beta, lr) for beta in ("0.1", "0.3", "1.0") for lr in ("1e-4", "3e-4", "1e-3")]
 TEMPERATURES = ("0.7", "0.5", "0.3")    # of the answers, and 1 and greedy
 
 
@@ -260,6 +261,10 @@ def sweep(seed: Seed) -> None:
     for beta, lr in DPO_GRID:
         seed.directly(f"dpo-sft-{beta}-{lr}", "fgrlhf.dpo", edits, *DPO, "--beta", beta, "--lr", lr,
                       prompts="dev")
+    for name, data in (("edits", edits), ("pairs", "annotations/pairs.jsonl")):
+        for beta, lr in DPO_ALONE_GRID:
+            seed.directly(f"dpo-{name}-{beta}-{lr}", "fgrlhf.dpo", data, "--beta", beta, "--lr", lr,
+                          prompts="dev")
 
 
 def annotations(seed: Seed) -> None:
