@@ -40,6 +40,7 @@ IMITATION_GRID += [("6", "8e-3"), ("12", "4e-3")]
 DPO_GRID = [(beta, lr) for beta in ("0.1", "0.3") for lr in ("5e-4", "1e-3", "2e-3")]
 DPO_GRID += [("0.3", "4e-3"), ("1.0", "2e-3"), ("1.0", "4e-3")]
 DPO_ALONE_GRID = [(beta, lr) for beta in ("0.1", "0.3", "1.0") for lr in ("1e-4", "3e-4", "1e-3")]
+DPO_ALONE_GRID += [("1.0", "3e-3"), ("3.0", "1e-3"), ("3.0", "3e-3")]
 TEMPERATURES = ("0.7", "0.5", "0.3")    # of the answers, and 1 and greedy
 
 
