@@ -63,11 +63,12 @@ def mean_curve(seeds: Sequence[Curve]) -> Curve:
 
 
 def line_chart(curves: Sequence[Curve], name: str, x_label: str, reference: float | None = None,
-               reference_label: str = "") -> Html:
+               reference_label: str = "", bands: bool = False) -> Html:
     """Draws curves over a common x axis, in two forms of which the style sheet shows one.
 
     The wide form has the name of each system at the end of its curve, the narrow form (for a phone)
-    has a legend below. Several curves with the same label are drawn thin, with their mean.
+    has a legend below. Several curves with the same label are drawn thin, with their mean; with
+    `bands` the range between the lowest and the highest of them is shaded instead.
     `reference`: a level to compare with, drawn as a dotted line. `name` begins the text that a
     screen reader reads.
     """
@@ -88,6 +89,7 @@ def line_chart(curves: Sequence[Curve], name: str, x_label: str, reference: floa
         across = _scale(x_ticks, LEFT, right)
         return tag("svg", _axes(x_ticks, y_ticks, across, down, x_label),
                    _reference(reference, reference_label * (kind == "wide"), right, down),
+                   [_band(seeds, across, down) for seeds in groups.values()] if bands else
                    [_polyline(curve, "seed", across, down) for curve in thin],
                    [_polyline(curve, "mean", across, down) for curve in means],
                    _names(means, ends, across, down) if kind == "wide" else None,
@@ -160,6 +162,17 @@ def _text(x: float, y: float, text: str, anchor: str, kind: str | None = None) -
 def _polyline(curve: Curve, kind: str, across: Scale, down: Scale) -> Html:
     points = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in zip(curve.x, curve.y))
     return tag("polyline", points=points, class_=f"{kind} s{curve.style}")
+
+
+def _band(seeds: Sequence[Curve], across: Scale, down: Scale) -> Html | None:
+    """Shades the range of several curves over the same x, up to the end of the shortest."""
+    n = min(len(curve.x) for curve in seeds)
+    if len(seeds) < 2 or n < 2:
+        return None
+    values = np.array([curve.y[:n] for curve in seeds])
+    edge = [*zip(seeds[0].x, values.max(0)), *reversed([*zip(seeds[0].x, values.min(0))])]
+    points = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in edge)
+    return tag("polygon", points=points, class_=f"band s{seeds[0].style}")
 
 
 def _axes(x_ticks: Sequence[float], y_ticks: Sequence[float], across: Scale, down: Scale,

@@ -10,6 +10,7 @@
     speed          [{label, names, rows: [{label, baseline, method, ratio}]}]
                    names: of baseline and method; ratio: a cell or a number
     paper          [{label, value}]                                 the figures of the paper
+    knobs labels                                                    see study_results.py
     tables         [{caption, header, rows}]                        rows of texts, name first
     curves         [{system, label, seed, metric, x_episodes, x_seconds, x_kl, y}]
     examples       {heat_maps: [{prompt, label, tokens, rewards, errors}],
@@ -36,6 +37,7 @@ from fgrlhf.explain.page import explained_page
 from fgrlhf.reproduce import excerpts
 from fgrlhf.reproduce.chart import Curve, line_chart, strip, strip_axis, ticks
 from fgrlhf.reproduce.markup import Html, document, section, table, tag, typeset
+from fgrlhf.reproduce.study_report import knob_sections, study_text
 from fgrlhf.reproduce.table import (
     ADVANTAGES, DECODING, DIFFERENCE, ERRORS, GREEDY_ERRORS, GREEDY_SUMMARIES, PLACES,
     REWARD_MODELS, SUMMARIES, TRAINING, WIN_RATES, Column, cell_texts, interval_of, is_number,
@@ -74,6 +76,7 @@ def page(results: dict) -> str:
              (excerpts.edits, examples.get("edits")), (explained_page, examples.get("explained")),
              (excerpts.before_after, examples.get("before_after")), (_again, results)]
     sections = [shown for show, part in parts if part and (shown := show(part))]
+    sections[:0] = knob_sections(results)
     title = f"Token-level RLHF from minimal edits, {get('profile') or 'a'} run"
     return document(title, [_header(results), _contents(sections), *sections])
 
@@ -307,7 +310,7 @@ def _curves(curves: Sequence[dict]) -> Html:
 
 def _again(results: dict) -> Html | None:
     """Shows the commands and the figures as plain text, to be copied."""
-    commands, text = results.get("commands") or [], text_table(results)
+    commands, text = results.get("commands") or [], study_text(results) or text_table(results)
     parts = [(f"The {len(commands)} commands of this run", "\n".join(commands)),
              ("The figures as plain text", text)]
     folded = [tag("details", tag("summary", summary), tag("pre", body))

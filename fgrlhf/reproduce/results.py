@@ -56,9 +56,12 @@ def read_lines(path: Path) -> list[dict]:
     return lines
 
 
-def tested(folder: Path, system: str) -> Tested:
-    """Counts the errors of a system's test answers, and of the reference's, by the oracle."""
-    world, outputs = World(seed_of(folder)), folder / "outputs"
+def tested(folder: Path, system: str, world: World | None = None) -> Tested:
+    """Counts the errors of a system's test answers, and of the reference's, by the oracle.
+
+    world: by default the world of the folder's seed.
+    """
+    world, outputs = world or World(seed_of(folder)), folder / "outputs"
     errors = lambda name: count_errors(world, read_outputs(outputs / f"{name}.json"))
     first, *others = TEMPERATURES
     files = {"sampled": "test", first: "test-t"} | {t: f"test-t-{t}" for t in others}

@@ -47,7 +47,7 @@ class Seed:
 
     def __init__(self, seed: int, folder: Path, device: str, dtype: str = "float32",
                  lora_rank: int = 0):
-        self.seed, self.folder = str(seed), folder
+        self.seed, self.world, self.folder = str(seed), str(seed), folder
         self.lora_rank, self.stages = lora_rank, []
         self.rlhf, self.method = RLHF + self.adapters("rlhf"), METHOD + self.adapters("method")
         self.paper = PAPER + self.adapters("method")
@@ -79,19 +79,19 @@ class Seed:
 
     def annotate(self, name: str, first: str, second: str, *options: str) -> None:
         """Adds the preferred one of two answers to each prompt, and an edit of the other."""
-        self.add(name, "-m", "fgrlhf.simulate", "annotate", "--world", self.seed,
+        self.add(name, "-m", "fgrlhf.simulate", "annotate", "--world", self.world,
                  "--seed", self.seed, "--outputs", self.at(f"outputs/{first}.json"),
                  "--others", self.at(f"outputs/{second}.json"), "--out", self.at(name), *options,
                  needs=(first, second))
 
-    def reward(self, name: str, data: str, *options: str) -> None:
+    def reward(self, name: str, data: str, *options: str, held_out: str = "held-out") -> None:
         """Adds a reward model that starts from the SFT model, evaluated on held-out edits."""
         kind = "sequence" if "sequence" in options else "token"
         self.add(name, "train_rm.py", "--data", self.at(data), "--model", self.at("sft/policy"),
                  "--seed", self.seed, "--out", self.at(name),
-                 "--eval-edits", self.at("held-out/edits.jsonl"),
-                 "--eval-pairs", self.at("held-out/pairs.jsonl"), "--resume", *options,
-                 *self.adapters(kind), needs=(data.split("/")[0], "held-out"))
+                 "--eval-edits", self.at(f"{held_out}/edits.jsonl"),
+                 "--eval-pairs", self.at(f"{held_out}/pairs.jsonl"), "--resume", *options,
+                 *self.adapters(kind), needs=(data.split("/")[0], held_out))
 
     def ppo(self, name: str, reward: str, *options: str, iterations: int = ITERATIONS,
             test: bool = True) -> None:
@@ -99,7 +99,7 @@ class Seed:
         self.add(name, "train_ppo.py", "--policy", self.at("sft/policy"),
                  "--reward", self.at(f"{reward}/reward"), "--prompts", self.at("world/train.jsonl"),
                  "--dev-prompts", self.at("world/dev.jsonl"),
-                 "--dev-reference", self.at("outputs/sft-dev.json"), "--world", self.seed,
+                 "--dev-reference", self.at("outputs/sft-dev.json"), "--world", self.world,
                  "--seed", self.seed, "--iterations", str(iterations), "--out", self.at(name),
                  "--lr-decay", "--resume", *options, needs=(reward, "sft-dev"))
         if test:
@@ -127,21 +127,26 @@ class Seed:
 
 def start(seed: Seed) -> None:
     """Adds world, SFT model, answers to annotate, annotations and the dev reference."""
-    seed.add("world", "-m", "fgrlhf.simulate", "world", "--world", seed.seed, "--seed", seed.seed,
-             "--out", seed.at("world"), "--dev", str(DEV), "--test", str(TEST))
+    begin(seed, ANSWERED, "--dev", str(DEV), "--test", str(TEST))
+    decided = ("--skip-ties", "--limit", str(ANNOTATIONS))
+    seed.annotate("annotations", "first", "second", *decided)
+    seed.annotate("held-out", "sft-dev", "sft-dev-second", "--spans", "--skip-ties")
+
+
+def begin(seed: Seed, answered: int, *sizes: str) -> None:
+    """Adds world, SFT model and two answers of it to each of `answered` prompts."""
+    seed.add("world", "-m", "fgrlhf.simulate", "world", "--world", seed.world, "--seed", seed.seed,
+             "--out", seed.at("world"), *sizes)
     seed.add("sft", "-m", "fgrlhf.sft", "--data", seed.at("world/demonstrations.jsonl"),
              "--init", "tiny", "--tokenizer", seed.at("world/tokenizer.model"),
              "--seed", seed.seed, "--epochs", "2", "--batch", "16", "--muon-lr", "5e-3",
              "--out", seed.at("sft"), "--resume", needs=("world",))
-    limit = ("--limit", str(ANSWERED))
+    limit = ("--limit", str(answered))
     for name, prompts, *options in (("first", "train", "--seed", "1", *limit),
                                     ("second", "train", "--seed", "2", *limit),
                                     ("sft-dev", "dev", "--seed", "3"),
                                     ("sft-dev-second", "dev", "--seed", "4")):
         seed.outputs(name, "sft/policy", prompts, *options, needs=("sft",))
-    decided = ("--skip-ties", "--limit", str(ANNOTATIONS))
-    seed.annotate("annotations", "first", "second", *decided)
-    seed.annotate("held-out", "sft-dev", "sft-dev-second", "--spans", "--skip-ties")
 
 
 def compare_systems(seed: Seed) -> None:

@@ -48,6 +48,9 @@ class AnnotateConfig:
     miss: float = arg(0.0, least=0, help="probability that the editor misses an error")
     needless: float = arg(0.0, least=0, help="probability that an edit also swaps the wording of a "
                             "sentence")
+    unseen: float = arg(0.0, least=0, help="share of facts and sums that the annotators never see: "
+                        "requests that ask for one are not annotated. With --spans they are, and "
+                        "the spans of their wrong values have the type unseen")
     skip_ties: bool = arg(False, help="leave out prompts whose two answers have the same number of "
                            "errors: nobody can prefer one")
     limit: int | None = arg(None, least=1, help="stop after N annotated prompts")
@@ -87,11 +90,14 @@ def annotate(config: AnnotateConfig) -> None:
         raise UserError(f"{config.others}: expected the prompts of {config.outputs} in the same "
                         "order; write both with `eval.py outputs` from one prompt file")
     world.check_requests((o.instruction for o in firsts), config.outputs)
+    unseen = world.unseen(config.unseen)
     pairs, edits, annotated, ties = [], [], 0, 0
     for i, (first, second) in enumerate(zip(firsts, seconds)):
         prompt, texts = first.instruction, (first.output, second.output)
         if config.limit == annotated:
             break
+        if not config.spans and any(item.key in unseen for item in world.items(prompt)):
+            continue
         better = prefer(world, prompt, *texts, rng, config.noise)
         if compare_errors(world, prompt, *texts) == 0:
             ties += 1
@@ -103,7 +109,8 @@ def annotate(config: AnnotateConfig) -> None:
             pairs.append(records.Pair(f"pair-{i}", prompt, chosen, rejected, annotator="simulated"))
         edited = minimal_edit(world, prompt, rejected, rng, config.miss, config.needless)
         if rejected and edited and edited != rejected:
-            spans = tuple(records.Span(e.start, e.end, e.kind)
+            kind = lambda e: "unseen" if e.kind == "value" and e.key in unseen else e.kind
+            spans = tuple(records.Span(e.start, e.end, kind(e))
                           for e in world.errors(prompt, rejected)
                           if e.start < e.end)              # an omission has no characters
             edits.append(records.Edit(f"edit-{i}", prompt, rejected, edited, annotator="simulated",

@@ -43,6 +43,7 @@ class Error(NamedTuple):
     end: int
     kind: str
     fix: str
+    key: tuple | None = None            # of the item; None for a sentence too many
 
 
 class Item(NamedTuple):
@@ -128,6 +129,17 @@ class World:
                 raise UserError(f"{place}: found no request of world {self.seed} in "
                                 f"{prompt[:60]!r}; give the --world of the prompts")
 
+    def unseen(self, share: float) -> set[tuple]:
+        """Returns the keys of a share of the facts and of the sums, for annotators to never see.
+
+        A larger share contains the keys of a smaller one.
+        """
+        rng, chosen = random.Random(f"unseen-{self.seed}"), set()
+        for table in (self.facts, self.sums):
+            keys = rng.sample(sorted(table), len(table))
+            chosen.update(keys[:round(share * len(keys))])
+        return chosen
+
     # ----- answers ------------------------------------------------------------------------------
 
     def sentence(self, item: Item, answer: str, unit: str, rng: random.Random) -> str:
@@ -192,7 +204,7 @@ class World:
             for part, right, kind in ((state[1], item.answer, "value"),
                                       (state[2], item.unit, "unit")):
                 if part is not None and text[slice(*part)] != right:
-                    found.append(Error(start + part[0], start + part[1], kind, right))
+                    found.append(Error(start + part[0], start + part[1], kind, right, item.key))
         previous = 0
         for item in items.values():
             if item.key not in end_of:
@@ -200,7 +212,7 @@ class World:
                 wording = random.Random(f"{prompt} {answer} {item.key}")
                 fix = self.sentence(item, item.answer, item.unit, wording)
                 fix = " " + fix if previous else fix + " "
-                found.append(Error(previous, previous, "missing", fix))
+                found.append(Error(previous, previous, "missing", fix, item.key))
             previous = end_of.get(item.key, previous)
         return sorted(found)
 
