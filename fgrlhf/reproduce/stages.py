@@ -128,13 +128,14 @@ class Seed:
 def start(seed: Seed) -> None:
     """Adds world, SFT model, answers to annotate, annotations and the dev reference."""
     begin(seed, ANSWERED, "--dev", str(DEV), "--test", str(TEST))
+    seed.outputs("sft-dev-second", "sft/policy", "dev", "--seed", "4", needs=("sft",))
     decided = ("--skip-ties", "--limit", str(ANNOTATIONS))
     seed.annotate("annotations", "first", "second", *decided)
     seed.annotate("held-out", "sft-dev", "sft-dev-second", "--spans", "--skip-ties")
 
 
 def begin(seed: Seed, answered: int, *sizes: str) -> None:
-    """Adds world, SFT model and two answers of it to each of `answered` prompts."""
+    """Adds world, SFT model, two answers of it to each of `answered` prompts, the dev reference."""
     seed.add("world", "-m", "fgrlhf.simulate", "world", "--world", seed.world, "--seed", seed.seed,
              "--out", seed.at("world"), *sizes)
     seed.add("sft", "-m", "fgrlhf.sft", "--data", seed.at("world/demonstrations.jsonl"),
@@ -144,8 +145,7 @@ def begin(seed: Seed, answered: int, *sizes: str) -> None:
     limit = ("--limit", str(answered))
     for name, prompts, *options in (("first", "train", "--seed", "1", *limit),
                                     ("second", "train", "--seed", "2", *limit),
-                                    ("sft-dev", "dev", "--seed", "3"),
-                                    ("sft-dev-second", "dev", "--seed", "4")):
+                                    ("sft-dev", "dev", "--seed", "3")):
         seed.outputs(name, "sft/policy", prompts, *options, needs=("sft",))
 
 

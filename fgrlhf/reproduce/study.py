@@ -84,7 +84,8 @@ def add_step(seed: Seed, tag: str, *annotator: str) -> None:
     held_out, annotations = f"held-out{tag}", f"annotations{tag}"
     seed.annotate(annotations, "first", "second", *annotator, "--skip-ties", "--limit",
                   str(ANNOTATIONS))
-    seed.annotate(held_out, "sft-dev", "sft-dev-second", *annotator, "--spans", "--skip-ties")
+    # test prompts, because there are more of them and the figures of reward models choose nothing
+    seed.annotate(held_out, "sft-test", "sft-reference", *annotator, "--spans", "--skip-ties")
     edits, pairs = f"{annotations}/edits.jsonl", f"{annotations}/pairs.jsonl"
     for system, reward, data, settings, *options in (
             ("rlhf", "rm-sequence", pairs, seed.rlhf, "--kind", "sequence", "--epochs", "3"),
