@@ -57,6 +57,7 @@ from fgrlhf.reward import save_reward
 from fgrlhf.rollout import Rollout, sample_shared
 from fgrlhf.sequences import Scorer, Sequences, by_length
 from fgrlhf.simulate.oracle import OracleJudge
+from fgrlhf.simulate.world import world_arg
 from fgrlhf.tokenizer import Tokenizer
 
 
@@ -99,7 +100,8 @@ class Config(ReadingRecords, Machinery):                # and --template, --seed
     value_clip: float = arg(0.2, least=0, help="rlhf: clip of the critic's change per batch")
     dev_prompts: str | None = arg(None, help="dev prompts, to choose the best policy")
     dev_reference: str | None = arg(None, help="the reference's outputs on the dev prompts")
-    world: int | None = arg(None, help="seed of the built-in world whose oracle judges dev answers")
+    world: int | str | None = world_arg("seed of the built-in world whose oracle judges dev "
+                                        "answers", None)
     eval_every: int = arg(5, least=1, help="iterations between dev evaluations; every second one "
                           "at first, up to twice this number")
     save_critic: bool = arg(False, help="rlhf: keep the critic in OUT/critic")

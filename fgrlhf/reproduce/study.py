@@ -13,6 +13,7 @@ annotations, fewer PPO iterations, fewer prompts. Figures of this profile must t
 only with one another. STUDY.md has the questions and the commands.
 """
 
+import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +22,10 @@ from fgrlhf.reproduce.stages import DPO, IMITATION, Seed, begin
 
 ANNOTATIONS = 400               # annotated prompts of each step
 ANSWERED = 5000                 # prompts with two answers: enough when most of them are left out
+FEW_ANSWERED = 1200             # in the worlds of other knobs, where nobody leaves any out
 ITERATIONS = 20                 # of every PPO run
 SIZES = ("--train", str(ANSWERED), "--dev", "100", "--test", "300")
+LONGEST = ("--max-new-tokens", "96")    # of answers to longer requests
 SYSTEMS = ("rlhf", "fine-grained-paper", "fine-grained", "imitation", "dpo-sft")
 
 
@@ -31,14 +34,42 @@ class Knob(NamedTuple):
 
     title: str
     axis: str                           # what the numbers of `steps` are
-    flag: str                           # of `fgrlhf.simulate annotate`
     steps: tuple[str, ...]
     default: str                        # the step that changes nothing
+    flag: str = ""                      # of `fgrlhf.simulate annotate`; "": the world has the knob
+    edits_only: bool = False            # labels stay as they are, and so does PPO-RLHF
 
 
+SHARES = ("0", "0.25", "0.5", "1")
 KNOBS = {
     "held-out": Knob("Facts that no edit mentions", "share of facts and sums that the annotators "
-                     "never see", "--unseen", ("0", "0.1", "0.2", "0.4"), "0"),
+                     "never see", ("0", "0.1", "0.2", "0.4"), "0", "--unseen"),
+    "miss": Knob("An editor who misses errors", "probability that the editor misses an error",
+                 ("0", "0.25", "0.5", "0.75"), "0", "--miss", True),
+    "harmful": Knob("An editor who does harm", "probability that an edit puts in a wrong value",
+                    SHARES, "0", "--harmful", True),
+    "needless": Knob("Needless edits", "probability that an edit swaps a wording",
+                     SHARES, "0", "--needless", True),
+    "style": Knob("An editor with a style", "probability that an edit brings all sentences into "
+                  "one wording", SHARES, "0", "--style", True),
+    "rewrite": Knob("Rewrites in place of minimal edits", "share of edits that keep nothing",
+                    SHARES, "0", "--rewrite", True),
+    "taste": Knob("Annotators who disagree", "share of labels and edits that follow the taste of "
+                  "one of two groups", SHARES, "0", "--taste"),
+    "noise": Knob("Noise in the labels", "share of labels that a coin decides", SHARES, "0",
+                  "--noise"),
+    "longer": Knob("Annotators who like length", "share of labels that the longer answer wins",
+                   SHARES, "0", "--longer"),
+    "annotations": Knob("Fewer annotations", "annotated prompts", ("50", "100", "200", "400"),
+                        str(ANNOTATIONS), "--limit"),
+    "lands": Knob("More facts", "lands, with six facts each", ("6", "12", "24", "48"), "12"),
+    "errors": Knob("Errors per answer", "share of facts with a fixed mistake, times 60%",
+                   ("0.5", "0.75", "1", "1.5"), "1"),
+    "strength": Knob("Strength of the errors", "probability of every mistake and habit, times "
+                     "today's", ("0.4", "0.7", "1", "1.25"), "1"),
+    "items": Knob("Longer answers", "most facts of a request", ("3", "4", "5", "6"), "4"),
+    "coupled": Knob("Errors that spread", "share of lands and units where an error makes later "
+                    "items wrong", SHARES, "0"),
 }
 
 
@@ -47,10 +78,13 @@ class Point(NamedTuple):
 
     folder: Path
     tag: str                            # the end of the names of its runs
+    world: str                          # as --world names it
+    edits_only: bool = False
 
-    def run(self, system: str) -> str:
-        """The name of the run of a system. All steps share the SFT model."""
-        return system if system == "sft" else system + self.tag
+    def run(self, name: str) -> str:
+        """The name of the run of a system or reward model. Steps share what does not change."""
+        shared = name == "sft" or self.edits_only and name in ("rlhf", "rm-sequence")
+        return name if shared else name + self.tag
 
 
 def chosen(only: str | None) -> dict[str, Knob]:
@@ -63,34 +97,68 @@ def chosen(only: str | None) -> dict[str, Knob]:
 
 
 def point(folder: Path, name: str, value: str) -> Point:
-    """The step `value` of the knob `name` in the folder of a seed."""
-    return Point(folder, "" if value == KNOBS[name].default else f"-{name}-{value}")
+    """The step `value` of the knob `name`. folder: of the seed.
+
+    A knob of the annotators has its runs in that folder, and one of the world in a folder next to
+    it.
+    """
+    knob, world = KNOBS[name], folder.name.removeprefix("seed")
+    if value == knob.default:
+        return Point(folder, "", world)
+    if knob.flag:
+        return Point(folder, f"-{name}-{value}", world, knob.edits_only)
+    return Point(folder.with_name(f"{folder.name}-{name}-{value}"), "", f"{world},{name}={value}")
 
 
 def plan(seed: Seed, only: str | None = None) -> None:
     """Adds the stages of one seed: what all steps share, then every step of the knobs."""
-    begin(seed, ANSWERED, *SIZES)
-    seed.test("sft", "sft/policy", "sft")
-    seed.outputs("sft-reference", "sft/policy", "test", "--seed", "8", needs=("sft",))
+    start(seed, ANSWERED)
     add_step(seed, "")
     for name, knob in chosen(only).items():
         for value in knob.steps:
-            if value != knob.default:
-                add_step(seed, point(seed.folder, name, value).tag, knob.flag, value)
+            if value == knob.default:
+                continue
+            at = point(seed.folder, name, value)
+            if knob.flag:
+                add_step(seed, at.tag, knob.flag, value, edits_only=knob.edits_only)
+                continue
+            other = copy.copy(seed)                                 # shares the list of stages
+            other.folder, other.world = at.folder, at.world
+            other.longest = LONGEST if name == "items" else ()
+            start(other, FEW_ANSWERED)
+            add_step(other, "")
 
 
-def add_step(seed: Seed, tag: str, *annotator: str) -> None:
-    """Adds annotations, reward models and the five systems. annotator: options of `annotate`."""
-    held_out, annotations = f"held-out{tag}", f"annotations{tag}"
-    seed.annotate(annotations, "first", "second", *annotator, "--skip-ties", "--limit",
-                  str(ANNOTATIONS))
-    # test prompts, because there are more of them and the figures of reward models choose nothing
-    seed.annotate(held_out, "sft-test", "sft-reference", *annotator, "--spans", "--skip-ties")
+def start(seed: Seed, answered: int) -> None:
+    """Adds what the steps of a world share: SFT model, answers, and how reward models are judged.
+
+    The held-out edits are right, whatever the annotators do. They are of the test prompts, because
+    there are more of them, and the figures of reward models choose nothing.
+    """
+    begin(seed, answered, *SIZES)
+    seed.test("sft", "sft/policy", "sft")
+    seed.outputs("sft-reference", "sft/policy", "test", "--seed", "8", needs=("sft",))
+    seed.annotate("held-out", "sft-test", "sft-reference", "--spans", "--skip-ties")
+
+
+def add_step(seed: Seed, tag: str, *annotator: str, edits_only: bool = False) -> None:
+    """Adds annotations, reward models and the five systems. annotator: options of `annotate`.
+
+    edits_only: the labels do not change, so reward model and policy of PPO-RLHF are there already.
+    """
+    held_out, annotations = "held-out", f"annotations{tag}"
+    seed.annotate(annotations, "first", "second", "--skip-ties", "--limit", str(ANNOTATIONS),
+                  *annotator)
+    if "--unseen" in annotator:                     # the same edits, with other types of errors
+        held_out += tag
+        seed.annotate(held_out, "sft-test", "sft-reference", "--spans", "--skip-ties", *annotator)
     edits, pairs = f"{annotations}/edits.jsonl", f"{annotations}/pairs.jsonl"
     for system, reward, data, settings, *options in (
             ("rlhf", "rm-sequence", pairs, seed.rlhf, "--kind", "sequence", "--epochs", "3"),
             ("fine-grained-paper", "rm-paper", edits, seed.paper, "--loss", "paper"),
             ("fine-grained", "rm-token", edits, seed.method)):
+        if edits_only and system == "rlhf":
+            continue
         seed.reward(reward + tag, data, *options, held_out=held_out)
         seed.ppo(system + tag, reward + tag, *settings, iterations=ITERATIONS)
     seed.directly(f"dpo-sft{tag}", "fgrlhf.dpo", edits, *DPO)
