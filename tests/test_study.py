@@ -1,8 +1,9 @@
-"""The profile study: its stages, its figures from files made by hand, and a small whole run."""
+"""The profile study: its stages, and its figures from files made by hand."""
 
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -10,17 +11,17 @@ import pytest
 from fgrlhf.data import records
 from fgrlhf.data.fields import UserError
 from fgrlhf.reproduce import study, study_results
-from fgrlhf.reproduce.__main__ import Config, check_flags
+from fgrlhf.reproduce.__main__ import Config, check_flags, main, show
+from fgrlhf.reproduce.chart import Curve, line_chart
+from fgrlhf.reproduce.pipeline import Stage
 from fgrlhf.reproduce.stages import Seed
-from fgrlhf.reproduce.study_report import study_text
+from fgrlhf.reproduce.study_report import positions, study_text
 from fgrlhf.simulate.world import World
-from tests import processes
-from tests.test_reproduce_killed import LESS
-
-LIMITED = LESS | {"outputs": ("--max-new-tokens", "8", "--limit", "12")}
+from fgrlhf.engine.config import parser
+from tests.test_readme import config_of
 
 
-def stages_of(only: str | None = None) -> dict[str, study.Seed]:
+def stages_of(only: str | None = None) -> dict[str, Stage]:
     seed = Seed(3, Path("out/seed3"), "cpu")
     study.plan(seed, only)
     return {stage.name.removeprefix("seed3."): stage for stage in seed.stages}
@@ -47,6 +48,38 @@ def test_all_steps_share_the_sft_model_and_the_default_step():
             assert f"{name}{tag}-test" in stages
 
 
+def test_a_knob_of_the_edits_shares_the_baseline_and_one_of_the_world_has_its_own():
+    stages = stages_of("miss")
+    assert "rlhf-miss-0.5" not in stages and "rm-sequence-miss-0.5" not in stages
+    assert "--miss 0.5" in stages["annotations-miss-0.5"].text
+    at = study.point(Path("out/seed3"), "miss", "0.5")
+    assert [at.run(name) for name in ("rlhf", "fine-grained", "sft")] == [
+        "rlhf", "fine-grained-miss-0.5", "sft"]
+    stages = stages_of("items")
+    for name, command in stages.items():
+        if name.startswith("seed3-items-6."):
+            words = command.command
+            assert "3,items=6" in words or "--world" not in words
+            assert ("--max-new-tokens" in words) == ("outputs" in words or "train_ppo.py" in words)
+    assert "seed3-items-6.rlhf" in stages and "seed3-items-6.sft" in stages
+    assert study.point(Path("out/seed3"), "items", "6") == study.Point(
+        Path("out/seed3-items-6"), "", "3,items=6")
+
+
+def test_the_whole_study_has_every_stage_once_after_its_needs_and_with_flags_that_exist():
+    seed, before, tried = Seed(3, Path("out/seed3"), "cpu"), set(), set()
+    study.plan(seed)
+    for stage in seed.stages:
+        assert stage.name not in before and set(stage.needs) <= before, stage.name
+        before.add(stage.name)
+        words = ["python", *stage.command]
+        if (form := tuple(word for word in words if not re.search(r"\d|/", word))) in tried:
+            continue
+        tried.add(form)
+        subcommand = words[1] == "eval.py" or words[2] == "fgrlhf.simulate"
+        parser(config_of(words)).parse_args(words[2 + (words[1] == "-m") + subcommand:])
+
+
 def test_flags_of_the_study_are_refused_elsewhere_and_an_unknown_knob_is_named():
     with pytest.raises(UserError, match="--only colour: expected one of held-out"):
         check_flags(Config(out="x", profile="study", only="colour"))
@@ -69,52 +102,83 @@ def test_wrong_facts_are_counted_by_whether_an_annotator_could_see_them():
     assert math.isnan(study_results.wrong_facts(world, outputs, set())["unseen"])
 
 
-# ----- a whole run --------------------------------------------------------------------------------
-
-def small_study(command: list[str]) -> None:
-    """Runs in place of `fgrlhf.reproduce`, with small stages and two steps of a knob."""
-    from fgrlhf.engine.config import parse, run
-    from fgrlhf.reproduce import __main__ as reproduce, pipeline
-    pipeline.subprocess.Popen = processes.Stage
-    study.KNOBS = {"held-out": study.KNOBS["held-out"]._replace(steps=("0", "0.1"))}
-    init = pipeline.Stage.__init__
-
-    def smaller(self, name, command, needs=()):
-        command = tuple(part for part in command if part != "--skip-ties")
-        for word, flags in LIMITED.items():
-            if word in command:
-                command += flags
-        if "world" in command:
-            command += ("--dev", "12", "--test", "12")
-        if "annotate" in command and ".held-out" not in name:
-            command += ("--limit", "4")
-        init(self, name, command, needs)
-    pipeline.Stage.__init__ = smaller
-    run(lambda: reproduce.main(parse(reproduce.Config, argv=command[1:])))
-    raise SystemExit(0)
+@pytest.mark.parametrize("values, x", [
+    (("0", "0.1", "0.4"), [0, 0.1, 0.4]), (("50", "100", "200"), [math.log2(50), math.log2(100),
+                                                                  math.log2(200)]),
+    (("3", "4", "5", "6"), [3, 4, 5, 6])])
+def test_positions_are_logarithms_where_each_step_is_a_multiple_of_the_last(values, x):
+    assert positions(values) == pytest.approx(x)
 
 
-def test_a_small_study_has_every_figure_and_redraws_its_report(tmp_path):
-    out = tmp_path / "out"
-    command = ("fgrlhf.reproduce", "--profile", "study", "--only", "held-out", "--seeds", 2,
-               "--out", out, "--workers", 2)
-    process, stem = processes.start(tmp_path, *command, instead=small_study)
-    process.join(280)
-    assert process.exitcode == 0, Path(f"{stem}.err").read_text()
-    results = json.loads((out / "results.json").read_text())
-    knob = results["knobs"]["held-out"]
-    assert [step["value"] for step in knob["steps"]] == ["0", "0.1"]
-    for step in knob["steps"]:
-        assert set(step["systems"]) == {"sft", *study.SYSTEMS}
-        for system in study.SYSTEMS[1:]:
-            rates = [step["systems"][s]["win_rate"]["per_seed"] for s in (system, "rlhf")]
-            assert step["lead"][system]["sampled"]["per_seed"] == pytest.approx(
-                [a - b for a, b in zip(*rates)])
-    assert knob["steps"][0]["facts"]["sft"]["unseen"]["mean"] is None
-    report = out / "report.html"
-    page = report.read_text()
-    assert "Facts that no edit mentions" in page and 'class="band s0"' in page
-    report.unlink()
-    done = processes.run(tmp_path, *command[:-2], "--redraw")
-    assert done.status == 0 and report.read_text() == page
-    assert study_text(results) in done.out
+def test_chart_shades_the_range_of_the_seeds_and_names_the_ticks():
+    """Two seeds, at 10 and 20 and at 30 and 40. The y axis goes from 10 at 256 to 40 at 16."""
+    lines = [Curve("ours", 2, [0, 1], [10, 20]), Curve("ours", 2, [0, 1], [30, 40])]
+    drawn = line_chart(lines, "x", "share", bands=True, x_names={0: "none", 1: "all"})
+    band = re.search(r'<polygon points="(.+?)" class="band s2">', drawn)[1]
+    heights = [float(point.split(",")[1]) for point in band.split()]
+    assert heights == [96, 16, 176, 256]
+    assert ">none<" in drawn and ">all<" in drawn and 'class="seed' not in drawn
+
+
+# ----- from folders -------------------------------------------------------------------------------
+
+PROMPTS = 20
+
+
+def write_step(at: study.Point, better: dict[str, int]) -> None:
+    """Writes what the runs of a step leave. The first `better` answers of a system are right.
+
+    The other answers are empty, and so are all answers of the reference.
+    """
+    world, rng = World(at.world), random.Random(0)
+    prompts = [world.request(rng) for _ in range(PROMPTS)]
+
+    def write(name: str, right: int) -> None:
+        texts = [" ".join(world.sentence(i, i.answer, i.unit, rng) for i in world.items(p))
+                 for p in prompts]
+        (at.folder / "outputs").mkdir(parents=True, exist_ok=True)
+        records.write_outputs(at.folder / "outputs" / f"{name}.json", [
+            records.Output(p, text if n < right else "", "m")
+            for n, (p, text) in enumerate(zip(prompts, texts))])
+    write("sft-reference", 0)
+    for system in ("sft", *study.SYSTEMS):
+        for end in ("test", "test-greedy"):
+            write(f"{at.run(system)}-{end}", better.get(system, 0))
+    for run in (*study.SYSTEMS, "sft", *study_results.REWARDS):
+        folder = at.folder / at.run(run)
+        folder.mkdir(exist_ok=True)
+        (folder / "done.json").write_text(json.dumps({"seconds": 7, "pairs/pair_accuracy": 0.75}))
+
+
+def test_figures_of_a_study_from_the_files_of_its_runs(tmp_path, monkeypatch, capsys):
+    """A right answer wins against an empty one, and an empty one ties: 10 of 20 right give 75%."""
+    monkeypatch.setattr(study, "KNOBS", {
+        name: study.KNOBS[name]._replace(steps=steps) for name, steps in
+        (("held-out", ("0", "0.2")), ("lands", ("6", "12")))})
+    folders = [tmp_path / "seed3", tmp_path / "seed4"]
+    for folder, ours in zip(folders, (10, 20)):
+        for knob, value in (("held-out", "0"), ("held-out", "0.2"), ("lands", "6")):
+            write_step(study.point(folder, knob, value), {"rlhf": 8, "fine-grained": ours})
+    results = study_results.collect(folders)
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    for name, values in (("held-out", ["0", "0.2"]), ("lands", ["6", "12"])):
+        steps = results["knobs"][name]["steps"]
+        assert [step["value"] for step in steps] == values
+        for step in steps:
+            assert step["systems"]["fine-grained"]["win_rate"]["per_seed"] == [0.75, 1.0]
+            assert step["systems"]["imitation"]["win_rate"]["mean"] == 0.5
+            assert step["systems"]["rlhf"]["seconds"]["mean"] == 7
+            assert step["lead"]["fine-grained"]["greedy"]["per_seed"] == pytest.approx([.05, .3])
+            assert step["reward_models"]["rm-token"]["pair_accuracy"]["mean"] == 0.75
+    seen, some = (step["facts"]["fine-grained"] for step in results["knobs"]["held-out"]["steps"])
+    assert seen["unseen"]["mean"] is None and some["unseen"]["per_seed"][1] == 0.0
+    assert 0 < some["unseen"]["per_seed"][0] < 1
+
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    show(tmp_path, results)
+    page, told = (tmp_path / "report.html").read_text(), capsys.readouterr().out
+    assert "Facts that no edit mentions" in page and "More facts" in page
+    assert 'class="band s0"' in page and "87.5" in told and study_text(results) in told
+    (tmp_path / "report.html").unlink()
+    main(Config(out=str(tmp_path), profile="study", redraw=True))
+    assert (tmp_path / "report.html").read_text() == page and capsys.readouterr().out == told

@@ -96,8 +96,8 @@ def command_of(config: Config) -> str:
     lora = f" --lora-rank {config.lora_rank}" if config.lora_rank else ""
     data = f" --data {config.data}" if config.data else ""
     only = f" --only {config.only}" if config.only else ""
-    return (f"python -m fgrlhf.reproduce --profile {config.profile}{data}{only} "
-            f"--seeds {config.seeds} --first-seed {config.first_seed} --out {config.out}{dtype}{lora}")
+    return (f"python -m fgrlhf.reproduce --profile {config.profile}{data}{only} --seeds "
+            f"{config.seeds} --first-seed {config.first_seed} --out {config.out}{dtype}{lora}")
 
 
 def check_flags(config: Config) -> None:

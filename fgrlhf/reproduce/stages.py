@@ -45,6 +45,8 @@ TEMPERATURES = ("0.7", "0.5", "0.3")    # of the answers, and 1 and greedy
 class Seed:
     """Builds the stages of one seed. `at` turns a name into a path in the folder of the seed."""
 
+    longest: tuple[str, ...] = ()       # the flag of a limit to answers other than the default
+
     def __init__(self, seed: int, folder: Path, device: str, dtype: str = "float32",
                  lora_rank: int = 0):
         self.seed, self.world, self.folder = str(seed), str(seed), folder
@@ -75,7 +77,7 @@ class Seed:
         """Adds the answers of a policy to the prompts of a file."""
         self.add(name, "eval.py", "outputs", "--policy", self.at(policy), "--prompts",
                  self.at(f"world/{prompts}.jsonl"), "--out", self.at(f"outputs/{name}.json"),
-                 *options, needs=needs)
+                 *options, *self.longest, needs=needs)
 
     def annotate(self, name: str, first: str, second: str, *options: str) -> None:
         """Adds the preferred one of two answers to each prompt, and an edit of the other."""
@@ -101,7 +103,7 @@ class Seed:
                  "--dev-prompts", self.at("world/dev.jsonl"),
                  "--dev-reference", self.at("outputs/sft-dev.json"), "--world", self.world,
                  "--seed", self.seed, "--iterations", str(iterations), "--out", self.at(name),
-                 "--lr-decay", "--resume", *options, needs=(reward, "sft-dev"))
+                 "--lr-decay", "--resume", *options, *self.longest, needs=(reward, "sft-dev"))
         if test:
             self.test(name, f"{name}/best", name)
 

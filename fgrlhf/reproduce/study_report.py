@@ -4,6 +4,7 @@ Every section is drawn from the part "knobs" of results.json only (study_results
 so `--redraw` draws the report again without the runs.
 """
 
+import math
 from typing import Sequence
 
 from fgrlhf.reproduce.chart import Curve, line_chart
@@ -54,9 +55,20 @@ def study_text(results: dict) -> str:
     return "\n\n".join(parts)
 
 
+def positions(values: Sequence[str]) -> list[float]:
+    """Where the steps are on the x axis: by their logarithm where each is a multiple of the last.
+
+    The multiples may differ by 5%.
+    """
+    x = [float(value) for value in values]
+    factors = [b / a if a else math.inf for a, b in zip(x, x[1:])]
+    return [math.log2(v) for v in x] if max(factors) < 1.05 * min(factors) else x
+
+
 def knob_section(name: str, knob: dict, labels: dict[str, str]) -> Html:
     """Draws a knob: win rates, leads and wrong facts over its steps, and the table."""
-    x = [float(step["value"]) for step in knob["steps"]]
+    x = positions([step["value"] for step in knob["steps"]])
+    ticks = dict(zip(x, (step["value"] for step in knob["steps"])))
     order = [METHOD, *(s for s in knob["steps"][0]["systems"] if s != METHOD)]
 
     def curves(found: dict[str, list[dict]], suffix: str = "") -> list[Curve]:
@@ -77,7 +89,7 @@ def knob_section(name: str, knob: dict, labels: dict[str, str]) -> Html:
             figures.append((f"Wrong facts, {place} by the annotators, %", curves(shares(place)),
                             None, ""))
     drawn = [tag("figure", tag("figcaption", tag("b", title), f", over the {knob['axis']}"),
-                 line_chart(lines, title, knob["axis"], level, label, bands=True))
+                 line_chart(lines, title, knob["axis"], level, label, True, ticks))
              for title, lines, level, label in figures if any(map(_has_points, lines))]
     columns = columns_of(knob, labels)
     header = ["figure", *(step["value"] for step in knob["steps"])]

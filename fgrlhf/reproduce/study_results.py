@@ -58,7 +58,7 @@ def facts(points: list[Point], share: float) -> dict[str, dict]:
     for system in ("sft", *SYSTEMS):
         found = []
         for at in points:
-            world = World(seed_of(at.folder))
+            world = World(at.world)
             outputs = read_outputs(at.folder / "outputs" / f"{at.run(system)}-test.json")
             found.append(wrong_facts(world, outputs, world.unseen(share)))
         table[system] = {place: cell([f[place] for f in found]) for place in found[0]}
@@ -77,7 +77,7 @@ def rewards(points: list[Point]) -> dict[str, dict]:
 
 def step(knob: str, value: str, points: list[Point]) -> dict:
     """Collects one step of a knob. points: one of each seed."""
-    tests = {system: [tested(at.folder, at.run(system)) for at in points]
+    tests = {system: [tested(at.folder, at.run(system), World(at.world)) for at in points]
              for system in ("sft", *SYSTEMS)}
     mean = lambda values: sum(values) / len(values)
     by = lambda system, decoding: [t.preferences(decoding) for t in tests[system]]
@@ -86,7 +86,9 @@ def step(knob: str, value: str, points: list[Point]) -> dict:
         systems[system] = {
             "win_rate": cell([mean(p) for p in by(system, "sampled")]),
             "win_rate_greedy": cell([mean(p) for p in by(system, "greedy")]),
-            "errors": cell([mean(t.answers["sampled"]) for t in runs])}
+            "errors": cell([mean(t.answers["sampled"]) for t in runs]),
+            "seconds": cell([read_object(at.folder / at.run(system) / "done.json")["seconds"]
+                             for at in points])}
     for system in SYSTEMS[1:]:
         lead[system] = {decoding: difference("", by(system, decoding), by("rlhf", decoding))
                         for decoding in ("sampled", "greedy")}
