@@ -66,6 +66,32 @@ def test_a_knob_of_the_edits_shares_the_baseline_and_one_of_the_world_has_its_ow
         Path("out/seed3-items-6"), "", "3,items=6")
 
 
+def rates(stage: Stage) -> dict[str, float]:
+    """The learning rates that a stage trains with."""
+    words = ["python", *stage.command]
+    config = parser(config_of(words)).parse_args(words[2 + (words[1] == "-m"):])
+    return {f"--{name.replace('_', '-')}": value for name, value in vars(config).items()
+            if name == "lr" or name.endswith("_lr")}
+
+
+def test_sizes_multiply_every_learning_rate_by_the_widths():
+    """tiny is 96 wide: 48 doubles every rate, 384 divides it by four; Muon's 0 stays 0."""
+    stages = stages_of("size")
+    found = 0
+    for name, stage in stages.items():
+        if name.startswith("seed3-size-") and any(w in study.RATES for w in stage.command[:2]):
+            factor = 2 if "size-0.1." in name else 0.5 if "size-1.6." in name else 0.25
+            usual = rates(stages[name.rsplit(".", 1)[1]])
+            assert rates(stage) == pytest.approx({k: v * factor for k, v in usual.items()}), name
+            assert set(usual) >= set(study.RATES[next(w for w in stage.command[:2]
+                                                      if w in study.RATES)])
+            found += 1
+    assert found == 3 * (1 + 3 + 3 + 2)
+    assert "--init tiny-384" in stages["seed3-size-6.5.sft"].text
+    assert study.point(Path("out/seed3"), "size", "6.5").world == "3"
+    assert "size" not in study.chosen(None) and "size" in study.chosen("size")
+
+
 def test_the_whole_study_has_every_stage_once_after_its_needs_and_with_flags_that_exist():
     seed, before, tried = Seed(3, Path("out/seed3"), "cpu"), set(), set()
     study.plan(seed)
@@ -160,6 +186,11 @@ def test_figures_of_a_study_from_the_files_of_its_runs(tmp_path, monkeypatch, ca
         for knob, value in (("held-out", "0"), ("held-out", "0.2"), ("lands", "6")):
             write_step(study.point(folder, knob, value), {"rlhf": 8, "fine-grained": ours})
     results = study_results.collect(folders)
+    assert study_results.collect(folders, "held-out") == results        # the other one is complete
+    ended = study.point(folders[1], "lands", "6").folder / "outputs/dpo-sft-test-greedy.json"
+    ended.rename(ended.with_suffix(".away"))
+    assert list(study_results.collect(folders, "held-out")["knobs"]) == ["held-out"]
+    ended.with_suffix(".away").rename(ended)
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     for name, values in (("held-out", ["0", "0.2"]), ("lands", ["6", "12"])):
         steps = results["knobs"][name]["steps"]

@@ -45,6 +45,7 @@ TEMPERATURES = ("0.7", "0.5", "0.3")    # of the answers, and 1 and greedy
 class Seed:
     """Builds the stages of one seed. `at` turns a name into a path in the folder of the seed."""
 
+    init = "tiny"                       # the preset of all models
     longest: tuple[str, ...] = ()       # the flag of a limit to answers other than the default
 
     def __init__(self, seed: int, folder: Path, device: str, dtype: str = "float32",
@@ -141,7 +142,7 @@ def begin(seed: Seed, answered: int, *sizes: str) -> None:
     seed.add("world", "-m", "fgrlhf.simulate", "world", "--world", seed.world, "--seed", seed.seed,
              "--out", seed.at("world"), *sizes)
     seed.add("sft", "-m", "fgrlhf.sft", "--data", seed.at("world/demonstrations.jsonl"),
-             "--init", "tiny", "--tokenizer", seed.at("world/tokenizer.model"),
+             "--init", seed.init, "--tokenizer", seed.at("world/tokenizer.model"),
              "--seed", seed.seed, "--epochs", "2", "--batch", "16", "--muon-lr", "5e-3",
              "--out", seed.at("sft"), "--resume", needs=("world",))
     limit = ("--limit", str(answered))

@@ -14,10 +14,13 @@ only with one another. STUDY.md has the questions and the commands.
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from fgrlhf.data.fields import UserError
+from fgrlhf.presets import PRESETS
+from fgrlhf.reproduce.pipeline import Stage
 from fgrlhf.reproduce.stages import DPO, IMITATION, Seed, begin
 
 ANNOTATIONS = 400               # annotated prompts of each step
@@ -70,7 +73,14 @@ KNOBS = {
     "items": Knob("Longer answers", "most facts of a request", ("3", "4", "5", "6"), "4"),
     "coupled": Knob("Errors that spread", "share of lands and units where an error makes later "
                     "items wrong", SHARES, "0"),
+    "size": Knob("Model size", "million parameters", ("0.1", "0.4", "1.6", "6.5"), "0.4"),
 }
+PRESET = {"0.1": "tiny-48", "0.4": "tiny", "1.6": "tiny-192", "6.5": "tiny-384"}
+APART = ("size",)                       # a night of its own, only by --only
+# The learning rates of the training scripts, where no option gives another.
+RATES = {"fgrlhf.sft": {"--lr": 5e-3, "--muon-lr": 1e-2}, "fgrlhf.dpo": {"--lr": 1e-3},
+         "train_rm.py": {"--lr": 3e-3, "--muon-lr": 5e-3},
+         "train_ppo.py": {"--lr": 1.2e-3, "--value-lr": 6e-4}}
 
 
 class Point(NamedTuple):
@@ -88,9 +98,9 @@ class Point(NamedTuple):
 
 
 def chosen(only: str | None) -> dict[str, Knob]:
-    """Returns the knob of --only, or all knobs."""
+    """Returns the knob of --only, or all knobs but those APART."""
     if only is None:
-        return KNOBS
+        return {name: knob for name, knob in KNOBS.items() if name not in APART}
     if only not in KNOBS:
         raise UserError(f"--only {only}: expected one of {', '.join(KNOBS)}")
     return {only: KNOBS[only]}
@@ -107,7 +117,8 @@ def point(folder: Path, name: str, value: str) -> Point:
         return Point(folder, "", world)
     if knob.flag:
         return Point(folder, f"-{name}-{value}", world, knob.edits_only)
-    return Point(folder.with_name(f"{folder.name}-{name}-{value}"), "", f"{world},{name}={value}")
+    spec = world if name in APART else f"{world},{name}={value}"
+    return Point(folder.with_name(f"{folder.name}-{name}-{value}"), "", spec)
 
 
 def plan(seed: Seed, only: str | None = None) -> None:
@@ -122,11 +133,32 @@ def plan(seed: Seed, only: str | None = None) -> None:
             if knob.flag:
                 add_step(seed, at.tag, knob.flag, value, edits_only=knob.edits_only)
                 continue
-            other = copy.copy(seed)                                 # shares the list of stages
+            other = copy.copy(seed)
+            other.stages = []
             other.folder, other.world = at.folder, at.world
             other.longest = LONGEST if name == "items" else ()
+            other.init = PRESET[value] if name == "size" else seed.init
             start(other, FEW_ANSWERED)
             add_step(other, "")
+            seed.stages += [with_rates(stage, other.init) for stage in other.stages]
+
+
+def with_rates(stage: Stage, preset: str) -> Stage:
+    """Multiplies every learning rate of a stage by tiny's width over the width of the preset.
+
+    All rates were chosen for tiny. A step of Adam, and here of Muon, changes each weight by as much
+    at every width, while what the weights of a row do to a hidden state adds up over the width.
+    """
+    factor = PRESETS["tiny"].dim / PRESETS[preset].dim
+    script = next((word for word in stage.command[:2] if word in RATES), None)
+    if script is None or factor == 1:
+        return stage
+    words = list(stage.command)
+    for flag, rate in RATES[script].items():
+        if flag in words:                                           # the last one counts
+            rate = float(words[len(words) - words[::-1].index(flag)])
+        words += [flag, f"{rate * factor:g}"]
+    return replace(stage, command=tuple(words))
 
 
 def start(seed: Seed, answered: int) -> None:

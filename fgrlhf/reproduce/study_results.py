@@ -18,10 +18,10 @@ from pathlib import Path
 from fgrlhf.data.files import read_object
 from fgrlhf.data.readers import read_outputs
 from fgrlhf.data.records import Output
+from fgrlhf.reproduce import study
 from fgrlhf.reproduce.names import SYSTEMS as NAMES
 from fgrlhf.reproduce.results import cell, difference, seed_of, tested
-from fgrlhf.reproduce.study import (
-    ANNOTATIONS, ITERATIONS, KNOBS, SYSTEMS, Knob, Point, chosen, point)
+from fgrlhf.reproduce.study import ANNOTATIONS, ITERATIONS, SYSTEMS, Knob, Point, chosen, point
 from fgrlhf.simulate.world import World
 
 REWARDS = {"rm-sequence": "PPO-RLHF", "rm-paper": "paper's loss", "rm-token": "our loss"}
@@ -103,9 +103,21 @@ def collect_knob(folders: list[Path], name: str, knob: Knob) -> dict:
         for value in knob.steps]}
 
 
+def complete(folders: list[Path], name: str, knob: Knob) -> bool:
+    """Returns True if every step of the knob has the answers of every system."""
+    return all((at.folder / "outputs" / f"{at.run(system)}-test-greedy.json").exists()
+               for folder in folders for value in knob.steps
+               for at in [point(folder, name, value)] for system in SYSTEMS)
+
+
 def collect(folders: list[Path], only: str | None = None) -> dict:
-    """Collects everything that the table and the report show."""
+    """Collects everything that the table and the report show.
+
+    These are the knobs of this call, and those of earlier calls in the same folder.
+    """
+    asked = chosen(only)
     return {"profile": "study", "seeds": [seed_of(folder) for folder in folders], "notes": NOTES,
             "labels": {system: NAMES[system][0] for system in ("sft", *SYSTEMS)},
             "knobs": {name: collect_knob(folders, name, knob)
-                      for name, knob in chosen(only).items()}}
+                      for name, knob in study.KNOBS.items()
+                      if name in asked or complete(folders, name, knob)}}
