@@ -25,6 +25,7 @@ folder (metrics, states, signals), `microbatches` cuts a minibatch for memory an
 `Sums` adds up what is logged, `generator` and `batches` draw as functions of the seed.
 """
 
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +38,7 @@ from fgrlhf.advantage import (
     penalise_kl, penalise_missing_eos, reward_to_go, standardise, without_eos)
 from fgrlhf.baseline import generalised_advantage, value_loss
 from fgrlhf.checkpoint import load_tokenizer, save_model
-from fgrlhf.checks import startup
+from fgrlhf.checks import signs, startup
 from fgrlhf.data.fields import UserError
 from fgrlhf.encode import ReadingRecords, encode_prompt
 from fgrlhf.engine import distributed
@@ -207,6 +208,8 @@ def train(config: Config) -> None:
     log.finish({"iterations": config.iterations, "episodes": config.iterations * config.rollouts,
                 "startup_checks": "skipped" if config.skip_checks else "passed",
                 "check_seconds": round(check_seconds, 3), **(chosen if judge else {})})
+    for sign in signs.signs_of_run(log.folder) if log.writes else ():
+        print(f"sign of trouble: {sign}", file=sys.stderr)
 
 
 def make_experience(config: Config, players: Players, iteration: int) -> tuple[Rollout, Batch]:

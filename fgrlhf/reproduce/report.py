@@ -10,6 +10,7 @@
     speed          [{label, names, rows: [{label, baseline, method, ratio}]}]
                    names: of baseline and method; ratio: a cell or a number
     paper          [{label, value}]                                 the figures of the paper
+    signs                                           sentences of checks/signs.py
     knobs labels                                                    see study_results.py
     tables         [{caption, header, rows}]                        rows of texts, name first
     curves         [{system, label, seed, metric, x_episodes, x_seconds, x_kl, y}]
@@ -72,7 +73,7 @@ def page(results: dict) -> str:
              (_reward_models, get("reward_models")), (_tables, get("tables")),
              (_advantages, get("advantages")),
              (_speed, get("speed")), (_paper, get("paper")), (_training, systems),
-             (_curves, curves), (partial(excerpts.heat_maps, **underlined), maps),
+             (_signs, get("signs")), (_curves, curves), (partial(excerpts.heat_maps, **underlined), maps),
              (excerpts.edits, examples.get("edits")), (explained_page, examples.get("explained")),
              (excerpts.before_after, examples.get("before_after")), (_again, results)]
     sections = [shown for show, part in parts if part and (shown := show(part))]
@@ -306,6 +307,11 @@ def _curves(curves: Sequence[dict]) -> Html:
     return section("Learning curves", tag(
         "p", "Each system has one line. With several seeds, each thin line is a seed, and the "
         "thick line is their mean up to the end of the shortest.", class_="muted"), figures)
+
+
+def _signs(sentences: Sequence[str]) -> Html:
+    """Names the runs with signs of trouble (checks/signs.py). A healthy run has none."""
+    return section("Signs of trouble", tag("ul", [tag("li", one) for one in sentences]))
 
 
 def _again(results: dict) -> Html | None:

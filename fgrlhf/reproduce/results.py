@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+from fgrlhf.checks.signs import signs_of_run
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import read_json, read_object
 from fgrlhf.data.readers import read_outputs
@@ -295,6 +296,8 @@ def collect(profile: str, folders: list[Path]) -> dict:
                    for a, b in COMPARED if {a, b} <= set(present)
                    for decoding in tests[a][0].decodings if decoding in tests[b][0].decodings]
     head["reading"] = reading(systems, comparisons)
+    head["signs"] = [f"{SYSTEMS[s][0]}, seed {seed_of(folder)}: {sign}" for s in present
+                     for folder in folders for sign in signs_of_run(folder / s)]
     if profile == "annotations":
         head["by_annotations"] = by_annotations(folders)
     return head | {"systems": systems, "reward_models": reward_models(folders),

@@ -15,6 +15,7 @@ mention and among those that no annotator saw.
 import math
 from pathlib import Path
 
+from fgrlhf.checks.signs import signs_of_run
 from fgrlhf.data.files import read_object
 from fgrlhf.data.readers import read_outputs
 from fgrlhf.data.records import Output
@@ -93,6 +94,9 @@ def step(knob: str, value: str, points: list[Point]) -> dict:
         lead[system] = {decoding: difference("", by(system, decoding), by("rlhf", decoding))
                         for decoding in ("sampled", "greedy")}
     found = {"value": value, "systems": systems, "lead": lead, "reward_models": rewards(points)}
+    found["signs"] = [f"{knob} {value}, {NAMES[system][0]}, {at.folder.name}: {sign}"
+                      for system in SYSTEMS for at in points
+                      for sign in signs_of_run(at.folder / at.run(system))]
     return found | ({"facts": facts(points, float(value))} if knob == "held-out" else {})
 
 
@@ -116,8 +120,9 @@ def collect(folders: list[Path], only: str | None = None) -> dict:
     These are the knobs of this call, and those of earlier calls in the same folder.
     """
     asked = chosen(only)
+    knobs = {name: collect_knob(folders, name, knob) for name, knob in study.KNOBS.items()
+             if name in asked or complete(folders, name, knob)}
     return {"profile": "study", "seeds": [seed_of(folder) for folder in folders], "notes": NOTES,
             "labels": {system: NAMES[system][0] for system in ("sft", *SYSTEMS)},
-            "knobs": {name: collect_knob(folders, name, knob)
-                      for name, knob in study.KNOBS.items()
-                      if name in asked or complete(folders, name, knob)}}
+            "signs": [sign for knob in knobs.values() for step in knob["steps"]
+                      for sign in step.pop("signs")], "knobs": knobs}

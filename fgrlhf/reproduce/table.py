@@ -137,6 +137,9 @@ def text_table(results: dict, width: int = 104) -> str:
                              [[names[0], *(number(row.get("baseline")) for row in rows)],
                               [names[1], *(number(row.get("method")) for row in rows)],
                               ["ratio", *(ratio(row.get("ratio")) for row in rows)]], width))
+    parts.append("\n".join(line for sentence in results.get("signs") or []
+                           for line in textwrap.wrap(f"Sign of trouble: {sentence}", width,
+                                                     break_on_hyphens=False)))
     paper = results.get("paper") or []
     parts.append(aligned(["the paper", *(row["label"] for row in paper)],
                          [["value", *(row["value"] for row in paper)]], width))
