@@ -15,7 +15,7 @@ from fgrlhf.reproduce.__main__ import Config, check_flags, main, show
 from fgrlhf.reproduce.chart import Curve, line_chart
 from fgrlhf.reproduce.pipeline import Stage
 from fgrlhf.reproduce.stages import Seed
-from fgrlhf.reproduce.study_report import positions, study_text
+from fgrlhf.reproduce.study_report import accuracies, positions, study_text
 from fgrlhf.simulate.world import World
 from fgrlhf.engine.config import parser
 from tests.test_readme import config_of
@@ -209,6 +209,9 @@ def test_figures_of_a_study_from_the_files_of_its_runs(tmp_path, monkeypatch, ca
     show(tmp_path, results)
     page, told = (tmp_path / "report.html").read_text(), capsys.readouterr().out
     assert "Facts that no edit mentions" in page and "More facts" in page
+    assert page.count("<circle") > 10 and [row[0] for row in accuracies(results["knobs"])] == [
+        "held-out 0", "held-out 0.2", "lands 6"]            # the shared step once
+    assert accuracies(results["knobs"])[0][1:] == ([0.75] * 3, [0.7, 0.5, 0.875])
     assert 'class="band s0"' in page and "87.5" in told and study_text(results) in told
     (tmp_path / "report.html").unlink()
     main(Config(out=str(tmp_path), profile="study", redraw=True))

@@ -100,13 +100,31 @@ def line_chart(curves: Sequence[Curve], name: str, x_label: str, reference: floa
                    role="img", aria_label=f"{name}, over {x_label}: {spoken}.")
     samples = [(_polyline(mean._replace(x=[0, 40], y=[9, 9]), "mean", float, float), mean.label)
                for mean in means]
-    if reference is not None:
+    if reference is not None and reference_label:
         samples.append((_segment(0, 9, 40, 9, "reference"), reference_label))
     legend = [tag("li", tag("svg", line, viewBox="0 0 40 18", class_="sample", aria_hidden="true"),
                   label) for line, label in samples]
     room = LETTER * max(map(len, groups), default=0)
     return tag("div", drawn(WIDTH, WIDTH - 20 - room, "wide"),
                drawn(NARROW, NARROW - 16, "narrow"), tag("ul", legend, class_="legend narrow"))
+
+
+def scatter(groups: Sequence[Curve], name: str, x_label: str,
+            reference: float | None = None) -> Html:
+    """Draws the points of each group as discs, with a legend below."""
+    groups = [group for group in map(_finite, groups) if group.x]
+    x_ticks = ticks([x for group in groups for x in group.x])
+    y_ticks = ticks([*(y for group in groups for y in group.y), reference])
+    across, down = _scale(x_ticks, LEFT, WIDTH - 20), _scale(y_ticks, BOTTOM, TOP)
+    disc = lambda x, y, style: tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=4, class_=f"s{style}")
+    drawn = tag("svg", _axes(x_ticks, y_ticks, across, down, x_label, map(_tick_label, x_ticks)),
+                _reference(reference, "", WIDTH - 20, down),
+                [disc(across(x), down(y), g.style) for g in groups for x, y in zip(g.x, g.y)],
+                viewBox=f"0 0 {WIDTH} {HEIGHT}", class_="chart", role="img",
+                aria_label=f"{name}, over {x_label}; the table has the figures.")
+    legend = [tag("li", tag("svg", disc(9, 9, g.style), viewBox="0 0 40 18", class_="sample",
+                            aria_hidden="true"), g.label) for g in groups]
+    return tag("div", drawn, tag("ul", legend, class_="legend"))
 
 
 def strip(mean: float | None, interval: Sequence[float], per_seed: Sequence[float],

@@ -73,7 +73,8 @@ def page(results: dict) -> str:
              (_reward_models, get("reward_models")), (_tables, get("tables")),
              (_advantages, get("advantages")),
              (_speed, get("speed")), (_paper, get("paper")), (_training, systems),
-             (_signs, get("signs")), (_curves, curves), (partial(excerpts.heat_maps, **underlined), maps),
+             (_signs, get("signs")), (_curves, curves),
+             (partial(excerpts.heat_maps, **underlined), maps),
              (excerpts.edits, examples.get("edits")), (explained_page, examples.get("explained")),
              (excerpts.before_after, examples.get("before_after")), (_again, results)]
     sections = [shown for show, part in parts if part and (shown := show(part))]
