@@ -16,6 +16,7 @@ from fgrlhf.reproduce.table import (
 BASELINE, METHOD = "rlhf", "fine-grained"
 JUDGES = {"rm-sequence": "rlhf", "rm-paper": "fine-grained-paper", "rm-token": "fine-grained"}
 RATE, SHARE = WIN_RATES[0], Column("", "wrong %", 100, 1)
+SECONDS = Column("", "seconds", 1, 0, False)
 MODELS = (("rm-sequence", "pair_accuracy", "PPO-RLHF, pairs %", 100, 1),
           ("rm-paper", "pair_accuracy", "paper's loss, pairs %", 100, 1),
           ("rm-token", "pair_accuracy", "our loss, pairs %", 100, 1),
@@ -42,6 +43,9 @@ def columns_of(knob: dict, labels: dict[str, str]) -> list[tuple[str, Column, li
         found = [s["reward_models"][model].get(metric) for s in steps]
         if any(found):
             columns.append((header, Column(metric, header, scale, digits, False), found))
+    for system in (BASELINE, METHOD):
+        columns.append((f"seconds of {labels[system]}", SECONDS,
+                        [s["systems"][system]["seconds"] for s in steps]))
     return columns
 
 
