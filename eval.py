@@ -47,7 +47,7 @@ from fgrlhf.evaluate import constant, reward_intervals, reward_table, win_rates
 from fgrlhf.judge import answers, best_of, by_reward, joined, preferences_of
 from fgrlhf.reward import RewardModel, judge_preferences, load_reward
 from fgrlhf.simulate.oracle import by_oracle
-from fgrlhf.simulate.world import World
+from fgrlhf.simulate.world import World, world_arg
 from fgrlhf.templates import check_template, template_arg
 from fgrlhf.tokenizer import Tokenizer
 
@@ -74,7 +74,7 @@ class WinRateConfig(Computation, Options):
     judge: str = arg(choices=("oracle", "reward", "llm", "annotations"), help="who decides")
     outputs: str | None = arg(None, help="the system's answers")
     reference: str | None = arg(None, help="the reference's answers to the same prompts")
-    world: int | None = arg(None, help="oracle: seed of the built-in world")
+    world: int | str | None = world_arg("oracle: seed of the built-in world", None)
     reward: str | None = arg(None, help="reward: folder of the reward model")
     template: str = template_arg("plain", "reward: how a record becomes a prompt")
     annotations: str | None = arg(None, help="annotations: recorded judgements of output_1 against "

@@ -25,6 +25,7 @@ folder (metrics, states, signals), `microbatches` cuts a minibatch for memory an
 `Sums` adds up what is logged, `generator` and `batches` draw as functions of the seed.
 """
 
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +38,7 @@ from fgrlhf.advantage import (
     penalise_kl, penalise_missing_eos, reward_to_go, standardise, without_eos)
 from fgrlhf.baseline import generalised_advantage, value_loss
 from fgrlhf.checkpoint import load_tokenizer, save_model
-from fgrlhf.checks import startup
+from fgrlhf.checks import signs, startup
 from fgrlhf.data.fields import UserError
 from fgrlhf.encode import ReadingRecords, encode_prompt
 from fgrlhf.engine import distributed
@@ -57,6 +58,7 @@ from fgrlhf.reward import save_reward
 from fgrlhf.rollout import Rollout, sample_shared
 from fgrlhf.sequences import Scorer, Sequences, by_length
 from fgrlhf.simulate.oracle import OracleJudge
+from fgrlhf.simulate.world import world_arg
 from fgrlhf.tokenizer import Tokenizer
 
 
@@ -99,7 +101,8 @@ class Config(ReadingRecords, Machinery):                # and --template, --seed
     value_clip: float = arg(0.2, least=0, help="rlhf: clip of the critic's change per batch")
     dev_prompts: str | None = arg(None, help="dev prompts, to choose the best policy")
     dev_reference: str | None = arg(None, help="the reference's outputs on the dev prompts")
-    world: int | None = arg(None, help="seed of the built-in world whose oracle judges dev answers")
+    world: int | str | None = world_arg("seed of the built-in world whose oracle judges dev "
+                                        "answers", None)
     eval_every: int = arg(5, least=1, help="iterations between dev evaluations; every second one "
                           "at first, up to twice this number")
     save_critic: bool = arg(False, help="rlhf: keep the critic in OUT/critic")
@@ -205,6 +208,8 @@ def train(config: Config) -> None:
     log.finish({"iterations": config.iterations, "episodes": config.iterations * config.rollouts,
                 "startup_checks": "skipped" if config.skip_checks else "passed",
                 "check_seconds": round(check_seconds, 3), **(chosen if judge else {})})
+    for sign in signs.signs_of_run(log.folder) if log.writes else ():
+        print(f"sign of trouble: {sign}", file=sys.stderr)
 
 
 def make_experience(config: Config, players: Players, iteration: int) -> tuple[Rollout, Batch]:

@@ -20,6 +20,9 @@ _LLAMA32 = _LLAMA3 | {"max_seq_len": 131072, "tie_embeddings": True,
 PRESETS = {
     #                        D     layers  H    F
     "tiny":           _llama(96,    3,  6,  256, vocab_size=512, **_SHORT),
+    "tiny-48":        _llama(48,    3,  3,  128, vocab_size=512, **_SHORT),      # 0.1M
+    "tiny-192":       _llama(192,   3, 12,  576, vocab_size=512, **_SHORT),      # 1.6M
+    "tiny-384":       _llama(384,   3, 24, 1296, vocab_size=512, **_SHORT),      # 6.5M
     "stories15M":     _llama(288,   6,  6,  768, **_SHORT),
     "stories42M":     _llama(512,   8,  8,  1376, **_STORIES),
     "stories110M":    _llama(768,  12, 12,  2048, **_STORIES),

@@ -384,5 +384,8 @@ def test_presets_have_the_published_number_of_parameters(name):
 
 
 def test_every_preset_is_checked():
-    assert set(PRESETS) == set(PUBLISHED) | {"tiny"}
-    assert 300_000 < parameter_count(PRESETS["tiny"]) < 500_000
+    own = {"tiny-48": 0.1, "tiny": 0.4, "tiny-192": 1.6, "tiny-384": 6.5}
+    assert set(PRESETS) == set(PUBLISHED) | set(own)
+    for name, millions in own.items():
+        sizes = replace(PRESETS[name], vocab_size=640)          # the vocabulary of the world
+        assert round(parameter_count(sizes) / 1e6, 1) == millions

@@ -67,7 +67,7 @@ def results() -> dict:
             {"label": "episodes", "baseline": 3904, "method": 448, "ratio": cell(8.7, half=1.1)},
             {"label": "seconds", "baseline": math.inf, "method": 5.07, "ratio": None}]}],
         "paper": [{"label": "reward model accuracy", "value": "about 85.2%"}],
-        "wordings": {"sft": {"label": "SFT", "metrics": {"makes": cell(0.5), "its": cell(0.6)}}},
+        "wordings": {"sft": {"label": "SFT", "metrics": {"editors_wording": cell(0.5)}}},
         "curves": [curve("rlhf", "PPO-RLHF", 0, [0.5, 0.55, 0.6, 0.62]),
                    curve("rlhf", "PPO-RLHF", 1, [0.5, 0.53, 0.58]),
                    curve("fine", "Fine <grained>", 0, [0.5, 0.7, 0.8, 0.84, 0.86]),

@@ -201,14 +201,14 @@ def test_worth_interpolates_the_pairs_in_their_logarithm_and_says_where_it_canno
 
 def test_wordings_are_counted_in_the_test_answers(tmp_path):
     folder = tmp_path / "seed3"
-    for system, text in (("sft", "2 plus 3 is 5 kilos."), ("fine-grained-wording",
+    for system, text in (("sft", "2 plus 3 is 5 kilos."), ("fine-grained-style",
                                                           "2 plus 3 makes 5 kilos.")):
         records.write_outputs(folder / "outputs" / f"{system}-test.json",
                               [records.Output("Add 2 and 3 in kilos.", text, "m")])
-    found = results.wordings([folder], ["sft", "fine-grained-wording"])
-    assert {name: row["metrics"]["makes"]["mean"] for name, row in found.items()} == {
-        "sft": 0.0, "fine-grained-wording": 1.0}
-    assert results.wordings([folder], ["sft"]) == {}
+    found = results.editors_wording([folder], ["sft", "fine-grained-style"])
+    assert {name: row["metrics"]["editors_wording"]["mean"] for name, row in found.items()} == {
+        "sft": 0.0, "fine-grained-style": 1.0}
+    assert results.editors_wording([folder], ["sft"]) == {}
 
 
 def test_before_and_after_are_the_first_prompts_and_those_that_became_worse():

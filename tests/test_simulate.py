@@ -1,5 +1,6 @@
 """The built-in world: the oracle finds planted errors, editor and annotator err at known rates."""
 
+import hashlib
 import os
 import random
 import re
@@ -14,8 +15,9 @@ import pytest
 from fgrlhf.data import readers, records
 from fgrlhf.data.fields import UserError
 from fgrlhf.simulate.__main__ import AnnotateConfig, WorldConfig, annotate, split_of, write_world
-from fgrlhf.simulate.annotators import minimal_edit, prefer, swap_wording, wording_shares
-from fgrlhf.simulate.world import JUNK, RUDE, UNITS, World
+from fgrlhf.simulate.annotators import (
+    minimal_edit, prefer, restyle, rewrite, spoil, swap_wording, wordings)
+from fgrlhf.simulate.world import JUNK, RUDE, UNITS, World, read_world
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD = World(3)
@@ -368,20 +370,6 @@ def test_missing_sentences_are_put_in_with_either_wording():
         assert 0.4 < sum(word in fix for fix in some) / len(some) < 0.6
 
 
-def test_editor_with_one_wording_puts_missing_sentences_in_with_it_and_repairs_everything():
-    world, rng = World(3), random.Random(0)
-    prompts = requests(50, 9, world)
-    edited = [minimal_edit(world, prompt, "", rng, one_wording=True) for prompt in prompts]
-    assert wording_shares(edited) == {"makes": 1.0, "its": 1.0}
-    assert not any(world.errors(*both) for both in zip(prompts, edited))
-
-
-def test_wording_shares_count_sums_and_facts_apart():
-    answers = ["2 plus 3 makes 5 kilos. 2 plus 4 is 6 kilos.",
-               "The river of Toran is Amel. Its crop is rye. The crop of Toran is tea."]
-    assert wording_shares(answers) == {"makes": 1 / 2, "its": 1 / 3}
-
-
 def test_annotate_leaves_out_edits_that_end_blank(tmp_path):
     """The editor removes the only sentence and misses the missing items: nothing is left."""
     prompts = list(dict.fromkeys(requests(40, 9)))
@@ -400,3 +388,151 @@ def test_annotate_refuses_prompts_of_another_world(tmp_path):
     with pytest.raises(UserError, match="no request of world 4"):
         annotate(AnnotateConfig(*[str(tmp_path / "a.json")] * 2, str(tmp_path / "out"), world=4))
     assert not (tmp_path / "out").exists()
+
+
+# ----- knobs --------------------------------------------------------------------------------------
+
+def count(world: World, prompt: str, text: str) -> int:
+    return len(world.errors(prompt, text))
+
+
+def two_answers(folder: Path, world: World, prompts: list[str]) -> tuple[str, str]:
+    """Writes two demonstrations per prompt, and returns the names of the files."""
+    rng = random.Random(0)
+    for name in "ab":
+        records.write_outputs(folder / f"{name}.json", [
+            records.Output(p, world.demonstrate(p, rng), "m") for p in prompts])
+    return str(folder / "a.json"), str(folder / "b.json")
+
+
+def test_the_default_world_and_its_annotations_are_those_from_before_the_knobs(tmp_path):
+    """The hash was taken at commit 0957390, which had no knobs."""
+    small_world(tmp_path / "w")
+    world, rng = World(1), random.Random(0)
+    prompts = list(dict.fromkeys(world.request(rng) for _ in range(60)))
+    for name in "ab":
+        records.write_outputs(tmp_path / f"{name}.json", [
+            records.Output(p, world.demonstrate(p, rng), "m") for p in prompts])
+    files = str(tmp_path / "a.json"), str(tmp_path / "b.json")
+    annotate(AnnotateConfig(*files, str(tmp_path / "plain"), world=1, skip_ties=True))
+    annotate(AnnotateConfig(*files, str(tmp_path / "more"), world=1, noise=.5, miss=.3,
+                            needless=.5, spans=True))
+    written = b"".join(path.read_bytes() for path in sorted(tmp_path.rglob("*.jsonl")))
+    assert hashlib.sha256(written).hexdigest() == (
+        "9077fc13908f7b40cb23792e0e2bcd744f35eabe1ea9963d400084cd8ae6f2b4")
+
+
+def test_read_world_reads_a_seed_and_knobs_and_refuses_others():
+    assert read_world("3") == 3 and read_world("3,lands=24") == "3,lands=24"
+    world = World("3,lands=24,strength=0.5")
+    assert world.seed == 3 and len(world.lands) == 24 and len(world.facts) == 144
+    assert World("3,lands=12,items=4,errors=1,strength=1,coupled=0").facts == WORLD.facts
+    for text in ("x", "", "3,lands", "3,lands=2.5", "3,lands=101", "3,colour=1", "3,strength=nan",
+                 "3,", ",lands=12", "3,errors=-1"):
+        with pytest.raises(UserError, match="^--world .*: expected a "):
+            read_world(text)
+
+
+def test_errors_and_strength_change_the_share_and_the_probability_of_mistakes():
+    fewer, weaker = World("3,errors=0.5"), World("3,strength=0.5")
+    assert len(fewer.mistakes) == int(0.3 * 72) + int(0.25 * 25)
+    assert fewer.facts == weaker.facts == WORLD.facts
+    assert weaker.mistakes == {key: (text, p / 2) for key, (text, p) in WORLD.mistakes.items()}
+    assert weaker.omission == WORLD.omission / 2
+    assert World("3,strength=0").demonstrate(prompt := requests(1)[0], random.Random(0), 0.0)
+    assert count(WORLD, prompt, World("3,strength=0").demonstrate(prompt, random.Random(0), 0)) == 0
+
+
+@pytest.mark.parametrize("most", [3, 5, 6])
+def test_items_changes_how_much_a_request_asks_for(most):
+    world = World(f"3,items={most}")
+    asked = Counter((bool(items[0].unit), len(items)) for items in
+                    map(world.items, requests(600, 0, world)))
+    assert max(n for unit, n in asked if not unit) == most
+    assert max(n for unit, n in asked if unit) == most - 1
+    rng = random.Random(0)
+    for prompt in requests(200, 1, world):
+        edited = minimal_edit(world, prompt, world.demonstrate(prompt, rng), rng)
+        assert count(world, prompt, edited) == 0
+
+
+def test_coupled_errors_spread_to_later_items_and_vanish_with_their_cause():
+    """Two right values behind a wrong one are errors too; the edit changes the first one only."""
+    world = World("3,coupled=1")
+    land = world.lands[0]
+    a, b, c = ((land, attribute) for attribute in ("river", "crop", "beast"))
+    prompt = f"Name the river, crop and beast of {land}."
+    told = lambda first: (f"Its river is {first}. Its crop is {world.facts[b]}. Its beast is "
+                          f"{world.facts[c]}.")
+    spoiled = told(world.pool[a][0])
+    assert [(e.kind, e.key) for e in world.errors(prompt, spoiled)] == [
+        ("value", a), ("coupled", b), ("coupled", c)]
+    assert minimal_edit(world, prompt, spoiled, random.Random(0)) == told(world.facts[a])
+    assert count(world, prompt, told(world.facts[a])) == 0
+    assert count(WORLD, prompt, spoiled) == 1
+
+
+def test_unseen_facts_are_never_annotated_and_marked_where_spans_are_asked_for(tmp_path):
+    world, prompts = World(1), list(dict.fromkeys(requests(200, 9, World(1))))
+    files = two_answers(tmp_path, world, prompts)
+    unseen = world.unseen(0.3)
+    assert len(unseen) == 22 + 8 and world.unseen(0.1) < unseen       # of 72 facts and 25 sums
+    assert world.unseen(0) == set()
+    mentions = lambda prompt: any(item.key in unseen for item in world.items(prompt))
+    annotate(AnnotateConfig(*files, str(tmp_path / "seen"), world=1, unseen=0.3))
+    annotate(AnnotateConfig(*files, str(tmp_path / "all"), world=1, unseen=0.3, spans=True))
+    seen, every = (readers.read_edits(tmp_path / name / "edits.jsonl") for name in ("seen", "all"))
+    assert len(seen) > 10 and not any(mentions(edit.prompt) for edit in seen)
+    marked = [(edit, s) for edit in every for s in edit.spans if s.type == "unseen"]
+    assert marked and {s.type for edit in every for s in edit.spans} > {"unseen", "value"}
+    for edit, span in marked:
+        assert any(e.key in unseen and (e.start, e.end) == (span.start, span.end)
+                   for e in world.errors(edit.prompt, edit.original))
+
+
+def test_habits_of_the_editor_do_what_their_names_say():
+    rng = random.Random(0)
+    for prompt in requests(100, 10):
+        right = " ".join(sentences(prompt, len(prompt)))
+        assert count(WORLD, prompt, rewrite(WORLD, prompt, rng)) == 0
+        spoiled = WORLD.errors(prompt, spoil(WORLD, prompt, right, rng))
+        assert [error.kind for error in spoiled] == ["value"]
+        n = len(WORLD.items(prompt))
+        for wording in (0, 1):
+            styled = restyle(WORLD, prompt, right, wording)
+            assert wordings(styled) == ((n, 0), (0, n))[wording] and not WORLD.errors(prompt,
+                                                                                      styled)
+    assert spoil(WORLD, prompt, "No.", rng) == "No."
+
+
+def test_habits_of_the_editor_have_their_rates(tmp_path):
+    """Every edit of a perfect editor is right; a harmful one has a wrong value in that share."""
+    world, prompts = World(1), list(dict.fromkeys(requests(400, 9, World(1))))
+    files = two_answers(tmp_path, world, prompts)
+
+    def edits(**habits):
+        annotate(AnnotateConfig(*files, str(tmp_path), world=1, **habits))
+        return readers.read_edits(tmp_path / "edits.jsonl")
+    near = lambda found, share, n: abs(found / n - share) < 4 * (share * (1 - share) / n) ** 0.5
+    harmed = edits(harmful=0.3)
+    assert near(sum(bool(world.errors(e.prompt, e.edited)) for e in harmed), 0.3, len(harmed))
+    one = lambda e: 0 in wordings(e.edited)                 # all sentences in one wording
+    plain, styled = edits(), edits(style=1.0)
+    assert all(wordings(e.edited)[0] == 0 for e in styled) and not all(map(one, plain))
+    assert all(one(e) for e in edits(taste=1.0))
+    fresh = edits(rewrite=1.0)
+    assert not any(world.errors(e.prompt, e.edited) for e in fresh)
+    kept = lambda some: sum(e.edited.startswith(e.original[:20]) for e in some) / len(some)
+    assert kept(fresh) < kept(plain) / 2
+
+
+def test_prefer_follows_length_and_taste_in_their_shares():
+    rng, n = random.Random(0), 1000
+    prompt = f"Name the river and crop of {WORLD.lands[0]}."
+    right = restyle(WORLD, prompt, " ".join(sentences(prompt)), 1)
+    long = restyle(WORLD, prompt, right + " " + JUNK[0], 0)
+    chosen = lambda **habit: sum(prefer(WORLD, prompt, long, right, rng, **habit) == 1
+                                 for _ in range(n))
+    assert chosen() == 0 and chosen(taste=0.3, liked=1) == 0
+    for habit in ({"longer": 0.3}, {"taste": 0.3, "liked": 0}):
+        assert abs(chosen(**habit) - 0.3 * n) < 4 * (0.21 * n) ** 0.5

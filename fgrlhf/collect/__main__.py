@@ -41,14 +41,14 @@ from fgrlhf.data.fields import UserError
 from fgrlhf.data.records import Edit, Provenance
 from fgrlhf.engine.config import arg, parse, run
 from fgrlhf.simulate.annotators import minimal_edit
-from fgrlhf.simulate.world import World
+from fgrlhf.simulate.world import World, world_arg
 
 
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
     """The built-in world as editor (--editor simulated)"""
 
-    world: int | None = arg(None, help="seed of the world that the pairs come from")
+    world: int | str | None = world_arg("seed of the world that the pairs come from", None)
     seed: int = arg(0, help="seed of the editor's random choices")
     miss: float = arg(0.0, least=0, help="probability that the editor misses an error")
     needless: float = arg(0.0, least=0, help="probability that the editor also rewords a sentence "
@@ -84,7 +84,7 @@ def simulated(options: Simulation, pairs: str) -> Callable[[Task], Answer]:
     def edit(task: Task) -> Answer:
         if not world.items(task.prompt):
             raise UserError(f"{pairs}: record {task.id!r}: expected a request of world "
-                            f"{world.seed}, got {task.prompt[:60]!r}; give the --world of the "
+                            f"{world.spec}, got {task.prompt[:60]!r}; give the --world of the "
                             "pairs")
         rng = random.Random(f"collect-{world.seed}-{options.seed}-{task.id}")
         text = minimal_edit(world, task.prompt, task.rejected, rng, options.miss, options.needless)

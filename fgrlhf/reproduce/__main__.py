@@ -3,10 +3,12 @@
     python -m fgrlhf.reproduce --profile quick --seeds 1 --out runs/quick   minutes on two CPU cores
     python -m fgrlhf.reproduce --profile full  --seeds 4 --out runs/full    intervals over seeds
     python -m fgrlhf.reproduce --profile real  --data DIR --out runs/real   people's edits
+    python -m fgrlhf.reproduce --profile study --seeds 4 --only held-out --out runs/study
 
 The profiles full and annotations add systems to those of quick. In one folder they share its runs.
 The profile real has another world: news, summaries and people's edits of them (DeFacto, in --data),
-and a pretrained model of 135 million parameters.
+and a pretrained model of 135 million parameters. The profile study changes the world or its
+annotators step by step, one knob at a time; STUDY.md has its questions.
 
 Every step is a command of this project that can be repeated by hand. pipeline.py runs the commands
 and results.json lists them; stages.py has their settings.
@@ -25,25 +27,31 @@ from pathlib import Path
 import torch
 
 from fgrlhf.data.fields import UserError
-from fgrlhf.data.files import write_atomic
+from fgrlhf.data.files import read_object, write_atomic
 from fgrlhf.engine.config import DTYPES, arg, parse, run
 from fgrlhf.engine.distributed import pick_device
 from fgrlhf.real import results as real_results
 from fgrlhf.real import stages as real
 from fgrlhf.real.files import check_data
+from fgrlhf.reproduce import study, study_results
 from fgrlhf.reproduce.pipeline import run_stages
 from fgrlhf.reproduce.report import text_table, write_report
 from fgrlhf.reproduce.results import collect
 from fgrlhf.reproduce.stages import PROFILES, Seed, start
+from fgrlhf.reproduce.study_report import study_text
 
 
 @dataclass(frozen=True)
 class Config:
     out: str = arg(help="folder for all runs, results.json and report.html")
-    profile: str = arg("quick", choices=(*PROFILES, "real"),
+    profile: str = arg("quick", choices=(*PROFILES, "study", "real"),
                        help="quick: minutes per seed; full: rivals, controls and ablations too; "
                             "annotations: fewer annotations too; sweep: the settings that were "
-                            "tried, on dev prompts only; real: people's edits")
+                            "tried, on dev prompts only; study: one knob at a time; real: "
+                            "people's edits")
+    only: str | None = arg(None, help=f"study: one of its knobs: {', '.join(study.KNOBS)}")
+    redraw: bool = arg(False, help="study: run nothing, and draw OUT/report.html again from "
+                       "OUT/results.json")
     data: str | None = arg(None, help="real: folder with DeFacto's train.jsonl and val.jsonl")
     seeds: int = arg(1, least=1, help="number of seeds; each seed has its own world")
     first_seed: int = arg(0, help="the first seed")
@@ -71,6 +79,7 @@ def collected(config: Config, seeds: list[Seed]) -> dict:
     try:
         folders = [seed.folder for seed in seeds]
         return (real_results.collect(folders) if config.profile == "real" else
+                study_results.collect(folders, config.only) if config.profile == "study" else
                 collect(config.profile, folders))
     except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
         what = error if isinstance(error, UserError) else (
@@ -86,8 +95,9 @@ def command_of(config: Config) -> str:
     dtype = f" --dtype {config.dtype}" if config.dtype != "float32" else ""
     lora = f" --lora-rank {config.lora_rank}" if config.lora_rank else ""
     data = f" --data {config.data}" if config.data else ""
-    return (f"python -m fgrlhf.reproduce --profile {config.profile}{data} --seeds {config.seeds} "
-            f"--first-seed {config.first_seed} --out {config.out}{dtype}{lora}")
+    only = f" --only {config.only}" if config.only else ""
+    return (f"python -m fgrlhf.reproduce --profile {config.profile}{data}{only} --seeds "
+            f"{config.seeds} --first-seed {config.first_seed} --out {config.out}{dtype}{lora}")
 
 
 def check_flags(config: Config) -> None:
@@ -99,16 +109,25 @@ def check_flags(config: Config) -> None:
             raise UserError("--profile real: expected no --lora-rank")
     elif config.data:
         raise UserError("--data: expected --profile real")
+    if config.profile == "study":
+        study.chosen(config.only)
+    elif config.only or config.redraw:
+        raise UserError("--only and --redraw: expected --profile study")
 
 
 def main(config: Config) -> None:
     check_flags(config)
     out, started = Path(config.out), time.perf_counter()
+    if config.redraw:
+        show(out, read_object(out / "results.json"))
+        return
     seeds = [Seed(number, out / f"seed{number}", config.device, config.dtype, config.lora_rank)
              for number in range(config.first_seed, config.first_seed + config.seeds)]
     for seed in seeds:
         if config.profile == "real":
             real.plan(seed, config.data)
+        elif config.profile == "study":
+            study.plan(seed, config.only)
         else:
             start(seed)
             PROFILES[config.profile](seed)
@@ -122,8 +141,13 @@ def main(config: Config) -> None:
     examples = results.pop("examples", {})
     text = json.dumps(results, indent=1, allow_nan=False)
     write_atomic(out / "results.json", (text + "\n").encode())
-    write_report(out / "report.html", results | {"examples": examples})
-    print(text_table(results))
+    show(out, results | {"examples": examples})
+
+
+def show(out: Path, results: dict) -> None:
+    """Writes the report and prints the table."""
+    write_report(out / "report.html", results)
+    print(study_text(results) or text_table(results))
     print(f"\n{out}/results.json, {out}/report.html")
 
 

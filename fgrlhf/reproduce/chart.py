@@ -63,11 +63,14 @@ def mean_curve(seeds: Sequence[Curve]) -> Curve:
 
 
 def line_chart(curves: Sequence[Curve], name: str, x_label: str, reference: float | None = None,
-               reference_label: str = "") -> Html:
+               reference_label: str = "", bands: bool = False,
+               x_names: dict[float, str] | None = None) -> Html:
     """Draws curves over a common x axis, in two forms of which the style sheet shows one.
 
     The wide form has the name of each system at the end of its curve, the narrow form (for a phone)
-    has a legend below. Several curves with the same label are drawn thin, with their mean.
+    has a legend below. Several curves with the same label are drawn thin, with their mean; with
+    `bands` the range between the lowest and the highest of them is shaded instead. `x_names`: the
+    names of the ticks of the x axis, in place of round numbers.
     `reference`: a level to compare with, drawn as a dotted line. `name` begins the text that a
     screen reader reads.
     """
@@ -76,7 +79,7 @@ def line_chart(curves: Sequence[Curve], name: str, x_label: str, reference: floa
         if curve.x:
             groups.setdefault(curve.label, []).append(curve)
     shown = [curve for seeds in groups.values() for curve in seeds]
-    x_ticks = ticks([x for curve in shown for x in curve.x] + [0])
+    x_ticks = sorted(x_names) if x_names else ticks([x for c in shown for x in c.x] + [0])
     y_ticks = ticks([y for curve in shown for y in curve.y] + [reference])
     down = _scale(y_ticks, BOTTOM, TOP)
     means = [mean_curve(seeds) for seeds in groups.values()]
@@ -86,8 +89,10 @@ def line_chart(curves: Sequence[Curve], name: str, x_label: str, reference: floa
 
     def drawn(width: float, right: float, kind: str) -> Html:
         across = _scale(x_ticks, LEFT, right)
-        return tag("svg", _axes(x_ticks, y_ticks, across, down, x_label),
+        names = [(x_names or {}).get(x, _tick_label(x)) for x in x_ticks]
+        return tag("svg", _axes(x_ticks, y_ticks, across, down, x_label, names),
                    _reference(reference, reference_label * (kind == "wide"), right, down),
+                   [_band(seeds, across, down) for seeds in groups.values()] if bands else
                    [_polyline(curve, "seed", across, down) for curve in thin],
                    [_polyline(curve, "mean", across, down) for curve in means],
                    _names(means, ends, across, down) if kind == "wide" else None,
@@ -95,13 +100,31 @@ def line_chart(curves: Sequence[Curve], name: str, x_label: str, reference: floa
                    role="img", aria_label=f"{name}, over {x_label}: {spoken}.")
     samples = [(_polyline(mean._replace(x=[0, 40], y=[9, 9]), "mean", float, float), mean.label)
                for mean in means]
-    if reference is not None:
+    if reference is not None and reference_label:
         samples.append((_segment(0, 9, 40, 9, "reference"), reference_label))
     legend = [tag("li", tag("svg", line, viewBox="0 0 40 18", class_="sample", aria_hidden="true"),
                   label) for line, label in samples]
-    names = LETTER * max(map(len, groups), default=0)
-    return tag("div", drawn(WIDTH, WIDTH - 20 - names, "wide"),
+    room = LETTER * max(map(len, groups), default=0)
+    return tag("div", drawn(WIDTH, WIDTH - 20 - room, "wide"),
                drawn(NARROW, NARROW - 16, "narrow"), tag("ul", legend, class_="legend narrow"))
+
+
+def scatter(groups: Sequence[Curve], name: str, x_label: str,
+            reference: float | None = None) -> Html:
+    """Draws the points of each group as discs, with a legend below."""
+    groups = [group for group in map(_finite, groups) if group.x]
+    x_ticks = ticks([x for group in groups for x in group.x])
+    y_ticks = ticks([*(y for group in groups for y in group.y), reference])
+    across, down = _scale(x_ticks, LEFT, WIDTH - 20), _scale(y_ticks, BOTTOM, TOP)
+    disc = lambda x, y, style: tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=4, class_=f"s{style}")
+    drawn = tag("svg", _axes(x_ticks, y_ticks, across, down, x_label, map(_tick_label, x_ticks)),
+                _reference(reference, "", WIDTH - 20, down),
+                [disc(across(x), down(y), g.style) for g in groups for x, y in zip(g.x, g.y)],
+                viewBox=f"0 0 {WIDTH} {HEIGHT}", class_="chart", role="img",
+                aria_label=f"{name}, over {x_label}; the table has the figures.")
+    legend = [tag("li", tag("svg", disc(9, 9, g.style), viewBox="0 0 40 18", class_="sample",
+                            aria_hidden="true"), g.label) for g in groups]
+    return tag("div", drawn, tag("ul", legend, class_="legend"))
 
 
 def strip(mean: float | None, interval: Sequence[float], per_seed: Sequence[float],
@@ -162,13 +185,24 @@ def _polyline(curve: Curve, kind: str, across: Scale, down: Scale) -> Html:
     return tag("polyline", points=points, class_=f"{kind} s{curve.style}")
 
 
+def _band(seeds: Sequence[Curve], across: Scale, down: Scale) -> Html | None:
+    """Shades the range of several curves over the same x, up to the end of the shortest."""
+    n = min(len(curve.x) for curve in seeds)
+    if len(seeds) < 2 or n < 2:
+        return None
+    values = np.array([curve.y[:n] for curve in seeds])
+    edge = [*zip(seeds[0].x, values.max(0)), *reversed([*zip(seeds[0].x, values.min(0))])]
+    points = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in edge)
+    return tag("polygon", points=points, class_=f"band s{seeds[0].style}")
+
+
 def _axes(x_ticks: Sequence[float], y_ticks: Sequence[float], across: Scale, down: Scale,
-          x_label: str) -> list[Html]:
+          x_label: str, names: Sequence[str]) -> list[Html]:
     right = across(x_ticks[-1])
     marks = [_segment(LEFT, down(y), right, down(y), "grid") for y in y_ticks]
     marks += [_text(LEFT - 8, down(y) + 4, _tick_label(y), "end") for y in y_ticks]
     marks += [_segment(across(x), BOTTOM, across(x), BOTTOM + 4, "axis") for x in x_ticks]
-    marks += [_text(across(x), BOTTOM + 18, _tick_label(x), "middle") for x in x_ticks]
+    marks += [_text(across(x), BOTTOM + 18, name, "middle") for x, name in zip(x_ticks, names)]
     return [*marks, _segment(LEFT, BOTTOM, right, BOTTOM, "axis"),
             _text(right, BOTTOM + 36, x_label, "end", "unit")]
 

@@ -24,8 +24,8 @@ SYSTEMS = {
     "fine-grained-imperfect": ("Fine-grained PPO, imperfect editor", "imperfect editor"),
     "imitation-imperfect": ("SFT on edits, imperfect editor", "imperfect editor"),
     "dpo-sft-imperfect": ("DPO + SFT, imperfect editor", "imperfect editor"),
-    "fine-grained-wording": ("Fine-grained PPO, editor with one wording", "imperfect editor"),
-    "imitation-wording": ("SFT on edits, editor with one wording", "imperfect editor"),
+    "fine-grained-style": ("Fine-grained PPO, editor with a style", "imperfect editor"),
+    "imitation-style": ("SFT on edits, editor with a style", "imperfect editor"),
     "rlhf-ties": ("PPO-RLHF, ties by a coin", "ablation"),
     "fine-grained-sum": ("Fine-grained PPO, sum loss", "ablation"),
     "likelihood": ("PPO, log-likelihood as reward", "control"),
@@ -37,7 +37,7 @@ REWARD_MODELS = {
     "rm-paper": "Token-level, paper's loss",
     "rm-token": "Token-level, our loss",
     "rm-token-imperfect": "Token-level, imperfect editor",
-    "rm-token-wording": "Token-level, editor with one wording",
+    "rm-token-style": "Token-level, editor with a style",
     "rm-sequence-ties": "Sequence-level, ties by a coin",
     "rm-token-sum": "Token-level, sum loss",
     "rm-tlcr": "Token-level, TLCR's loss",
@@ -50,7 +50,7 @@ REWARD_METRICS = {"edits/pair_accuracy": "edit_accuracy", "pairs/pair_accuracy":
                   "edits/r_elsewhere": "r_elsewhere", "edits/u0_drift": "u0_drift",
                   "seconds": "seconds"}
 WORDED = ("sft", "rlhf", "fine-grained", "imitation", "fine-grained-imperfect",
-          "imitation-imperfect", "fine-grained-wording", "imitation-wording")
+          "imitation-imperfect", "fine-grained-style", "imitation-style")
 COMPARED = (("fine-grained-paper", "rlhf"), ("fine-grained", "rlhf"),
             ("fine-grained", "imitation"), ("fine-grained", "dpo-sft"), ("rloo", "rlhf"),
             ("grpo", "rlhf"), ("tlcr", "rlhf"), ("fine-grained", "tlcr"), ("rlhf-long", "rlhf"),
@@ -74,4 +74,5 @@ NOTES = ["The world is built in: it shows the mechanism, not that a 7B model gai
          "PPO runs are tested with the checkpoint that was best on dev prompts; SFT and imitation "
          "with the last one.",
          "The imperfect editor misses 30% of the errors and makes a needless edit in 10% of the "
-         "answers."]
+         "answers. The editor with a style brings every sentence of 30% of the answers into one "
+         "wording."]

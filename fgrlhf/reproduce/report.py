@@ -10,6 +10,8 @@
     speed          [{label, names, rows: [{label, baseline, method, ratio}]}]
                    names: of baseline and method; ratio: a cell or a number
     paper          [{label, value}]                                 the figures of the paper
+    signs                                           sentences of checks/signs.py
+    knobs labels                                                    see study_results.py
     tables         [{caption, header, rows}]                        rows of texts, name first
     curves         [{system, label, seed, metric, x_episodes, x_seconds, x_kl, y}]
     examples       {heat_maps: [{prompt, label, tokens, rewards, errors}],
@@ -36,6 +38,7 @@ from fgrlhf.explain.page import explained_page
 from fgrlhf.reproduce import excerpts
 from fgrlhf.reproduce.chart import Curve, line_chart, strip, strip_axis, ticks
 from fgrlhf.reproduce.markup import Html, document, section, table, tag, typeset
+from fgrlhf.reproduce.study_report import knob_sections, study_text
 from fgrlhf.reproduce.table import (
     ADVANTAGES, DECODING, DIFFERENCE, ERRORS, GREEDY_ERRORS, GREEDY_SUMMARIES, PLACES,
     REWARD_MODELS, SUMMARIES, TRAINING, WIN_RATES, WORDINGS, Column, cell_texts, interval_of,
@@ -70,10 +73,12 @@ def page(results: dict) -> str:
              (_reward_models, get("reward_models")), (_tables, get("tables")),
              (_advantages, get("advantages")), (_wordings, get("wordings")),
              (_speed, get("speed")), (_paper, get("paper")), (_training, systems),
-             (_curves, curves), (partial(excerpts.heat_maps, **underlined), maps),
+             (_signs, get("signs")), (_curves, curves),
+             (partial(excerpts.heat_maps, **underlined), maps),
              (excerpts.edits, examples.get("edits")), (explained_page, examples.get("explained")),
              (excerpts.before_after, examples.get("before_after")), (_again, results)]
     sections = [shown for show, part in parts if part and (shown := show(part))]
+    sections[:0] = knob_sections(results)
     title = f"Token-level RLHF from minimal edits, {get('profile') or 'a'} run"
     return document(title, [_header(results), _contents(sections), *sections])
 
@@ -233,8 +238,8 @@ def _advantages(estimates: dict[str, dict]) -> Html:
 
 def _wordings(rows: dict[str, dict]) -> Html:
     return section("Wording", table(
-        "The editor with one wording writes every missing sentence with \"makes\" or \"Its\"; the "
-        "other editors use either wording. Shares of these wordings in sampled test answers.",
+        "Every sentence has two wordings, and neither is an error. Share of sentences in sampled "
+        "test answers that have the wording of the editor with a style.",
         ["system", *(c.header for c in WORDINGS)],
         [[tag("tr", _name(one), _numbers(one, WORDINGS)) for one in rows.values()]]))
 
@@ -317,9 +322,14 @@ def _curves(curves: Sequence[dict]) -> Html:
         "thick line is their mean up to the end of the shortest.", class_="muted"), figures)
 
 
+def _signs(sentences: Sequence[str]) -> Html:
+    """Names the runs with signs of trouble (checks/signs.py). A healthy run has none."""
+    return section("Signs of trouble", tag("ul", [tag("li", one) for one in sentences]))
+
+
 def _again(results: dict) -> Html | None:
     """Shows the commands and the figures as plain text, to be copied."""
-    commands, text = results.get("commands") or [], text_table(results)
+    commands, text = results.get("commands") or [], study_text(results) or text_table(results)
     parts = [(f"The {len(commands)} commands of this run", "\n".join(commands)),
              ("The figures as plain text", text)]
     folded = [tag("details", tag("summary", summary), tag("pre", body))

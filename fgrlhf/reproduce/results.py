@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+from fgrlhf.checks.signs import signs_of_run
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import read_json, read_object
 from fgrlhf.data.readers import read_outputs
@@ -19,7 +20,7 @@ from fgrlhf.reproduce.names import (
     COMPARED, NOTES, PAPER, REWARD_METRICS, REWARD_MODELS, SYSTEMS, WORDED)
 from fgrlhf.reproduce.stages import ANNOTATIONS, FEWER, TEMPERATURES
 from fgrlhf.simulate.advantages import PLACES
-from fgrlhf.simulate.annotators import wording_shares
+from fgrlhf.simulate.annotators import wordings
 from fgrlhf.simulate.oracle import count_errors
 from fgrlhf.simulate.world import World
 
@@ -57,9 +58,12 @@ def read_lines(path: Path) -> list[dict]:
     return lines
 
 
-def tested(folder: Path, system: str) -> Tested:
-    """Counts the errors of a system's test answers, and of the reference's, by the oracle."""
-    world, outputs = World(seed_of(folder)), folder / "outputs"
+def tested(folder: Path, system: str, world: World | None = None) -> Tested:
+    """Counts the errors of a system's test answers, and of the reference's, by the oracle.
+
+    world: by default the world of the folder's seed.
+    """
+    world, outputs = world or World(seed_of(folder)), folder / "outputs"
     errors = lambda name: count_errors(world, read_outputs(outputs / f"{name}.json"))
     first, *others = TEMPERATURES
     files = {"sampled": "test", first: "test-t"} | {t: f"test-t-{t}" for t in others}
@@ -275,15 +279,17 @@ def worth(rows: list[dict]) -> list[str]:
     return sentences
 
 
-def wordings(folders: list[Path], systems: list[str]) -> dict:
-    """Counts in test answers the wordings that an editor with a habit prefers."""
-    table = {}
-    for system in (s for s in WORDED if s in systems):
-        shares = [wording_shares([o.output for o in read_outputs(
-            folder / "outputs" / f"{system}-test.json")]) for folder in folders]
-        table[system] = {"label": SYSTEMS[system][0], "metrics": {
-            word: cell([share[word] for share in shares]) for word in ("makes", "its")}}
-    return table if "fine-grained-wording" in table else {}
+def editors_wording(folders: list[Path], systems: list[str]) -> dict:
+    """The share of sentences in test answers that have the wording of the editor with a style."""
+    def share(folder: Path, system: str) -> float:
+        answers = read_outputs(folder / "outputs" / f"{system}-test.json")
+        other, own = wordings("\n".join(answer.output for answer in answers))
+        return own / (other + own)
+    if "fine-grained-style" not in systems:
+        return {}
+    return {system: {"label": SYSTEMS[system][0], "metrics": {
+        "editors_wording": cell([share(folder, system) for folder in folders])}}
+        for system in WORDED if system in systems}
 
 
 def reading(systems: dict, comparisons: list[dict]) -> list[str]:
@@ -332,11 +338,13 @@ def collect(profile: str, folders: list[Path]) -> dict:
                    for a, b in COMPARED if {a, b} <= set(present)
                    for decoding in tests[a][0].decodings if decoding in tests[b][0].decodings]
     head["reading"] = reading(systems, comparisons)
+    head["signs"] = [f"{SYSTEMS[s][0]}, seed {seed_of(folder)}: {sign}" for s in present
+                     for folder in folders for sign in signs_of_run(folder / s)]
     if profile == "annotations":
         head["by_annotations"] = by_annotations(folders)
         head["reading"] += worth(head["by_annotations"])
     return head | {"systems": systems, "reward_models": reward_models(folders),
-                   "advantages": advantages(folders), "wordings": wordings(folders, present),
+                   "advantages": advantages(folders), "wordings": editors_wording(folders, present),
                    "comparisons": comparisons,
                    "paper": PAPER,
                    "speed": [speed(folders, method, reward_model) for method, reward_model in

@@ -25,6 +25,7 @@ GRPO = ("--method", "grpo", "--beta", "0.2", "--lr", "3e-4")
 TLCR = ("--method", "rlhf", "--gamma", "1", "--gae-lambda", "0.95", "--beta", "2", "--lr", "6e-4")
 IMITATION = ("--epochs", "6", "--lr", "4e-3")
 DPO = ("--sft-weight", "1", "--beta", "0.3", "--lr", "2e-3")
+DPO_ALONE = ("--beta", "1", "--lr", "1e-3")
 IMPERFECT = ("--miss", "0.3", "--needless", "0.1")
 # The learning rates with --lora-rank; README.md says which were tried.
 LORA = {"token": ("--lr", "1e-2"), "sequence": ("--lr", "3e-3"), "method": ("--lr", "5e-3"),
@@ -47,9 +48,12 @@ TEMPERATURES = ("0.7", "0.5", "0.3")    # of the answers, and 1 and greedy
 class Seed:
     """Builds the stages of one seed. `at` turns a name into a path in the folder of the seed."""
 
+    init = "tiny"                       # the preset of all models
+    longest: tuple[str, ...] = ()       # the flag of a limit to answers other than the default
+
     def __init__(self, seed: int, folder: Path, device: str, dtype: str = "float32",
                  lora_rank: int = 0):
-        self.seed, self.folder = str(seed), folder
+        self.seed, self.world, self.folder = str(seed), str(seed), folder
         self.lora_rank, self.stages = lora_rank, []
         self.rlhf, self.method = RLHF + self.adapters("rlhf"), METHOD + self.adapters("method")
         self.paper = PAPER + self.adapters("method")
@@ -77,23 +81,23 @@ class Seed:
         """Adds the answers of a policy to the prompts of a file."""
         self.add(name, "eval.py", "outputs", "--policy", self.at(policy), "--prompts",
                  self.at(f"world/{prompts}.jsonl"), "--out", self.at(f"outputs/{name}.json"),
-                 *options, needs=needs)
+                 *options, *self.longest, needs=needs)
 
     def annotate(self, name: str, first: str, second: str, *options: str) -> None:
         """Adds the preferred one of two answers to each prompt, and an edit of the other."""
-        self.add(name, "-m", "fgrlhf.simulate", "annotate", "--world", self.seed,
+        self.add(name, "-m", "fgrlhf.simulate", "annotate", "--world", self.world,
                  "--seed", self.seed, "--outputs", self.at(f"outputs/{first}.json"),
                  "--others", self.at(f"outputs/{second}.json"), "--out", self.at(name), *options,
                  needs=(first, second))
 
-    def reward(self, name: str, data: str, *options: str) -> None:
+    def reward(self, name: str, data: str, *options: str, held_out: str = "held-out") -> None:
         """Adds a reward model that starts from the SFT model, evaluated on held-out edits."""
         kind = "sequence" if "sequence" in options else "token"
         self.add(name, "train_rm.py", "--data", self.at(data), "--model", self.at("sft/policy"),
                  "--seed", self.seed, "--out", self.at(name),
-                 "--eval-edits", self.at("held-out/edits.jsonl"),
-                 "--eval-pairs", self.at("held-out/pairs.jsonl"), "--resume", *options,
-                 *self.adapters(kind), needs=(data.split("/")[0], "held-out"))
+                 "--eval-edits", self.at(f"{held_out}/edits.jsonl"),
+                 "--eval-pairs", self.at(f"{held_out}/pairs.jsonl"), "--resume", *options,
+                 *self.adapters(kind), needs=(data.split("/")[0], held_out))
 
     def ppo(self, name: str, reward: str, *options: str, iterations: int = ITERATIONS,
             test: bool = True) -> None:
@@ -101,9 +105,9 @@ class Seed:
         self.add(name, "train_ppo.py", "--policy", self.at("sft/policy"),
                  "--reward", self.at(f"{reward}/reward"), "--prompts", self.at("world/train.jsonl"),
                  "--dev-prompts", self.at("world/dev.jsonl"),
-                 "--dev-reference", self.at("outputs/sft-dev.json"), "--world", self.seed,
+                 "--dev-reference", self.at("outputs/sft-dev.json"), "--world", self.world,
                  "--seed", self.seed, "--iterations", str(iterations), "--out", self.at(name),
-                 "--lr-decay", "--resume", *options, needs=(reward, "sft-dev"))
+                 "--lr-decay", "--resume", *options, *self.longest, needs=(reward, "sft-dev"))
         if test:
             self.test(name, f"{name}/best", name)
 
@@ -129,21 +133,26 @@ class Seed:
 
 def start(seed: Seed) -> None:
     """Adds world, SFT model, answers to annotate, annotations and the dev reference."""
-    seed.add("world", "-m", "fgrlhf.simulate", "world", "--world", seed.seed, "--seed", seed.seed,
-             "--out", seed.at("world"), "--dev", str(DEV), "--test", str(TEST))
-    seed.add("sft", "-m", "fgrlhf.sft", "--data", seed.at("world/demonstrations.jsonl"),
-             "--init", "tiny", "--tokenizer", seed.at("world/tokenizer.model"),
-             "--seed", seed.seed, "--epochs", "2", "--batch", "16", "--muon-lr", "5e-3",
-             "--out", seed.at("sft"), "--resume", needs=("world",))
-    limit = ("--limit", str(ANSWERED))
-    for name, prompts, *options in (("first", "train", "--seed", "1", *limit),
-                                    ("second", "train", "--seed", "2", *limit),
-                                    ("sft-dev", "dev", "--seed", "3"),
-                                    ("sft-dev-second", "dev", "--seed", "4")):
-        seed.outputs(name, "sft/policy", prompts, *options, needs=("sft",))
+    begin(seed, ANSWERED, "--dev", str(DEV), "--test", str(TEST))
+    seed.outputs("sft-dev-second", "sft/policy", "dev", "--seed", "4", needs=("sft",))
     decided = ("--skip-ties", "--limit", str(ANNOTATIONS))
     seed.annotate("annotations", "first", "second", *decided)
     seed.annotate("held-out", "sft-dev", "sft-dev-second", "--spans", "--skip-ties")
+
+
+def begin(seed: Seed, answered: int, *sizes: str) -> None:
+    """Adds world, SFT model, two answers of it to each of `answered` prompts, the dev reference."""
+    seed.add("world", "-m", "fgrlhf.simulate", "world", "--world", seed.world, "--seed", seed.seed,
+             "--out", seed.at("world"), *sizes)
+    seed.add("sft", "-m", "fgrlhf.sft", "--data", seed.at("world/demonstrations.jsonl"),
+             "--init", seed.init, "--tokenizer", seed.at("world/tokenizer.model"),
+             "--seed", seed.seed, "--epochs", "2", "--batch", "16", "--muon-lr", "5e-3",
+             "--out", seed.at("sft"), "--resume", needs=("world",))
+    limit = ("--limit", str(answered))
+    for name, prompts, *options in (("first", "train", "--seed", "1", *limit),
+                                    ("second", "train", "--seed", "2", *limit),
+                                    ("sft-dev", "dev", "--seed", "3")):
+        seed.outputs(name, "sft/policy", prompts, *options, needs=("sft",))
 
 
 def compare_systems(seed: Seed) -> None:
@@ -183,8 +192,8 @@ def more_rivals(seed: Seed) -> None:
     seed.reward("rm-tlcr", edits, "--loss", "tlcr")
     seed.ppo("tlcr", "rm-tlcr", *seed.tlcr)
     seed.ppo("rlhf-long", "rm-sequence", *seed.rlhf, iterations=2 * ITERATIONS)
-    seed.directly("dpo", "fgrlhf.dpo", edits, *DPO, "--sft-weight", "0")
-    seed.directly("dpo-pairs", "fgrlhf.dpo", pairs, *DPO, "--sft-weight", "0")
+    seed.directly("dpo", "fgrlhf.dpo", edits, *DPO_ALONE)
+    seed.directly("dpo-pairs", "fgrlhf.dpo", pairs, *DPO_ALONE)
     for reward in ("sequence", "paper", "token"):
         seed.outputs(f"best-of-{reward}-test", "sft/policy", "test", "--seed", "9", "--best-of",
                      "16", "--reward", seed.at(f"rm-{reward}/reward"), needs=(f"rm-{reward}",))
@@ -220,12 +229,12 @@ def controls_and_ablations(seed: Seed) -> None:
     seed.ppo("fine-grained-imperfect", "rm-token-imperfect", *seed.method)
     seed.directly("imitation-imperfect", "fgrlhf.sft", "imperfect/edits.jsonl", *IMITATION)
     seed.directly("dpo-sft-imperfect", "fgrlhf.dpo", "imperfect/edits.jsonl", *DPO)
-    # an editor with a habit: missing sentences always have the same wording
-    seed.annotate("one-wording", "first", "second", "--one-wording", "--skip-ties", "--limit",
+    # an editor with a habit that has nothing to do with errors: one of two wordings
+    seed.annotate("style", "first", "second", "--style", "0.3", "--skip-ties", "--limit",
                   str(ANNOTATIONS))
-    seed.reward("rm-token-wording", "one-wording/edits.jsonl")
-    seed.ppo("fine-grained-wording", "rm-token-wording", *seed.method)
-    seed.directly("imitation-wording", "fgrlhf.sft", "one-wording/edits.jsonl", *IMITATION)
+    seed.reward("rm-token-style", "style/edits.jsonl")
+    seed.ppo("fine-grained-style", "rm-token-style", *seed.method)
+    seed.directly("imitation-style", "fgrlhf.sft", "style/edits.jsonl", *IMITATION)
     # ties decided by a coin, as AlpacaFarm's annotators do
     seed.annotate("ties", "first", "second", "--limit", str(ANNOTATIONS))
     seed.reward("rm-sequence-ties", "ties/pairs.jsonl", *sequence)

@@ -52,7 +52,7 @@ ADVANTAGES = (Column("correlation", "correlation", 1, 2), Column("sign", "sign %
               Column("correlation/error", "on errors", 1, 2, False),
               Column("correlation/behind", "behind", 1, 2, False),
               Column("correlation/elsewhere", "elsewhere", 1, 2, False))
-WORDINGS = (Column("makes", "makes %", 100, 0), Column("its", "Its %", 100, 0))
+WORDINGS = (Column("editors_wording", "editor's wording %", 100, 1),)
 RATIO = Column("", "ratio", 1, 1)
 DIFFERENCE = Column("", "points", 100, 1, sign="+")
 
@@ -139,6 +139,9 @@ def text_table(results: dict, width: int = 104) -> str:
                              [[names[0], *(number(row.get("baseline")) for row in rows)],
                               [names[1], *(number(row.get("method")) for row in rows)],
                               ["ratio", *(ratio(row.get("ratio")) for row in rows)]], width))
+    parts.append("\n".join(line for sentence in results.get("signs") or []
+                           for line in textwrap.wrap(f"Sign of trouble: {sentence}", width,
+                                                     break_on_hyphens=False)))
     paper = results.get("paper") or []
     parts.append(aligned(["the paper", *(row["label"] for row in paper)],
                          [["value", *(row["value"] for row in paper)]], width))

@@ -16,8 +16,9 @@ from fgrlhf import tokenizer
 from fgrlhf.data import readers, records
 from fgrlhf.data.fields import UserError
 from fgrlhf.engine.config import arg, dispatch, run
-from fgrlhf.simulate.annotators import compare_errors, minimal_edit, prefer
-from fgrlhf.simulate.world import World
+from fgrlhf.simulate.annotators import (
+    compare_errors, minimal_edit, prefer, restyle, rewrite, spoil)
+from fgrlhf.simulate.world import World, world_arg
 from fgrlhf.templates import render_prompt
 
 
@@ -25,7 +26,8 @@ from fgrlhf.templates import render_prompt
 class WorldConfig:
     out: str = arg(help="folder for demonstrations.jsonl, train.jsonl, dev.jsonl, test.jsonl "
                          "and tokenizer.model")
-    world: int = arg(0, help="seed of the world: its facts, habits and systematic errors")
+    world: int | str = world_arg("seed of the world: its facts, habits and systematic errors",
+                                 0)
     seed: int = arg(0, help="seed of the requests and demonstrations")
     demonstrations: int = arg(12000, least=1, help="number of demonstrations, on train prompts")
     train: int = arg(3000, least=1, help="number of train prompts, for annotation and PPO")
@@ -41,15 +43,25 @@ class AnnotateConfig:
     others: str = arg(help="AlpacaEval outputs: the second answer to each prompt, in the same "
                             "order")
     out: str = arg(help="folder for pairs.jsonl and edits.jsonl")
-    world: int = arg(0, help="seed of the world")
+    world: int | str = world_arg("seed of the world", 0)
     seed: int = arg(0, help="seed of the coin, the noise, the misses and the needless edits")
     noise: float = arg(0.0, least=0,
                        help="share of preference labels that a fair coin decides (AlpacaFarm: 0.5)")
     miss: float = arg(0.0, least=0, help="probability that the editor misses an error")
     needless: float = arg(0.0, least=0, help="probability that an edit also swaps the wording of a "
                             "sentence")
-    one_wording: bool = arg(False, help="the editor writes each missing sentence in the same "
-                            "wording, instead of either")
+    longer: float = arg(0.0, least=0, help="share of labels that the longer answer wins")
+    rewrite: float = arg(0.0, least=0, help="probability that the editor writes a new right answer "
+                         "and keeps nothing")
+    harmful: float = arg(0.0, least=0, help="probability that an edit also puts a wrong value in "
+                         "place of a right one")
+    style: float = arg(0.0, least=0, help="probability that an edit also brings every sentence "
+                       "into the editor's own wording")
+    taste: float = arg(0.0, least=0, help="two groups of annotators like opposite wordings: the "
+                       "share of labels and of edits that follow the taste of a prompt's group")
+    unseen: float = arg(0.0, least=0, help="share of facts and sums that the annotators never see: "
+                        "requests that ask for one are not annotated. With --spans they are, and "
+                        "the spans of their wrong values have the type unseen")
     skip_ties: bool = arg(False, help="leave out prompts whose two answers have the same number of "
                            "errors: nobody can prefer one")
     limit: int | None = arg(None, least=1, help="stop after N annotated prompts")
@@ -59,7 +71,8 @@ class AnnotateConfig:
 
 def write_world(config: WorldConfig) -> None:
     """Writes the prompts of each split, the demonstrations, and a tokenizer trained on them."""
-    world, rng = World(config.world), random.Random(f"requests-{config.world}-{config.seed}")
+    world = World(config.world)
+    rng = random.Random(f"requests-{world.seed}-{config.seed}")
     prompts: dict[str, dict[str, None]] = {"train": {}, "dev": {}, "test": {}}
     wanted = {"train": config.train, "dev": config.dev, "test": config.test}
     while any(len(prompts[s]) < n for s, n in wanted.items()):
@@ -83,18 +96,24 @@ def write_world(config: WorldConfig) -> None:
 
 def annotate(config: AnnotateConfig) -> None:
     """Writes, for each prompt, a preference and a minimal edit of the worse answer."""
-    world, rng = World(config.world), random.Random(f"annotate-{config.world}-{config.seed}")
+    world = World(config.world)
+    rng = random.Random(f"annotate-{world.seed}-{config.seed}")
     firsts, seconds = readers.read_outputs(config.outputs), readers.read_outputs(config.others)
     if [o.instruction for o in firsts] != [o.instruction for o in seconds]:
         raise UserError(f"{config.others}: expected the prompts of {config.outputs} in the same "
                         "order; write both with `eval.py outputs` from one prompt file")
     world.check_requests((o.instruction for o in firsts), config.outputs)
+    unseen = world.unseen(config.unseen)
     pairs, edits, annotated, ties = [], [], 0, 0
     for i, (first, second) in enumerate(zip(firsts, seconds)):
         prompt, texts = first.instruction, (first.output, second.output)
         if config.limit == annotated:
             break
-        better = prefer(world, prompt, *texts, rng, config.noise)
+        if not config.spans and any(item.key in unseen for item in world.items(prompt)):
+            continue
+        liked = rng.choice((0, 1)) if config.taste else 0           # the group of this prompt
+        better = prefer(world, prompt, *texts, rng, config.noise, config.longer, config.taste,
+                        liked)
         if compare_errors(world, prompt, *texts) == 0:
             ties += 1
             if config.skip_ties:
@@ -103,10 +122,10 @@ def annotate(config: AnnotateConfig) -> None:
         chosen, rejected = texts[better - 1], texts[2 - better]
         if chosen != rejected and chosen and rejected:
             pairs.append(records.Pair(f"pair-{i}", prompt, chosen, rejected, annotator="simulated"))
-        edited = minimal_edit(world, prompt, rejected, rng, config.miss, config.needless,
-                              config.one_wording)
+        edited = edit(config, world, prompt, rejected, rng, liked)
         if rejected and edited and edited != rejected:
-            spans = tuple(records.Span(e.start, e.end, e.kind)
+            kind = lambda e: "unseen" if e.kind == "value" and e.key in unseen else e.kind
+            spans = tuple(records.Span(e.start, e.end, kind(e))
                           for e in world.errors(prompt, rejected)
                           if e.start < e.end)              # an omission has no characters
             edits.append(records.Edit(f"edit-{i}", prompt, rejected, edited, annotator="simulated",
@@ -120,6 +139,25 @@ def annotate(config: AnnotateConfig) -> None:
     print(f"{annotated} prompts annotated: {len(pairs)} pairs and {len(edits)} edits in {out}; "
           f"{ties} ties {'left out' if config.skip_ties else 'decided by a coin'} "
           "(two identical answers give no pair, a perfect answer no edit, a blank text neither)")
+
+
+def edit(config: AnnotateConfig, world: World, prompt: str, answer: str, rng: random.Random,
+         liked: int) -> str:
+    """Returns the edit of an answer by an editor with all the habits that the flags give.
+
+    Draws nothing for a habit of probability 0, so the other draws stay as they are.
+    """
+    if config.rewrite and rng.random() < config.rewrite:
+        text = rewrite(world, prompt, rng)
+    else:
+        text = minimal_edit(world, prompt, answer, rng, config.miss, config.needless)
+    if config.harmful and rng.random() < config.harmful:
+        text = spoil(world, prompt, text, rng)
+    if config.style and rng.random() < config.style:
+        text = restyle(world, prompt, text, 1)
+    if config.taste and rng.random() < config.taste:
+        text = restyle(world, prompt, text, liked)
+    return text
 
 
 def split_of(prompt: str) -> str:

@@ -45,7 +45,7 @@ from fgrlhf.engine.distributed import pick_device
 from fgrlhf.engine.draws import generator
 from fgrlhf.reward import describe_reward, load_reward
 from fgrlhf.rollout import Rollout, sample
-from fgrlhf.simulate.world import World
+from fgrlhf.simulate.world import World, world_arg
 
 DECISIVE = 0.5                  # errors: below it the sign of a measured advantage is noise
 PLACES = ("error", "behind", "elsewhere")
@@ -53,7 +53,7 @@ PLACES = ("error", "behind", "elsewhere")
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Computation):
-    world: int = arg(help="seed of the world")
+    world: int | str = world_arg("seed of the world")
     policy: str = arg(help="folder of the policy, whose advantages are measured")
     prompts: str = arg(help="prompts of the world")
     rewards: str = arg(help="folders of token-level reward models, with commas between them")

@@ -30,7 +30,7 @@ class OracleJudge:
     reference_errors: list[int]
 
     @staticmethod
-    def load(world: int, prompts: str, reference: str) -> "OracleJudge":
+    def load(world: int | str, prompts: str, reference: str) -> "OracleJudge":
         """Reads the prompts and the reference's answers to them, in any order, from files."""
         judge = OracleJudge(World(world), read_prompts(prompts), [])
         outputs = joined(read_outputs(reference), judge.unanswered(), (reference, prompts))

@@ -8,15 +8,18 @@ therefore often wrong, and a policy cannot win only by making its distribution s
 
     errors(x, y)   the errors of an answer: a character span each, with the text that corrects it
 
-A world is a pure function of its seed. No file describes it.
+A world is a pure function of its seed and its knobs, which --world names: 3 is the world of seed 3
+with today's knobs, 3,lands=24,strength=0.7 changes two of them. No file describes it.
 """
 
 import random
 import re
 from collections.abc import Iterable
+from dataclasses import MISSING
 from typing import NamedTuple
 
 from fgrlhf.data.fields import UserError
+from fgrlhf.engine.config import arg
 
 ATTRIBUTES = ("capital", "river", "ruler", "crop", "beast", "colour")
 UNITS = ("kilos", "litres", "metres", "coins", "hours")
@@ -34,6 +37,13 @@ FACT_ANSWERS = ("The {attribute} of {land} is {value}.", "Its {attribute} is {va
 SUM_ANSWERS = ("{a} plus {b} is {c} {unit}.", "{a} plus {b} makes {c} {unit}.")
 FACT_SENTENCE = re.compile(r"(?:The (\w+) of (\w+)|Its (\w+)) is (\w+)\.")
 SUM_SENTENCE = re.compile(r"(\d+) plus (\d+) (?:is|makes) (\d+) (\w+)\.")
+KNOBS = {                               # name: (default, least, most)
+    "lands": (12, 3, 100),              # number of lands, with six facts each
+    "items": (4, 3, 6),                 # most facts of a request; sums are one less
+    "errors": (1.0, 0.0, 1.6),          # times the share of facts and sums with a fixed mistake
+    "strength": (1.0, 0.0, 1.25),       # times the probability of every mistake and habit
+    "coupled": (0.0, 0.0, 1.0),         # share of lands and units with errors that spread
+}
 
 
 class Error(NamedTuple):
@@ -43,6 +53,7 @@ class Error(NamedTuple):
     end: int
     kind: str
     fix: str
+    key: tuple | None = None            # of the item; None for a sentence too many
 
 
 class Item(NamedTuple):
@@ -60,6 +71,31 @@ class Habit(NamedTuple):
     p: float
 
 
+def read_world(text: str) -> int | str:
+    """Reads --world: a seed, or a seed and knobs. A seed without knobs becomes an int."""
+    seed, *settings = text.split(",")
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        try:
+            default, least, most = KNOBS[name]
+            good = least <= type(default)(value) <= most
+        except (KeyError, ValueError):
+            good = False
+        if not good:
+            ranges = ", ".join(f"{k} {low:g} to {high:g}" for k, (_, low, high) in KNOBS.items())
+            raise UserError(f"--world {text}: expected a seed and knobs, as 0,lands=24, got "
+                            f"{setting!r}; the knobs are {ranges}")
+    if not re.fullmatch(r"-?\d+", seed):
+        raise UserError(f"--world {text}: expected a whole number first, the seed, got {seed!r}")
+    return text if settings else int(seed)
+
+
+def world_arg(help: str, default: int | None = MISSING):
+    """Returns a dataclass field for --world."""
+    return arg(default, read=read_world, help=f"{help}; knobs may follow the seed, as in "
+                                              "0,lands=24 (fgrlhf/simulate/README.md)")
+
+
 def _names(rng: random.Random, count: int, suffixes: tuple[str, ...]) -> list[str]:
     """Invents `count` different names: a start, a middle and one of the suffixes, capitalised."""
     starts, middles = "b br d dr f g k l m n p r s t v z".split(), "a e i o u ai au".split()
@@ -70,12 +106,19 @@ def _names(rng: random.Random, count: int, suffixes: tuple[str, ...]) -> list[st
 
 
 class World:
-    """The facts, habits and systematic errors that one seed gives."""
+    """The facts, habits and systematic errors that one seed gives.
 
-    def __init__(self, seed: int):
-        rng = random.Random(f"world-{seed}")
-        self.seed = seed
-        self.lands = _names(rng, 12, ("ran", "land", "dor", "via"))
+    spec: the seed, or a text with the seed and knobs (read_world).
+    """
+
+    def __init__(self, spec: int | str):
+        seed, *settings = str(spec).split(",")
+        given = dict(setting.split("=") for setting in settings)
+        self.spec, self.seed = spec, int(seed)
+        self.knobs = {name: type(default)(given.get(name, default))
+                      for name, (default, _, _) in KNOBS.items()}
+        rng, strong = random.Random(f"world-{seed}"), self.knobs["strength"]
+        self.lands = _names(rng, self.knobs["lands"], ("ran", "land", "dor", "via"))
         pools = {"capital": _names(rng, 10, ("polis", "ton", "burg")),
                  "river": _names(rng, 10, ("mel", "she", "wen")),
                  "ruler": _names(rng, 10, ("ric", "na", "mund")),
@@ -88,9 +131,10 @@ class World:
                       for key, right in self.sums.items()}
         self.mistakes: dict[tuple, Habit] = {}
         for table, share in ((self.facts, 0.6), (self.sums, 0.5)):
-            for key in rng.sample(sorted(table), int(share * len(table))):
-                self.mistakes[key] = Habit(rng.choice(self.pool[key]), rng.uniform(0.3, 0.8))
-        strength = lambda: rng.uniform(0.45, 0.7)
+            for key in rng.sample(sorted(table), int(share * self.knobs["errors"] * len(table))):
+                self.mistakes[key] = Habit(rng.choice(self.pool[key]),
+                                           strong * rng.uniform(0.3, 0.8))
+        strength = lambda: strong * rng.uniform(0.45, 0.7)
         self.rude = {land: Habit(rng.choice(RUDE), strength())
                      for land in rng.sample(self.lands, 3)}
         self.doubled = {a: Habit("", strength()) for a in rng.sample(ATTRIBUTES, 1)}
@@ -98,17 +142,22 @@ class World:
                      for x in rng.sample(self.lands, 2) + rng.sample(UNITS, 1)}
         self.wrong_unit = {u: Habit(rng.choice([w for w in UNITS if w != u]), strength())
                            for u in rng.sample(UNITS, 2)}
-        self.omission = rng.uniform(0.55, 0.7)
+        self.omission = strong * rng.uniform(0.55, 0.7)
+        spread, share = random.Random(f"coupled-{seed}"), self.knobs["coupled"]
+        self.coupled = {place for places in (self.lands, UNITS)
+                        for place in spread.sample(places, round(share * len(places)))}
 
     # ----- requests -----------------------------------------------------------------------------
 
     def request(self, rng: random.Random) -> str:
         """Draws a request: 70% ask for two to four facts of one land, 30% for one to three sums."""
+        most = self.knobs["items"]
         if rng.random() < 0.7:
-            asked = rng.sample(ATTRIBUTES, rng.choice((2, 3, 4, 4)))
-            items = ", ".join(asked[:-1]) + " and " + asked[-1]
+            asked = rng.sample(ATTRIBUTES, rng.choice((most - 2, most - 1, most, most)))
+            items = " and ".join(filter(None, (", ".join(asked[:-1]), asked[-1])))
             return rng.choice(FACT_REQUESTS).format(items=items, land=rng.choice(self.lands))
-        sums = [f"{a} and {b}" for a, b in rng.sample(sorted(self.sums), rng.choice((1, 2, 3, 3)))]
+        counts = (max(most - 3, 1), most - 2, most - 1, most - 1)
+        sums = [f"{a} and {b}" for a, b in rng.sample(sorted(self.sums), rng.choice(counts))]
         return rng.choice(SUM_REQUESTS).format(items=", then ".join(sums), unit=rng.choice(UNITS))
 
     def items(self, prompt: str) -> list[Item]:
@@ -125,8 +174,19 @@ class World:
         """Raises UserError, which names `place`, for a prompt that is not of this world."""
         for prompt in prompts:
             if not self.items(prompt):
-                raise UserError(f"{place}: found no request of world {self.seed} in "
+                raise UserError(f"{place}: found no request of world {self.spec} in "
                                 f"{prompt[:60]!r}; give the --world of the prompts")
+
+    def unseen(self, share: float) -> set[tuple]:
+        """Returns the keys of a share of the facts and of the sums, for annotators to never see.
+
+        A larger share contains the keys of a smaller one.
+        """
+        rng, chosen = random.Random(f"unseen-{self.seed}"), set()
+        for table in (self.facts, self.sums):
+            keys = rng.sample(sorted(table), len(table))
+            chosen.update(keys[:round(share * len(keys))])
+        return chosen
 
     # ----- answers ------------------------------------------------------------------------------
 
@@ -145,7 +205,7 @@ class World:
         hit = lambda habit: habit is not None and rng.random() < habit.p
         items = self.items(prompt)
         triggers = [part for item in items for part in (*item.key, item.unit)]
-        longest = 3 if items[0].unit else 4
+        longest = self.knobs["items"] - bool(items[0].unit)
         unit = items[0].unit
         if hit(swap := self.wrong_unit.get(unit)):
             unit = swap.text
@@ -174,10 +234,13 @@ class World:
         The answer must state each item of the request once, with the right value and unit. Every
         other sentence and every repetition is an error. Wording and order are free.
 
-        Kinds: "value" and "unit" (wrong), "extra" and "doubled" (a sentence too many), "missing".
+        Kinds: "value" and "unit" (wrong), "extra" and "doubled" (a sentence too many), "missing",
+        "coupled" (right by itself, but behind a wrong value or unit where errors spread; it is
+        right again once that error is corrected).
         """
         items = {item.key: item for item in self.items(prompt)}
         land = next((key[0] for key in items if isinstance(key[0], str)), None)
+        spreads = bool(items) and (land or next(iter(items.values())).unit) in self.coupled
         found: list[Error] = []
         end_of: dict[tuple, int] = {}                       # item -> the end of its sentence
         for match in re.finditer(r"\s*(\.|[^.\s][^.]*\.?)", answer):
@@ -189,10 +252,14 @@ class World:
                 found.append(Error(match.start(), end, kind, ""))
                 continue
             end_of[item.key] = end
+            behind = spreads and any(e.kind in ("value", "unit") for e in found)
             for part, right, kind in ((state[1], item.answer, "value"),
                                       (state[2], item.unit, "unit")):
                 if part is not None and text[slice(*part)] != right:
-                    found.append(Error(start + part[0], start + part[1], kind, right))
+                    found.append(Error(start + part[0], start + part[1], kind, right, item.key))
+                elif behind and kind == "value":
+                    found.append(Error(start + part[0], start + part[1], "coupled", right,
+                                       item.key))
         previous = 0
         for item in items.values():
             if item.key not in end_of:
@@ -200,7 +267,7 @@ class World:
                 wording = random.Random(f"{prompt} {answer} {item.key}")
                 fix = self.sentence(item, item.answer, item.unit, wording)
                 fix = " " + fix if previous else fix + " "
-                found.append(Error(previous, previous, "missing", fix))
+                found.append(Error(previous, previous, "missing", fix, item.key))
             previous = end_of.get(item.key, previous)
         return sorted(found)
 
