@@ -102,8 +102,9 @@ def knob_section(name: str, knob: dict, labels: dict[str, str]) -> Html:
     rows = [tag("tr", tag("th", title, scope="row"), [_cell(cell, form, step["value"])
                 for cell, step in zip(found, knob["steps"])]) for title, form, found in columns]
     return section(knob["title"], drawn, table(
-        f"All figures, over the {knob['axis']} (--only {name}). In the charts, lines are means over "
-        "seeds and bands reach from the lowest to the highest seed; brackets are 95% intervals. "
+        f"All figures, over the {knob['axis']} (--only {name}). In the charts, lines are means "
+        "over seeds and bands reach from the lowest to the highest seed; brackets are 95% "
+        "intervals. "
         f"All knobs share the step {knob['default']}.", header, [rows]))
 
 
