@@ -31,13 +31,13 @@ class Problem:
     """The inputs of one size: hidden [N, D], head [V, D], numbers per token [N], a reference."""
 
     def __init__(self, n: int, d: int, v: int, device: str, dtype: torch.dtype):
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
 
         def randn(*shape):
-            return torch.randn(*shape, generator=generator).to(device, dtype)
+            return torch.randn(*shape, generator=generator, device=device).to(dtype)
         self.hidden = randn(n, d).requires_grad_()
         self.head = (randn(v, d) / d ** 0.5).requires_grad_()
-        self.targets = torch.randint(v, (n,), generator=generator).to(device)
+        self.targets = torch.randint(v, (n,), generator=generator, device=device)
         self.advantages, self.noise = randn(n).float(), 0.1 * randn(n).float()
         self.logp_old = linear_logp.score(
             self.hidden.detach(), self.head.detach(), self.targets, 1.0, False).logp + self.noise
