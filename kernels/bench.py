@@ -190,6 +190,7 @@ def main() -> None:
     timing.add_flags(parser, repeats=9)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    timing.use(options.device)
     if not options.peak_of:
         keep_freed()                                    # as the training scripts do
     machine, tables = None if options.peak_of else timing.machine(options), []

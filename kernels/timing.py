@@ -72,8 +72,14 @@ def in_turn(runs: dict[str, Callable], floors: dict[str, str], repeats: int, clo
     return rows
 
 
+def use(device: str) -> None:
+    """Makes a GPU the current device, for which `wait` and `peak_mib` work."""
+    if device.startswith("cuda"):
+        torch.cuda.set_device(torch.zeros(1, device=device).device)
+
+
 def wait() -> None:
-    """Waits until a GPU has finished its work."""
+    """Waits until the current GPU has finished its work."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
