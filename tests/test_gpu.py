@@ -1,6 +1,7 @@
 """`python -m fgrlhf.checks gpu`: the runner with fake steps, its table, and cheap steps on a CPU."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -92,10 +93,10 @@ def test_a_limit_ends_the_processes_that_a_step_has_started(tmp_path):
         assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_signal_keeps_what_was_measured(number, tmp_path):
-    """The runner is a process of its own here; its second step never ends."""
-    steps = [GOOD, step("long", "say(name='x', result='y'); time.sleep(600)"), GOOD]
+    """The runner is a process of its own here; its second step never ends. Its row has its pid."""
+    steps = [GOOD, step("long", "say(name='x', result=os.getpid()); time.sleep(600)"), GOOD]
     code = ("from pathlib import Path\nfrom fgrlhf.checks.gpu import Step, run_steps\n"
             f"run_steps({steps}, Path({str(tmp_path)!r}), 60, 'c', print)")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, cwd=ROOT)
@@ -108,12 +109,16 @@ def test_a_signal_keeps_what_was_measured(number, tmp_path):
             pass
         time.sleep(0.1)
     process.send_signal(number)
-    assert process.wait(20) == 128 + number
+    killed = number == signal.SIGKILL
+    assert process.wait(20) == (-number if killed else 128 + number)
     good, long, never = report(tmp_path)["steps"]
-    assert good["status"] == "done" and len(good["rows"]) == 2
-    assert long["status"] == "stopped" and long["rows"] == [{"name": "x", "result": "y"}]
-    assert never["status"] == "not run" and never["why"] == "the command was ended before"
-    assert "| long | about long | stopped" in (tmp_path / "gpu.md").read_text()
+    assert good["status"] == "done" and len(good["rows"]) == 2 and len(long["rows"]) == 1
+    if killed:                      # real steps end by themselves, at their limit
+        os.kill(long["rows"][0]["result"], signal.SIGKILL)
+    status = "running" if killed else "stopped"
+    assert long["status"] == status and never["status"] == "not run"
+    assert f"| long | about long | {status}" in (tmp_path / "gpu.md").read_text()
+    assert never["why"] == "the command was ended before"
 
 
 def config(out: Path, **changes) -> GpuConfig:

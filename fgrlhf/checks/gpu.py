@@ -70,7 +70,7 @@ STEPS = [
     Step("train 1.1B", "the same", 45, 12),
     Step("train 7B LoRA", "the same, adapters of rank 8", 60, 20),
     Step("PPO 7B LoRA", "one iteration, its peak memory against fgrlhf.plan", 90, 30),
-    Step("PPO 7B", "the same, all weights trained", 150, 40),
+    Step("PPO 7B", "the same, all weights trained", 200, 40),
     Step("quick", "the profile quick of fgrlhf.reproduce, as far as the time allows", 600, 30)]
 
 
@@ -115,7 +115,8 @@ def run_steps(steps: list[Step], out: Path, seconds: float, command: str,
         write_atomic(out / "gpu.json", (json.dumps(report, indent=1) + "\n").encode())
         write_atomic(out / "gpu.md", markdown(report).encode())
 
-    before = {number: signal.signal(number, _interrupt) for number in _SIGNALS}
+    before = {number: signal.signal(number, _interrupt) for number in _SIGNALS
+              if signal.getsignal(number) is not signal.SIG_IGN}        # nohup ignores SIGHUP
     try:
         for step, entry in zip(steps, report["steps"]):
             left = seconds - GRACE - (time.monotonic() - started)
@@ -131,6 +132,7 @@ def run_steps(steps: list[Step], out: Path, seconds: float, command: str,
                 say(line)
     except _Ended as end:
         save()
+        say(f"stopped by signal {end.args[0]}; {out / 'gpu.md'} has what was measured")
         raise SystemExit(128 + end.args[0]) from None
     finally:
         for number, handler in before.items():

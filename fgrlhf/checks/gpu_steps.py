@@ -65,7 +65,8 @@ def run_step(name: str, device: str, small: bool, out: Path, seconds: float) -> 
 
     def say(row: dict) -> None:
         print(json.dumps(row), file=rows, flush=True)
-    place = Place(pick_device(device), small or device == "cpu", out / "work")
+    where = pick_device(device)
+    place = Place(where, small or where.type == "cpu", out / "work")
     torch.set_float32_matmul_precision("highest")           # no TF32
     torch.manual_seed(0)
     say({"machine": machine(place)})
