@@ -37,7 +37,7 @@ PAD = 16                          # unused logits after each row whose bytes are
                                   # otherwise a column uses few sets of the cache (3 of 50 ms)
 COLUMNS = 1024                    # on a CPU: columns of the vocabulary that one matmul writes
 CACHED = 2**20                    # on a CPU: logits exponentiated at a time, 4 MiB of float32
-ROWS = 64, 1024                   # rows of h . (q W) at a time: on a CPU, elsewhere (fewer launches)
+ROWS = 64, 1024                   # rows of h . (q W) at a time: on a CPU, elsewhere
 
 # (rows, logp [n]) -> f [n], df/dlogp [n]
 Term = Callable[[slice, Tensor], tuple[Tensor, Tensor]]

@@ -1,4 +1,4 @@
-"""`python -m fgrlhf.checks gpu`: the runner with fake steps, its table, and cheap steps on a CPU."""
+"""`python -m fgrlhf.checks gpu`: the runner with fake steps, its table, cheap steps on a CPU."""
 
 import json
 import os
@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fgrlhf.checks import gpu, gpu_correct, gpu_kernels, gpu_speed, gpu_steps
+from fgrlhf.checks import (
+    gpu, gpu_correct, gpu_kernels, gpu_ppo, gpu_runs, gpu_speed, gpu_steps)
 from fgrlhf.checks.__main__ import GpuConfig
 from fgrlhf.checks.gpu import Step
 from fgrlhf.data.fields import UserError
@@ -53,7 +54,7 @@ def test_a_crash_a_hang_and_too_little_memory_lose_nothing_else(tmp_path):
         step("error", "say(name='first', result='kept'); print('noise'); 1 / 0"),
         step("hang", "say(name='second', result='kept'); time.sleep(600)", limit=2),
         step("memory", "print('out of memory: 9 GiB', file=sys.stderr); sys.exit(3)"),
-        step("wrong", "say(name='b', result='2.0', passed=False)"), TIMED)
+        step("wrong", "say(name='b', result='2.0', passed=False, error=float('nan'))"), TIMED)
     assert time.monotonic() - started < 40 and status == 1
     assert {name: entry["status"] for name, entry in found.items()} == {
         "good": "done", "crash": "crashed", "error": "failed", "hang": "out of time",
@@ -63,6 +64,7 @@ def test_a_crash_a_hang_and_too_little_memory_lose_nothing_else(tmp_path):
     assert found["error"]["why"] == "ZeroDivisionError: division by zero"
     assert found["hang"]["why"] == "ended after its 2 s" and 2 <= found["hang"]["seconds"] < 9
     assert found["memory"]["why"] == "out of memory: 9 GiB"
+    assert found["wrong"]["rows"][0]["error"] is None               # JSON has no NaN
     assert found["timed"]["rows"][0]["ratio"] == 2.0                # 4 s against 100 B / 50 B/s
     assert table[0] == "a GPU" and "1 passed, 1 failed (b)" in table[4]
     assert "|  | read | 4 s | 2.00 |  |" in table and "|  | b | 2.0 |  | FAIL |" in table
@@ -118,7 +120,7 @@ def test_a_signal_keeps_what_was_measured(number, tmp_path):
     status = "running" if killed else "stopped"
     assert long["status"] == status and never["status"] == "not run"
     assert f"| long | about long | {status}" in (tmp_path / "gpu.md").read_text()
-    assert never["why"] == "the command was ended before"
+    assert never["why"] == "its turn has not come"
 
 
 def config(out: Path, **changes) -> GpuConfig:
@@ -196,12 +198,12 @@ def test_same_notices_another_token_and_another_logp():
 
 
 def test_difference_of_runs_sees_one_weight_and_the_metrics(place):
-    first, second = (gpu_correct.ppo(place, name, max_new_tokens=4, rollouts=4) for name in "ab")
-    assert gpu_correct.difference(first, second) == 0
+    first, second = (gpu_runs.ppo(place, name, max_new_tokens=4, rollouts=4) for name in "ab")
+    assert gpu_runs.difference(first, second) == 0
     (second / "metrics.jsonl").write_text("")
-    assert gpu_correct.difference(first, second) == float("inf")
-    third = gpu_correct.ppo(place, "c", max_new_tokens=4, rollouts=4, lr=1e-2)
-    assert 1e-4 < gpu_correct.difference(first, third) < 1
+    assert gpu_runs.difference(first, second) == float("inf")
+    third = gpu_runs.ppo(place, "c", max_new_tokens=4, rollouts=4, lr=1e-2)
+    assert 1e-4 < gpu_runs.difference(first, third) < 1
 
 
 def test_model_on_draws_every_weight_on_the_device():
@@ -229,21 +231,21 @@ def test_planned_takes_as_many_layers_as_fit(place, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, free))
     cuda = place._replace(device=torch.device("cuda"), small=False)
     free = int(141e9)
-    assert gpu_speed.planned(cuda, 0)[1].n_layers == 32         # 122.3 GB with --offload
+    assert gpu_ppo.planned(cuda, 0)[1].n_layers == 32         # 122.3 GB with --offload
     free = int(85e9)
-    name, sizes, options = gpu_speed.planned(cuda, 0)
+    name, sizes, options = gpu_ppo.planned(cuda, 0)
     assert name == f"7B with {sizes.n_layers} of 32 layers, which fit" and options.offload
-    peaks = gpu_speed.plan.peaks(sizes, options)
+    peaks = gpu_ppo.plan.peaks(sizes, options)
     assert 0.85 * free < max(peaks.values()) < 0.92 * free
-    assert gpu_speed.planned(cuda, 8)[1].n_layers == 32         # adapters: 18.2 GB
+    assert gpu_ppo.planned(cuda, 8)[1].n_layers == 32         # adapters: 18.2 GB
 
 
 def test_iteration_reports_both_phases_against_the_plan(place, monkeypatch):
     """On a CPU no memory is measured, so the measured peak is given here."""
-    rows = list(gpu_speed.iteration(place, 8))
+    rows = list(gpu_ppo.iteration(place, 8))
     assert [row["name"] for row in rows] == ["tiny, rollout and scoring", "tiny, update"]
     assert all(row["phase_seconds"] > 0 and "passed" not in row for row in rows)
     found = {row["name"].split(", ")[1]: (1.0, row["planned_bytes"] // 2) for row in rows}
-    monkeypatch.setattr(gpu_speed, "phases", lambda *_: found)
-    rows = list(gpu_speed.iteration(place, 8))
+    monkeypatch.setattr(gpu_ppo, "phases", lambda *_: found)
+    rows = list(gpu_ppo.iteration(place, 8))
     assert all("(0.50 of it)" in row["result"] for row in rows)

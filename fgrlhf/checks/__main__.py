@@ -1,4 +1,4 @@
-"""Try the rules on your own models and prompts, in seconds; or look at a failed batch.
+"""Tries the rules on your own models and prompts, explains a failed batch, or checks a GPU.
 
     python -m fgrlhf.checks --policy runs/sft/policy --reward runs/rm/reward --prompts train.jsonl
     python -m fgrlhf.checks --replay runs/ppo/failed-batch.pt

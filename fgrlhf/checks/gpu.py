@@ -6,8 +6,9 @@
     python -m fgrlhf.checks gpu --out runs/gpu-7B --step "decode 7B"    # one step, rows on stdout
 
 It needs no network and no weights. The models are random and are made on the device. Correctness
-comes first (gpu_correct.py), then ceilings, kernels, decoding, training, a PPO iteration of
-LLaMA-7B (gpu_speed.py), and what is left of the time goes to the profile quick of fgrlhf.reproduce.
+comes first (gpu_correct.py, gpu_runs.py), then ceilings, kernels, decoding and training
+(gpu_speed.py), then a PPO iteration of LLaMA-7B, and what is left of the time goes to the profile
+quick of fgrlhf.reproduce (gpu_ppo.py).
 
 Every step is a process of its own with a time limit. A step that hangs, crashes or runs out of
 memory loses nothing else, and a step that does not fit into the time left is not run. After every
@@ -105,8 +106,8 @@ def run_steps(steps: list[Step], out: Path, seconds: float, command: str,
     """
     started, work = time.monotonic(), out / "work"
     report = {"command": command, "minutes": round(seconds / 60, 2), "machine": {}, "seconds": 0.0,
-              "steps": [{"name": step.name, "about": step.about, "status": "not run", "why":
-                         "the command was ended before", "seconds": 0.0, "rows": []}
+              "steps": [{"name": step.name, "about": step.about, "status": "not run",
+                         "why": "its turn has not come", "seconds": 0.0, "rows": []}
                         for step in steps]}
 
     def save() -> None:
@@ -213,7 +214,7 @@ def end_group(process: subprocess.Popen) -> None:
             pass
         try:
             process.wait(GRACE)
-        except subprocess.TimeoutExpired:                   # a driver that hangs can outlive SIGKILL
+        except subprocess.TimeoutExpired:           # a driver that hangs can outlive SIGKILL
             pass
 
 
@@ -227,7 +228,7 @@ def take_rows(path: Path, start: int, entry: dict, machine: dict) -> bool:
     rows = []
     for line in lines:
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=lambda name: None)        # NaN, Infinity
         except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("machine"), dict):

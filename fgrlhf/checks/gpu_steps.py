@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from fgrlhf.checks import gpu_correct, gpu_speed
+from fgrlhf.checks import gpu_correct, gpu_ppo, gpu_runs, gpu_speed
 from fgrlhf.checks.gpu import GRACE, OUT_OF_MEMORY
 from fgrlhf.data.fields import UserError
 from fgrlhf.engine.config import is_out_of_memory
@@ -35,8 +35,8 @@ FUNCTIONS: dict[str, Callable[[Place], Iterator[dict]]] = {
     "kernels": gpu_correct.kernels,
     "graph": gpu_correct.graph,
     "checks": gpu_correct.checks,
-    "resume": gpu_correct.resume,
-    "methods": gpu_correct.methods,
+    "resume": gpu_runs.resume,
+    "methods": gpu_runs.methods,
     "ceilings": gpu_speed.ceilings,
     "head": gpu_speed.head,
     "decode 135M": partial(gpu_speed.decode, preset="SmolLM2-135M"),
@@ -45,9 +45,9 @@ FUNCTIONS: dict[str, Callable[[Place], Iterator[dict]]] = {
     "train 135M": partial(gpu_speed.train, preset="SmolLM2-135M", rows=8),
     "train 1.1B": partial(gpu_speed.train, preset="TinyLlama-1.1B", rows=8),
     "train 7B LoRA": partial(gpu_speed.train, preset="7B", rows=4, rank=8),
-    "PPO 7B LoRA": partial(gpu_speed.iteration, rank=8),
-    "PPO 7B": partial(gpu_speed.iteration, rank=0),
-    "quick": gpu_speed.quick}
+    "PPO 7B LoRA": partial(gpu_ppo.iteration, rank=8),
+    "PPO 7B": partial(gpu_ppo.iteration, rank=0),
+    "quick": gpu_ppo.quick}
 
 
 def run_step(name: str, device: str, small: bool, out: Path, seconds: float) -> None:
