@@ -1,14 +1,18 @@
 # make reproduce   the whole pipeline at the quick profile -> runs/quick/{results.json,report.html}
 # make real DATA=DIR   the method on people's edits of news summaries -> runs/real/
 # make model       SmolLM2-135M-Instruct, a real pretrained LLaMA -> models/
+# make gpu         checks and measures everything on a GPU, in 8 minutes -> runs/gpu-TIME/gpu.md
 # make test        the test suite
-# Each makes a virtual environment first; VENV=DIR puts it elsewhere.
+# Each but `make gpu` makes a virtual environment first; VENV=DIR puts it elsewhere. `make gpu` needs
+# no network: it uses PYTHON, which must have the packages and a torch for the GPU.
 
 VENV ?= .venv
 PYTHON ?= python3
 OUT ?= runs/quick
 
-.PHONY: reproduce real model test
+MINUTES ?= 8
+
+.PHONY: reproduce real model gpu test
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +27,9 @@ real: $(VENV)/ready
 
 model: $(VENV)/ready
 	$(VENV)/bin/python -m fgrlhf.checkpoint fetch-smollm2 --out models
+
+gpu:
+	$(PYTHON) -m fgrlhf.checks gpu --minutes $(MINUTES) --out runs/gpu-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/ready
 	$(VENV)/bin/python -m tests

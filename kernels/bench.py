@@ -31,13 +31,13 @@ class Problem:
     """The inputs of one size: hidden [N, D], head [V, D], numbers per token [N], a reference."""
 
     def __init__(self, n: int, d: int, v: int, device: str, dtype: torch.dtype):
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
 
         def randn(*shape):
-            return torch.randn(*shape, generator=generator).to(device, dtype)
+            return torch.randn(*shape, generator=generator, device=device).to(dtype)
         self.hidden = randn(n, d).requires_grad_()
         self.head = (randn(v, d) / d ** 0.5).requires_grad_()
-        self.targets = torch.randint(v, (n,), generator=generator).to(device)
+        self.targets = torch.randint(v, (n,), generator=generator, device=device)
         self.advantages, self.noise = randn(n).float(), 0.1 * randn(n).float()
         self.logp_old = linear_logp.score(
             self.hidden.detach(), self.head.detach(), self.targets, 1.0, False).logp + self.noise
@@ -109,8 +109,12 @@ def peers(work: str) -> dict:
     return found
 
 
-def variants(work: str) -> dict:
-    """name -> f(problem), which returns a scalar. Its backward pass is timed too if in GRADIENT."""
+def variants(work: str, only: list[str] = []) -> dict:
+    """name -> f(problem), which returns a scalar. Its backward pass is timed too if in GRADIENT.
+
+    only: the names that are wanted, [] for all. Other libraries are imported only when one of their
+    rows is wanted.
+    """
     def of(form: str):
         return {
             "ppo": lambda p: getattr(linear_ppo, form)(
@@ -135,8 +139,9 @@ def variants(work: str) -> dict:
     def compiled():                           # only when it is called: the compiler imports slowly
         torch.compiler.reset()                # a function may have 8 compiled forms at most
         return torch.compile(plain, dynamic=False)
-    return {"fused": of("fused"), "plain": plain,
-            "plain compiled": lambda p: compiled()(p), **peers(work)}
+    own = {"fused": of("fused"), "plain": plain, "plain compiled": lambda p: compiled()(p)}
+    found = own if only and set(only) <= set(own) else own | peers(work)
+    return {name: loss for name, loss in found.items() if not only or name in only}
 
 
 def call(work: str, loss, problem: Problem) -> None:
@@ -152,9 +157,8 @@ def call(work: str, loss, problem: Problem) -> None:
 def measure(work: str, problem: Problem, options) -> dict:
     """Times the floor and all variants in rounds: name -> {seconds, ratio, quartiles}."""
     runs = {"floor": problem.floor(MATMULS[work])}
-    for name, loss in variants(work).items():
-        if not options.only or name in options.only:
-            runs[name] = lambda loss=loss: call(work, loss, problem)
+    for name, loss in variants(work, options.only).items():
+        runs[name] = lambda loss=loss: call(work, loss, problem)
     return timing.in_turn(runs, dict.fromkeys(runs, "floor"), options.repeats,
                           timing.clock_of(options))
 
@@ -164,7 +168,7 @@ def peak_of(work: str, name: str, problem: Problem) -> float:
 
     Matmuls of the same size run before, so that the memory that their library keeps is not counted.
     """
-    loss = variants(work)[name]
+    loss = variants(work, [name])[name]
     call(work, loss, Problem(8, 8, 16, problem.hidden.device.type, problem.hidden.dtype))
     problem.floor(3)()
     return timing.peak_mib(lambda: call(work, loss, problem), problem.hidden.device.type)
@@ -190,6 +194,7 @@ def main() -> None:
     timing.add_flags(parser, repeats=9)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    timing.use(options.device)
     if not options.peak_of:
         keep_freed()                                    # as the training scripts do
     machine, tables = None if options.peak_of else timing.machine(options), []

@@ -37,6 +37,7 @@ PAD = 16                          # unused logits after each row whose bytes are
                                   # otherwise a column uses few sets of the cache (3 of 50 ms)
 COLUMNS = 1024                    # on a CPU: columns of the vocabulary that one matmul writes
 CACHED = 2**20                    # on a CPU: logits exponentiated at a time, 4 MiB of float32
+ROWS = 64, 1024                   # rows of h . (q W) at a time: on a CPU, elsewhere
 
 # (rows, logp [n]) -> f [n], df/dlogp [n]
 Term = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
@@ -125,8 +126,9 @@ def gradients(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float,
             add_(grad_head, bits.T, scaled, first=rows.start == 0)
         if needs[0]:
             back = torch.mm(bits, head, out=grad_hidden[rows])                          # [n, D]
-            inner = torch.cat([(x * q).sum(-1, keepdim=True, dtype=logp.dtype)          # in pieces:
-                               for x, q in zip(h.split(64), back.split(64))]) / total   # no [n, D]
+            few = ROWS[h.device.type != "cpu"]                                  # no [n, D] at once
+            inner = torch.cat([(x * q).sum(-1, keepdim=True, dtype=logp.dtype)
+                               for x, q in zip(h.split(few), back.split(few))]) / total
             torch.sub(inner[:, 0] / -temperature, logp[rows], out=entropy[rows])
             back *= g
     return Gradients(logp, entropy, grad_hidden, grad_head.to(head.dtype) if needs[1] else None)

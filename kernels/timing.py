@@ -72,8 +72,14 @@ def in_turn(runs: dict[str, Callable], floors: dict[str, str], repeats: int, clo
     return rows
 
 
+def use(device: str) -> None:
+    """Makes a GPU the current device, for which `wait` and `peak_mib` work."""
+    if device.startswith("cuda"):
+        torch.cuda.set_device(torch.zeros(1, device=device).device)
+
+
 def wait() -> None:
-    """Waits until a GPU has finished its work."""
+    """Waits until the current GPU has finished its work."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
@@ -120,7 +126,8 @@ def machine(options) -> dict:
     found = {"machine": platform.machine(), "system": platform.system(),
              "torch": torch.__version__, "command": " ".join(sys.argv[1:]), **vars(options)}
     if options.device.startswith("cuda"):
-        found |= {"device_name": torch.cuda.get_device_name(options.device)} | ceilings(options)
+        found |= {"device_name": torch.cuda.get_device_name(options.device)}
+        found |= ceilings(options.device)
     print(f"torch {torch.__version__}, {options.device}, {options.threads} thread(s), "
           f"{options.clock} clock")
     for name in found.keys() - vars(options).keys() - {"machine", "system", "torch", "command"}:
@@ -128,18 +135,23 @@ def machine(options) -> dict:
     return found
 
 
-def ceilings(options) -> dict[str, float]:
-    """The measured limits of a GPU: bytes per second of a copy, flops per second of a matmul."""
+def ceilings(device: str, size: int = 8192, copied: int = 2**28,
+             repeats: int = 9) -> dict[str, float]:
+    """The measured limits of a GPU: bytes per second of a copy, flops per second of a matmul.
+
+    size: rows and columns of the matrices. copied: the bytes that are copied, each read and
+    written once. A time is the median of `repeats` calls.
+    """
     found = {}
-    source = torch.empty(2**28, dtype=torch.uint8, device=options.device)
-    target = torch.empty_like(source)
+    source = torch.zeros(copied, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
     work = {"copy_bytes_per_second": (lambda: target.copy_(source), 2 * len(source))}
     for dtype in (torch.float32, torch.bfloat16):
-        a, b, out = (torch.randn(8192, 8192, device=options.device, dtype=dtype) for _ in range(3))
+        a, b, out = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
         work[f"matmul_flops_per_second_{dtype}".replace("torch.", "")] = (
-            lambda a=a, b=b, out=out: torch.mm(a, b, out=out), 2 * 8192**3)
+            lambda a=a, b=b, out=out: torch.mm(a, b, out=out), 2 * size**3)
     for name, (run, amount) in work.items():
-        rows = in_turn({name: run}, {name: name}, 9, time.perf_counter)
+        rows = in_turn({name: run}, {name: name}, repeats, time.perf_counter)
         found[name] = amount / rows[name]["seconds"]
     return found
 

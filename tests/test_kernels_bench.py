@@ -37,3 +37,11 @@ def test_floor_runs_the_matmuls_of_the_work(monkeypatch):
         calls.clear()
         problem.floor(count)()
         assert calls == [2 * 8 * 4 * 6] * count
+
+
+def test_variants_import_other_libraries_only_when_their_rows_are_wanted(monkeypatch):
+    monkeypatch.setattr(bench, "peers", lambda work: {"trl": asked.append(work)})
+    asked: list[str] = []
+    assert list(bench.variants("ppo", ["fused", "plain"])) == ["fused", "plain"] and not asked
+    assert list(bench.variants("ppo", ["trl"])) == ["trl"] and asked == ["ppo"]
+    assert list(bench.variants("ppo")) == ["fused", "plain", "plain compiled", "trl"]

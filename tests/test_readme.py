@@ -147,10 +147,9 @@ def config_of(words: list[str]) -> type | None:
     if (ROOT / name.replace(".", "/") / "__main__.py").exists():
         name += ".__main__"
     module = importlib.import_module(name)
-    if hasattr(module, "Config"):
-        return module.Config
     wanted = rest[0].replace("-", "").lower() + "config" if rest else ""
-    return next((value for key, value in vars(module).items() if key.lower() == wanted), None)
+    own = next((value for key, value in vars(module).items() if key.lower() == wanted), None)
+    return own or getattr(module, "Config", None)
 
 
 def commands_of(text: str) -> list[list[str]]:

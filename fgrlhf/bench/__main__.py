@@ -18,6 +18,7 @@ import torch
 from fgrlhf.align import align
 from fgrlhf.bench.profiling import print_profile
 from fgrlhf.bench.work import MODELS, ROWS, V
+from fgrlhf.data.fields import UserError
 from fgrlhf.engine.config import OneLineParser, run
 from fgrlhf.engine.distributed import pick_device
 from kernels import timing
@@ -102,6 +103,9 @@ def main() -> None:
         print(timing.peak_mib(work.run, options.device))
         return
     machine, tables = timing.machine(options), []
+    if options.profile and not options.device.startswith("cpu"):
+        raise UserError(f"--profile: expected --device cpu, got {options.device}; the parts are those "
+                        "of a CPU's time")
     if options.profile:
         for width in options.width:
             print(f"\nD {width}, 6 layers, V {V}")

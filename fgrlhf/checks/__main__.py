@@ -1,7 +1,8 @@
-"""Try the rules on your own models and prompts, in seconds; or look at a failed batch.
+"""Tries the rules on your own models and prompts, explains a failed batch, or checks a GPU.
 
     python -m fgrlhf.checks --policy runs/sft/policy --reward runs/rm/reward --prompts train.jsonl
     python -m fgrlhf.checks --replay runs/ppo/failed-batch.pt
+    python -m fgrlhf.checks gpu --minutes 8 --out runs/gpu      # everything on a GPU: see gpu.py
 
 train_ppo.py runs the same checks before every run (--skip-checks leaves them out); startup.py says
 what they do. --replay takes the batch that stopped a run and says which tensor is not finite, and
@@ -11,11 +12,11 @@ where.
 import sys
 from dataclasses import dataclass, replace
 
-from fgrlhf.checks import replay, startup
+from fgrlhf.checks import gpu, replay, startup
 from fgrlhf.data.fields import UserError
 from fgrlhf.encode import ReadingRecords
 from fgrlhf.engine import players
-from fgrlhf.engine.config import Computation, arg, parse, run
+from fgrlhf.engine.config import Computation, arg, parse, program, run
 from fgrlhf.engine.distributed import pick_device
 from fgrlhf.own_reward import is_own
 from fgrlhf.reward import describe_reward
@@ -36,6 +37,16 @@ class Config(ReadingRecords, Computation):
     microbatch: int = arg(16, least=0, help="responses per forward pass of the planned run")
     lora_rank: int = arg(0, least=0, help="rank of the adapters of the planned run; 0: none")
     seed: int = arg(0, help="seed of the sampled responses")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuConfig:
+    out: str = arg(help="new folder for the table and the rows")
+    minutes: float = arg(8.0, help="time for all steps together")
+    device: str = arg("cuda", help="cuda, cuda:1, ...; cpu rehearses all steps at small sizes")
+    small: bool = arg(False, help="small sizes on a GPU too; they test the steps, and measure "
+                      "nothing")
+    step: str | None = arg(None, help="run only this step, in this process: its rows go to stdout")
 
 
 def main(config: Config) -> None:
@@ -59,5 +70,12 @@ def main(config: Config) -> None:
     startup.require(startup.subject(config, loaded), config.seed, sys.stdout)
 
 
+def command() -> None:
+    if sys.argv[1:2] == ["gpu"]:
+        gpu.main(parse(GpuConfig, gpu.__doc__, sys.argv[2:], f"{program()} gpu"))
+    else:
+        main(parse(Config, __doc__))
+
+
 if __name__ == "__main__":
-    run(lambda: main(parse(Config, __doc__)))
+    run(command)

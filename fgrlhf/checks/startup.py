@@ -87,9 +87,13 @@ def memory_suffices(s: Subject) -> Check:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Returns the bytes that are free on `device`, or None when the system does not say."""
+    """Returns the bytes that are free on `device`, or None when the system does not say.
+
+    On a GPU this includes what PyTorch has kept of freed tensors.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":") for line in file)

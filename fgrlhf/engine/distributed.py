@@ -39,8 +39,9 @@ from kernels.memory import keep_freed
 def pick_device(name: str) -> torch.device:
     """Returns the device of that name. "auto" is CUDA if there is one, otherwise the CPU.
 
-    On a CPU, freed memory stays with the process (kernels/memory.py). Raises UserError for a device
-    that cannot be used here.
+    On a CPU, freed memory stays with the process (kernels/memory.py). A GPU becomes the current
+    one, on whose streams graphs are captured (graph.py). Raises UserError for a device that cannot
+    be used here.
     """
     if name.startswith("mps"):
         raise UserError("--device mps: not supported, it has no float64; use cpu")
@@ -55,6 +56,8 @@ def pick_device(name: str) -> torch.device:
                         "cuda") from None
     if device.type == "cpu":
         keep_freed()
+    elif device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
