@@ -14,9 +14,9 @@ from fgrlhf.sequences import by_length, hidden_at, hidden_before, locate, pack, 
 from tests.small import gradients, ids, llama, slow_logp, with_garbage
 from tests.test_padding import Rows
 
-X, Y, Z = ids(12, 1), ids(9, 2), ids(3, 3)
+X, Y, Z = ids(12, 1), ids(11, 2), ids(3, 3)
 BATCH = pack([X, Y, X, Y, X, Z], [ids(n, 20 + n) for n in (1, 3, 2, 4, 3, 2)])
-NUMBERS = 12 + 9 + 3 + 15                       # the prompts once, and all responses
+NUMBERS = 12 + 11 + 3 + 15                      # the prompts once, and all responses
 
 
 def whole_rows(monkeypatch):
@@ -42,11 +42,17 @@ def test_same_prompts_compares_whole_prompts_and_no_responses():
 
 
 @pytest.mark.parametrize("response, shared", [(3, False), (2, True)])
-def test_same_prompts_keeps_rows_whole_unless_a_third_of_the_tokens_is_saved(response, shared):
-    """Two rows of 6 + 3 tokens save 6 of 18, rows of 6 + 2 tokens 6 of 16."""
+def test_same_prompts_keeps_rows_whole_unless_prompts_are_twice_as_long(response, shared):
     batch = pack([X[:6]] * 2, [ids(response, 1), ids(response, 2)])
     assert (same(batch) is not None) == shared
-    assert same(batch.rows(torch.tensor([0]))) is None
+
+
+@pytest.mark.parametrize("rows, shared", [(6, False), (5, True)])
+def test_same_prompts_keeps_rows_whole_where_little_is_saved(rows, shared):
+    """One of 6 rows of 12 + 4 tokens is 1/8 of the 96 tokens, but one of 5 is more."""
+    others = [ids(12, seed) for seed in range(5, 3 + rows)]
+    batch = pack([X, X, *others], [ids(4, seed) for seed in range(rows)])
+    assert (same(batch) is not None) == shared
 
 
 # ----- the layout ---------------------------------------------------------------------------------
@@ -126,7 +132,7 @@ def test_frozen_states_compute_the_prompt_of_an_edit_once(monkeypatch):
     states = FrozenStates(llama(), None)
     with Rows() as rows:
         states.add(examples)
-    assert rows.seen == {12 + 9 + 11 + 3 * 5}
+    assert rows.seen == {12 + 11 + 11 + 3 * 5}
     whole_rows(monkeypatch)
     again = FrozenStates(states.trunk, None)
     again.add(examples)
@@ -137,20 +143,20 @@ def test_frozen_states_compute_the_prompt_of_an_edit_once(monkeypatch):
 
 def test_by_length_keeps_rows_of_one_prompt_together():
     """By length alone the rows of X, of 13 and 15 tokens, would have those of Y between them."""
-    batch = pack([X, Y, X, Y], [ids(1), ids(5), ids(3), ids(4)])
+    batch = pack([X, Y, X, Y], [ids(1), ids(3), ids(3), ids(2)])
     assert [group.tolist() for group in by_length(batch, [0, 1, 2, 3], 2)] == [[0, 2], [3, 1]]
 
 
-@pytest.mark.parametrize("prompts", [[X] * 3 + [Y] * 3, [X, Z, Y, X, Y, X, X]])
+@pytest.mark.parametrize("prompts", [[X] * 3 + [Y] * 3, [X, Y, Y, X, Y, X]])
 def test_sample_draws_the_same_responses_from_a_prompt_computed_once(prompts, monkeypatch):
     """In any order of the rows; rows leave the batch at different times."""
     policy, draw, shapes, hidden = llama(), torch.Generator(), [], LLaMA.hidden
     monkeypatch.setattr(LLaMA, "hidden", lambda self, tokens, *rest, **more: (
         shapes.append(tuple(tokens.shape)), hidden(self, tokens, *rest, **more))[1])
-    shared = sample(policy, prompts, 2, 6, 1.0, draw.manual_seed(4))
-    assert shapes[0] == (len(set(map(tuple, prompts))), 12) and shapes[1][1] == 1
+    shared = sample(policy, prompts, 2, 4, 1.0, draw.manual_seed(4))
+    assert shapes[0] == (2, 12) and shapes[1][1] == 1
     whole_rows(monkeypatch)
-    whole = sample(policy, prompts, 2, 6, 1.0, draw.manual_seed(4))
+    whole = sample(policy, prompts, 2, 4, 1.0, draw.manual_seed(4))
     assert all(torch.equal(a, b) for a, b in zip(shared.sequences, whole.sequences))
     assert len(set(whole.sequences.response_lengths.tolist())) > 1
     torch.testing.assert_close(shared.logp_old, whole.logp_old, atol=1e-5, rtol=0)
