@@ -9,6 +9,7 @@ import torch
 
 from fgrlhf.bench import __main__ as bench, peers, profiling, shared, work
 from fgrlhf.bench.floor import Floor, iteration_floor
+from fgrlhf.data.fields import UserError
 from fgrlhf.model import LLaMAConfig, build
 from fgrlhf.rollout import sample
 from fgrlhf.sequences import pack
@@ -170,8 +171,21 @@ def test_peer_table_takes_ratios_within_a_round(monkeypatch, capsys):
     """Both sides are three times slower in the second round, and we take half of the time."""
     took = iter([2, 4, 4, 6, 12, 12] * len(peers.WORK))
     monkeypatch.setattr(peers.subprocess, "run", lambda command, **_: SimpleNamespace(
-        stdout=f"a warning\n{next(took)}\n"))
+        returncode=0, stdout=f"a warning\n{next(took)}\n"))
+    monkeypatch.setattr(peers, "find_spec", lambda name: name)
     rows = peers.peer_table(SimpleNamespace(repeats=2, threads=1, clock="cpu"))["peers"]
     assert rows.keys() == set(peers.WORK)
     assert rows["scoring"]["ours : transformers"] == [0.5, 0.5, 0.5]
     assert rows["scoring"]["ours"] == 4 and "0.5" in capsys.readouterr().out
+
+
+def test_peer_table_says_what_is_missing_and_what_failed(monkeypatch):
+    options = SimpleNamespace(repeats=1, threads=1, clock="cpu")
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--peers: expected an environment with transformers"):
+        peers.peer_table(options)
+    monkeypatch.setattr(peers, "find_spec", lambda name: name)
+    monkeypatch.setattr(peers.subprocess, "run", lambda command, **_: SimpleNamespace(
+        returncode=1, stderr="Traceback\nMemoryError\n"))
+    with pytest.raises(UserError, match="ours, training step: MemoryError"):
+        peers.peer_table(options)

@@ -18,10 +18,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from fgrlhf.data.fields import UserError
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.model import LLaMAConfig, build
 from fgrlhf.presets import PRESETS
@@ -56,7 +58,7 @@ def ours(config: LLaMAConfig) -> dict[str, Callable]:
     return dict(zip(WORK, (training, scoring, drawn(32, 32, 32), drawn(1, 8, 64))))
 
 
-def transformers(config: LLaMAConfig) -> dict[str, Callable]:
+def theirs(config: LLaMAConfig) -> dict[str, Callable]:
     from transformers import LlamaConfig, LlamaForCausalLM
     sizes = {"hidden_size": config.dim, "intermediate_size": config.ffn_dim,
              "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
@@ -87,10 +89,10 @@ def transformers(config: LLaMAConfig) -> dict[str, Callable]:
 
 def kept(config: LLaMAConfig) -> dict[str, Callable]:
     keep_freed()
-    return transformers(config)
+    return theirs(config)
 
 
-SIDES = {"ours": ours, "transformers": transformers, "memory kept": kept}
+SIDES = {"ours": ours, "transformers": theirs, "memory kept": kept}
 
 
 def seconds_of(side: str, name: str, clock: Callable[[], float]) -> float:
@@ -103,7 +105,12 @@ def seconds_of(side: str, name: str, clock: Callable[[], float]) -> float:
 
 
 def peer_table(options) -> dict:
-    """Times and prints every row by both sides, in processes that take turns."""
+    """Times and prints every row by both sides, in processes that take turns.
+
+    Raises UserError when transformers is not installed, or when a process fails.
+    """
+    if find_spec("transformers") is None:
+        raise UserError("--peers: expected an environment with transformers; install it there")
     rows = {}
     for name in WORK:
         times: dict[str, list[float]] = {side: [] for side in SIDES}
@@ -111,7 +118,10 @@ def peer_table(options) -> dict:
             for side, found in times.items():
                 command = [sys.executable, "-m", "fgrlhf.bench", "--peer-of", side, name,
                            "--threads", str(options.threads), "--clock", options.clock]
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    last = (done.stderr.strip() or "no message").splitlines()[-1]
+                    raise UserError(f"--peers: {side}, {name}: {last}")
                 found.append(float(done.stdout.split()[-1]))
         rows[name] = {side: statistics.median(found) for side, found in times.items()}
         for side in list(SIDES)[1:]:
