@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fgrlhf.model import LLaMA
 from fgrlhf.reward import RewardModel
-from fgrlhf.sequences import Located, Sequences, locate, unflatten
+from fgrlhf.sequences import Located, Sequences, hidden_of, locate, unflatten
 from kernels import linear_logp
 
 
@@ -30,7 +30,7 @@ class LogpReward(RewardModel):
 
     def token_rewards(self, sequences: Sequences) -> Tensor:
         at = locate(sequences)
-        hidden = self.trunk.hidden(sequences.tokens, lengths=sequences.lengths)
+        hidden = hidden_of(self.trunk, sequences)
         before = hidden[at.row, at.position - 1]                                 # [N, D]
         logp = linear_logp.fused(before, self.trunk.head, at.target).logp        # [N]
         return unflatten(self.values(hidden, logp, at), at, sequences)

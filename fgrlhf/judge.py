@@ -23,11 +23,14 @@ from fgrlhf.engine.draws import generator
 from fgrlhf.engine.encoding import Encoding
 from fgrlhf.evaluate import compare, constant
 from fgrlhf.model import LLaMA
+from fgrlhf.prompts import same_prompts
 from fgrlhf.reward import RewardModel
 from fgrlhf.rollout import sample
-from fgrlhf.sequences import pack
+from fgrlhf.sequences import Sequences, by_length, pack
 from fgrlhf.templates import end_of_turn, find_template, shows_context
 from fgrlhf.tokenizer import Tokenizer
+
+TOGETHER = 16                       # answers per forward pass where they share long prompts
 
 
 def answers(policy: LLaMA, tokenizer: Tokenizer, prompts: list[Prompt], template: str,
@@ -166,11 +169,20 @@ def rewards_of(model: RewardModel, tokenizer: Tokenizer, encoding: Encoding,
                outputs: list[Output]) -> tuple[list[float], list[list[int]]]:
     """Returns R(x, y) of each answer, on the model's own scale, and the ids that the model saw.
 
+    Answers are judged one at a time, or several together where they share long prompts.
+
     Raises FloatingPointError when a reward is not finite.
     """
     prompts, seen = encode_outputs(model, tokenizer, encoding, outputs)
-    rewards = [model.sequence_rewards(pack([prompt], [ids], device=model.device)).item()
-               for prompt, ids in zip(tqdm(prompts, desc="judge", leave=False), seen)]
+    rows = list(zip(map(tuple, prompts), map(tuple, seen)))
+    different = list(dict.fromkeys(rows))       # equal answers get the same reward to the last bit
+    batch, found = pack(*zip(*different)), {}
+    shared = same_prompts(batch.tokens, batch.prompt_lengths, int(batch.lengths.sum())) is not None
+    groups = by_length(batch, list(range(len(different))), TOGETHER if shared else 1)
+    for group in tqdm(groups, desc="judge", leave=False):
+        part = Sequences(*(x.to(model.device) for x in batch.rows(group)))
+        found |= zip((different[i] for i in group.tolist()), model.sequence_rewards(part).tolist())
+    rewards = [found[row] for row in rows]
     if not all(map(math.isfinite, rewards)):
         raise FloatingPointError("rewards: expected finite numbers, got "
                                  f"{next(r for r in rewards if not math.isfinite(r))}; check the "

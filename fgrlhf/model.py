@@ -162,6 +162,11 @@ class KVCache:
         part.keys, part.values, part.length = self.keys[:, rows], self.values[:, rows], 0
         return part
 
+    def spread(self, rows: Tensor) -> None:
+        """Copies row rows[i] into row i, for rows [B], one layer at a time."""
+        for part in (*self.keys, *self.values):                                  # [B, G, S, K]
+            part[:, :, :self.length] = part[rows, :, :self.length]
+
     def keep(self, rows: Tensor) -> None:
         """Replaces row i by row rows[i] and drops the other rows. Copies only rows that move."""
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
@@ -227,6 +232,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return torch.bmm(weights.view(len(k), -1, k.shape[1]), v).view(B, H, T, K)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The same by PyTorch's kernel, for about as many queries as keys.
+
+    A mask of dtype bool is True where a query sees a key. None is the causal rule, with T = S.
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                          enable_gqa=k.shape[1] != q.shape[1])
+
+
 def attention_mask(start: int, T: int, key_mask: Tensor | None, like: Tensor) -> Tensor | None:
     """0 where query t may see slot s, else -inf: [B or 1, 1, T, S = start + T], in like's dtype.
 
@@ -271,6 +285,11 @@ class Padding:
         """[1, N, ..] -> [B, T, ..]: the rows again, with 0 in the padding."""
         return _Move.apply(x, self._restore, self._strip)
 
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attends within each row: [1, N, heads, K] -> [1, N, H, K]."""
+        q, k, v = (self.restore(x).transpose(1, 2) for x in (q, k, v))           # [B, heads, T, K]
+        return self.strip(attention(q, k, v).transpose(1, 2))
+
     def _strip(self, x: Tensor) -> Tensor:
         return x.flatten(0, 1).index_select(0, self.index)[None]
 
@@ -311,17 +330,15 @@ class Attention(nn.Module):
         k = rotate(self.wk(x).view(B, T, G, K), rotary)
         v = self.wv(x).view(B, T, G, K)
         if padding is not None:
-            q, k, v = padding.restore(q), padding.restore(k), padding.restore(v)
+            return self.wo(padding.attention(q, k, v).flatten(2))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)        # [B, H, T, K]
         if cache is not None:
             k, v = cache.append(layer, k, v)                                     # [B, G, S, K]
         if k.shape[2] > q.shape[2]:                                              # decoding
             y = attend(q, k, v, mask)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                               enable_gqa=G != H)
-        y = y.transpose(1, 2)                                                    # [B, T, H, K]
-        return self.wo((y if padding is None else padding.strip(y)).flatten(2))
+            y = attention(q, k, v, mask)
+        return self.wo(y.transpose(1, 2).flatten(2))                             # [B, T, D]
 
 
 class FeedForward(nn.Module):
@@ -378,7 +395,8 @@ class LLaMA(nn.Module):
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None,
                key_mask: Tensor | None = None, cache: KVCache | None = None,
-               lengths: Tensor | None = None, layers: int | None = None) -> Tensor:
+               lengths: Tensor | None = None, layers: int | None = None,
+               padding: Padding | None = None) -> Tensor:
         """Returns the final hidden states [B, T, D], after the last norm. Logits: hidden @ head.T.
 
         tokens [B, T] int64. With a `cache` they continue its `length` filled slots and are stored
@@ -387,16 +405,17 @@ class LLaMA(nn.Module):
         default everywhere.
 
         lengths [B] int64, given without the other three: tokens behind them are padding. Only
-        attention computes it, and its hidden states are 0.
+        attention computes it, and its hidden states are 0. `padding` in their place describes rows
+        that share prompts (prompts.py).
 
         layers: compute only the first N blocks, and return h_N without the last norm.
         """
         if lengths is not None and not (positions is key_mask is cache is None):
             raise ValueError("lengths: expected without positions, key_mask and cache")
         start, T = cache.length if cache is not None else 0, tokens.shape[1]
-        padding = None
         if lengths is not None and int(lengths.min()) < T:
             padding = Padding(lengths, T)
+        if padding is not None:
             tokens, positions = padding.strip(tokens), padding.positions                # [1, N]
         if positions is None:
             positions = torch.arange(start, start + T, device=tokens.device)[None]      # [1, T]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fgrlhf.engine import distributed
 from fgrlhf.model import KVCache, LLaMA
+from fgrlhf.prompts import same_prompts
 from fgrlhf.sequences import Sequences
 from kernels.three_matmuls import LN2
 
@@ -152,17 +153,24 @@ def prefill(policy: LLaMA, tokens: Tensor, lengths: Tensor, order: Tensor,
     """Fills the cache with the prompts in the given `order` [B].
 
     Returns [B, D], the hidden state of each prompt's last token. A few rows of similar length go
-    through the model at a time, so that little of the work is padding.
+    through the model at a time, so that little of the work is padding. Rows with the same prompt
+    copy the keys and values of the first of them (see `same_prompts`).
     """
-    last = []
-    for start in range(0, len(order), PREFILL):
-        rows = order[start:start + PREFILL]
-        longest = int(lengths[rows].max())
-        part = cache.part(slice(start, start + len(rows)))
-        hidden = policy.hidden(tokens[rows, :longest], cache=part)               # [b, P, D]
-        last.append(hidden[torch.arange(len(rows)), lengths[rows] - 1])
+    tokens, lengths, last = tokens[order], lengths[order], []
+    rows = copies = torch.arange(len(order), device=order.device)
+    first = same_prompts(tokens, lengths, tokens.numel())
+    if first is not None:
+        rows, copies = first.unique(return_inverse=True)
+    for start in range(0, len(rows), PREFILL):
+        some = rows[start:start + PREFILL]
+        longest = int(lengths[some].max())
+        part = cache.part(slice(start, start + len(some)))
+        hidden = policy.hidden(tokens[some, :longest], cache=part)               # [b, P, D]
+        last.append(hidden[torch.arange(len(some)), lengths[some] - 1])
     cache.length = int(lengths.max())
-    return torch.cat(last)
+    if first is not None:
+        cache.spread(copies)
+    return torch.cat(last)[copies]
 
 
 def real_slots(lengths: Tensor, longest: int, slots: int) -> Tensor:

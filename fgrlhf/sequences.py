@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fgrlhf.engine import distributed
 from fgrlhf.model import LLaMA
+from fgrlhf.prompts import SharedPrompts, same_prompts
 from kernels import linear_logp
 
 PADDING_BUDGET = 2**17      # attention scores of padding that cost less than one more forward pass
@@ -91,24 +92,36 @@ def unflatten(values: Tensor, at: Located, sequences: Sequences) -> Tensor:
     return values.new_zeros(shape).index_put((at.row, at.t), values)
 
 
+def hidden_of(model: LLaMA, sequences: Sequences, layers: int | None = None,
+              spare: int = 0) -> Tensor:
+    """[B, S, D]: the hidden states of whole rows. Prompts that rows share are computed once.
+
+    layers: of the first N blocks only, see `LLaMA.hidden`. spare: this many tokens at the end of
+    each row need no hidden state; whole rows are computed without them.
+    """
+    tokens, lengths = sequences.tokens, sequences.lengths
+    first = same_prompts(tokens, sequences.prompt_lengths, int(lengths.sum()))
+    if first is None:
+        return model.hidden(tokens[:, :tokens.shape[1] - spare], lengths=lengths - spare,
+                            layers=layers)
+    shared = SharedPrompts(sequences.prompt_lengths, sequences.response_lengths, first,
+                           tokens.shape[1])
+    return model.hidden(tokens, padding=shared, layers=layers)
+
+
 def hidden_at(model: LLaMA, sequences: Sequences, at: Located,
               layers: int | None = None) -> Tensor:
-    """[N, D]: the hidden state at each located token, which has seen the token. Rewards use it.
-
-    layers: of the first N blocks only, see `LLaMA.hidden`.
-    """
-    hidden = model.hidden(sequences.tokens, lengths=sequences.lengths, layers=layers)
-    return hidden[at.row, at.position]
+    """[N, D]: the hidden state at each located token, which has seen the token. Rewards use it."""
+    return hidden_of(model, sequences, layers)[at.row, at.position]
 
 
 def hidden_before(model: LLaMA, sequences: Sequences, at: Located,
                   layers: int | None = None) -> Tensor:
     """[N, D]: the hidden state one position before each response token, which predicts the token.
 
-    The last column of the batch predicts nothing, so the model does not compute it.
+    The last token of a row predicts nothing.
     """
-    hidden = model.hidden(sequences.tokens[:, :-1], lengths=sequences.lengths - 1, layers=layers)
-    return hidden[at.row, at.position - 1]
+    return hidden_of(model, sequences, layers, spare=1)[at.row, at.position - 1]
 
 
 def score(model: LLaMA, sequences: Sequences, temperature: float = 1.0) -> Tensor:
@@ -129,17 +142,21 @@ def score(model: LLaMA, sequences: Sequences, temperature: float = 1.0) -> Tenso
 def by_length(sequences: Sequences, rows: list[int], size: int) -> list[Tensor]:
     """Sorts `rows` by length and cuts them into groups of at most `size` rows (0: no limit).
 
-    Only attention computes padding: n rows in S columns have n S^2 attention scores. A group ends
-    early when more than PADDING_BUDGET of its scores would be padding.
+    Rows that share their prompts stay together, so that a group computes a prompt once. Only
+    attention computes padding: n rows in S columns have n S^2 attention scores. A group ends early
+    when more than PADDING_BUDGET of its scores would be padding.
     """
     lengths = sequences.lengths.tolist()
-    groups, real = [], 0
-    for row in sorted(rows, key=lambda row: lengths[row]):
-        scores = lengths[row] ** 2
+    first = same_prompts(sequences.tokens, sequences.prompt_lengths, sum(lengths))
+    order = (lambda row: lengths[row]) if first is None else (
+        lambda row: (lengths[first[row]], first[row].item(), lengths[row]))
+    groups, real, longest = [], 0, 0
+    for row in sorted(rows, key=order):
+        scores, longest = lengths[row] ** 2, max(longest, lengths[row])
         full = not groups or len(groups[-1]) == (size or len(rows))
-        if full or (len(groups[-1]) + 1) * scores > real + scores + PADDING_BUDGET:
+        if full or (len(groups[-1]) + 1) * longest ** 2 > real + scores + PADDING_BUDGET:
             groups.append([])
-            real = 0
+            real, longest = 0, lengths[row]
         groups[-1].append(row)
         real += scores
     return [torch.tensor(group) for group in groups]

@@ -2,18 +2,22 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fgrlhf.bench import __main__ as bench, profiling, work
+from fgrlhf.bench import __main__ as bench, peers, profiling, shared, work
 from fgrlhf.bench.floor import Floor, iteration_floor
+from fgrlhf.data.fields import UserError
 from fgrlhf.model import LLaMAConfig, build
 from fgrlhf.rollout import sample
 from fgrlhf.sequences import pack
 from kernels import timing
 
 TINY = LLaMAConfig(dim=8, n_layers=2, n_heads=2, n_kv_heads=2, vocab_size=20, ffn_dim=12)
+SMALL = LLaMAConfig(dim=16, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=50, ffn_dim=24,
+                    tie_embeddings=True)
 LAYERS = 2 * (4 * 8 * 8 + 3 * 8 * 12)                            # numbers in the layers' matrices
 
 
@@ -139,3 +143,49 @@ def test_main_prints_and_writes_the_table(tmp_path, monkeypatch, capsys):
     assert row["ratio"] > 0 and row["peak_mib"] > 1 and "training step" in out
     assert written["machine"]["torch"] == torch.__version__
     assert {"256", "1024"} == written["tables"][1]["alignment"].keys()
+
+
+def test_rows_that_share_a_prompt_compute_the_same_as_whole_rows():
+    for name, run in shared.rows_of(SMALL, "cpu").items():
+        once, whole = run(), shared.whole(run)()
+        if name.endswith("rollout"):
+            assert torch.equal(once.sequences.tokens, whole.sequences.tokens)
+        elif name.endswith("scoring"):
+            torch.testing.assert_close(once, whole, atol=1e-5, rtol=0)
+
+
+def test_main_prints_the_table_of_shared_prompts(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench", "--shared-prompts", "--repeats", "1"])
+    monkeypatch.setitem(bench.PRESETS, "SmolLM2-135M", SMALL)
+    bench.main()
+    out = capsys.readouterr().out
+    assert "edit, training, whole rows" in out and "alignment" not in out
+
+
+def test_every_row_of_the_peers_is_run_by_us(monkeypatch):
+    monkeypatch.setitem(peers.PRESETS, "SmolLM2-135M", SMALL)
+    assert all(peers.seconds_of("ours", name, time.perf_counter) > 0 for name in peers.WORK)
+
+
+def test_peer_table_takes_ratios_within_a_round(monkeypatch, capsys):
+    """Both sides are three times slower in the second round, and we take half of the time."""
+    took = iter([2, 4, 4, 6, 12, 12] * len(peers.WORK))
+    monkeypatch.setattr(peers.subprocess, "run", lambda command, **_: SimpleNamespace(
+        returncode=0, stdout=f"a warning\n{next(took)}\n"))
+    monkeypatch.setattr(peers, "find_spec", lambda name: name)
+    rows = peers.peer_table(SimpleNamespace(repeats=2, threads=1, clock="cpu"))["peers"]
+    assert rows.keys() == set(peers.WORK)
+    assert rows["scoring"]["ours : transformers"] == [0.5, 0.5, 0.5]
+    assert rows["scoring"]["ours"] == 4 and "0.5" in capsys.readouterr().out
+
+
+def test_peer_table_says_what_is_missing_and_what_failed(monkeypatch):
+    options = SimpleNamespace(repeats=1, threads=1, clock="cpu")
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--peers: expected an environment with transformers"):
+        peers.peer_table(options)
+    monkeypatch.setattr(peers, "find_spec", lambda name: name)
+    monkeypatch.setattr(peers.subprocess, "run", lambda command, **_: SimpleNamespace(
+        returncode=1, stderr="Traceback\nMemoryError\n"))
+    with pytest.raises(UserError, match="ours, training step: MemoryError"):
+        peers.peer_table(options)

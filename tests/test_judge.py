@@ -21,7 +21,8 @@ from fgrlhf.data.records import Annotation, Edit, Output, Passage, Prompt, Span
 from fgrlhf.encode import encode_prompt
 from fgrlhf.engine.config import parse
 from fgrlhf.engine.encoding import Encoding
-from fgrlhf.judge import answers, best_of, by_reward, check_same_prompts, joined, preferences_of
+from fgrlhf.judge import (
+    answers, best_of, by_reward, check_same_prompts, joined, preferences_of, rewards_of)
 from fgrlhf.reward import RewardModel, save_reward
 from fgrlhf.sequences import pack
 from fgrlhf.simulate.oracle import OracleJudge, by_oracle
@@ -267,6 +268,22 @@ def test_by_reward_prefers_the_higher_reward(tokenizer):
                                         for i, (a, b) in enumerate(zip(texts, others))]
 
 
+def test_rewards_of_answers_to_a_long_prompt_are_those_of_each_alone(tokenizer, monkeypatch):
+    """Three prompts with four answers each, in one pass. Two of the four are equal."""
+    model, asked = RewardModel(llama(vocab_size=300, max_seq_len=320), "token"), []
+    texts = ["No.", "It", "Its", "No."]
+    answers = [replace(answer, instruction=f"{ASKED} {k} " + "the river " * 9)
+               for k in range(3) for answer in outputs(*texts)]
+    call = RewardModel.sequence_rewards
+    monkeypatch.setattr(RewardModel, "sequence_rewards",
+                        lambda self, rows: (asked.append(len(rows.tokens)), call(self, rows))[1])
+    found, seen = rewards_of(model, tokenizer, Encoding("plain"), answers)
+    assert asked == [9] and found[0] == found[3] != found[1]
+    monkeypatch.setattr("fgrlhf.judge.TOGETHER", 1)
+    alone, _ = rewards_of(model, tokenizer, Encoding("plain"), answers)
+    assert asked[1:] == [1] * 9 and found == pytest.approx(alone, abs=1e-5)
+
+
 def test_by_reward_tells_answers_that_do_not_fit_from_ties(tokenizer, capsys):
     """A context of the prompt and 8 ids: only a difference within them can be judged."""
     torch.manual_seed(0)
@@ -305,7 +322,8 @@ def test_by_reward_shows_the_input_and_the_passages_that_the_policy_saw(tokenize
         found = answers(policy, tokenizer, [prompt], template, 4, 0.0, 0)
         asked.clear()
         by_reward(model, tokenizer, Encoding(template), found, found)
-        assert asked == [encode_prompt(tokenizer, prompt, template, 316)] * 2
+        # The two answers are equal, so one pass judges both.
+        assert asked == [encode_prompt(tokenizer, prompt, template, 316)]
     assert dict(found[0].other) == {"input": '"It is"',
                                     "context": '[{"title": "Title", "text": "Text."}]'}
 

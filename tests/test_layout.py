@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"torch", "sentencepiece", "numpy", "tqdm", "pytest"}
-RIVALS = {"kernels/bench.py": {"liger_kernel", "trl"}}        # measured where they are installed
+RIVALS = {"kernels/bench.py": {"liger_kernel", "trl"},        # measured where they are installed
+          "fgrlhf/bench/peers.py": {"transformers"}}
 SCRIPTS = ("train_rm.py", "train_ppo.py", "eval.py")
 OWN = {"fgrlhf", "kernels", "train_rm", "train_ppo", "eval"}
 FILES = sorted([*ROOT.glob("fgrlhf/**/*.py"), *ROOT.glob("kernels/*.py"),

@@ -4,9 +4,13 @@
     python -m fgrlhf.bench --width 64 --work "fine-grained" --repeats 20 --matmuls
     python -m fgrlhf.bench --profile --width 64 --work "fine-grained"
     python -m fgrlhf.bench --device cuda --json loop.json
+    python -m fgrlhf.bench --shared-prompts --clock cpu --repeats 5
 
-work.py describes the rows. The floor of a row is its matmuls only, one after the other, into
-buffers that exist already (floor.py). The floor of an alignment is a plain Python table.
+    python -m fgrlhf.bench --peers --clock cpu --repeats 3
+
+work.py describes the rows, shared.py those of --shared-prompts, peers.py those of --peers. The
+floor of a row is its matmuls only, one after the other, into buffers that exist already (floor.py).
+The floor of an alignment is a plain Python table.
 """
 
 import argparse
@@ -16,11 +20,14 @@ import math
 import torch
 
 from fgrlhf.align import align
+from fgrlhf.bench import shared
+from fgrlhf.bench.peers import SIDES, peer_table, seconds_of
 from fgrlhf.bench.profiling import print_profile
 from fgrlhf.bench.work import MODELS, ROWS, V
 from fgrlhf.data.fields import UserError
 from fgrlhf.engine.config import OneLineParser, run
 from fgrlhf.engine.distributed import pick_device
+from fgrlhf.presets import PRESETS
 from kernels import timing
 from kernels.memory import keep_freed
 
@@ -79,6 +86,18 @@ def alignment_table(options) -> dict:
     return {"alignment": rows}
 
 
+def shared_table(options) -> dict:
+    """Times and prints work on rows that share a prompt, by SmolLM2-135M's sizes."""
+    runs, floors = {}, {}
+    for name, work in shared.rows_of(PRESETS["SmolLM2-135M"], options.device).items():
+        runs |= {f"{name}, whole rows": shared.whole(work), name: work}
+        floors |= dict.fromkeys(list(runs)[-2:], f"{name}, whole rows")
+    rows = timing.in_turn(runs, floors, options.repeats, timing.clock_of(options))
+    for name in rows:
+        print(timing.table_row(f"{name:<32}", rows[name]), flush=True)
+    return {"shared_prompts": rows}
+
+
 def parse_flags() -> argparse.Namespace:
     parser = OneLineParser(prog="python -m fgrlhf.bench", description=__doc__,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,6 +106,13 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--work", nargs="*", default=list(ROWS), choices=ROWS,
                         help="rows (default: all); without a name only the alignment")
     parser.add_argument("--matmuls", action="store_true", help="list the matmuls of each floor")
+    parser.add_argument("--shared-prompts", action="store_true",
+                        help="only prompts that rows share, in a model of SmolLM2-135M's sizes")
+    parser.add_argument("--peers", action="store_true",
+                        help="only the same work by transformers, where that is installed")
+    parser.add_argument("--peer-of", nargs=2, metavar=("SIDE", "ROW"),
+                        help=f"print only the seconds of one row of --peers, by one side "
+                        f"({', '.join(SIDES)})")
     parser.add_argument("--profile", action="store_true",
                         help="print where the time of each row goes instead of ratios")
     timing.add_flags(parser, repeats=7)
@@ -97,6 +123,9 @@ def main() -> None:
     options = parse_flags()
     options.device = str(pick_device(options.device))
     torch.set_num_threads(options.threads)
+    if options.peer_of:
+        print(seconds_of(*options.peer_of, timing.clock_of(options)))
+        return
     keep_freed()                                        # as the training scripts do
     if options.peak_of:
         work = ROWS[options.peak_of](options.width[0], options.device)
@@ -112,12 +141,19 @@ def main() -> None:
             for name in options.work:
                 print_profile(name, width, options.device)
         return
-    print(f"medians of {options.repeats} rounds, [quartiles]; 1x = the bare matmuls of the row")
-    for width in options.width if options.work else ():
-        print(f"\nD {width}, 6 layers, V {V}")
-        tables.append(loop_table(width, options))
-    print("\nalignment of a text and its edit; 1x = a plain Python table")
-    tables.append(alignment_table(options))
+    print(f"medians of {options.repeats} rounds, [quartiles]")
+    if options.shared_prompts:
+        print("\nprompts that rows share; 1x = the same work on whole rows")
+        tables.append(shared_table(options))
+    if options.peers:
+        print("\nseconds, and ratios of ours to a peer (median, least, largest)")
+        tables.append(peer_table(options))
+    if not options.shared_prompts and not options.peers:
+        for width in options.width if options.work else ():
+            print(f"\nD {width}, 6 layers, V {V}; 1x = the bare matmuls of the row")
+            tables.append(loop_table(width, options))
+        print("\nalignment of a text and its edit; 1x = a plain Python table")
+        tables.append(alignment_table(options))
     if options.json:
         with open(options.json, "w") as file:
             json.dump({"machine": machine, "tables": tables}, file, indent=1)
