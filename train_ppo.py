@@ -47,6 +47,7 @@ from fgrlhf.engine.draws import batches, generator
 from fgrlhf.engine.encoding import Encoding, write_encoding
 from fgrlhf.engine.players import Players, inputs_of, load, prepare, prompt_room
 from fgrlhf.engine.run import Run
+from fgrlhf.engine.summary import Ending, command
 from fgrlhf.group import METHODS as GROUPED
 from fgrlhf.group import group_advantage
 from fgrlhf.judge import answers
@@ -202,9 +203,12 @@ def train(config: Config) -> None:
             if log.writes:
                 save_reward(players.critic, log.folder / "critic", players.tokenizer)
     chosen = {"best_iteration": best["iteration"], "best_dev_win_rate": best["win_rate"]}
+    after = command("eval.py outputs --policy {policy} --prompts PROMPTS --out ANSWERS.json",
+                    config.template, policy=log.folder / ("best" if judge else "policy"))
     log.finish({"iterations": config.iterations, "episodes": config.iterations * config.rollouts,
                 "startup_checks": "skipped" if config.skip_checks else "passed",
-                "check_seconds": round(check_seconds, 3), **(chosen if judge else {})})
+                "check_seconds": round(check_seconds, 3), **(chosen if judge else {})},
+               Ending(f"policy by {config.method} PPO", after))
 
 
 def make_experience(config: Config, players: Players, iteration: int) -> tuple[Rollout, Batch]:
