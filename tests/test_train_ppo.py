@@ -184,7 +184,7 @@ def test_a_finished_run_that_kept_its_last_state_goes_on_as_if_never_finished(fo
             train_ppo.train(config(folder, **again, resume=True))
     for refused in ({"iterations": 1}, {"iterations": 5, "lr": 0.1}, {"iterations": 5, "resume": 0},
                     {"iterations": 5, "lr_decay": True}):
-        with pytest.raises(UserError, match="holds a finished run; choose another --out"):
+        with pytest.raises(UserError, match="holds a finished run( with another --|; )"):
             train_ppo.train(config(folder, **{**a, "resume": True, **refused}))
     train_ppo.train(config(folder, **a | {"keep_last": False}, resume=True, iterations=5))
     train_ppo.train(config(folder, **fields, out=str(tmp_path / "b"), iterations=5))
