@@ -8,16 +8,18 @@ r"""Evaluate policies and reward models (the paper, section 3.2).
                                 --judgements FILE
     python eval.py win-rate     --judge annotations --annotations FILE
     python eval.py reward-model --reward DIR --data FILE
+    python eval.py answers      A.json B.json --reward DIR --html answers.html
 
 outputs writes answers in AlpacaEval's format. win-rate asks a judge which of two answers is better:
 the oracle of the built-in world, a reward model, a language model, or judgements that somebody
 recorded. reward-model measures the accuracy on pairs, and the token AUC where records have spans.
+answers shows the answers of several files side by side.
 
 Answers are joined by instruction, input and context, in any order. Figures go to stdout as one JSON
-object, progress to stderr. win_rate is the mean over prompts of 1 (win), 1/2 (tie) and 0 (loss). A
-recorded preference between 1 and 2 counts preference - 1, as in AlpacaEval; discrete_win_rate
-counts it as a win, a tie or a loss. A null preference is a failed judgement: it is left out and
-counted.
+object (answers prints text), progress to stderr. win_rate is the mean over prompts of 1 (win), 1/2
+(tie) and 0 (loss). A recorded preference between 1 and 2 counts preference - 1, as in AlpacaEval;
+discrete_win_rate counts it as a win, a tie or a loss. A null preference is a failed judgement: it
+is left out and counted.
 AlpacaEval's length_controlled_winrate is not computed; avg_length is there to compare lengths.
 """
 
@@ -34,6 +36,7 @@ from fgrlhf.checkpoint import load_model, load_tokenizer
 from fgrlhf.collect.cache import Cache
 from fgrlhf.collect.client import Client, Options
 from fgrlhf.collect.judge import by_llm
+from fgrlhf.compare.runs import names_of
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import each
 from fgrlhf.data.readers import read_annotations, read_outputs, read_prompts
@@ -44,6 +47,7 @@ from fgrlhf.engine.config import Computation, arg, dispatch, run
 from fgrlhf.engine.distributed import pick_device
 from fgrlhf.engine.encoding import Encoding, check_encoding
 from fgrlhf.evaluate import constant, reward_intervals, reward_table, win_rates
+from fgrlhf.explain.answers import show as side_by_side
 from fgrlhf.judge import answers, best_of, by_reward, joined, preferences_of
 from fgrlhf.reward import RewardModel, judge_preferences, load_reward
 from fgrlhf.simulate.oracle import by_oracle
@@ -92,6 +96,16 @@ class RewardModelConfig(ReadingResponses, Computation):
     hide: str = arg("nothing", choices=HIDDEN, help="control: judge responses without the text of "
                     "their prompt, without their final full stop and EOS, or without both")
     intervals: int = arg(0, least=0, help="draws of the bootstrap for 95% intervals; 0: none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswersConfig:
+    outputs: tuple[str, ...] = arg(help="FILE: two or more files of answers to the same prompts; "
+                                        "the others are compared with the first")
+    reward: str | None = arg(None, help="folder of a reward model, whose rewards are shown too")
+    template: str = template_arg("plain", "with --reward: how a record becomes a prompt")
+    limit: int = arg(20, least=1, help="show only the first N prompts")
+    html: str | None = arg(None, help="also write an HTML page, with the reward of every token")
 
 
 def outputs(config: OutputsConfig) -> dict:
@@ -215,9 +229,17 @@ def reward_model(config: RewardModelConfig) -> dict:
     return table | reward_intervals(judged, config.intervals) | counts
 
 
+def show_answers(config: AnswersConfig) -> None:
+    if len(config.outputs) < 2:
+        raise UserError(f"answers: expected two or more files of answers, got {config.outputs[0]}; "
+                        "give another file behind it")
+    names = names_of([file.removesuffix(".json") for file in config.outputs], set())
+    side_by_side(config.outputs, names, config.reward, config.template, config.limit, config.html)
+
+
 if __name__ == "__main__":
     commands = {"outputs": (OutputsConfig, outputs), "win-rate": (WinRateConfig, win_rate),
                 "reward-model": (RewardModelConfig, reward_model)}
     printed = lambda action: lambda config: print(json.dumps(action(config), allow_nan=False))
-    run(lambda: dispatch({name: (config, printed(action))
-                          for name, (config, action) in commands.items()}, __doc__))
+    shown = {name: (config, printed(action)) for name, (config, action) in commands.items()}
+    run(lambda: dispatch(shown | {"answers": (AnswersConfig, show_answers)}, __doc__))
