@@ -448,8 +448,9 @@ def test_answers_without_a_reward_model_have_no_rewards(tmp_path, capsys):
 def test_answers_refuses_what_it_cannot_compare(tmp_path):
     one = answered(tmp_path, "one", ["a", "b"])
     other = answered(tmp_path, "other", ["a", "b"], ("say it", "say"))
-    for words, message in (([one], "expected two or more files of answers, got "),
-                           ([one, other], "other.json: expected an answer to every prompt of .*one"),
-                           ([one, one, "--html", one], "--html .*one.json: expected a file of its")):
+    for words, message in (
+            ([one], "expected two or more files of answers, got "),
+            ([one, other], "other.json: expected an answer to every prompt of .*one"),
+            ([one, one, "--html", one], "--html .*one.json: expected a file of its")):
         with pytest.raises(UserError, match=message):
             shown(*words)

@@ -199,8 +199,9 @@ def schedule(stages: list[Stage], out: Path, workers: int, lock: int,
             for stage in ready[:workers - len(running)]:
                 waiting.remove(stage)
                 running[pool.submit(execute, stage, out, lock, processes)] = stage
-            files = [logs / f"{stage.name}.log" for stage in running.values()]
-            bar.set_postfix_str(", ".join(f"{log.name} {progress_of(log)}".strip() for log in files))
+            names = [f"{stage.name}.log" for stage in running.values()]
+            bar.set_postfix_str(", ".join(f"{name} {progress_of(logs / name)}".strip()
+                                          for name in names))
             completed, _ = wait(running, pause, return_when=FIRST_COMPLETED)
             for future in completed:
                 stage = running.pop(future)
