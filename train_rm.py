@@ -303,7 +303,10 @@ def train(config: Config) -> None:
 
 
 def ending(config: Config) -> Ending:
-    """Names what was trained and the next command: PPO, or a comparison if no model is for it."""
+    """Names what was trained and the next command.
+
+    It is PPO, or a comparison of runs when no model was kept or the model is a control.
+    """
     trained = "sequence-level reward model" if config.kind == "sequence" else (
         f"token-level reward model by the loss {config.loss}")
     if config.folds or config.hide != "nothing":

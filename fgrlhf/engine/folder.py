@@ -118,7 +118,8 @@ class OutputFolder:
     def _finished(self) -> None:
         """Ends the program, unless more iterations can start from a state that was kept.
 
-        With --resume the run may be this one: finished, but unknown to whoever called for it.
+        With --resume and the settings of the finished run the status is 0. A pipeline that was
+        killed before it recorded the success of a stage calls the stage again in this way.
         """
         if not self.config.resume:
             raise UserError(f"{self.folder}: holds a finished run; choose another --out or remove "

@@ -34,8 +34,8 @@ class Ending(NamedTuple):
 def command(words: str, template: str, **folders: str | Path) -> str:
     """Returns `words` with the folders in their places, and with --template if it is needed.
 
-    words: such as "eval.py outputs --policy {policy}". The first folder is the trained model. It
-    stands for a template that is the text of a file.
+    words: such as "eval.py outputs --policy {policy}". The first folder is the trained model. When
+    the template is the text of a file, --template gets this folder, which holds the text too.
     """
     places = {name: shlex.quote(str(folder)) for name, folder in folders.items()}
     flag = next(iter(places.values())) if is_text(template) else template

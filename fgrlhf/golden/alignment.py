@@ -202,10 +202,10 @@ def word_case() -> Case:
         "piece that overlaps none belongs to the next word or, behind the last word, to the end of "
         "the text. The end of one text always matches the end of the other. A piece is changed "
         "when one of its words is not matched. Pairs: for every two words that match, and for the "
-        "two ends, take the pieces of both sides of which this is the first word. align-token "
-        "aligns them by their texts, in lower case and without whitespace at the ends (kept when "
-        "all of it is blank). Two pieces that match are a pair when neither is changed. Outputs as "
-        "align-token.",
+        "two ends, take on each side the pieces whose first word it is. align-token aligns these "
+        "pieces by their texts, in lower case and without whitespace at the ends (kept when all of "
+        "a text is whitespace). Two pieces that match are a pair when neither is changed. Outputs "
+        "as align-token.",
         {}, {"original": [a for a, _ in TEXTS], "edited": [b for _, b in TEXTS],
              "original_spans": [a for a, _ in spans], "edited_spans": [b for _, b in spans]},
         outputs(aligned) | distances(aligned))
