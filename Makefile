@@ -1,4 +1,6 @@
 # make reproduce   the whole pipeline at the quick profile -> runs/quick/{results.json,report.html}
+#                  PROFILE=full SEEDS=4 WORKERS=2: another profile (-> runs/full/), seeds 0 to 3,
+#                  two stages at a time (otherwise as many as cores); OUT=DIR: another folder
 # make real DATA=DIR   the method on people's edits of news summaries -> runs/real/
 # make model       SmolLM2-135M-Instruct, a real pretrained LLaMA -> models/
 # make gpu         checks and measures everything on a GPU, in 8 minutes -> runs/gpu-TIME/gpu.md
@@ -8,7 +10,10 @@
 
 VENV ?= .venv
 PYTHON ?= python3
-OUT ?= runs/quick
+PROFILE = quick
+SEEDS = 1
+WORKERS =
+OUT ?= runs/$(PROFILE)
 
 MINUTES ?= 8
 
@@ -20,7 +25,8 @@ $(VENV)/ready: requirements.txt
 	touch $@
 
 reproduce: $(VENV)/ready
-	$(VENV)/bin/python -m fgrlhf.reproduce --profile quick --seeds 1 --out $(OUT)
+	$(VENV)/bin/python -m fgrlhf.reproduce --profile $(PROFILE) --seeds $(SEEDS) --out "$(OUT)" \
+		$(if $(WORKERS),--workers $(WORKERS))
 
 real: $(VENV)/ready
 	$(VENV)/bin/python -m fgrlhf.reproduce --profile real $(if $(DATA),--data "$(DATA)") --out runs/real

@@ -8,16 +8,19 @@ r"""Evaluate policies and reward models (the paper, section 3.2).
                                 --judgements FILE
     python eval.py win-rate     --judge annotations --annotations FILE
     python eval.py reward-model --reward DIR --data FILE
+    python eval.py reward-model --scores SCORES --tokenizer DIR --data FILE
+    python eval.py answers      A.json B.json --reward DIR --html answers.html
 
 outputs writes answers in AlpacaEval's format. win-rate asks a judge which of two answers is better:
 the oracle of the built-in world, a reward model, a language model, or judgements that somebody
 recorded. reward-model measures the accuracy on pairs, and the token AUC where records have spans.
+answers shows the answers of several files side by side.
 
 Answers are joined by instruction, input and context, in any order. Figures go to stdout as one JSON
-object, progress to stderr. win_rate is the mean over prompts of 1 (win), 1/2 (tie) and 0 (loss). A
-recorded preference between 1 and 2 counts preference - 1, as in AlpacaEval; discrete_win_rate
-counts it as a win, a tie or a loss. A null preference is a failed judgement: it is left out and
-counted.
+object (answers prints text), progress to stderr. win_rate is the mean over prompts of 1 (win), 1/2
+(tie) and 0 (loss). A recorded preference between 1 and 2 counts preference - 1, as in AlpacaEval;
+discrete_win_rate counts it as a win, a tie or a loss. A null preference is a failed judgement: it
+is left out and counted.
 AlpacaEval's length_controlled_winrate is not computed; avg_length is there to compare lengths.
 """
 
@@ -25,27 +28,33 @@ import json
 import sys
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import fgrlhf                               # before torch: it sets how OpenMP's threads wait
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from fgrlhf.checkpoint import load_model, load_tokenizer
+from fgrlhf.checkpoint import load_model, load_tokenizer, open_tokenizer
 from fgrlhf.collect.cache import Cache
 from fgrlhf.collect.client import Client, Options
 from fgrlhf.collect.judge import by_llm
-from fgrlhf.data.fields import UserError
+from fgrlhf.compare.runs import names_of
+from fgrlhf.data.fields import UserError, show
 from fgrlhf.data.files import each
 from fgrlhf.data.readers import read_annotations, read_outputs, read_prompts
-from fgrlhf.data.records import Output, write_jsonl, write_outputs
+from fgrlhf.data.records import Edit, Output, Pair, write_jsonl, write_outputs
+from fgrlhf.data.scores import read_scores
 from fgrlhf.encode import (
-    HIDDEN, Encoder, ReadingRecords, ReadingResponses, encode_prompt, read_encoded)
+    HIDDEN, Encoder, PreferenceIds, ReadingRecords, ReadingResponses, encode_prompt, read_encoded)
 from fgrlhf.engine.config import Computation, arg, dispatch, run
 from fgrlhf.engine.distributed import pick_device
 from fgrlhf.engine.encoding import Encoding, check_encoding
-from fgrlhf.evaluate import constant, reward_intervals, reward_table, win_rates
+from fgrlhf.evaluate import Judged, constant, reward_intervals, reward_table, win_rates
+from fgrlhf.explain.answers import show as side_by_side
 from fgrlhf.judge import answers, best_of, by_reward, joined, preferences_of
-from fgrlhf.reward import RewardModel, judge_preferences, load_reward
+from fgrlhf.model import MOST
+from fgrlhf.reward import RewardModel, judge_preferences, judge_tokens, load_reward
 from fgrlhf.simulate.oracle import by_oracle
 from fgrlhf.simulate.world import World, world_arg
 from fgrlhf.templates import check_template, template_arg
@@ -86,12 +95,26 @@ class WinRateConfig(Computation, Options):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelConfig(ReadingResponses, Computation):
-    reward: str = arg(help="folder of the reward model")
+    reward: str | None = arg(None, help="folder of the reward model")
+    scores: str | None = arg(None, help="in place of --reward: a file with a score for each token "
+                             "of both responses of each record (fgrlhf/data/scores.py)")
+    tokenizer: str | None = arg(None, help="with --scores: tokenizer.model, tokenizer.json, a GGUF "
+                                "file, or a model folder")
     data: str = arg(help="held-out edits or pairs; token AUC where edits have spans")
     normalise: bool = arg(False, help="first collapse runs of whitespace in edits")
     hide: str = arg("nothing", choices=HIDDEN, help="control: judge responses without the text of "
                     "their prompt, without their final full stop and EOS, or without both")
     intervals: int = arg(0, least=0, help="draws of the bootstrap for 95% intervals; 0: none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswersConfig:
+    outputs: tuple[str, ...] = arg(help="FILE: two or more files of answers to the same prompts; "
+                                        "the others are compared with the first")
+    reward: str | None = arg(None, help="folder of a reward model, whose rewards are shown too")
+    template: str = template_arg("plain", "with --reward: how a record becomes a prompt")
+    limit: int = arg(20, least=1, help="show only the first N prompts")
+    html: str | None = arg(None, help="also write an HTML page, with the reward of every token")
 
 
 def outputs(config: OutputsConfig) -> dict:
@@ -198,26 +221,60 @@ def win_rate(config: WinRateConfig) -> dict:
 
 
 def reward_model(config: RewardModelConfig) -> dict:
-    check_encoding(config.reward, template=config.template, prompt_tokens=config.prompt_tokens,
-                   normalise=config.normalise, hide=config.hide)
-    model = load_reward(config.reward, pick_device(config.device), getattr(torch, config.dtype))
-    tokenizer = load_tokenizer(config.reward)
-    encoder = Encoder(tokenizer, model.trunk.config.max_seq_len, config.template,
-                      config.prompt_tokens, config.cut_responses, hide=config.hide)
+    if (config.reward is None) == (config.scores is None):
+        raise UserError("expected exactly one of --reward DIR and --scores FILE")
+    if (config.scores is None) != (config.tokenizer is None):
+        raise UserError("--scores and --tokenizer: expected both or neither, because the scores "
+                        "belong to the tokens of a tokenizer")
+    if config.reward:
+        check_encoding(config.reward, template=config.template, prompt_tokens=config.prompt_tokens,
+                       normalise=config.normalise, hide=config.hide)
+        model = load_reward(config.reward, pick_device(config.device), getattr(torch, config.dtype))
+        tokenizer, context = load_tokenizer(config.reward), model.trunk.config.max_seq_len
+        judge = partial(judge_preferences, model)
+    else:
+        tokenizer, context = open_tokenizer(config.tokenizer), MOST["max_seq_len"]
+        judge = partial(judge_scores, config.scores)
+    encoder = Encoder(tokenizer, context, config.template, config.prompt_tokens,
+                      config.cut_responses, hide=config.hide)
     records, examples = read_encoded(config.data, encoder, config.normalise, None,
                                      config.on_bad_record)
     counts = encoder.counted(config.data)
-    judged = judge_preferences(model, records, examples, tokenizer)
+    judged = judge(records, examples, tokenizer)
     table = reward_table(judged)
     lengths = [n for j in judged if j.response == "sum" for n in j.lengths or ()]
     if said := constant([r for j in judged for r in (j.chosen, j.rejected)], lengths or None):
-        print(f"{config.reward}: {said}", file=sys.stderr)
+        print(f"{config.reward or config.scores}: {said}", file=sys.stderr)
     return table | reward_intervals(judged, config.intervals) | counts
+
+
+def judge_scores(path: str, records: list[Edit | Pair], examples: list[PreferenceIds],
+                 tokenizer: Tokenizer) -> list[Judged]:
+    """Judges preferences by the token scores in a file. R is their mean, equation (1)."""
+    scores, judged = read_scores(path), []
+    for record, pair in zip(records, examples):
+        if record.id not in scores:
+            raise UserError(f"{path}: expected the scores of record {show(record.id)}, found none; "
+                            "add a line with its id")
+        found = scores[record.id]
+        found.check_lengths(len(pair.chosen), len(pair.rejected))
+        sides = [torch.tensor(side, dtype=torch.float64) for side in (found.chosen, found.rejected)]
+        judged.append(judge_tokens(record, pair, pad_sequence(sides, batch_first=True), "mean",
+                                   tokenizer))
+    return judged
+
+
+def show_answers(config: AnswersConfig) -> None:
+    if len(config.outputs) < 2:
+        raise UserError(f"answers: expected two or more files of answers, got {config.outputs[0]}; "
+                        "give another file behind it")
+    names = names_of([file.removesuffix(".json") for file in config.outputs], set())
+    side_by_side(config.outputs, names, config.reward, config.template, config.limit, config.html)
 
 
 if __name__ == "__main__":
     commands = {"outputs": (OutputsConfig, outputs), "win-rate": (WinRateConfig, win_rate),
                 "reward-model": (RewardModelConfig, reward_model)}
     printed = lambda action: lambda config: print(json.dumps(action(config), allow_nan=False))
-    run(lambda: dispatch({name: (config, printed(action))
-                          for name, (config, action) in commands.items()}, __doc__))
+    shown = {name: (config, printed(action)) for name, (config, action) in commands.items()}
+    run(lambda: dispatch(shown | {"answers": (AnswersConfig, show_answers)}, __doc__))

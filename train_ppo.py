@@ -48,6 +48,7 @@ from fgrlhf.engine.draws import batches, generator
 from fgrlhf.engine.encoding import Encoding, write_encoding
 from fgrlhf.engine.players import Players, inputs_of, load, prepare, prompt_room
 from fgrlhf.engine.run import Run
+from fgrlhf.engine.summary import Ending, command
 from fgrlhf.group import METHODS as GROUPED
 from fgrlhf.group import group_advantage
 from fgrlhf.judge import answers
@@ -87,6 +88,9 @@ class Config(ReadingRecords, Machinery):                # and --template, --seed
                            "shorter edits pays for every EOS")
     missing_eos_penalty: float = arg(0.0, least=0, help="taken off the reward of the last token "
                                      "of a response without EOS")
+    mask_truncated: bool = arg(False, help="a response without EOS takes no part in the update: "
+                               "neither in the loss, nor in the mean over tokens, nor in equation "
+                               "(6)")
     group: int = arg(4, least=2, help="rloo, grpo: responses per prompt, a divisor of --rollouts")
     clip_eps: float = arg(0.2, least=0, help="the ratio is clipped to [1 - eps, 1 + eps]")
     epochs: int = arg(2, least=1, help="passes over each batch of rollouts")
@@ -133,7 +137,8 @@ class Batch(NamedTuple):
     """
 
     sequences: Sequences
-    mask: Tensor                        # True where response token t exists
+    mask: Tensor                        # True where response token t exists and takes part in
+                                        # the update (--mask-truncated)
     logp_old: Tensor
     logp_ref: Tensor
     rewards: Tensor                     # calibrated, before the KL is taken off
@@ -147,6 +152,10 @@ class Batch(NamedTuple):
         T = int(sequences.response_lengths.max())
         per_token = self[1:]                                # every field but the sequences
         return Batch(sequences, *(None if x is None else x[index, :T] for x in per_token))
+
+    def learning_rows(self) -> list[int]:
+        """The rows that take part in the update: all, except with --mask-truncated."""
+        return self.mask.any(-1).nonzero()[:, 0].tolist()
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name."""
@@ -175,7 +184,7 @@ def train(config: Config) -> None:
         # steps 1 to 4
         rollout, batch = make_experience(config, players, iteration)
         with log.guard(iteration, learning, **batch.tensors()):     # stops at NaN and infinity
-            statistics = rollout_metrics(rollout, batch.logp_ref, batch.rewards, batch.mask)
+            statistics = rollout_metrics(rollout, batch.logp_ref, batch.rewards)
             if config.exact_kl:
                 with log.untimed(), distributed.gathered(policy, players.ref, device=device):
                     statistics["rollout/kl_exact"] = exact_kl_of(
@@ -205,9 +214,12 @@ def train(config: Config) -> None:
             if log.writes:
                 save_reward(players.critic, log.folder / "critic", players.tokenizer)
     chosen = {"best_iteration": best["iteration"], "best_dev_win_rate": best["win_rate"]}
+    after = command("eval.py outputs --policy {policy} --prompts PROMPTS --out ANSWERS.json",
+                    config.template, policy=log.folder / ("best" if judge else "policy"))
     log.finish({"iterations": config.iterations, "episodes": config.iterations * config.rollouts,
                 "startup_checks": "skipped" if config.skip_checks else "passed",
-                "check_seconds": round(check_seconds, 3), **(chosen if judge else {})})
+                 "check_seconds": round(check_seconds, 3), **(chosen if judge else {})},
+                Ending(f"policy by {config.method} PPO", after))
     for sign in signs.signs_of_run(log.folder) if log.writes else ():
         print(f"sign of trouble: {sign}", file=sys.stderr)
 
@@ -221,7 +233,9 @@ def make_experience(config: Config, players: Players, iteration: int) -> tuple[R
                             generator(config.seed, "rollout", iteration), config.decode_batch)
     # 2. score them once
     sequences, mask = rollout.sequences, rollout.sequences.response_mask
-    scorer = Scorer(sequences, scored_together(config, sequences, iteration), config.temperature)
+    learns = mask & ~rollout.truncated[:, None] if config.mask_truncated else mask
+    scorer = Scorer(sequences, scored_together(config, sequences, iteration, learns),
+                    config.temperature)
     if config.dtype != "float32":
         # In bfloat16 decoding token by token rounds differently from a pass over whole responses.
         # logp_old is scored again here, so that only the startup check compares it with sampling.
@@ -239,18 +253,19 @@ def make_experience(config: Config, players: Players, iteration: int) -> tuple[R
     if config.method == "fine-grained":
         # equation (6); with gamma 0, the paper's, reward_to_go returns its input
         advantages = reward_to_go(penalised, mask, config.gamma)
-        advantages = standardise(advantages, mask, config.standardise)
+        advantages = standardise(advantages, learns, config.standardise)
     elif config.method in GROUPED:
         # a rival: one advantage per response
         advantages = group_advantage(penalised, mask, config.group, config.method)
-        advantages = standardise(advantages, mask, config.standardise)
+        advantages = standardise(advantages, learns, config.standardise)
     else:
         # the baseline: GAE with the values of the critic
         values = scorer.values(players.critic)
         advantages, returns = generalised_advantage(penalised, values, mask, config.gamma,
                                                     config.gae_lambda)
-        advantages = standardise(advantages, mask, "mean-std")
-    return rollout, Batch(sequences, mask, logp_old, logp_ref, rewards, advantages, values, returns)
+        advantages = standardise(advantages, learns, "mean-std")
+    return rollout, Batch(sequences, learns, logp_old, logp_ref, rewards, advantages, values,
+                          returns)
 
 
 def update(config: Config, players: Players, batch: Batch, iteration: int) -> dict[str, float]:
@@ -258,9 +273,11 @@ def update(config: Config, players: Players, batch: Batch, iteration: int) -> di
 
     Returns the means of the last epoch's statistics and the last gradient norms.
     """
+    learning, metrics = batch.learning_rows(), {}
+    masked = {"ppo/masked": len(batch.mask) - len(learning)} if config.mask_truncated else {}
     for epoch in range(config.epochs):
         epoch_sums: dict[str, float] = {}
-        for number, rows in enumerate(minibatches(config, iteration, epoch)):
+        for number, rows in enumerate(minibatches(config, iteration, epoch, learning)):
             tokens, sums = int(batch.mask[rows].sum()), Sums()
             for part, weight in microbatches(rows, config.microbatch,
                                              partial(by_length, batch.sequences)):
@@ -284,8 +301,8 @@ def update(config: Config, players: Players, batch: Batch, iteration: int) -> di
             for name, optimizer in players.optimizers.items():
                 metrics[f"ppo/gradient_norm_{name}"] = optimizer.step()     # clips, steps, clears
             if config.max_kl and minibatch["ppo/kl_k3"] > config.max_kl:
-                return metrics | {"ppo/stopped_early": 1.0}
-    return metrics
+                return metrics | masked | {"ppo/stopped_early": 1.0}
+    return metrics | masked
 
 
 def prompts_of(config: Config, count: int, iteration: int) -> list[int]:
@@ -303,22 +320,32 @@ def prompts_of(config: Config, count: int, iteration: int) -> list[int]:
     return rows
 
 
-def minibatches(config: Config, iteration: int, epoch: int) -> list[list[int]]:
-    """The rows of each update of one epoch, in parts of equal size up to one row."""
-    B, parts = config.rollouts, config.minibatches
-    order = batches(B, B, config.seed, iteration * config.epochs + epoch)[0]
-    return [order[B * i // parts:B * (i + 1) // parts] for i in range(parts)]
+def minibatches(config: Config, iteration: int, epoch: int, learning: list[int]) -> list[list[int]]:
+    """The rows of each update of one epoch, in parts of equal size up to one row.
+
+    learning: the rows that take part. With fewer rows than --minibatches there are fewer updates.
+    """
+    B, parts = len(learning), config.minibatches
+    order = batches(B, B, config.seed, iteration * config.epochs + epoch)[0] if B else []
+    cut = [order[B * i // parts:B * (i + 1) // parts] for i in range(parts)]
+    return [[learning[i] for i in part] for part in cut if part]
 
 
-def scored_together(config: Config, sequences: Sequences, iteration: int) -> list[Tensor]:
+def scored_together(config: Config, sequences: Sequences, iteration: int,
+                    learns: Tensor) -> list[Tensor]:
     """This rank's rows, in the groups that share a forward pass when they are scored.
+
+    learns [B, T]: True on tokens that take part in the update.
 
     A bfloat16 matmul of another shape rounds a row differently, by up to 0.04 nats per token. In
     bfloat16 the groups are therefore those of the first epoch's updates, and the first ratio is 1
     to within 1e-6.
     """
-    whole = ([list(range(config.rollouts))] if config.dtype == "float32" else
-             minibatches(config, iteration, epoch=0))
+    whole = [list(range(config.rollouts))]
+    if config.dtype != "float32":
+        learning, others = (rows.nonzero()[:, 0].tolist()
+                            for rows in (learns.any(-1), ~learns.any(-1)))
+        whole = [*minibatches(config, iteration, 0, learning), others]
     return [group for rows in whole for group in
             by_length(sequences, distributed.rank_rows(rows), config.microbatch)]
 
@@ -334,6 +361,9 @@ def check_flags(config: Config) -> None:
     if not config.reward_eos and (config.method != "fine-grained" or is_own(config.reward)):
         raise UserError("--no-reward-eos: expected --method fine-grained and a reward model, whose "
                         "average reward is 0; otherwise the reward at EOS is needed")
+    if config.mask_truncated and config.missing_eos_penalty:
+        raise UserError("--mask-truncated and --missing-eos-penalty: expected one of them, because "
+                        "a response that takes no part in the update cannot pay a penalty")
     if not config.temperature > 0:
         raise UserError(f"--temperature {config.temperature}: expected a number above 0")
     missing = [config.dev_prompts is None, config.dev_reference is None, config.world is None]

@@ -26,6 +26,7 @@ the records held out; no model is kept. Without --folds the reward model is in O
 evaluation is in OUT/done.json.
 """
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,6 @@ from pathlib import Path
 import fgrlhf                               # before torch: it sets how OpenMP's threads wait
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fgrlhf import controls
 from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer
@@ -48,6 +48,7 @@ from fgrlhf.engine.encoding import Encoding, check_encoding
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.engine.run import Run
 from fgrlhf.engine.states import TrainableState
+from fgrlhf.engine.summary import Ending, command
 from fgrlhf.evaluate import Judged, reward_intervals, reward_table
 from fgrlhf.frozen import FrozenStates
 from fgrlhf.reward import (
@@ -150,8 +151,7 @@ def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: 
     resumable = config.folds == 0
     if resumable:
         log.restore(**parts)
-    for step in log.steps(steps, name) if resumable else tqdm(range(1, steps + 1), desc=name,
-                                                              disable=not log.writes):
+    for step in (log.steps if resumable else log.progress)(steps, name):
         epoch, cursor = divmod(step - 1, per_epoch)
         rows = bucketed_batches(lengths, config.batch, config.seed, epoch)[cursor]
         batch, sums = PreferenceBatch.of([examples[i] for i in rows], model.device), Sums()
@@ -161,8 +161,8 @@ def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: 
                 sums.add(weight, terms | {"rm/loss": loss})
                 (weight * loss).backward()
             norm = optimizer.step()
-        if resumable:
-            log.end_step(step, sums.over_ranks() | {"rm/gradient_norm": norm}, **parts)
+        metrics = sums.over_ranks() | {"rm/gradient_norm": norm}
+        log.end_step(step, metrics, **parts) if resumable else log.show(metrics)
 
 
 def new_model(config: Config, device: torch.device,
@@ -281,7 +281,7 @@ def train(config: Config) -> None:
     frozen = keep_states(config, device, every) if config.freeze else None
     if config.folds:
         log.finish(cross_validate(config, records, examples, tokenizer, log, device, frozen)
-                   | counts)
+                   | counts, ending(config))
         return
     model = new_model(config, device, frozen)
     if not config.likelihood:
@@ -299,7 +299,22 @@ def train(config: Config) -> None:
             judged = judge_preferences(model, kept, encoded, tokenizer)
             table = reward_table(judged) | reward_intervals(judged, config.intervals) | found
             summary |= {f"{name}/{key}": value for key, value in table.items()}
-    log.finish(summary)
+    log.finish(summary, ending(config))
+
+
+def ending(config: Config) -> Ending:
+    """Names what was trained and the next command.
+
+    It is PPO, or a comparison of runs when no model was kept or the model is a control.
+    """
+    trained = "sequence-level reward model" if config.kind == "sequence" else (
+        f"token-level reward model by the loss {config.loss}")
+    if config.folds or config.hide != "nothing":
+        return Ending(trained, f"python -m fgrlhf.compare {shlex.quote(config.out)} OTHER_RUN")
+    method = "rlhf" if config.kind == "sequence" else "fine-grained"
+    return Ending(trained, command(
+        f"train_ppo.py --method {method} --policy {{policy}} --reward {{reward}} --prompts PROMPTS "
+        "--out OUT", config.template, reward=Path(config.out, "reward"), policy=config.model))
 
 
 if __name__ == "__main__":

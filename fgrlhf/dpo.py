@@ -28,6 +28,7 @@ from fgrlhf.engine.encoding import Encoding, check_encoding, write_encoding
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.engine.run import Run
 from fgrlhf.engine.states import TrainableState
+from fgrlhf.engine.summary import Ending, command
 from fgrlhf.model import LLaMA
 from fgrlhf.sequences import Sequences, by_length, pack, score
 from fgrlhf.templates import check_template
@@ -125,7 +126,9 @@ def train(config: Config) -> None:
             write_encoding(log.folder / "policy",
                            Encoding(config.template, config.prompt_tokens, config.normalise))
             save_model(model, log.folder / "policy", tokenizer=tokenizer)
-    log.finish({"steps": steps, "records": n, **counts})
+    after = command("eval.py outputs --policy {policy} --prompts PROMPTS --out ANSWERS.json",
+                    config.template, policy=log.folder / "policy")
+    log.finish({"steps": steps, "records": n, **counts}, Ending("policy by DPO", after))
 
 
 if __name__ == "__main__":

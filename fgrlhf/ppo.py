@@ -81,12 +81,12 @@ def exact_kl_of(policy: LLaMA, ref: LLaMA, sequences: Sequences, temperature: fl
     return total / count
 
 
-def rollout_metrics(rollout: Rollout, logp_ref: Tensor, rewards: Tensor,
-                    mask: Tensor) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, logp_ref: Tensor, rewards: Tensor) -> dict[str, float]:
     """The metrics under rollout/: KL in nats per token, calibrated reward, lengths in tokens.
 
-    logp_ref, rewards, mask are [B, T]; the KL has not been taken off the rewards.
+    logp_ref, rewards are [B, T]; the KL has not been taken off the rewards. All responses count.
     """
+    mask = rollout.sequences.response_mask
     truncated = rollout.truncated.float().mean().item()
     kl = kl_estimates(rollout.logp_old, logp_ref, mask)
     return {f"rollout/{name}": value for name, value in kl.items()} | {

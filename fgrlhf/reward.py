@@ -222,25 +222,36 @@ def judge_preferences(model: RewardModel, records: list[Edit | Pair],
     judged = []
     for record, pair in zip(tqdm(records, desc="evaluate", leave=False), examples):
         both = pack([pair.prompt] * 2, [pair.chosen, pair.rejected], device=model.device)
-        lengths = (len(pair.chosen), len(pair.rejected))
         if model.kind == "sequence":
+            lengths = (len(pair.chosen), len(pair.rejected))
             judged.append(Judged(record.id, *model.sequence_rewards(both).tolist(), pair.change,
                                  lengths=lengths, response="last"))
             continue
-        rewards, types, drift, removed = [], [], [], []
-        token_rewards = model.token_rewards(both)
-        R = token_rewards.sum(-1)
-        if model.response == "mean":
-            R = R / both.response_lengths
-        if isinstance(record, Edit):
-            n = lengths[1] - (pair.rejected[-1] == tokenizer.eos_id)            # without EOS
-            rewards, removed = token_rewards[1, :n].tolist(), [t in pair.removed for t in range(n)]
-        if isinstance(record, Edit) and record.spans is not None:
-            types = span_types(tokenizer, record.original, record.spans)[:n]
-            drift = [(token_rewards[0, i] - token_rewards[1, j]).item() for i, j in pair.unchanged]
-        judged.append(Judged(record.id, *R.tolist(), pair.change, rewards, types, lengths, drift,
-                             model.response, removed))
+        judged.append(judge_tokens(record, pair, model.token_rewards(both), model.response,
+                                   tokenizer))
     return judged
+
+
+def judge_tokens(record: Edit | Pair, pair: PreferenceIds, token_rewards: Tensor, response: str,
+                 tokenizer: Tokenizer) -> Judged:
+    """Judges one preference by the rewards of its tokens.
+
+    token_rewards [2, T]: of the chosen side, then of the rejected side, 0 in the padding. response:
+    R is their "sum" or their "mean", equation (1).
+    """
+    lengths = (len(pair.chosen), len(pair.rejected))
+    rewards, types, drift, removed = [], [], [], []
+    R = token_rewards.sum(-1)
+    if response == "mean":
+        R = R / torch.tensor(lengths, device=R.device)
+    if isinstance(record, Edit):
+        n = lengths[1] - (pair.rejected[-1] == tokenizer.eos_id)                # without EOS
+        rewards, removed = token_rewards[1, :n].tolist(), [t in pair.removed for t in range(n)]
+    if isinstance(record, Edit) and record.spans is not None:
+        types = span_types(tokenizer, record.original, record.spans)[:n]
+        drift = [(token_rewards[0, i] - token_rewards[1, j]).item() for i, j in pair.unchanged]
+    return Judged(record.id, *R.tolist(), pair.change, rewards, types, lengths, drift, response,
+                  removed)
 
 
 # ----- folders ------------------------------------------------------------------------------------

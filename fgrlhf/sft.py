@@ -30,6 +30,7 @@ from fgrlhf.engine.encoding import Encoding, write_encoding
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.engine.run import Run
 from fgrlhf.engine.states import TrainableState
+from fgrlhf.engine.summary import Ending, command
 from fgrlhf.model import MOST, LLaMA, build
 from fgrlhf.presets import PRESETS
 from fgrlhf.sequences import Sequences, hidden_before, locate, pack
@@ -139,7 +140,9 @@ def train(config: Config) -> None:
         if log.writes:
             write_encoding(log.folder / "policy", Encoding(config.template, config.prompt_tokens))
             save_model(model, log.folder / "policy", tokenizer=tokenizer)
-    log.finish({"steps": steps, "records": len(prompts), **counts})
+    after = command("train_rm.py --kind token --data EDITS --model {policy} --out OUT",
+                    config.template, policy=log.folder / "policy")
+    log.finish({"steps": steps, "records": len(prompts), **counts}, Ending("policy by SFT", after))
 
 
 if __name__ == "__main__":

@@ -499,9 +499,13 @@ def token_loss(rewards_chosen, rewards_rejected, plus_mask, minus_mask, unchange
         grads[k][mask] -= sign * token_weight * sigmoid(-sign * r[mask]) / tokens
     at = [(unchanged[:, 0], unchanged[:, side]) for side in (1, 2)]
     a, b = rewards_chosen[at[0]], rewards_rejected[at[1]]
-    apart = u0 == "difference"
-    square = ((a - b) ** 2 if apart else (a * a + b * b) / 2).sum()
-    for k, slope in enumerate((2 * (a - b), 2 * (b - a)) if apart else (a, b)):
+    term, slopes = {
+        "difference": lambda: ((a - b) ** 2, (2 * (a - b), 2 * (b - a))),
+        "anchor": lambda: ((a * a + b * b) / 2, (a, b)),
+        "kept": lambda: ((np.log1p(np.exp(-a)) + np.log1p(np.exp(-b))) / 2,
+                         (-sigmoid(-a) / 2, -sigmoid(-b) / 2))}[u0]()
+    square = term.sum()
+    for k, slope in enumerate(slopes):
         np.add.at(grads[k], at[k], u0_weight * slope / kept)
 
     parts = {"bt": np.log1p(np.exp(-margin[counted])).sum() / pairs,
@@ -603,6 +607,20 @@ def adamw(x, g, m, v, lr, beta1, beta2, eps, weight_decay, step):
     return {"x": x * (1 - lr * weight_decay) - lr * size, "m": m, "v": v}
 
 
+def muon(lr, momentum, a, b, c, steps, **matrices):
+    found = {}
+    for name in ("tall", "wide"):
+        x, g, m = (matrices[f"{letter}_{name}"] for letter in "xgm")
+        m = momentum * m + (1 - momentum) * g
+        X = momentum * m + (1 - momentum) * g
+        X = X / np.sqrt((X * X).sum())
+        for _ in range(steps):
+            square = X @ X.T
+            X = a * X + (b * square + c * square @ square) @ X
+        found |= {f"x_{name}": x - lr * 0.2 * max(x.shape) ** 0.5 * X, f"m_{name}": m}
+    return found
+
+
 def ppo_step(model, tokens, prompt_lengths, response_lengths, logp_old, logp_ref, rewards, beta,
              standardise_eps, clip_eps, temperature, max_norm, lr, **adam):
     mask, row, at = locate(prompt_lengths, response_lengths)
@@ -629,7 +647,7 @@ def ppo_step(model, tokens, prompt_lengths, response_lengths, logp_old, logp_ref
 
 def function_of(case):
     """Finds the function of a case by its name. Variants of a case differ only in their options."""
-    for ending in ("-per-token", "-paper", "-share", "-one-token", "-rms", "-mean-std"):
+    for ending in ("-per-token", "-kept", "-paper", "-share", "-one-token", "-rms", "-mean-std"):
         case = case.removesuffix(ending)
     return globals()[case.replace("-", "_")]
 

@@ -315,6 +315,20 @@ PLANTS = {
             'if reduce == "mean"',
             "if False"),
     },
+    "token-loss-kept": {
+        "shift: the slope of the other side": (
+            "(-sigmoid(-a) / 2, -sigmoid(-b) / 2)",
+            "(-sigmoid(-b) / 2, -sigmoid(-a) / 2)"),
+        "mask: only the chosen side": (
+            "(np.log1p(np.exp(-a)) + np.log1p(np.exp(-b))) / 2",
+            "np.log1p(np.exp(-a)) / 2"),
+        "sign: kept tokens are pushed down": (
+            "(-sigmoid(-a) / 2, -sigmoid(-b) / 2)",
+            "(sigmoid(-a) / 2, sigmoid(-b) / 2)"),
+        "scale: without the half": (
+            "(np.log1p(np.exp(-a)) + np.log1p(np.exp(-b))) / 2",
+            "(np.log1p(np.exp(-a)) + np.log1p(np.exp(-b)))"),
+    },
     "sequence-loss": {
         "shift: pairs": (
             "margin = chosen - rejected",
@@ -511,6 +525,26 @@ PLANTS = {
         "scale: decay without the rate": (
             "x * (1 - lr * weight_decay)",
             "x * (1 - weight_decay)"),
+    },
+    "muon": {
+        "shift: the old momentum": (
+            "X = momentum * m + (1 - momentum) * g",
+            "X = momentum * matrices[f'm_{name}'] + (1 - momentum) * g"),
+        "shift: one step fewer": (
+            "for _ in range(steps):",
+            "for _ in range(steps - 1):"),
+        "mask: without Nesterov's look ahead": (
+            "X = momentum * m + (1 - momentum) * g",
+            "X = m"),
+        "sign: ascent": (
+            "x - lr * 0.2",
+            "x + lr * 0.2"),
+        "scale: the number of rows": (
+            "max(x.shape) ** 0.5",
+            "x.shape[0] ** 0.5"),
+        "scale: the largest entry for the norm": (
+            "X / np.sqrt((X * X).sum())",
+            "X / np.abs(X).max()"),
     },
     "ppo-step": {
         "shift: gradient at the token itself": (

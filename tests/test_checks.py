@@ -236,7 +236,7 @@ def test_rollout_metrics_count_by_hand():
     rollout = rollout_of(llama())
     mask = rollout.sequences.response_mask
     rewards = torch.where(mask, 2.0, 0.0)
-    found = rollout_metrics(rollout, rollout.logp_old - 0.5 * mask, rewards, mask)
+    found = rollout_metrics(rollout, rollout.logp_old - 0.5 * mask, rewards)
     lengths = rollout.sequences.response_lengths.tolist()
     assert found["rollout/reward_per_token"] == 2
     assert found["rollout/length"] == pytest.approx(sum(lengths) / 6)

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+import eval as evaluation
 import train_ppo
 import train_rm
 from fgrlhf.bpe import BPETokenizer
@@ -394,4 +395,62 @@ def test_answers_side_by_side_have_the_rewards_of_the_model(folders, tmp_path, c
         assert f"R = {sum(rewards):+9.3f}   {text}\n" in out
         assert f"{min(rewards):+.2f}, " in out.split(text)[1].split("\n")[1]
     assert out.endswith("of 2 prompts, equal for 1.\n")
-    assert "is R, equation (1)" in (tmp_path / "page.html").read_text()
+    html = (tmp_path / "page.html").read_text()
+    assert "R is the reward of the whole answer, equation (1)" in html and "A wavy" not in html
+
+
+def answered(folder, name: str, texts: list[str], prompts=("say it", "say <b>one</b>")) -> str:
+    """Writes a file of answers and returns its path."""
+    path = folder / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_outputs(path, [Output(prompt, text, "x", other=(("input", '"here"'),))
+                         for prompt, text in zip(prompts, texts)])
+    return str(path)
+
+
+def shown(*words: str) -> None:
+    evaluation.show_answers(parse(evaluation.AnswersConfig, "", list(words)))
+
+
+def test_answers_of_three_files_are_compared_with_the_first(folders, tmp_path, capsys):
+    """Files with the same name are told apart by their folders."""
+    files = [answered(tmp_path, f"{name}/answers", texts) for name, texts in (
+        ("a", ["one two", "two"]), ("b", ["two one", "two"]), ("c", ["<script>one</script>", ""]))]
+    shown(*files, "--reward", f"{folders}/rm/reward", "--html", f"{tmp_path}/page.html")
+    out = capsys.readouterr().out
+    found = {label: [float(r) for r in re.findall(rf"^  {label}/answers  R = +(\S+)", out, re.M)]
+             for label in "abc"}
+    for label in "bc":
+        higher = sum(b > a for a, b in zip(found["a"], found[label]))
+        assert (f"R is higher in {label}/answers than in a/answers for {higher} of 2 prompts, equal"
+                f" for {int(label == 'b')}.\n") in out
+    mean = [sum(values) / 2 for values in found.values()]
+    row = re.search(r"^mean R +(\S+) +(\S+) +(\S+)$", out, re.M)
+    assert list(map(float, row.groups())) == pytest.approx(mean, abs=2e-3)
+    assert re.search(r"^words per answer +1\.5 +1\.5 +0\.5$", out, re.M)
+    assert out.startswith("say it\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}here\n  a/answers  R =")
+    html = (tmp_path / "page.html").read_text()
+    assert html.count('<th scope="row" dir="auto">') == 2 and "say &lt;b&gt;one" in html
+    assert "<script" not in html and "&lt;script&gt;one" in html
+    assert html.count('class="heat"') == 6
+
+
+def test_answers_without_a_reward_model_have_no_rewards(tmp_path, capsys):
+    files = [answered(tmp_path, name, ["one two", "two"]) for name in ("before", "after")]
+    shown(*files, "--html", f"{tmp_path}/page.html", "--limit", "1")
+    out = capsys.readouterr().out
+    assert out == ("say it\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}here\n  before  one two\n"
+                   "  after   one two\n\nMeans             before  after\n"
+                   "-------------------------------\nwords per answer     2.0    2.0\n")
+    assert "Token rewards" not in (tmp_path / "page.html").read_text()
+
+
+def test_answers_refuses_what_it_cannot_compare(tmp_path):
+    one = answered(tmp_path, "one", ["a", "b"])
+    other = answered(tmp_path, "other", ["a", "b"], ("say it", "say"))
+    for words, message in (
+            ([one], "expected two or more files of answers, got "),
+            ([one, other], "other.json: expected an answer to every prompt of .*one"),
+            ([one, one, "--html", one], "--html .*one.json: expected a file of its")):
+        with pytest.raises(UserError, match=message):
+            shown(*words)

@@ -19,7 +19,7 @@ import pytest
 from fgrlhf.data.fields import UserError
 from fgrlhf.engine.config import run
 from fgrlhf.golden import __main__ as golden
-from fgrlhf.golden.compare import FORMAT, check, compare, errors, judge
+from fgrlhf.golden.compare import FORMAT, check, compare, errors, first_beyond, judge
 from tests import numpy_port
 from tests.planted_errors import PLANTS
 from tests.processes import ROOT
@@ -30,7 +30,7 @@ SOURCE = PORT.read_text()
 # The sha256 of all inputs, with the trained vocabulary, and of the manifest without its prose.
 # Expected values are left out, because their last bits differ between machines; the port checks
 # them.
-HASH = "c4f4975c516ce3f625bc310d231c6f49b6323d55269b1b3d181312ca328cc7fd"
+HASH = "3b9a77c4b8d6038f299ca0eb9f71576c790568fa6485731890443a0f5bdd520c"
 
 DTYPES = ("float64", "float32")
 
@@ -191,7 +191,7 @@ def test_check_catches_any_array_shifted_masked_negated_or_scaled(folder, manife
     (np.float16(1.0), "FAIL: loss: expected float64 or float32, got float16"),
     (np.int64(1), "FAIL: loss: expected float64 or float32, got int64"),
     (np.zeros(1), r"FAIL: loss: expected shape \(\), got \(1,\)"),
-    (np.float64("nan"), "FAIL: loss: off by inf"),
+    (np.float64("nan"), r"FAIL: loss: off by inf, first at \[\]: expected -?[\d.]+, got nan"),
     (np.array({}), r"FAIL: loss: not a plain .npy file \(ValueError\)"),
     (None, r"FAIL: loss: missing"),
 ])
@@ -209,7 +209,13 @@ def test_check_wants_exact_integers_in_any_integer_type(folder, manifest):
     small = {name: array.astype(np.int32) for name, array in right.items()}
     assert verdict(folder, manifest, "align-token", small) == "pass"
     small["distance"] = small["distance"] + 1
-    assert verdict(folder, manifest, "align-token", small) == "FAIL: distance: off by 2.5e-01"
+    assert verdict(folder, manifest, "align-token", small) == (
+        "FAIL: distance: off by 2.5e-01, first at [0]: expected 1, got 2")
+    small["distance"] = right["distance"].copy()
+    small["distance"][[5, 9]] += 1
+    assert verdict(folder, manifest, "align-token", small) == (
+        f"FAIL: distance: off by 2.5e-01, first at [5]: expected {right['distance'][5]}, got "
+        f"{right['distance'][5] + 1}")
     small["distance"] = right["distance"].astype(np.float64)
     assert "distance: expected int64" in verdict(folder, manifest, "align-token", small)
 
@@ -220,6 +226,19 @@ def test_errors_by_hand():
     assert errors(np.full(1, 1e-30), np.zeros(1)) == (1e-30, float("inf"))
     assert errors(np.array([np.inf]), np.array([1.0])) == (float("inf"), float("inf"))
     assert errors(np.zeros((0, 2)), np.zeros((0, 2))) == (0.0, 0.0)
+
+
+def test_first_beyond_names_the_first_element_that_is_too_far_off():
+    """The tolerance is relative to the largest expected number, here 8."""
+    wanted = np.array([[1.0, -8.0], [0.5, 2.0]])
+    got = wanted + np.array([[0.079, 0.0], [0.081, 1.0]])
+    assert first_beyond(got, wanted, 0.01) == "at [1, 0]: expected 0.5, got 0.581"
+    assert first_beyond(got, wanted, 0.2) == ""
+    assert first_beyond(wanted * np.nan, wanted, 1.0) == "at [0, 0]: expected 1.0, got nan"
+    masks = np.array([True, False])
+    assert first_beyond(~masks, masks, 0.0) == "at [0]: expected True, got False"
+    assert first_beyond(np.float32(0.2), np.float32(0.1), 1e-5) == "at []: expected 0.1, got 0.2"
+    assert first_beyond(np.zeros((0, 2)), np.zeros((0, 2)), 0.0) == ""
 
 
 def command(monkeypatch, *arguments) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from fgrlhf import advantage, align, baseline, ppo
 from fgrlhf.encode import PreferenceIds
-from fgrlhf.engine.optimizer import Optimizer
+from fgrlhf.engine.optimizer import Muon, Optimizer
 from fgrlhf.golden import __main__ as golden
 from fgrlhf.golden.compare import check
 from fgrlhf.model import LLaMA, LLaMAConfig, RMSNorm, rotary_table, rotate as rotated
@@ -233,6 +233,21 @@ def adamw(x, g, m, v, lr, beta1, beta2, eps, weight_decay, step):
     optimizer.state[weight] = state
     optimizer.step()
     return {"x": weight, "m": state["exp_avg"], "v": state["exp_avg_sq"]}
+
+
+def muon(lr, momentum, a, b, c, steps, **matrices):
+    """The coefficients and the number of steps are fixed in the project."""
+    assert (a, b, c, steps) == (3.4445, -4.775, 2.0315, 5)
+    found = {}
+    for name in ("tall", "wide"):
+        weight = torch.nn.Parameter(matrices[f"x_{name}"].detach().clone())
+        optimizer = Muon([weight], lr, momentum)
+        weight.grad = matrices[f"g_{name}"].detach()
+        state = {"momentum": matrices[f"m_{name}"].detach().clone()}
+        optimizer.state[weight] = state
+        optimizer.step()
+        found |= {f"x_{name}": weight, f"m_{name}": state["momentum"]}
+    return found
 
 
 def ppo_step(model, tokens, prompt_lengths, response_lengths, logp_old, logp_ref, rewards, beta,

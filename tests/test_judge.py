@@ -512,3 +512,84 @@ def test_reward_model_calls_a_constant_model_constant(folder, capsys):
                       "--data", folder / "edits.jsonl")
     assert table["pair_accuracy"] == table["token_auc"] == 0.5
     assert "reward: the reward model is constant: it gives every token" in capsys.readouterr().err
+
+
+# ----- token scores from a file -------------------------------------------------------------------
+
+EDITS = [Edit("a", "Name it.", "It was.", "It is.", spans=(Span(3, 6, "fact"),)),
+         Edit("b", "Name it.", "No.", "It is the river."), Edit("7", "Name it.", "It is.", "Its.")]
+
+
+def scores_file(folder: Path, lines: list[dict]) -> Path:
+    path = folder / "scores.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def scored(folder: Path, lines: list[dict], data: str = "scored.jsonl") -> dict:
+    """What `eval.py reward-model --scores` prints for EDITS."""
+    records.write_jsonl(folder / "scored.jsonl", EDITS)
+    return evaluated("reward_model", evaluation.RewardModelConfig, "--scores",
+                     scores_file(folder, lines), "--tokenizer", folder / "policy", "--data",
+                     folder / data)
+
+
+def test_scores_of_a_file_are_judged_by_their_mean(folder, tokenizer):
+    """Means 1 > 0, 1 < 2 and a tie. In the span of record a the lowest score is the last."""
+    ids = lambda text: tokenizer.encode(text, eos=True)
+    inside = [max(3, start) < min(6, end) for start, end in tokenizer.offsets("It was.")]
+    assert any(inside) and not all(inside)
+    worse = [-1.0 if wrong else 1.0 for wrong in inside]
+    lines = [{"id": 7, "chosen": [3] * len(ids("Its.")), "rejected": [3] * len(ids("It is."))},
+             {"id": "b", "chosen": [1.0] * len(ids("It is the river.")),
+              "rejected": [2.0] * len(ids("No."))},
+             {"id": "a", "chosen": [1.0] * len(ids("It is.")),
+              "rejected": [*worse, -sum(worse)]}]                   # EOS makes the mean 0
+    table = scored(folder, lines)
+    assert table["pairs"] == 3 and table["pair_accuracy"] == 0.5
+    sums = [(len(ids("It is.")), 0), (len(ids("It is the river.")), 2 * len(ids("No."))),
+            (3 * len(ids("Its.")), 3 * len(ids("It is.")))]
+    assert table["pair_accuracy_sum"] == pytest.approx(
+        sum((a > b) + 0.5 * (a == b) for a, b in sums) / 3)
+    assert table["token_auc"] == table["token_auc_within"] == 1.0
+
+
+def test_scores_give_the_table_of_the_reward_model_that_made_them(folder, tokenizer):
+    torch.manual_seed(3)
+    model = RewardModel(llama(vocab_size=300, max_seq_len=64), "token", "mean")
+    save_reward(model, folder / "made", tokenizer, Encoding("plain"))
+    prompt, lines = tokenizer.encode("Name it. ->", bos=True), []
+    for edit in EDITS:
+        with torch.no_grad():
+            chosen, rejected = (model.token_rewards(pack([prompt], [tokenizer.encode(
+                text, eos=True)]))[0].tolist() for text in (edit.edited, edit.original))
+        lines.append({"id": edit.id, "chosen": chosen, "rejected": rejected})
+    table = evaluated("reward_model", evaluation.RewardModelConfig, "--reward", folder / "made",
+                      "--data", folder / "scored.jsonl")
+    assert scored(folder, lines) == pytest.approx(table, rel=1e-6) and "edit_auc" in table
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"id": "x"}, "scores.jsonl: expected the scores of record 'b', found none; add a line"),
+    ({"rejected": [1.0]}, r"scores.jsonl:2: rejected: expected \d+ numbers, one for each token of "
+                          "the response, EOS included, got 1"),
+    ({"chosen": ["1"]}, r"scores.jsonl:2: chosen\[0\]: expected a number, got '1'"),
+    ({"id": "a"}, "scores.jsonl:2: id: expected a new id, got 'a' as in .*scores.jsonl:1"),
+    ({"reward": 1.0}, "scores.jsonl:2: 'reward': unknown field")])
+def test_scores_that_do_not_fit_are_refused_by_line(change, said, folder, tokenizer):
+    line = lambda edit: {"id": edit.id, **{side: [0.5] * len(tokenizer.encode(text, eos=True))
+                                           for side, text in (("chosen", edit.edited),
+                                                              ("rejected", edit.original))}}
+    lines = [line(edit) for edit in EDITS]
+    lines[1] |= change
+    with pytest.raises(UserError, match=said):
+        scored(folder, lines)
+
+
+@pytest.mark.parametrize("flags, said", [
+    ((), "expected exactly one of --reward DIR and --scores FILE"),
+    (("--scores", "s"), "--scores and --tokenizer: expected both or neither"),
+    (("--reward", "r", "--tokenizer", "t"), "--scores and --tokenizer: expected both or neither")])
+def test_reward_model_takes_a_model_or_scores_with_their_tokenizer(flags, said):
+    with pytest.raises(UserError, match=said):
+        evaluated("reward_model", evaluation.RewardModelConfig, "--data", "d", *flags)

@@ -1,6 +1,7 @@
 """Stages as small commands: which of them run, in which order, and how a failure is reported."""
 
 import ast
+import io
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from fgrlhf.data.fields import UserError
-from fgrlhf.reproduce import __main__ as reproduce, results
+from fgrlhf.reproduce import __main__ as reproduce, pipeline, results
 from fgrlhf.reproduce.pipeline import Stage, finished, locked, run_stages
 from tests.test_layout import ROOT
 
@@ -259,6 +260,45 @@ def test_run_stages_finds_scripts_and_modules_of_the_project_from_any_folder(fol
     assert log.startswith("$ python eval.py --help\n") and "eval.py win-rate" in log
     assert (folder / "out/logs/own.log").read_text() == "$ python -m own\nown module\n"
     assert (folder / "world" / "train.jsonl").is_file()
+
+
+# ----- the progress bar ---------------------------------------------------------------------------
+
+BAR = """
+import sys, time
+from tqdm import tqdm
+for step in tqdm(range(3, 10), initial=2, total=9, desc="fine-grained", mininterval=0):
+    if step == 7:
+        time.sleep(float(sys.argv[1]))
+"""
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_the_bar_shows_how_far_a_running_stage_is_on_a_terminal(stream, folder, monkeypatch):
+    """The stage stops for a while in its seventh step, when six of nine are done."""
+    monkeypatch.setattr(sys, "stderr", said := stream())
+    monkeypatch.setattr(pipeline, "REFRESH", 0.05)
+    (folder / "bar.py").write_text(BAR)
+    run_stages([Stage("a", (str(folder / "bar.py"), "1"))], folder / "out", 1)
+    assert f"logs in {folder}/out/logs:" in said.getvalue() and "a.log" in said.getvalue()
+    assert ("a.log 6/9]" in said.getvalue()) == (stream is Terminal)
+    assert said.getvalue().count("\r") <= 4 or stream is Terminal
+    assert pipeline.progress_of(folder / "out/logs/a.log") == "9/9"
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("", ""), ("$ python x.py 3/4\n", ""), ("\rsft: 0%|   | 0/30 [00:00<?, ?it/s]", "0/30"),
+    ("fold 1/2: 100%|##| 8/8 [00:01<00:00, 7it/s]\nfold 2/2:  25%|# | 2/8 [00:01<00:05]", "2/8"),
+    ("\r| 7/9 [" + "x" * 3000, "")])
+def test_progress_of_a_log_is_the_last_state_of_its_bar(text, expected, tmp_path):
+    (tmp_path / "a.log").write_text(text)
+    assert pipeline.progress_of(tmp_path / "a.log") == expected
+    assert pipeline.progress_of(tmp_path / "none.log") == ""
 
 
 def test_run_stages_names_a_missing_script_before_any_stage_runs(folder):

@@ -141,7 +141,7 @@ def test_rule_2_holds_in_bf16_to_the_tolerance_of_float32(microbatch):
     _, batch = train_ppo.make_experience(config, setup_of(policy), 1)
     assert (batch.logp_ref - batch.logp_old).abs().max() < 1e-5
     worst = 0.0
-    for part in train_ppo.scored_together(config, batch.sequences, 1):
+    for part in train_ppo.scored_together(config, batch.sequences, 1, batch.mask):
         b = batch.rows(part)
         out = policy_loss(policy, b.sequences, b.logp_old, b.advantages, 0.2, 1.0,
                           int(batch.mask.sum()))

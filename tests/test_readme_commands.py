@@ -5,8 +5,11 @@ model, and the command of `explain`. The scripts parse the stages of every profi
 """
 
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -159,12 +162,21 @@ def test_stages_of_reproduce_take_its_dtype_and_those_behind_sft_its_adapters():
     assert trained == 1 + 3 + 3 + 2                     # SFT, reward models, PPO, rivals
 
 
-def test_make_reproduce_is_the_quick_profile():
-    makefile = (processes.ROOT / "Makefile").read_text()
-    command = re.search(r"python (-m fgrlhf\.reproduce .*)", makefile)[1].replace("$(OUT)", "x")
-    words = ["python", *shlex.split(command)]
-    arguments = parser(config_of(words)).parse_args(words[3:])
-    assert (arguments.profile, arguments.seeds) == ("quick", 1)
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+@pytest.mark.parametrize("variables, expected", [
+    ("", ("quick", 1, "runs/quick", os.cpu_count())),
+    ("PROFILE=full SEEDS=4 WORKERS=3", ("full", 4, "runs/full", 3)),
+    ("PROFILE=sweep OUT='my runs'", ("sweep", 1, "my runs", os.cpu_count()))])
+def test_make_reproduce_is_the_quick_profile_unless_told_otherwise(variables, expected):
+    """`make -n` prints the command and does not run it. A variable of the shell changes nothing."""
+    shell = {name: value for name, value in os.environ.items() if name not in ("OUT", "MAKEFLAGS")}
+    done = subprocess.run(["make", "-n", "reproduce", *shlex.split(variables)], cwd=processes.ROOT,
+                          env=shell | {"PROFILE": "x", "SEEDS": "x", "WORKERS": "x"},
+                          capture_output=True, text=True, check=True)
+    command = re.search(r"python -m fgrlhf\.reproduce .*", done.stdout.replace("\\\n", ""))[0]
+    words = shlex.split(command)
+    found = parser(config_of(words)).parse_args(words[3:])
+    assert (found.profile, found.seeds, found.out, found.workers) == expected
 
 
 def test_generate_reads_a_real_checkpoint_as_the_readme_says(data_dir, tmp_path):

@@ -353,6 +353,29 @@ def test_run_resumes_a_run_that_was_finished_without_the_flag(tmp_path, capsys):
     assert "already complete" in capsys.readouterr().out
 
 
+def test_run_finished_by_an_older_version_is_the_run_with_the_defaults_of_new_flags(tmp_path):
+    """config.json and the state lack `lr`, as if the flag had been added since."""
+    @dataclass(frozen=True)
+    class Older:
+        out: str
+        save_every: int = 2
+        keep: int = 2
+        resume: bool = False
+        device: str = "cpu"
+        data: str | None = None
+
+    Run(Older(str(tmp_path / "a"))).finish({})
+    Run(Older(str(tmp_path / "b"))).save(1)
+    with pytest.raises(SystemExit, match="0"):
+        Run(Config(str(tmp_path / "a"), resume=True))
+    assert Run(Config(str(tmp_path / "b"), resume=True)).step == 1
+    with pytest.raises(UserError, match="a: holds a finished run with another --lr: it had 0.1, g"
+                                        "ot 0.5; choose another --out or remove it"):
+        Run(Config(str(tmp_path / "a"), lr=0.5, resume=True))
+    with pytest.raises(UserError, match="same --lr: the run was started with 0.1, got 0.5"):
+        Run(Config(str(tmp_path / "b"), lr=0.5, resume=True))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_run_guard_names_the_tensor_and_leaves_the_batch(tmp_path, bad):
     run = Run(Config(str(tmp_path)))

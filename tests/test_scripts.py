@@ -84,6 +84,7 @@ def annotated(folder, world, policy, run) -> Path:
 
 @pytest.mark.parametrize("command", [(name,) for name in SCRIPTS] + [
     ("eval.py", "outputs"), ("eval.py", "win-rate"), ("eval.py", "reward-model"),
+    ("eval.py", "answers"),
     ("fgrlhf.simulate", "world"), ("fgrlhf.simulate", "annotate")], ids=" ".join)
 def test_help_shows_an_example_and_ends_with_status_0(command, run):
     done = run(*command, "--help")

@@ -11,7 +11,7 @@ from fgrlhf.checkpoint import load_model, load_tokenizer
 from fgrlhf.data.fields import UserError
 from fgrlhf.engine import players
 from fgrlhf.reward import load_reward
-from fgrlhf.sequences import score
+from fgrlhf.sequences import pack, score
 from kernels import linear_logp, linear_ppo
 from tests.small import ppo_folder, slow_logp
 
@@ -102,6 +102,79 @@ def test_a_response_without_eos_loses_the_penalty_at_its_last_token(folder, tmp_
     assert found == {True, False}
 
 
+# ----- masked responses ---------------------------------------------------------------------------
+
+def ended(folder, batch) -> list[bool]:
+    """Whether each response ends with EOS."""
+    eos = load_tokenizer(folder / "policy").eos_id
+    return [batch.sequences.tokens[row, p + n - 1].item() == eos
+            for row, (p, n) in enumerate(zip(*(part.tolist() for part in batch.sequences[1:])))]
+
+
+@pytest.mark.parametrize("method, kind", [("rlhf", "sequence"), ("fine-grained", "token")])
+def test_masked_responses_are_in_no_mean_and_in_no_loss(folder, tmp_path, monkeypatch, method,
+                                                        kind):
+    """With learning rate 0 the ratio is 1, so (7) is -mean A, and L_V is mean (G - V)^2 / 2."""
+    settings = config(folder, out=str(tmp_path / "a"), method=method, reward=str(folder / kind),
+                      mask_truncated=True, rollouts=12, max_new_tokens=24, epochs=1,
+                      minibatches=1, lr=0.0, value_lr=0.0, beta=0.7, gae_lambda=0.8)
+    seen = updates(monkeypatch, settings)
+    lines = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").open()]
+    for batch, line in zip(seen, lines, strict=True):
+        kept = [row for row, ends in enumerate(ended(folder, batch)) if ends]
+        lengths = batch.sequences.response_lengths.tolist()
+        assert batch.learning_rows() == kept and 0 < len(kept) < 12
+        assert line["ppo/masked"] == 12 - len(kept)
+        assert line["rollout/truncated"] == pytest.approx((12 - len(kept)) / 12)
+        rows = penalised(folder, kind, batch, 0.7)
+        if method == "rlhf":
+            errors = [batch.returns[row, t] - batch.values[row, t]          # lambda returns
+                      for row in kept for t in range(lengths[row])]
+            expected = sum(e * e for e in errors) / len(errors) / 2
+            assert line["ppo/value_loss"] == pytest.approx(expected.item(), rel=1e-4)
+            flat = [batch.advantages[row, t].item() for row in kept for t in range(lengths[row])]
+            assert sum(flat) / len(flat) == pytest.approx(0, abs=1e-5)
+            assert sum(a * a for a in flat) / len(flat) == pytest.approx(1, abs=1e-3)
+        else:
+            flat = [value for row in kept for value in rows[row]]
+            rms = (sum(x * x for x in flat) / len(flat)) ** 0.5
+            assert line["ppo/loss"] == pytest.approx(-sum(flat) / len(flat) / rms, abs=1e-4)
+
+
+def test_masked_responses_change_the_policy_as_if_they_had_not_been_sampled(folder, tmp_path,
+                                                                            monkeypatch):
+    settings = config(folder, mask_truncated=True, rollouts=12, max_new_tokens=24,
+                      out=str(tmp_path / "a"), iterations=1)
+    batch, policies = updates(monkeypatch, settings)[0], []
+    for part in (batch, batch.rows(torch.tensor(batch.learning_rows()))):
+        found = players.prepare(settings, players.load(settings, torch.device("cpu")))
+        metrics = train_ppo.update(settings, found, part, 1)
+        assert metrics.pop("ppo/masked") == len(part.mask) - len(batch.learning_rows())
+        policies.append((found.policy.state_dict(), metrics))
+    assert policies[0][1] == policies[1][1]
+    assert all(torch.equal(x, policies[1][0][name]) for name, x in policies[0][0].items())
+
+
+def test_an_iteration_whose_responses_are_all_masked_leaves_the_policy_as_it_is(folder, tmp_path):
+    train_ppo.train(config(folder, mask_truncated=True, out=str(tmp_path / "a"), iterations=1,
+                           max_new_tokens=1, skip_checks=True))
+    line = json.loads((tmp_path / "a/metrics.jsonl").read_text())
+    assert line["ppo/masked"] == 6 and "ppo/loss" not in line
+    before = load_model(folder / "policy").state_dict()
+    after = load_model(tmp_path / "a/policy").state_dict()
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
+
+
+def test_in_bfloat16_masked_responses_are_scored_apart_from_those_of_an_update(folder):
+    """The groups of the first epoch's updates, then the rest, each row once."""
+    settings = config(folder, dtype="bfloat16", rollouts=5, minibatches=2, microbatch=0)
+    sequences = pack([[5]] * 5, [[6, 7]] * 5)
+    learns = torch.tensor([[True, True]] * 5) & torch.tensor([1, 0, 1, 0, 1]).bool()[:, None]
+    groups = [rows.tolist() for rows in train_ppo.scored_together(settings, sequences, 1, learns)]
+    assert groups[:-1] == train_ppo.minibatches(settings, 1, 0, [0, 2, 4])
+    assert sorted(sum(groups[:-1], [])) == [0, 2, 4] and groups[-1] == [1, 3]
+
+
 def test_samples_are_kept_by_step_with_prompt_text_and_kl(folder, tmp_path, monkeypatch):
     seen = updates(monkeypatch, config(folder, out=str(tmp_path / "a"), save_samples=True))
     lines = [json.loads(line) for line in (tmp_path / "a/samples.jsonl").read_text().splitlines()]
@@ -184,7 +257,7 @@ def test_a_finished_run_that_kept_its_last_state_goes_on_as_if_never_finished(fo
             train_ppo.train(config(folder, **again, resume=True))
     for refused in ({"iterations": 1}, {"iterations": 5, "lr": 0.1}, {"iterations": 5, "resume": 0},
                     {"iterations": 5, "lr_decay": True}):
-        with pytest.raises(UserError, match="holds a finished run; choose another --out"):
+        with pytest.raises(UserError, match="holds a finished run( with another --|; )"):
             train_ppo.train(config(folder, **{**a, "resume": True, **refused}))
     train_ppo.train(config(folder, **a | {"keep_last": False}, resume=True, iterations=5))
     train_ppo.train(config(folder, **fields, out=str(tmp_path / "b"), iterations=5))
@@ -200,7 +273,8 @@ def test_a_finished_run_that_kept_its_last_state_goes_on_as_if_never_finished(fo
 @pytest.mark.parametrize("rollouts, parts, sizes", [(6, 2, [3, 3]), (5, 4, [1, 1, 1, 2])])
 def test_minibatches_are_as_many_as_asked_for_and_hold_every_row_once(folder, rollouts, parts,
                                                                       sizes):
-    cut = train_ppo.minibatches(config(folder, rollouts=rollouts, minibatches=parts), 3, 1)
+    settings = config(folder, rollouts=rollouts, minibatches=parts)
+    cut = train_ppo.minibatches(settings, 3, 1, list(range(rollouts)))
     assert [len(rows) for rows in cut] == sizes and sorted(sum(cut, [])) == list(range(rollouts))
 
 
@@ -231,6 +305,7 @@ def test_prompts_of_takes_every_prompt_once_before_any_twice(folder):
 @pytest.mark.parametrize("changes, flag", [
     ({"reward_eos": False, "method": "rlhf"}, "--no-reward-eos"),
     ({"minibatches": 7}, "--minibatches"), ({"method": "grpo", "group": 4}, "--group"),
+    ({"mask_truncated": True, "missing_eos_penalty": 1.0}, "--mask-truncated and --missing-eos"),
     ({"temperature": 0.0}, "--temperature"), ({"world": 1}, "--dev-prompts")])
 def test_flags_that_contradict_one_another_are_refused(changes, flag, folder, tmp_path):
     with pytest.raises(UserError, match=flag):

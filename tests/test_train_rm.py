@@ -93,7 +93,7 @@ def test_shuffle_labels_swaps_about_half_the_records_and_only_in_training(monkey
     monkeypatch.setattr(train_rm, "bucketed_batches", lambda *sizes: [list(range(100))])
     monkeypatch.setattr(train_rm.PreferenceBatch, "of",
                         lambda examples, device: seen.extend(examples) or 1 / 0)
-    log = SimpleNamespace(writes=False)
+    log = SimpleNamespace(writes=False, progress=lambda total, name: range(1, total + 1))
     config = train_rm.Config(data="", model="", out="", folds=2, shuffle_labels=0, epochs=1)
     model = SimpleNamespace(trunk=SimpleNamespace(), device="cpu", named_parameters=lambda: [
         ("head", torch.nn.Parameter(torch.ones(2)))])

@@ -93,10 +93,11 @@ def iteration(method: str, early: bool, width: int, device: str) -> Work:
         update(config, players, batch, 1)
         return batch.sequences
     sequences = run()
-    updates = [part for epoch in range(config.epochs) for rows in minibatches(config, 1, epoch)
+    updates = [part for epoch in range(config.epochs)
+               for rows in minibatches(config, 1, epoch, list(range(config.rollouts)))
                for part in by_length(sequences, rows, config.microbatch)]
-    floor = iteration_floor(policy, sequences, scored_together(config, sequences, 1), updates,
-                            method == "rlhf")
+    groups = scored_together(config, sequences, 1, sequences.response_mask)
+    floor = iteration_floor(policy, sequences, groups, updates, method == "rlhf")
     return Work(run, floor, int(sequences.lengths.sum()))
 
 

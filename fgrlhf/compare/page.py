@@ -24,10 +24,11 @@ def page(groups: Sequence[Group], tables: Sequence[Table], notes: Sequence[str])
     header = tag("header", tag("h1", "Comparison of runs"), tag("p", names, class_="muted"),
                  [tag("p", note) for note in notes])
     return document(f"Comparison of runs: {names}",
-                    [header, *map(_table, tables), *_curves(groups)])
+                    [header, *map(table_section, tables), *_curves(groups)])
 
 
-def _table(one: Table) -> Html:
+def table_section(one: Table) -> Html:
+    """Shows a table of the terminal as a section."""
     header = ["", *one.header]
     rows = [tag("tr", tag("th", name, scope="row"),
                 [tag("td", _shown(text),

@@ -77,7 +77,7 @@ def read_groups(words: Sequence[str]) -> list[Group]:
             raise UserError(f"{folder}: expected each run once, got the same folder as "
                             f"{places[place]}; leave one of the two out")
         places[place] = folder
-    names = iter(_names([folder for name, folder in split if name is None],
+    names = iter(names_of([folder for name, folder in split if name is None],
                         {name for name, _ in split if name is not None}))
     groups: dict[str, list[LoggedRun]] = {}
     for name, folder in split:
@@ -145,8 +145,8 @@ def _split(word: str) -> tuple[str | None, str]:
     return name, folder
 
 
-def _names(folders: list[str], taken: set[str]) -> list[str]:
-    """Names folders by the shortest ends of their paths that are all different."""
+def names_of(folders: list[str], taken: set[str]) -> list[str]:
+    """Names folders, or files, by the shortest ends of their paths that are all different."""
     parts = [Path(os.path.abspath(folder)).parts for folder in folders]
     for depth in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(part[-depth:]) for part in parts]

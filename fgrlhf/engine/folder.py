@@ -4,6 +4,7 @@ A run is refused before models are loaded when the folder is not its own: anothe
 to it, another run has finished or begun in it, or --resume finds other settings or other inputs.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -115,12 +116,20 @@ class OutputFolder:
                             "choose another --out or remove it")
 
     def _finished(self) -> None:
-        """Ends the program, unless more iterations can start from a state that was kept."""
-        before = read_object(self.folder / "config.json") if self.config.resume else {}
-        now = self._settings()
-        if self._other_setting(now, before, now) is not None:
+        """Ends the program, unless more iterations can start from a state that was kept.
+
+        With --resume and the settings of the finished run the status is 0. A pipeline that was
+        killed before it recorded the success of a stage calls the stage again in this way.
+        """
+        if not self.config.resume:
             raise UserError(f"{self.folder}: holds a finished run; choose another --out or remove "
                             "it")
+        now = self._settings()
+        before = self._older_settings(read_object(self.folder / "config.json"))
+        if (field := self._other_setting(now, before, now)) is not None:
+            raise UserError(f"{self.folder}: holds a finished run with another "
+                            f"--{field.replace('_', '-')}: it had {before.get(field)!r}, got "
+                            f"{now[field]!r}; choose another --out or remove it")
         if now.get("iterations") != before.get("iterations"):
             if states.paths(self.folder):
                 return
@@ -140,7 +149,7 @@ class OutputFolder:
         if found is None:
             return
         path, self.state = found
-        before, now = json.loads(self.state["config"]), self._settings()
+        before, now = self._older_settings(json.loads(self.state["config"])), self._settings()
         if (field := self._other_setting(before, before, now)) is not None:
             raise UserError(f"{path}: --resume needs the same --{field.replace('_', '-')}: the run "
                             f"was started with {before[field]!r}, got {now.get(field)!r}")
@@ -156,6 +165,13 @@ class OutputFolder:
     def _settings(self) -> dict:
         """The configuration as config.json holds it."""
         return json.loads(configuration.to_json(self.config))
+
+    def _older_settings(self, saved: dict) -> dict:
+        """Returns saved settings, with the defaults of flags that did not exist at that time."""
+        new = {field.name: field.default for field in dataclasses.fields(self.config)
+               if field.name not in saved and field.default is not dataclasses.MISSING}
+        defaults = json.loads(configuration.to_json(dataclasses.replace(self.config, **new)))
+        return saved | {name: defaults[name] for name in new}
 
     def _other_setting(self, names: Iterable[str], before: dict, now: dict) -> str | None:
         """The first of the settings `names` that may not differ in one run, and does."""

@@ -32,6 +32,7 @@ from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import sync, write_atomic
 from fgrlhf.engine import config as configuration, distributed, states
 from fgrlhf.engine.folder import LOGS, OutputFolder
+from fgrlhf.engine.summary import Ending, figures, last_lines
 
 
 class Run(OutputFolder):
@@ -44,7 +45,7 @@ class Run(OutputFolder):
     def __init__(self, config, tokenizer_hash: str = "", inputs: tuple[str, ...] = (),
                  files: tuple[Path, ...] = (), keep_last: bool = False):
         super().__init__(config, tokenizer_hash, inputs, files, keep_last)
-        self.total, self.stopped_by = 0, 0
+        self.total, self.stopped_by, self.shown = 0, 0, ""
         self.save_seconds = 0.0                                 # of this call of the script
         self.clock = time.perf_counter()
 
@@ -76,12 +77,22 @@ class Run(OutputFolder):
         self.total = total
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self.bar = tqdm(range(self.step + 1, total + 1), desc=name, initial=self.step,
-                            total=total, disable=not self.writes)
-            yield from self.bar
+            yield from self.progress(total, name)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def progress(self, total: int, name: str) -> Iterator[int]:
+        """Yields the steps still to do, with a progress bar that has the figures of `show`."""
+        self.bar = tqdm(range(self.step + 1, total + 1), desc=name, initial=self.step, total=total,
+                        disable=not self.writes)
+        for step in self.bar:
+            yield step
+            self.bar.set_postfix_str(self.shown, refresh=False)
+
+    def show(self, metrics: dict[str, float]) -> None:
+        """Puts the main figures of a step into the progress bar."""
+        self.shown = figures(metrics)
 
     def end_step(self, step: int, metrics: dict[str, float], extra: dict | None = None,
                  **parts) -> None:
@@ -94,6 +105,7 @@ class Run(OutputFolder):
                 raise FloatingPointError(f"step {step}: {name}: expected a finite number, got "
                                          f"{float(value)}")
         self.log(step, metrics)
+        self.show(metrics)
         self.stopped_by = distributed.largest(self.stopped_by)      # a signal to one rank stops all
         due = self.keep_last if step == self.total else step % self.config.save_every == 0
         if self.stopped_by or due:
@@ -175,8 +187,8 @@ class Run(OutputFolder):
             raise FloatingPointError(f"step {step}: {error}; the batch is in {path}: see "
                                      f"python -m fgrlhf.checks --replay {path}") from None
 
-    def finish(self, summary: dict) -> None:
-        """Marks the run as complete, and unlocks the folder.
+    def finish(self, summary: dict, ending: Ending | None = None) -> None:
+        """Marks the run as complete, unlocks the folder, and prints the last lines of `ending`.
 
         The training states are removed, except with `keep_last`. Like in `log`, NaN becomes null.
         """
@@ -189,6 +201,8 @@ class Run(OutputFolder):
         if not self.keep_last:
             states.remove(self.folder)
         self.unlock()
+        if ending:
+            print(last_lines(self.folder, ending, summary), file=sys.stderr)
 
 
 def _json(record: dict, indent: int | None = None) -> str:

@@ -6,26 +6,39 @@
 Both files have AlpacaEval's format, as `eval.py outputs` writes. R is the reward of the whole
 answer, equation (1). For a token-level reward model the tokens with the lowest rewards are named,
 and the HTML page has the reward of every token. The rewards are on the model's own scale.
+
+`eval.py answers` shows two or more files, also without a reward model. Both commands call `show`.
 """
 
+import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
 
 import torch
 
 from fgrlhf.checkpoint import load_tokenizer
+from fgrlhf.compare.page import table_section
+from fgrlhf.compare.tables import Table, as_text
+from fgrlhf.data.fields import UserError
+from fgrlhf.data.files import write_atomic
 from fgrlhf.data.readers import read_outputs
 from fgrlhf.data.records import Output
 from fgrlhf.engine.config import arg, parse, run
 from fgrlhf.engine.encoding import Encoding, check_encoding
 from fgrlhf.explain.explained import surfaces
 from fgrlhf.explain.text import visible
-from fgrlhf.judge import check_same_prompts, encode_outputs, joined
-from fgrlhf.reproduce.report import write_report
-from fgrlhf.reward import RewardModel, load_reward
+from fgrlhf.judge import check_same_prompts, encode_outputs, input_of, joined
+from fgrlhf.reproduce.excerpts import heat_maps
+from fgrlhf.reproduce.markup import Html, document, section, table, tag, typeset
+from fgrlhf.reward import load_reward
 from fgrlhf.sequences import pack
 from fgrlhf.templates import template_arg
-from fgrlhf.tokenizer import Tokenizer
+
+WIDTH = 104                                     # columns of the terminal
+LOWEST = 3                                      # tokens that are named for each answer
 
 
 @dataclass(frozen=True)
@@ -38,50 +51,135 @@ class Config:
     html: str | None = arg(None, help="also write an HTML page with the reward of every token")
 
 
+class Answer(NamedTuple):
+    """One answer of one file."""
+
+    label: str                          # names the file
+    prompt: str                         # instruction and input
+    text: str
+    R: float | None = None              # equation (1); None without a reward model
+    tokens: list[str] = []              # of a token-level reward model, with their rewards
+    rewards: list[float] = []
+
+
+def read_answers(files: Sequence[str], template: str, limit: int) -> list[list[Output]]:
+    """Reads the answers of each file to the same first prompts, in the order of the first file."""
+    first = read_outputs(files[0])
+    read = [first, *(joined(read_outputs(file), first, (file, files[0])) for file in files[1:])]
+    for outputs in read[1:]:
+        check_same_prompts(outputs, first, template)
+    return [outputs[:limit] for outputs in read]
+
+
+def answers_of(outputs: list[Output], label: str) -> list[Answer]:
+    """Returns the answers without rewards."""
+    return [Answer(label, "\n".join(filter(None, (one.instruction, input_of(one)))), one.output)
+            for one in outputs]
+
+
 @torch.no_grad()
-def rewarded(model: RewardModel, tokenizer: Tokenizer, encoding: Encoding, outputs: list[Output],
-             label: str) -> list[dict]:
-    """Returns R of each answer, and its tokens with their rewards (report.py: heat_maps)."""
-    encoded, result = encode_outputs(model, tokenizer, encoding, outputs), []
-    for output, prompt, ids in zip(outputs, *encoded):
-        batch = pack([prompt], [ids], device=model.device)
-        rewards = model.token_rewards(batch)[0].tolist() if model.kind == "token" else []
-        result.append({"prompt": output.instruction, "label": label, "answer": output.output,
-                       "R": model.sequence_rewards(batch).item(), "rewards": rewards,
-                       "tokens": surfaces(tokenizer, ids) if rewards else []})
+def rewarded(folder: str, encoding: Encoding,
+             columns: list[tuple[list[Output], list[Answer]]]) -> list[list[Answer]]:
+    """Adds R and the rewards of the tokens, by the reward model in `folder`."""
+    model, tokenizer, result = load_reward(folder), load_tokenizer(folder), []
+    for outputs, answers in columns:
+        result.append([])
+        for answer, prompt, ids in zip(answers, *encode_outputs(model, tokenizer, encoding,
+                                                                outputs)):
+            batch = pack([prompt], [ids], device=model.device)
+            answer = answer._replace(R=model.sequence_rewards(batch).item())
+            if model.kind == "token":
+                answer = answer._replace(tokens=surfaces(tokenizer, ids),
+                                         rewards=model.token_rewards(batch)[0].tolist())
+            result[-1].append(answer)
     return result
 
 
-def text(one: dict, lowest: int = 3) -> str:
-    """Returns the lines of one answer."""
-    lines = [f"  {one['label']:7} R = {one['R']:+9.3f}   {visible(one['answer'])}"]
-    ranked = sorted(zip(one["rewards"], one["tokens"]))[:lowest]
+def show(files: Sequence[str], labels: Sequence[str], reward: str | None, template: str,
+         limit: int, html: str | None) -> None:
+    """Prints the answers of all files to each prompt, and writes the page to `html`.
+
+    labels: a name for each file. reward: the folder of a reward model, or None. Raises UserError
+    when the files do not answer the same prompts.
+    """
+    if html and os.path.realpath(html) in map(os.path.realpath, files):
+        raise UserError(f"--html {html}: expected a file of its own, got one of the files of "
+                        "answers; choose another path")
+    encoding = Encoding(template)
+    if reward:
+        encoding = check_encoding(reward, template=template) or encoding
+    read = read_answers(files, encoding.template if reward else "", limit)
+    columns = [answers_of(outputs, label) for outputs, label in zip(read, labels)]
+    if reward:
+        columns = rewarded(reward, encoding, list(zip(read, columns)))
+    rows, summary, sentences = list(zip(*columns)), means(columns), compared(columns)
+    width = max(map(len, labels))
+    if html:
+        write_atomic(html, page(rows, summary, sentences).encode("utf-8", "replace"))
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    for row in rows:
+        print("\n".join([visible(row[0].prompt), *(lines(one, width) for one in row), ""]))
+    print("\n".join([as_text(summary, WIDTH), "", *sentences]).strip())
+
+
+def lines(one: Answer, width: int) -> str:
+    """Returns the lines of one answer. width: of the labels."""
+    value = "" if one.R is None else f" R = {one.R:+9.3f}  "
+    ranked = sorted(zip(one.rewards, one.tokens))[:LOWEST]
     named = ", ".join(f"{visible(token.strip()) or 'blank'} {reward:+.2f}"
                       for reward, token in ranked)
-    return "\n".join(lines + [f"{'':25}lowest: {named}"] * bool(named))
+    start = f"  {one.label:{width}} {value} "
+    shown = start + visible(one.text).strip()
+    return "\n".join([shown.rstrip()] + [f"{'':{len(start)}}lowest: {named}"] * bool(named))
+
+
+def means(columns: Sequence[Sequence[Answer]]) -> Table:
+    """Returns the mean number of words and the mean R of each file."""
+    rows = {"words per answer": [f"{fmean(len(one.text.split()) for one in answers):.1f}"
+                                 for answers in columns]}
+    if columns[0][0].R is not None:
+        rows["mean R"] = [f"{fmean(one.R for one in answers):+.3f}" for answers in columns]
+    return Table("Means", f"Over {len(columns[0])} prompts.", [one[0].label for one in columns],
+                 {name: [(text, "") for text in cells] for name, cells in rows.items()})
+
+
+def compared(columns: Sequence[Sequence[Answer]]) -> list[str]:
+    """Returns a sentence about each file but the first: how often its R is higher."""
+    first = columns[0]
+    if first[0].R is None:
+        return []
+    return [f"R is higher in {answers[0].label} than in {first[0].label} for "
+            f"{sum(b.R > a.R for a, b in zip(first, answers))} of {len(first)} prompts, equal for "
+            f"{sum(b.R == a.R for a, b in zip(first, answers))}." for answers in columns[1:]]
+
+
+# ----- the page -----------------------------------------------------------------------------------
+
+def page(rows: Sequence[Sequence[Answer]], summary: Table, sentences: Sequence[str]) -> str:
+    """Returns the whole HTML document: the answers in a table, and the rewards of their tokens."""
+    names = " \N{MIDDLE DOT} ".join(summary.header)
+    meaning = ["R is the reward of the whole answer, equation (1), on the reward model's own "
+               "scale."] * bool(sentences)
+    header = tag("header", tag("h1", "Answers side by side"), tag("p", names, class_="muted"),
+                 [tag("p", sentence) for sentence in (*meaning, *sentences)])
+    body = [tag("tr", tag("th", row[0].prompt, scope="row", dir="auto"), *map(_cell, row))
+            for row in rows]
+    shown = section("Answers", table(None, ["prompt", *summary.header], [body], text=True))
+    heat = [{"prompt": one.prompt, "label": one.label, "tokens": one.tokens,
+             "rewards": one.rewards} for row in rows for one in row if one.rewards]
+    return document(f"Answers side by side: {names}", [
+        header, table_section(summary), shown, *[heat_maps(heat, underlined=None)] * bool(heat)])
+
+
+def _cell(one: Answer) -> Html:
+    value = "" if one.R is None else f": R = {typeset(f'{one.R:+.3f}')}"
+    label = tag("span", one.label + value, class_="role", dir="ltr")
+    return tag("td", one.text, label, class_="text", dir="auto")
 
 
 def main(config: Config) -> None:
-    encoding = check_encoding(config.reward, template=config.template) or Encoding(config.template)
-    before = read_outputs(config.before)
-    after = joined(read_outputs(config.after), before, (config.after, config.before))
-    check_same_prompts(after, before, encoding.template)
-    model, tokenizer = load_reward(config.reward), load_tokenizer(config.reward)
-    pairs = list(zip(*(rewarded(model, tokenizer, encoding, outputs[:config.limit], label)
-                       for outputs, label in ((before, "before"), (after, "after")))))
-    if config.html:
-        heat = [one for pair in pairs for one in pair if one["rewards"]]
-        rows = [{"prompt": a["prompt"], "before": a["answer"], "before_reward": a["R"],
-                 "after": b["answer"], "after_reward": b["R"]} for a, b in pairs]
-        write_report(config.html, {"examples": {"heat_maps": heat, "before_after": [
-            {"caption": f"The first {len(rows)} prompts.", "labels": ["before", "after"],
-             "rows": rows}]}})
-    sys.stdout.reconfigure(encoding="utf-8")
-    for a, b in pairs:
-        print(f"{visible(a['prompt'])}\n{text(a)}\n{text(b)}\n")
-    higher = sum(b["R"] > a["R"] for a, b in pairs)
-    equal = sum(b["R"] == a["R"] for a, b in pairs)
-    print(f"R is higher after than before for {higher} of {len(pairs)} prompts, equal for {equal}.")
+    show((config.before, config.after), ("before", "after"), config.reward, config.template,
+         config.limit, config.html)
 
 
 if __name__ == "__main__":

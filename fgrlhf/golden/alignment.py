@@ -166,16 +166,18 @@ def token_cases() -> list[Case]:
     aligned = [align_ids(a, b) for a, b in ids]
     token = Case(
         "align-token", "2.1", "U0, U1-, U1+",
-        "Levenshtein alignment of ids: the least cost, then the fewest runs of edits, then the "
-        "right-most path (the first in dictionary order of the moves, match < substitute < delete "
-        "< insert). original, edited: True where a token changed, the rows one after the other. "
+        "Levenshtein alignment of ids: the least cost, then the fewest runs of edits (a match ends "
+        "a run), then the right-most path (the first in dictionary order of the moves, match < "
+        "substitute < delete < insert). A match costs 0 and each edit 1. original, edited: True "
+        "where a token changed, the rows one after the other. "
         "pairs: unchanged tokens as (row, i, j). distance: edits of each row.", {}, given,
         outputs(aligned) | distances(aligned))
     gap = Case(
         "gap-credit", "2.1", "U1-, U1+",
-        "The tokens that are credited with an edit. Changed tokens are always credited. Where the "
-        "edit only inserted between two pairs, the original's first token behind the gap is "
-        "credited; where it only deleted, the edited side's. When no token follows, none is. "
+        "The tokens that are credited with an edit, in the alignment of align-token. Changed "
+        "tokens are always credited. Where the edit only inserted between two pairs, in front of "
+        "the first or behind the last, the original's first token behind the gap is credited; "
+        "where it only deleted, the edited side's. When no token follows, none is. "
         "original, edited: True where a token is credited. pairs: the U0 that remains, as (row, i, "
         "j).",
         {}, given, outputs([credit(changed, pairs) for changed, pairs, _ in aligned]))
@@ -189,14 +191,21 @@ def word_case() -> Case:
     aligned = [align_words(pair, both) for pair, both in zip(TEXTS, spans)]
     return Case(
         "align-word", "2.1", "U0, U1-, U1+",
-        "Alignment of words, compared in lower case without the punctuation at their ends. In "
-        "scripts without blanks a word is a character with its combining marks. A "
-        "deletion or insertion costs 1 and each run 2 more; then as align-token. The result is "
-        "projected to pieces (spans: half-open, in code points): a piece that overlaps no word "
-        "belongs to the next word, and what follows the last word never changes. In each pair of "
-        "unchanged words, align-token pairs the pieces by their texts, in lower case and without "
-        "whitespace at the ends unless all of it is blank. Outputs as align-token; distance counts "
-        "words.",
+        "Alignment of words. A word is a stretch without whitespace. In Thai, Chinese characters "
+        "and hiragana, which are written without blanks, each character with the combining marks "
+        "behind it is a word. Words match when they are equal in lower case and without the "
+        "characters at their ends that are no letter, number or mark (Unicode L, N, M); a word "
+        "that has none of these is compared whole. The moves are match, delete and insert: there "
+        "is no substitution. A deletion or insertion costs 1 and each run 2 more; then as "
+        "align-token. distance: deletions and insertions. The result is projected to pieces "
+        "(spans: half-open, in code points). A piece belongs to every word that it overlaps. A "
+        "piece that overlaps none belongs to the next word or, behind the last word, to the end of "
+        "the text. The end of one text always matches the end of the other. A piece is changed "
+        "when one of its words is not matched. Pairs: for every two words that match, and for the "
+        "two ends, take on each side the pieces whose first word it is. align-token aligns these "
+        "pieces by their texts, in lower case and without whitespace at the ends (kept when all of "
+        "a text is whitespace). Two pieces that match are a pair when neither is changed. Outputs "
+        "as align-token.",
         {}, {"original": [a for a, _ in TEXTS], "edited": [b for _, b in TEXTS],
              "original_spans": [a for a, _ in spans], "edited_spans": [b for _, b in spans]},
         outputs(aligned) | distances(aligned))

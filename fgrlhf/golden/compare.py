@@ -34,6 +34,7 @@ class Errors(NamedTuple):
     absolute: float
     relative: float
     tolerance: float                    # of `relative`; 0 for integers and masks
+    first: str = ""                     # the first element beyond it, such as "at [3, 0]: ..."
 
 
 class Mismatch(ValueError):
@@ -73,14 +74,14 @@ def judge(folder: Path, case: dict) -> Verdict:
             faults.append(f"{name}: {mismatch}")
             continue
         if not compared[-1].relative <= compared[-1].tolerance:
-            faults.append(f"{name}: off by {compared[-1].relative:.1e}")
+            faults.append(f"{name}: off by {compared[-1].relative:.1e}, first {compared[-1].first}")
     if len(missing) == len(case["outputs"]):
         verdict = "missing"
     else:
         faults += missing
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         verdict = f"FAIL: {faults[0]}{more}" if faults else "pass"
-    worst = [max(column) for column in zip(*compared)] or 3 * [float("nan")]
+    worst = [max(column) for column in list(zip(*compared))[:3]] or 3 * [float("nan")]
     return Verdict(case["name"], case["equation"], *worst, verdict)
 
 
@@ -111,7 +112,22 @@ def compare(folder: Path, case: dict, name: str, got: numpy.ndarray) -> Errors:
                         "`python -m fgrlhf.golden write`") from None
     if got.shape != wanted.shape:
         raise Mismatch(f"expected shape {wanted.shape}, got {got.shape}")
-    return Errors(*errors(got, wanted), 0.0 if exact else case["tolerance"][dtype])
+    tolerance = 0.0 if exact else case["tolerance"][dtype]
+    return Errors(*errors(got, wanted), tolerance, first_beyond(got, wanted, tolerance))
+
+
+def first_beyond(got: numpy.ndarray, wanted: numpy.ndarray, tolerance: float) -> str:
+    """Names the first element, in C order, that is beyond the tolerance: index and both values."""
+    if got.size == 0:
+        return ""
+    exact = wanted.astype(numpy.float64)
+    with numpy.errstate(invalid="ignore"):                      # inf - inf
+        near = numpy.abs(got.astype(numpy.float64) - exact) <= tolerance * numpy.abs(exact).max()
+    beyond = numpy.argwhere(~near)
+    if not len(beyond):
+        return ""
+    index = tuple(map(int, beyond[0]))
+    return f"at {list(index)}: expected {wanted[index]!s}, got {got[index]!s}"
 
 
 def errors(got: numpy.ndarray, wanted: numpy.ndarray) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Equation (7), the critic's loss, AdamW, and a whole step of fine-grained PPO (section 2.2)."""
+"""Equation (7), the critic's loss, AdamW, Muon, and a whole step of fine-grained PPO (2.2)."""
 
 import torch
 from torch import Tensor
@@ -120,6 +120,37 @@ def adamw_step() -> Case:
                 {"x": x, "g": g, "m": m, "v": v}, adamw(x, g, m, v, 3, options))
 
 
+MUON = {"lr": 0.125, "momentum": 0.95, "a": 3.4445, "b": -4.775, "c": 2.0315, "steps": 5}
+
+
+def orthogonalised(u: Tensor, o: dict) -> Tensor:
+    """O(u) by the singular value decomposition, which Newton-Schulz steps avoid."""
+    left, values, right = torch.linalg.svd(u, full_matrices=False)
+    values = values / torch.sqrt((u * u).sum())
+    for _ in range(o["steps"]):
+        values = o["a"] * values + o["b"] * values ** 3 + o["c"] * values ** 5
+    return left @ torch.diag(values) @ right
+
+
+def muon() -> Case:
+    """A matrix with more rows than columns, and one with fewer: the step has the longer side."""
+    draw, given, made = Draw("muon"), {}, {}
+    for name, shape in (("tall", (5, 3)), ("wide", (4, 6))):
+        x, g, m = (draw.numbers(*shape) for _ in range(3))
+        b = MUON["momentum"]
+        momentum = b * m + (1 - b) * g
+        step = orthogonalised(b * momentum + (1 - b) * g, MUON)
+        given |= {f"x_{name}": x, f"g_{name}": g, f"m_{name}": m}
+        made |= {f"x_{name}": x - MUON["lr"] * 0.2 * max(shape) ** 0.5 * step,
+                 f"m_{name}": momentum}
+    return Case("muon", "Jordan et al. 2024", "Muon",
+                "One step for each of two matrices x [rows, columns] with gradient g and momentum "
+                "m. m <- momentum m + (1 - momentum) g. u = momentum m + (1 - momentum) g with the "
+                "new m. O(u): X = u / sqrt(sum of u^2), then `steps` times X <- a X + b X X^T X + "
+                "c X X^T X X^T X. x <- x - lr 0.2 sqrt(max(rows, columns)) O(u). Outputs: the new "
+                "x and m of both.", MUON, given, made)
+
+
 def norm_and_factor(grads: list[Tensor], max_norm: float) -> tuple[Tensor, float]:
     """Returns (the norm of all gradients together, the factor that clips them)."""
     norm = torch.sqrt(sum((g * g).sum() for g in grads))
@@ -169,5 +200,5 @@ def ppo_step() -> Case:
 
 
 def cases() -> list[Case]:
-    return [clipped_loss(), linear_ppo(), value_loss(), clip_gradients(), adamw_step(),
+    return [clipped_loss(), linear_ppo(), value_loss(), clip_gradients(), adamw_step(), muon(),
             ppo_step()]

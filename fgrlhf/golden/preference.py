@@ -49,8 +49,9 @@ def token_loss(name: str, equation: str, computes: str, options: dict) -> Case:
         if plus or minus:
             bt.append(softplus(-margins[-1]))
         token += [softplus(-r[b, t]) for t in plus] + [softplus(s[b, t]) for t in minus]
-        u0 += [(r[b, i] - s[b, j]) ** 2 if options["u0"] == "difference" else
-               (r[b, i] ** 2 + s[b, j] ** 2) / 2 for i, j in unchanged]
+        u0 += [{"difference": (r[b, i] - s[b, j]) ** 2, "anchor": (r[b, i] ** 2 + s[b, j] ** 2) / 2,
+                "kept": (softplus(-r[b, i]) + softplus(-s[b, j])) / 2}[options["u0"]]
+               for i, j in unchanged]
     parts = {"bt": sum(bt) / len(bt), "u0": options["u0_weight"] * sum(u0) / len(u0),
              "token": options["token_weight"] * sum(token) / len(token)}
     loss = sum(parts.values())
@@ -93,4 +94,9 @@ def cases() -> list[Case]:
                    "sigmoid(r_t) on U1+ and -log sigmoid(-r_t) on U1-. loss = bt + u0 + token, "
                    "with gradients to both rewards.",
                    {"reduce": "mean", "u0": "anchor", "u0_weight": 0.25, "token_weight": 1.5}),
+        token_loss("token-loss-kept", "(4), variant", common.format("") + "u0 = u0_weight / 2 "
+                   "mean_U0 (-log sigmoid(r_i+) - log sigmoid(r_j-)): unchanged tokens are "
+                   "rewarded like those that the editor wrote. token as in token-loss-per-token. "
+                   "loss = bt + u0 + token, with gradients to both rewards.",
+                   {"reduce": "sum", "u0": "kept", "u0_weight": 0.75, "token_weight": 0.5}),
         sequence_loss()]

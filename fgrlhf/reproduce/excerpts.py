@@ -15,13 +15,15 @@ MARKS = {"error": ("u", "error"), "out": ("del", "taken out"), "in": ("ins", "pu
 
 
 def heat_maps(maps: Sequence[dict],
-              underlined: str = "an error that the oracle found") -> Html:
+              underlined: str | None = "an error that the oracle found") -> Html:
     """Shows each token on the colour of its reward, with the number below and errors underlined.
 
     Maps with the same prompt, which are neighbours, are the answers of several systems.
-    All maps share one scale: the largest absolute reward has full colour. Raises ValueError when
-    tokens, rewards and errors differ in number.
+    All maps share one scale: the largest absolute reward has full colour. underlined: what the
+    errors are, None when there are none. Raises ValueError when tokens, rewards and errors differ
+    in number.
     """
+    mark = [tag("u", "A wavy underline", class_="error"), f" marks {underlined}."]
     largest = max((abs(r) for one in maps for r in one["rewards"] if is_number(r)), default=0) or 1
     figures = [tag("figure", tag("figcaption", tag("blockquote", prompt)),
                    [_heat_map(one, largest) for one in group])
@@ -31,8 +33,7 @@ def heat_maps(maps: Sequence[dict],
         tag("p", "The answers to the first prompts. The number under each token is its reward. "
             "Blue means above 0, orange below 0. "
             f"The colour is strongest at {typeset(number(largest, digits=1))}, the largest "
-            "absolute reward here. ", tag("u", "A wavy underline", class_="error"),
-            f" marks {underlined}."),
+            "absolute reward here. ", mark if underlined else None),
         figures)
 
 

@@ -5,14 +5,19 @@ OUT/logs/NAME.log is its log, and OUT/stages/NAME.json records its success and i
 stage runs on one thread, and there are as many stages at a time as workers: with models this small,
 two processes of one thread do more than one process of two threads.
 
+On a terminal the progress bar names the logs of the running stages, and shows how far each stage is
+by the last state of its own bar in its log.
+
 Ctrl-C and SIGTERM are passed on to the running stages, which save and end. If this process is
-killed, its stages go on; the next call waits for them before it begins.
+killed, its stages go on; the next call waits for them before it begins. A stage that ended without
+its record runs again; a trainer then finds its finished run and ends at once.
 """
 
 import contextlib
 import fcntl
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -28,6 +33,8 @@ import fgrlhf
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import read_object, write_atomic
 
+STEPS = re.compile(rb"\| *(\d+/\d+) \[")         # in a state of tqdm's bar
+REFRESH = 1.0                                   # seconds between two looks at the logs
 HOME = Path(fgrlhf.__file__).parent.parent      # the repository, or site-packages once installed
 
 
@@ -143,6 +150,16 @@ def execute(stage: Stage, out: Path, lock: int, processes: list[subprocess.Popen
     write_atomic(record_file(stage, out), json.dumps(record).encode())
 
 
+def progress_of(log: Path) -> str:
+    """Returns the last state of the progress bar in a log, such as "12/30", or ""."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - 2000))
+            return b"".join(STEPS.findall(file.read())[-1:]).decode()
+    except OSError:                             # the stage has not begun
+        return ""
+
+
 def run_stages(stages: list[Stage], out: Path, workers: int) -> None:
     """Runs all stages in the order of the list, each after its needs; stops at the first failure.
 
@@ -170,8 +187,11 @@ def schedule(stages: list[Stage], out: Path, workers: int, lock: int,
     for stage in waiting:                   # now, because this call may stop before their turn
         record_file(stage, out).unlink(missing_ok=True)
     running: dict[Future, Stage] = {}
+    logs = out / "logs"
+    pause = REFRESH if sys.stderr.isatty() else None            # a file gets a line per stage only
     with (ThreadPoolExecutor(workers) as pool,
-          tqdm(total=len(stages), initial=len(done), unit="stage") as bar):
+          tqdm(total=len(stages), initial=len(done), unit="stage", desc=f"logs in {logs}",
+               dynamic_ncols=True) as bar):
         while waiting or running:
             if caught and not running:
                 return
@@ -179,8 +199,10 @@ def schedule(stages: list[Stage], out: Path, workers: int, lock: int,
             for stage in ready[:workers - len(running)]:
                 waiting.remove(stage)
                 running[pool.submit(execute, stage, out, lock, processes)] = stage
-            bar.set_postfix_str(", ".join(stage.name for stage in running.values()))
-            completed, _ = wait(running, return_when=FIRST_COMPLETED)
+            names = [f"{stage.name}.log" for stage in running.values()]
+            bar.set_postfix_str(", ".join(f"{name} {progress_of(logs / name)}".strip()
+                                          for name in names))
+            completed, _ = wait(running, pause, return_when=FIRST_COMPLETED)
             for future in completed:
                 stage = running.pop(future)
                 future.result()

@@ -1,0 +1,60 @@
+"""What a trainer tells its user: the figures of its progress bar, and its last three lines.
+
+    trained: token-level reward model, 402 steps; loss 0.05, accuracy 0.99; held-out edits 0.958
+    results: runs/rm: reward/, metrics.jsonl, done.json
+    next:    python train_ppo.py --method fine-grained --policy DIR --reward runs/rm/reward ...
+"""
+
+import json
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+from fgrlhf.engine.encoding import is_text
+
+# Metrics of the last step, with their short names. The KL is in nats per token.
+FIGURES = {"rollout/reward": "reward", "rollout/kl_k1": "KL", "rollout/length": "length",
+           "sft/loss": "loss", "rm/loss": "loss", "rm/accuracy": "accuracy", "dpo/loss": "loss",
+           "dpo/accuracy": "accuracy"}
+# Figures of done.json, which are shown behind them.
+RESULTS = {"best_dev_win_rate": "best dev win rate", "best_iteration": "in iteration",
+           "pair_accuracy": "accuracy on held-out records",
+           "edits/pair_accuracy": "accuracy on held-out edits",
+           "pairs/pair_accuracy": "accuracy on held-out pairs"}
+FILES = ("policy", "best", "reward", "critic", "metrics.jsonl", "samples.jsonl", "done.json")
+
+
+class Ending(NamedTuple):
+    """What a trainer says about itself at its end."""
+
+    trained: str                        # such as "policy by rlhf"
+    after: str                          # the command that comes next; a word in capitals is a gap
+
+
+def command(words: str, template: str, **folders: str | Path) -> str:
+    """Returns `words` with the folders in their places, and with --template if it is needed.
+
+    words: such as "eval.py outputs --policy {policy}". The first folder is the trained model. When
+    the template is the text of a file, --template gets this folder, which holds the text too.
+    """
+    places = {name: shlex.quote(str(folder)) for name, folder in folders.items()}
+    flag = next(iter(places.values())) if is_text(template) else template
+    return f"python {words.format(**places)}" + f" --template {flag}" * (template != "plain")
+
+
+def figures(metrics: dict, names: dict[str, str] = FIGURES) -> str:
+    """Writes the metrics that are among `names`, such as "loss 0.693, accuracy 0.5"."""
+    return ", ".join(f"{label} {metrics[name]:.4g}" for name, label in names.items()
+                     if isinstance(metrics.get(name), int | float))
+
+
+def last_lines(folder: Path, ending: Ending, summary: dict) -> str:
+    """Returns the three lines. summary: the contents of done.json."""
+    log = folder / "metrics.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    count = next(f"{summary[name]} {name}" for name in ("steps", "iterations", "folds", "records")
+                 if name in summary)
+    shown = [figures(json.loads(lines[-1])) if lines else "", figures(summary, RESULTS)]
+    there = [name + "/" * (folder / name).is_dir() for name in FILES if (folder / name).exists()]
+    return "\n".join([f"trained: {'; '.join(filter(None, [f'{ending.trained}, {count}', *shown]))}",
+                      f"results: {folder}: {', '.join(there)}", f"next:    {ending.after}"])
