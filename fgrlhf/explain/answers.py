@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import torch
 
 from fgrlhf.checkpoint import load_tokenizer
+from fgrlhf.data.outputs import joined
 from fgrlhf.data.readers import read_outputs
 from fgrlhf.data.records import Output
 from fgrlhf.engine.config import arg, parse, run
 from fgrlhf.engine.encoding import Encoding, check_encoding
 from fgrlhf.explain.explained import surfaces
 from fgrlhf.explain.text import visible
-from fgrlhf.judge import check_same_prompts, encode_outputs, joined
+from fgrlhf.judge import check_same_prompts, encode_outputs
 from fgrlhf.reproduce.report import write_report
 from fgrlhf.reward import RewardModel, load_reward
 from fgrlhf.sequences import pack
