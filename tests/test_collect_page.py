@@ -42,16 +42,16 @@ class Program:
     """`python -m fgrlhf.collect --editor human` in a process of its own."""
 
     def __init__(self, folder: Path, records: list[dict] = RECORDS, *flags: str):
-        self.out, self.pairs, self.flags = folder / "edits.jsonl", folder / "pairs.jsonl", flags
-        self.pairs.write_text("".join(json.dumps(record) + "\n" for record in records))
+        self.out, pairs = folder / "edits.jsonl", folder / "pairs.jsonl"
+        pairs.write_text("".join(json.dumps(record) + "\n" for record in records))
+        self.flags = ("--pairs", str(pairs), *flags)
         self.start()
 
     def start(self) -> None:
         """Starts the program, or starts it again: on the same port, with a new token."""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fgrlhf.collect", "--pairs", str(self.pairs), "--out",
-             str(self.out), "--editor", "human", *self.flags], cwd=ROOT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, "-m", "fgrlhf.collect", "--out", str(self.out), "--editor", "human",
+             *self.flags], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env=os.environ | {"OMP_NUM_THREADS": "1"})
         self.url = re.search(r"http://\S+/", self.process.stderr.readline())[0]
         self.port = int(self.url.split(":")[2].split("/")[0])
