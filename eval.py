@@ -12,8 +12,9 @@ r"""Evaluate policies and reward models (the paper, section 3.2).
     python eval.py reward-model --reward DIR --data FILE
 
 outputs writes answers in AlpacaEval's format. win-rate asks a judge which of two answers is better:
-the oracle of the built-in world, a reward model, a language model, people in the browser, or
-judgements that somebody recorded. reward-model measures the accuracy on pairs, and the token AUC where records have spans.
+the oracle of the built-in world, a reward model, a language model, people in the browser (blind),
+or judgements that somebody recorded. reward-model measures the accuracy on pairs, and the token AUC
+where records have spans.
 
 Answers are joined by instruction, input and context, in any order. Figures go to stdout as one JSON
 object, progress to stderr. win_rate is the mean over prompts of 1 (win), 1/2 (tie) and 0 (loss). A
@@ -37,6 +38,7 @@ from fgrlhf.collect import human
 from fgrlhf.collect.cache import Cache
 from fgrlhf.collect.client import Client, Options
 from fgrlhf.collect.judge import by_llm
+from fgrlhf.collect.judgements import refuse_judgements_of_people
 from fgrlhf.collect.jury import by_people
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import each
@@ -160,6 +162,7 @@ def asked_llm(config: WinRateConfig, system: list[Output],
               reference: list[Output]) -> list[float | None]:
     """The preferences of a language model. Its judgements go to --judgements."""
     path = Path(config.judgements)
+    refuse_judgements_of_people(path)
     asking = Client(config)
     asking.cache = Cache(path.with_name(path.stem + ".cache.jsonl"))
     with closing(asking.cache):

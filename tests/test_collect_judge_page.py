@@ -195,11 +195,11 @@ def test_the_pair_can_be_read_and_used_without_eyes_or_mouse(scheme, start, brow
     tab.press("Enter")
     shown(tab, 1)
     assert program.judged()["0"]["preference"] == 1.5
-    assert content(tab, "spoken") == f"Tie. 1 of 4 done. Now: {PAIRS[1][0]}"
+    assert content(tab, "spoken") == f"A tie was chosen. 1 of 4 done. Now: {PAIRS[1][0]}"
     tab.close()
 
 
-def test_three_tabs_and_two_people_lose_nothing_when_the_server_is_killed(start, browser):  # noqa: F811
+def test_three_tabs_and_two_people_lose_nothing_in_a_kill(start, browser):  # noqa: F811
     pairs = [(f"Question {n}?", f"The answer {n} is right.", f"The answer {n} is wrong.")
              for n in range(12)]
     program = start(pairs)

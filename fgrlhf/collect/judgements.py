@@ -160,11 +160,15 @@ class Judgements(Store):
 
     def __init__(self, path: str | Path, pairs: str | Path | None = None):
         """Reads what is there. Raises UserError if a file holds something else."""
-        super().__init__(path, Judgement)
         self.pairs_path, self._pairs = pairs and Path(pairs), None
         if pairs:
+            others = read_kind(self.pairs_path, Pair)
+            if others and not Path(path).exists():
+                raise UserError(f"{pairs}: expected only pairs that were judged in {path}, got "
+                                f"the record {others[0].id!r}; choose another --out")
+        super().__init__(path, Judgement)
+        if pairs:
             try:
-                self._check_pairs()
                 self._write_pairs()
             except BaseException:
                 self.close()
@@ -196,13 +200,6 @@ class Judgements(Store):
                 self._pairs = None
             super().close()
 
-    def _check_pairs(self) -> None:
-        """Raises UserError if the file of pairs has a record that no judgement explains."""
-        for pair in read_kind(self.pairs_path, Pair):
-            if pair.id not in self.records:
-                raise UserError(f"{self.pairs_path}: expected only pairs judged in {self.path}, "
-                                f"got the record {pair.id!r}; choose another --out")
-
     def _write_pairs(self) -> None:
         if self._pairs:
             self._pairs.close()
@@ -227,3 +224,14 @@ def check_resumed(tasks: Iterable[Comparison], store: Judgements) -> None:
             raise UserError(f"{path}: record {task.id!r}: expected the prompt and the two answers "
                             "of --outputs and --reference, got others; delete the line to judge "
                             "the new answers, or choose another file")
+
+
+def refuse_judgements_of_people(path: str | Path) -> None:
+    """Raises UserError if a file holds judgements of people, so that nobody writes over them."""
+    try:
+        found = read_kind(Path(path), Judgement)
+    except UserError:
+        return                                    # something else, such as a model's judgements
+    if found:
+        raise UserError(f"--judgements {path}: expected a file for a language model's judgements, "
+                        f"got {len(found)} judgements of people; choose another file")

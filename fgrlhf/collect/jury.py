@@ -34,8 +34,9 @@ def by_people(config, system: list[Output], reference: list[Output]
 
     The pairs come in an order drawn with config.seed, so that those judged so far are a random
     sample. Returns one preference for the system per pair (None: not judged), the system's answers
-    in the same order, and `figures`. Equal answers are a tie without a question. Raises UserError
-    if the judgements of earlier runs are about other answers.
+    in the same order, and `figures`. Equal answers are a tie without a question, from the moment at
+    which the people have come that far in the order: otherwise a run that is stopped early would
+    have too many ties. Raises UserError if the judgements of earlier runs are about other answers.
     """
     n, ids = len(system), pair_ids(system, reference)
     order = random.Random(f"pairs-{config.seed}").sample(range(n), min(n, config.limit or n))
@@ -45,16 +46,20 @@ def by_people(config, system: list[Output], reference: list[Output]
                        config.seed)
     with Judgements(config.judgements) as store:
         check_resumed(tasks, store)
-        if store.remaining(tasks):
+        if todo := len(store.remaining(tasks)):
+            print(f"{todo} judgements to make; the figures so far are printed when you stop",
+                  file=sys.stderr)
             human.serve(Actions(None, JudgeDesk(tasks, store), config.annotator), store.path,
                         config)
         else:
             print(f"all pairs are judged in {store.path}", file=sys.stderr)
         found = figures(tasks, store, config.seed)
-        ids_shown = {task.id for task in tasks}
-        known = pair_preferences([j for j in store.judged() if j.id in ids_shown])
-    preferences = [0.5 if system[i].output == reference[i].output else known.get(ids[i])
-                   for i in order]
+        done = [task for task in tasks if task.id in store.records]
+        known = pair_preferences([record for task in done
+                                  if isinstance(record := store.records[task.id], Judgement)])
+    reached = max((place[task.pair] for task in done), default=-1) if found["open"] else n
+    preferences = [known.get(ids[i]) if system[i].output != reference[i].output
+                   else 0.5 if k <= reached else None for k, i in enumerate(order)]
     return preferences, [system[i].output for i in order], found
 
 
@@ -88,7 +93,7 @@ def figures(tasks: list[Comparison], store: Judgements, seed: int = 0) -> dict:
             "skipped": skipped, "open": len(ids) - len(judgements) - skipped,
             "left_chosen": sum(sides) / len(sides) if sides else None,
             "left_chosen_95": list(wilson(sum(sides), len(sides))) if sides else None,
-            "seconds": statistics.median(times) if times else None,
+            "median_seconds": statistics.median(times) if times else None,
             "agreement": agreements(judgements, seed)}
 
 

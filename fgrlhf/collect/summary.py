@@ -31,8 +31,8 @@ def judged(figures: dict, path: object) -> str:
         low, high = f["left_chosen_95"]
         lines.append(f"  {'the left answer was chosen':28}{percent(f['left_chosen'])} of the "
                      f"preferences (95% interval {percent(low)} to {percent(high)})")
-    if f["seconds"] is not None:
-        lines.append(f"  {'median time':28}{f['seconds']:.1f} s per judgement")
+    if f["median_seconds"] is not None:
+        lines.append(f"  {'median time':28}{f['median_seconds']:.1f} s per judgement")
     lines += [f"  {' and '.join(a['judges']):28}{a['pairs']} pairs in common: {percent(a['same'])} "
               f"the same, kappa {number(a['kappa'])}" for a in f["agreement"]]
     return "\n".join(lines)

@@ -31,11 +31,11 @@ class Refusal extends Error {           // the server refused, or did not answer
 }
 
 const SILENT = "The program does not answer. Your text is kept in this browser. " +
-  "Start fgrlhf.collect again and open the address that it prints.";
+  "Start the program again and open the address that it prints.";
 const REASONS = {
-  403: "The program does not know this address. Start fgrlhf.collect again with --public-url and " +
+  403: "The program does not know this address. Start it again with --public-url and " +
     "the address in your browser.",
-  404: "The program has a new address. Open the address that fgrlhf.collect printed last. " +
+  404: "The program has a new address. Open the address that it printed last. " +
     "Your drafts are there.",
   413: "The text is too long to be saved. Shorten it, or revert it.",
 };
@@ -384,7 +384,7 @@ function needsText(needed) {            // "Another reason" is one only with wor
 }
 text.oninput = typed;
 
-(async () => {
+async function first() {
   const options = await call("start");
   ({limit, free, largest, instructions} = options);
   annotator = options.annotator ?? localStorage.annotator ?? "";
@@ -393,4 +393,5 @@ text.oninput = typed;
   $("name").textContent = `Annotator: ${annotator}`;
   while (!annotator) await askName("");
   await next();
-})().catch(complain);
+}
+addEventListener("DOMContentLoaded", () => first().catch(complain));      // judge.js is read by then

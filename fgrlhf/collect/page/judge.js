@@ -1,9 +1,9 @@
 // Records of the kind "judge": two answers side by side, blind. Which system gave which answer is
-// known to the server only. editor.js, which is read after this file, has what both kinds need.
+// known to the server only. editor.js, which is read before this file, has what both kinds need.
 "use strict";
 
 const SETTLE = 350;                     // ms in which a new pair takes no key: a key hit twice
-const SAID = {left: "Answer 1 was chosen", right: "Answer 2 was chosen", tie: "Tie"};
+const SAID = {left: "Answer 1 was chosen", right: "Answer 2 was chosen", tie: "A tie was chosen"};
 let noun = "record", shownAt = 0, held = "", marking = false;
 
 function nameThings() {                 // in a program that asks for judgements
@@ -97,8 +97,12 @@ for (const kbd of document.querySelectorAll("kbd[data-plain]")) {
   kbd.ariaHidden = "true";
   button.setAttribute("aria-keyshortcuts", kbd.dataset.plain);
 }
+$("plain-keys").checked = localStorage.plainKeys !== "off";
+$("plain-keys").onchange = () => {
+  localStorage.plainKeys = $("plain-keys").checked ? "on" : "off";
+};
 for (const choice of ["left", "right", "tie"]) {
-  document.getElementById(`choose-${choice}`).onclick = () => choose(choice);
+  $(`choose-${choice}`).onclick = () => choose(choice);
 }
-document.getElementById("skip-pair").onclick = () => acts.skip();
-document.getElementById("differences").onclick = differences;
+$("skip-pair").onclick = () => acts.skip();
+$("differences").onclick = differences;
