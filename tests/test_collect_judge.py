@@ -80,6 +80,8 @@ def test_shown_and_judge_agree_on_which_answer_is_where():
 def test_pair_ids_are_those_of_the_outputs_or_follow_the_content_into_any_order():
     named = [Output("Q", "a", "new", "7")], [Output("Q", "b", "old", "7")]
     assert pair_ids(*named) == ["7"]
+    numbered = [Output("Q", "a", "new", "7#2")], [Output("Q", "b", "old", "7#2")]
+    assert "#" not in pair_ids(*numbered)[0]
     twice = [Output("Q", "a", "new", "7")] * 2, [Output("Q", "b", "old", "7")] * 2
     assert len(set(pair_ids(*twice))) == 2 and "7" not in pair_ids(*twice)
     new, old = answers("new", 5), answers("old", 5)
@@ -327,7 +329,7 @@ def test_a_judgement_whose_answer_another_person_has_edited_stays(both):
         bob("next")("judge", choice="tie")("judge", choice="tie")
         assert bob.record["id"] == edit
         bob("accept", text=bob.record["text"] + " Yes.")
-        assert ada("undo").status == 409 and "cannot be undone" in ada.view["error"]
+        assert ada("undo").status == 422 and "cannot be undone" in ada.view["error"]
     both(drive)
 
 

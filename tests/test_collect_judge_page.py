@@ -8,7 +8,7 @@ import pytest
 from fgrlhf.data.readers import read_edits, read_pairs
 from tests.browser import ALT, CTRL, Tab
 from tests.test_collect_page import (  # noqa: F401  (browser is a fixture)
-    CONTRAST, SCRIPT, Program, browser, by_id, content)
+    CONTRAST, SCRIPT, Program, browser, by_id, content, own_port)
 
 PAIRS = [("Why is the sky blue?", "Blue light is scattered more.", "Blue light is scattered less."),
          ("Capital of France?", "It is Paris.", "It is Lyon."),
@@ -36,10 +36,10 @@ class Judging(Program):
 @pytest.fixture
 def start(tmp_path):
     """Starts programs that ask for judgements. They end with the test."""
-    running = []
+    running, folder = [], own_port(tmp_path, "out.jsonl")
 
     def call(pairs=PAIRS, ask: str = "preference", *flags: str) -> Judging:
-        running.append(Judging(tmp_path, pairs, ask, "--annotator", "Ada", *flags))
+        running.append(Judging(folder, pairs, ask, "--annotator", "Ada", *flags))
         return running[-1]
     yield call
     for each in running:

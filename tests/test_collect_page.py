@@ -83,6 +83,21 @@ class Program:
         return self.request("POST", self.path + action, json.dumps(value), **own | headers)[:2]
 
 
+PORTS = set()
+
+
+def own_port(folder: Path, out: str = "edits.jsonl") -> Path:
+    """Returns a folder in `folder`, mostly itself, of which no other test has the usual port.
+
+    The browser keeps names and drafts per port, and all tests of a file share the browser.
+    """
+    while usual_port(folder / out) in PORTS:
+        folder = folder / "another"
+    folder.mkdir(parents=True, exist_ok=True)
+    PORTS.add(usual_port(folder / out))
+    return folder
+
+
 def by_id(path: Path) -> dict[str, dict]:
     return {record["id"]: record for record in map(json.loads, path.read_text().splitlines())}
 
@@ -90,10 +105,10 @@ def by_id(path: Path) -> dict[str, dict]:
 @pytest.fixture
 def start(tmp_path):
     """Starts programs on records and flags. They end with the test."""
-    running = []
+    running, folder = [], own_port(tmp_path)
 
     def call(records: list[dict] = RECORDS, *flags: str) -> Program:
-        running.append(Program(tmp_path, records, *flags))
+        running.append(Program(folder, records, *flags))
         return running[-1]
     yield call
     for each in running:

@@ -95,12 +95,12 @@ class Actions:
 
     def undo(self, request: Request) -> dict:
         """Reopens the last record that this annotator finished, of whatever kind."""
-        who, last = request.who, []
-        for kind, desk in self.desks.items():
-            last += [(found, kind) for found in [desk.last(who.annotator)] if found]
-        if not last:
+        who = request.who
+        finished = [(last, kind) for kind, desk in self.desks.items()
+                    if (last := desk.last(who.annotator))]
+        if not finished:
             raise UserError("There is nothing to undo.")
-        (_, id), kind = max(last)
+        (_, id), kind = max(finished)
         if kind == "judge" and self.edits:
             self.edits.remove(id, who)
         return self._view(request, self.desks[kind].undo(who))

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fgrlhf.collect.change import FREE_WORDS, Change, excess, measure
-from fgrlhf.collect.leases import Conflict, Leases, Who
+from fgrlhf.collect.leases import Leases, Who
 from fgrlhf.collect.line_ends import keep_line_ends
 from fgrlhf.collect.store import Skip, Store, path_beside
 from fgrlhf.collect.tasks import Task
@@ -101,15 +101,15 @@ class Desk(Leases):
     def remove(self, id: str, who: Who) -> None:
         """Removes a task that `add` added, because its judgement is undone.
 
-        Raises Conflict if the task is finished, or open in another tab.
+        Raises UserError if the task is finished, or open in another tab.
         """
         with self._mutex:
             if id not in self.tasks:
                 return
             lease = self._lease(id)
             if id in self.store.records or lease and lease.who.tab != who.tab:
-                raise Conflict("The worse answer of your last pair is edited by now, so your "
-                               "judgement cannot be undone.")
+                raise UserError("Another person edits the worse answer of your last pair, so your "
+                                "judgement cannot be undone.")
             self._leases.pop(id, None)
             del self.tasks[id]
 

@@ -110,13 +110,14 @@ class Comparison:
 def pair_ids(system: list[Output], reference: list[Output]) -> list[str]:
     """Returns one id per pair of answers: that of the outputs, or one made from the content.
 
-    An id of the outputs is used if both files have it and no other pair does.
+    An id of the outputs is used if both files have it, no other pair has it, and it holds no "#",
+    which numbers the judges of a pair.
     """
     named = Counter(output.id for output in reference)
     ids, seen = [], Counter()
     for ours, theirs in zip(system, reference, strict=True):
         id = theirs.id
-        if id is None or ours.id != id or named[id] > 1:
+        if id is None or ours.id != id or named[id] > 1 or "#" in id:
             id = UNNAMED + content_of(theirs.instruction, input_of(theirs), (), theirs.output,
                                       ours.output)
         seen[id] += 1                             # equal pairs get different ids

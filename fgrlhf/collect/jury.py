@@ -57,7 +57,8 @@ def by_people(config, system: list[Output], reference: list[Output]
         done = [task for task in tasks if task.id in store.records]
         known = pair_preferences([record for task in done
                                   if isinstance(record := store.records[task.id], Judgement)])
-    reached = max((place[task.pair] for task in done), default=-1) if found["open"] else n
+    places = {place[task.pair] for task in done}
+    reached = n if len(places) == len({task.pair for task in tasks}) else max(places, default=-1)
     preferences = [known.get(ids[i]) if system[i].output != reference[i].output
                    else 0.5 if k <= reached else None for k, i in enumerate(order)]
     return preferences, [system[i].output for i in order], found
