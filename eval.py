@@ -6,15 +6,17 @@ r"""Evaluate policies and reward models (the paper, section 3.2).
     python eval.py win-rate     --outputs A.json --reference B.json --judge reward --reward DIR
     python eval.py win-rate     --outputs A.json --reference B.json --judge llm --model NAME \
                                 --judgements FILE
+    python eval.py win-rate     --outputs A.json --reference B.json --judge human \
+                                --judgements FILE
     python eval.py win-rate     --judge annotations --annotations FILE
     python eval.py reward-model --reward DIR --data FILE
     python eval.py reward-model --scores SCORES --tokenizer DIR --data FILE
     python eval.py answers      A.json B.json --reward DIR --html answers.html
 
 outputs writes answers in AlpacaEval's format. win-rate asks a judge which of two answers is better:
-the oracle of the built-in world, a reward model, a language model, or judgements that somebody
-recorded. reward-model measures the accuracy on pairs, and the token AUC where records have spans.
-answers shows the answers of several files side by side.
+the oracle of the built-in world, a reward model, a language model, people in the browser (blind),
+or judgements that somebody recorded. reward-model measures the accuracy on pairs, and the token AUC
+where records have spans. answers shows the answers of several files side by side.
 
 Answers are joined by instruction, input and context, in any order. Figures go to stdout as one JSON
 object (answers prints text), progress to stderr. win_rate is the mean over prompts of 1 (win), 1/2
@@ -36,12 +38,16 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from fgrlhf.checkpoint import load_model, load_tokenizer, open_tokenizer
+from fgrlhf.collect import human
 from fgrlhf.collect.cache import Cache
 from fgrlhf.collect.client import Client, Options
 from fgrlhf.collect.judge import by_llm
+from fgrlhf.collect.judgements import refuse_judgements_of_people
+from fgrlhf.collect.jury import by_people
 from fgrlhf.compare.runs import names_of
 from fgrlhf.data.fields import UserError, show
 from fgrlhf.data.files import each
+from fgrlhf.data.outputs import joined
 from fgrlhf.data.readers import read_annotations, read_outputs, read_prompts
 from fgrlhf.data.records import Edit, Output, Pair, write_jsonl, write_outputs
 from fgrlhf.data.scores import read_scores
@@ -52,7 +58,7 @@ from fgrlhf.engine.distributed import pick_device
 from fgrlhf.engine.encoding import Encoding, check_encoding
 from fgrlhf.evaluate import Judged, constant, reward_intervals, reward_table, win_rates
 from fgrlhf.explain.answers import show as side_by_side
-from fgrlhf.judge import answers, best_of, by_reward, joined, preferences_of
+from fgrlhf.judge import answers, best_of, by_reward, preferences_of
 from fgrlhf.model import MOST
 from fgrlhf.reward import RewardModel, judge_preferences, judge_tokens, load_reward
 from fgrlhf.simulate.oracle import by_oracle
@@ -79,8 +85,9 @@ class OutputsConfig(ReadingRecords, Computation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WinRateConfig(Computation, Options):
-    judge: str = arg(choices=("oracle", "reward", "llm", "annotations"), help="who decides")
+class WinRateConfig(Computation, Options, human.Options):
+    judge: str = arg(choices=("oracle", "reward", "llm", "human", "annotations"),
+                     help="who decides")
     outputs: str | None = arg(None, help="the system's answers")
     reference: str | None = arg(None, help="the reference's answers to the same prompts")
     world: int | str | None = world_arg("oracle: seed of the built-in world", None)
@@ -88,9 +95,13 @@ class WinRateConfig(Computation, Options):
     template: str = template_arg("plain", "reward: how a record becomes a prompt")
     annotations: str | None = arg(None, help="annotations: recorded judgements of output_1 against "
                                              "output_2; the win rate is output_2's")
-    judgements: str | None = arg(None, help="llm: file for its judgements, as --annotations reads "
-                                            "them; its answers are cached in the same folder")
-    seed: int = arg(0, least=0, help="seed of the bootstrap")
+    judgements: str | None = arg(None, help="llm, human: file for the judgements, as --annotations "
+                                            "reads them; a model's answers are cached in the same "
+                                            "folder")
+    limit: int | None = arg(None, least=1, help="human: judge N pairs, drawn with --seed")
+    judges: int = arg(1, least=1, help="human: how many people judge each pair; with 2 their "
+                                       "agreement is measured")
+    seed: int = arg(0, least=0, help="seed of the bootstrap, and of what a person sees first")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +184,7 @@ def asked_llm(config: WinRateConfig, system: list[Output],
               reference: list[Output]) -> list[float | None]:
     """The preferences of a language model. Its judgements go to --judgements."""
     path = Path(config.judgements)
+    refuse_judgements_of_people(path)
     asking = Client(config)
     asking.cache = Cache(path.with_name(path.stem + ".cache.jsonl"))
     with closing(asking.cache):
@@ -184,31 +196,36 @@ def asked_llm(config: WinRateConfig, system: list[Output],
     return preferences_of(judged)
 
 
-def preferences(config: WinRateConfig) -> tuple[list[float | None], list[str]]:
-    """Returns the judge's preferences and the system's answers, in the same order."""
+def preferences(config: WinRateConfig) -> tuple[list[float | None], list[str], dict]:
+    """Returns the judge's preferences, the system's answers in the same order, and figures about
+    the judges, if these are people.
+    """
     if config.judge == "annotations":
         annotations = read_annotations(config.annotations)
-        return preferences_of(annotations), [a.output_2 for a in annotations]
+        return preferences_of(annotations), [a.output_2 for a in annotations], {}
     reference = read_outputs(config.reference)
     system = joined(read_outputs(config.outputs), reference, (config.outputs, config.reference))
     texts = [output.output for output in system]
+    if config.judge == "human":
+        return by_people(config, system, reference)
     if config.judge == "oracle":
-        return by_oracle(World(config.world), system, reference), texts
+        return by_oracle(World(config.world), system, reference), texts, {}
     if config.judge == "llm":
-        return asked_llm(config, system, reference), texts
+        return asked_llm(config, system, reference), texts, {}
     judge = reward_model_of(config, pick_device(config.device))
-    return by_reward(*judge, system, reference), texts
+    return by_reward(*judge, system, reference), texts, {}
 
 
 def win_rate(config: WinRateConfig) -> dict:
     needed = {"oracle": ("outputs", "reference", "world"),
               "reward": ("outputs", "reference", "reward"),
               "llm": ("outputs", "reference", "model", "judgements"),
+              "human": ("outputs", "reference", "judgements"),
               "annotations": ("annotations",)}[config.judge]
     for name in needed:
         if getattr(config, name) is None:
             raise UserError(f"--judge {config.judge}: expected --{name} too")
-    found, texts = preferences(config)
+    found, texts, people = preferences(config)
     if all(preference is None for preference in found):
         place = config.annotations if config.judge == "annotations" else f"--judge {config.judge}"
         raise UserError(f"{place}: expected at least one preference, got none for {len(found)} "
@@ -217,7 +234,8 @@ def win_rate(config: WinRateConfig) -> dict:
     if table["left_out"]:
         print(f"{table['left_out']} of {len(found)} pairs left out: no usable judgement",
               file=sys.stderr)
-    return table | {"avg_length": sum(map(len, texts)) // len(texts), "judge": config.judge}
+    return table | {"avg_length": sum(map(len, texts)) // len(texts), "judge": config.judge
+                    } | people
 
 
 def reward_model(config: RewardModelConfig) -> dict:

@@ -11,13 +11,13 @@ import dataclasses
 import json
 import math
 import sys
-from collections import Counter, defaultdict
 
 import torch
 from tqdm import tqdm
 
-from fgrlhf.data.fields import UserError, check, show
-from fgrlhf.data.records import Annotation, Output, Passage, Prompt, normalise_whitespace
+from fgrlhf.data.fields import UserError, show
+from fgrlhf.data.outputs import input_of, passages_of, prompt_key
+from fgrlhf.data.records import Annotation, Output, Prompt, normalise_whitespace
 from fgrlhf.encode import Encoder, encode_prompt
 from fgrlhf.engine.draws import generator
 from fgrlhf.engine.encoding import Encoding
@@ -74,57 +74,11 @@ def answer_to(prompt: Prompt, text: str, name: str) -> Output:
                                                         ("context", context)) if value))
 
 
-def input_of(output: Output) -> str | None:
-    """Returns the `input` of an AlpacaEval output, or None. Raises UserError unless it is text."""
-    value = json.loads(dict(output.other).get("input", "null"))
-    return check(str | None, value, f"output to {show(output.instruction)}", "input") or None
-
-
 def prompt_of(output: Output, template: str) -> Prompt:
     """Returns the prompt that an output answers, with the passages when `template` shows them."""
     shown = template and shows_context(template)
-    context = dict(output.other).get("context") if shown else None
-    passages = check(tuple[Passage, ...] | None, json.loads(context or "null"),
-                     f"output to {show(output.instruction)}", "context")
-    return Prompt(output.instruction[:60], output.instruction, input_of(output), passages or ())
-
-
-def joined(outputs: list[Output], reference: list[Output],
-           names: tuple[str, str] = ("outputs", "reference")) -> list[Output]:
-    """Returns `outputs` in the order of `reference`, joined by instruction, input and context.
-
-    The context counts when both lists have such a field. When one prompt has several answers, the
-    first is joined with the first. Raises UserError, which names a prompt that only one of the two
-    lists answers. names: of the two lists, for the message.
-    """
-    both = all(any(map(_context, part)) for part in (outputs, reference))
-    key = lambda output: (*_prompt(output), _context(output) if both else None)
-    found = defaultdict(list)
-    for output in outputs:
-        found[key(output)].append(output)
-    given, asked = Counter(map(key, outputs)), Counter(map(key, reference))
-    for name, have, other, wanted in ((names[0], given, names[1], asked),
-                                      (names[1], asked, names[0], given)):
-        if missing := list(wanted - have):
-            (instruction, extra, context), more = missing[0], len(missing) - 1
-            raise UserError(
-                f"{name}: expected an answer to every prompt of {other}, got {have[missing[0]]} of "
-                f"{wanted[missing[0]]} to {show(instruction)}"
-                + (f" with the input {show(extra)}" if extra else "")
-                + (f" with the context {show(context)}" if context else "")
-                + (f" and too few to {more} more" if more else "")
-                + "; answer both from one prompt file")
-    return [found[key(output)].pop(0) for output in reference]
-
-
-def _prompt(output: Output) -> tuple[str, str | None]:
-    return output.instruction, input_of(output)
-
-
-def _context(output: Output) -> str | None:
-    """Returns the `context` of an output as JSON, the same for equal values, or None."""
-    value = json.loads(dict(output.other).get("context", "null"))
-    return json.dumps(value, sort_keys=True) if value else None
+    passages = passages_of(output) if shown else ()
+    return Prompt(output.instruction[:60], output.instruction, input_of(output), passages)
 
 
 def check_same_prompts(system: list[Output], reference: list[Output], template: str = "") -> None:
@@ -132,7 +86,7 @@ def check_same_prompts(system: list[Output], reference: list[Output], template: 
 
     template: of the prompts, when their passages count, because the template shows them.
     """
-    if list(map(_prompt, system)) != list(map(_prompt, reference)):
+    if list(map(prompt_key, system)) != list(map(prompt_key, reference)):
         raise UserError(f"outputs: expected the {len(reference)} instructions of the reference in "
                         f"the same order, got {len(system)} others; join them first")
     for ours, theirs in zip(system, reference):

@@ -13,7 +13,8 @@ import torch
 CLAIMS = os.environ.get("FGRLHF_TEST_CLAIMS")       # a folder, set by `python -m tests`
 # The files that take longest are claimed first, so that the workers end at about the same time.
 SLOW = ("test_distributed", "test_killed", "test_plan", "test_tutorial", "test_collect_page",
-        "test_reproduce_killed", "test_readme_commands", "test_scripts", "test_mutations")
+        "test_reproduce_killed", "test_readme_commands", "test_scripts", "test_mutations",
+        "test_collect_judge_page")
 
 # A shell's background job ignores SIGINT, and so would the programs that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -17,7 +17,7 @@ import pytest
 import eval as evaluation
 import train_rm
 from fgrlhf.checkpoint import save_model
-from fgrlhf.collect import __main__ as collect
+from fgrlhf.collect import __main__ as collect, summary
 from fgrlhf.collect.store import Store
 from fgrlhf.collect.tasks import Task
 from fgrlhf.data.fields import UserError
@@ -218,7 +218,7 @@ def test_summary_counts_a_share_on_a_border_into_the_tenth_below(tmp_path):
         for i, changed in enumerate((1, 1, 2, 3, 10, 0)):
             text = " ".join(letters.upper()[:changed] + letters[changed:])
             store.add(replace(task, id=str(i)).edit(text, None, how))
-        lines = collect.summary([task], store).splitlines()[2:]
+        lines = summary.edited([task], store).splitlines()[2:]
     assert [int(line.split()[2]) for line in lines] == [2, 1, 1, 0, 0, 0, 0, 0, 0, 1]
     assert lines[0] == "  to  10%      2  " + "#" * 40 and lines[1].endswith("  " + "#" * 20)
 
@@ -227,7 +227,7 @@ def test_summary_counts_an_edit_of_whitespace_only_as_no_changed_word(tmp_path):
     task = Task("1", "p", "c", "a b")
     with Store(tmp_path / "e.jsonl") as store:
         store.add(task.edit("a  b", None, Provenance("human", "2026-11-21T12:00:00Z", 1, 1.0)))
-        lines = collect.summary([task], store).splitlines()
+        lines = summary.edited([task], store).splitlines()
     assert "1 edited" in lines[0] and lines[2].startswith("  to  10%      1  ##")
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from fgrlhf.collect.desk import LEASE, Conflict, Desk, Who
+from fgrlhf.collect.desk import Desk
+from fgrlhf.collect.leases import LEASE, Conflict, Who
 from fgrlhf.collect.store import Store
 from fgrlhf.collect.tasks import Task
 from fgrlhf.data.fields import UserError

@@ -42,16 +42,16 @@ class Program:
     """`python -m fgrlhf.collect --editor human` in a process of its own."""
 
     def __init__(self, folder: Path, records: list[dict] = RECORDS, *flags: str):
-        self.out, self.pairs, self.flags = folder / "edits.jsonl", folder / "pairs.jsonl", flags
-        self.pairs.write_text("".join(json.dumps(record) + "\n" for record in records))
+        self.out, pairs = folder / "edits.jsonl", folder / "pairs.jsonl"
+        pairs.write_text("".join(json.dumps(record) + "\n" for record in records))
+        self.flags = ("--pairs", str(pairs), *flags)
         self.start()
 
     def start(self) -> None:
         """Starts the program, or starts it again: on the same port, with a new token."""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fgrlhf.collect", "--pairs", str(self.pairs), "--out",
-             str(self.out), "--editor", "human", *self.flags], cwd=ROOT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, "-m", "fgrlhf.collect", "--out", str(self.out), "--editor", "human",
+             *self.flags], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env=os.environ | {"OMP_NUM_THREADS": "1"})
         self.url = re.search(r"http://\S+/", self.process.stderr.readline())[0]
         self.port = int(self.url.split(":")[2].split("/")[0])
@@ -83,6 +83,21 @@ class Program:
         return self.request("POST", self.path + action, json.dumps(value), **own | headers)[:2]
 
 
+PORTS = set()
+
+
+def own_port(folder: Path, out: str = "edits.jsonl") -> Path:
+    """Returns a folder in `folder`, mostly itself, of which no other test has the usual port.
+
+    The browser keeps names and drafts per port, and all tests of a file share the browser.
+    """
+    while usual_port(folder / out) in PORTS:
+        folder = folder / "another"
+    folder.mkdir(parents=True, exist_ok=True)
+    PORTS.add(usual_port(folder / out))
+    return folder
+
+
 def by_id(path: Path) -> dict[str, dict]:
     return {record["id"]: record for record in map(json.loads, path.read_text().splitlines())}
 
@@ -90,10 +105,10 @@ def by_id(path: Path) -> dict[str, dict]:
 @pytest.fixture
 def start(tmp_path):
     """Starts programs on records and flags. They end with the test."""
-    running = []
+    running, folder = [], own_port(tmp_path)
 
     def call(records: list[dict] = RECORDS, *flags: str) -> Program:
-        running.append(Program(tmp_path, records, *flags))
+        running.append(Program(folder, records, *flags))
         return running[-1]
     yield call
     for each in running:

@@ -95,7 +95,7 @@ def test_a_forwarded_port_without_public_url_says_what_to_do(start, browser):
     with Proxy() as proxy:
         proxy.target = program.port
         tab = browser.open(proxy.url + program.path)
-        assert "start fgrlhf.collect with --public-url" in tab.wait("document.body?.innerText")
+        assert "start the program with --public-url" in tab.wait("document.body?.innerText")
         tab.close()
 
 

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from fgrlhf.collect import __main__ as collect
-from fgrlhf.collect.desk import Desk, Draft, Who, drafts_path, read_drafts
+from fgrlhf.collect.desk import Desk, Draft, drafts_path, read_drafts
+from fgrlhf.collect.leases import Who
 from fgrlhf.collect.resume import resumed
 from fgrlhf.collect.store import Skip, Store
 from fgrlhf.collect.tasks import UNNAMED, read_tasks

@@ -16,13 +16,14 @@ from fgrlhf.collect.judge import by_llm
 from fgrlhf.collect.protocol import Reply
 from fgrlhf.data import records
 from fgrlhf.data.fields import UserError
+from fgrlhf.data.outputs import joined
 from fgrlhf.data.readers import read_annotations, read_outputs
 from fgrlhf.data.records import Annotation, Edit, Output, Passage, Prompt, Span
 from fgrlhf.encode import encode_prompt
 from fgrlhf.engine.config import parse
 from fgrlhf.engine.encoding import Encoding
 from fgrlhf.judge import (
-    answers, best_of, by_reward, check_same_prompts, joined, preferences_of, rewards_of)
+    answers, best_of, by_reward, check_same_prompts, preferences_of, rewards_of)
 from fgrlhf.reward import RewardModel, save_reward
 from fgrlhf.sequences import pack
 from fgrlhf.simulate.oracle import OracleJudge, by_oracle

@@ -1,10 +1,12 @@
-r"""Collects minimal edits of the less preferred responses (paper, section 2.1).
+r"""Collects preferences, and minimal edits of the less preferred responses (paper, section 2.1).
 
     python -m fgrlhf.collect --pairs pairs.jsonl --out edits.jsonl --editor human
     python -m fgrlhf.collect --pairs pairs.jsonl --out edits.jsonl --editor llm --model NAME
     python -m fgrlhf.collect --pairs pairs.jsonl --out edits.jsonl --editor llm --model NAME \
         --api openai --base-url http://127.0.0.1:8000/v1 --dry-run
     python -m fgrlhf.collect --pairs pairs.jsonl --out edits.jsonl --editor simulated --world 0
+    python -m fgrlhf.collect --outputs A.json --reference B.json --out pairs.jsonl \
+        --editor human --ask preference
     python -m fgrlhf.collect --report edits.jsonl
     python -m fgrlhf.collect --report edits.jsonl others.jsonl
 
@@ -12,6 +14,8 @@ The editor is a person in the browser, a language model, or the editor of the bu
 --pairs is a file of preferences in any format that the project reads; --out is a file of edits for
 train_rm.py. The same command continues a collection that was stopped, and does no record twice,
 even if the lines of --pairs have moved. It refuses if a finished record has another response now.
+--ask preference shows people two answers to each prompt, side by side and blind, and writes pairs
+for train_rm.py. --ask both then lets them edit the worse answer, and writes pairs and edits.
 --report describes the edits of one file, or compares the edits of two annotators.
 
 The exit status is 0, or 1 if a language model left records unanswered: start the command again to
@@ -29,13 +33,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fgrlhf.collect import client, human, llm
+from fgrlhf.collect import client, human, llm, preferences, summary
+from fgrlhf.collect.actions import Actions
 from fgrlhf.collect.agreement import report
 from fgrlhf.collect.cache import Cache
-from fgrlhf.collect.change import FREE_WORDS, measure
-from fgrlhf.collect.desk import drafts_path, read_drafts
+from fgrlhf.collect.change import FREE_WORDS
+from fgrlhf.collect.desk import Desk, drafts_path, read_drafts
 from fgrlhf.collect.resume import resumed
-from fgrlhf.collect.store import OUTCOMES, Skip, Store, path_beside, recorded
+from fgrlhf.collect.store import Skip, Store, path_beside, recorded
 from fgrlhf.collect.tasks import Answer, Task, read_tasks
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.records import Edit, Provenance
@@ -44,12 +49,16 @@ from fgrlhf.simulate.annotators import minimal_edit
 from fgrlhf.simulate.world import World, world_arg
 
 
+ASK = ("edit", "preference", "both")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
     """The built-in world as editor (--editor simulated)"""
 
     world: int | str | None = world_arg("seed of the world that the pairs come from", None)
-    seed: int = arg(0, help="seed of the editor's random choices")
+    seed: int = arg(0, help="seed of the editor's random choices, and of the order in which people "
+                            "see two answers")
     miss: float = arg(0.0, least=0, help="probability that the editor misses an error")
     needless: float = arg(0.0, least=0, help="probability that the editor also rewords a sentence "
                                              "that needs no change")
@@ -57,10 +66,17 @@ class Simulation:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(client.Options, human.Options, Simulation):
-    pairs: str = arg(help="preferences (or edits); their less preferred responses are edited")
-    out: str = arg(help="file of edits to write or to continue")
+    pairs: str | None = arg(None, help="preferences (or edits); their less preferred responses are "
+                                       "edited")
+    out: str = arg(help="file to write or to continue: of edits, or of pairs with --ask preference")
     editor: str = arg(choices=("simulated", "llm", "human"), help="who edits")
-    limit: int | None = arg(None, least=1, help="edit only the first N preferences")
+    ask: str = arg("edit", choices=ASK, help="what people are asked for: edits of --pairs, "
+                                             "preferences between --outputs and --reference, or a "
+                                             "preference and then the edit of the worse answer")
+    outputs: str | None = arg(None, help="preference, both: a system's answers, in the format of "
+                                         "eval.py outputs")
+    reference: str | None = arg(None, help="preference, both: other answers to the same prompts")
+    limit: int | None = arg(None, least=1, help="take only the first N preferences or prompts")
     max_change: float = arg(0.5, least=0, help="largest share of words that a person or a language "
                                                "model may change")
     free_words: int = arg(FREE_WORDS, least=0, help="number of words that they may always change, "
@@ -140,20 +156,11 @@ def by_llm(tasks: list[Task], store: Store, asking: client.Client, max_change: f
     return not problem
 
 
-def summary(tasks: list[Task], store: Store) -> str:
-    """Describes the outcomes, with a histogram of the share of changed words."""
-    counts = store.counts()
-    lines = [f"{len(tasks) - len(store.remaining(tasks))} of {len(tasks)} records done in "
-             f"{store.path}: " + ", ".join(f"{counts[name]} {name}" for name in OUTCOMES)]
-    shares = [measure(r.original, r.edited).share for r in store.records.values()
-              if isinstance(r, Edit) and r.original != r.edited]
-    if shares:
-        lines.append("share of changed words:")
-        bins = [sum(low / 10 < share <= (low + 1) / 10 for share in shares) for low in range(10)]
-        bins[0] += shares.count(0)                   # edits that change only marks or whitespace
-        lines += [f"  to {low * 10 + 10:3d}% {count:6d}  {'#' * round(40 * count / max(bins))}"
-                  for low, count in enumerate(bins)]
-    return "\n".join(lines)
+def by_people(tasks: list[Task], store: Store, config: Config) -> None:
+    """Serves the page on which people edit every task that has no record yet."""
+    desk = Desk(tasks, store, config.max_change, free_words=config.free_words)
+    largest = human.largest_message(task.rejected for task in tasks)
+    human.serve(Actions(desk, None, config.annotator, largest), store.path, config)
 
 
 def dry_run(config: Config, tasks: list[Task]) -> str:
@@ -170,6 +177,27 @@ def main(config: Config) -> int:
     """Collects the edits and returns the exit status: 0, 1 or 130, as the module says."""
     if not 0 < config.max_change <= 1:
         raise UserError(f"--max-change {config.max_change}: expected a share above 0, up to 1")
+    human.public_address(config)                     # refuses a bad URL before a file is made
+    return edit(config) if config.ask == "edit" else ask_people(config)
+
+
+def ask_people(config: Config) -> int:
+    """Collects preferences, with --ask both edits too. Returns the exit status 0."""
+    preferences.check_flags(config)
+    tasks = preferences.read_comparisons(config.outputs, config.reference, config.limit,
+                                         config.seed)
+    if config.dry_run:
+        print(f"{len(tasks)} pairs to judge, before leaving out those judged already")
+    else:
+        preferences.collect(tasks, config)
+    return 0
+
+
+def edit(config: Config) -> int:
+    """Collects edits of the less preferred responses of --pairs. Returns the exit status."""
+    if config.pairs is None or config.outputs or config.reference:
+        raise UserError("--ask edit: expected --pairs, and neither --outputs nor --reference; give "
+                        "a file of preferences, or choose --ask preference or --ask both")
     if Path(config.out).resolve() == Path(config.pairs).resolve():
         raise UserError(f"--out {config.out}: expected another file than --pairs, got the same; "
                         "choose another --out")
@@ -177,10 +205,9 @@ def main(config: Config) -> int:
     if config.dry_run:
         print(dry_run(config, tasks))
         return 0
-    # These three refuse bad flags here, before a file is made.
+    # These two refuse bad flags here, before a file is made.
     asking = client.Client(config) if config.editor == "llm" else None
-    edit = simulated(config, config.pairs) if config.editor == "simulated" else None
-    human.public_address(config)
+    edit_one = simulated(config, config.pairs) if config.editor == "simulated" else None
     status = 0
     with Store(config.out) as store:
         drafts = read_drafts(drafts_path(store.path)) if config.editor == "human" else []
@@ -189,14 +216,14 @@ def main(config: Config) -> int:
             if asking:
                 done = by_llm(tasks, store, asking, config.max_change, config.free_words)
                 status = 0 if done else 1
-            elif edit:
-                by_simulation(tasks, store, edit)
+            elif edit_one:
+                by_simulation(tasks, store, edit_one)
             else:
-                human.serve(tasks, store, config.max_change, config, config.free_words)
+                by_people(tasks, store, config)
         except KeyboardInterrupt:
             print("stopped; start again to continue")
             status = 130
-        print(summary(tasks, store))
+        print(summary.edited(tasks, store))
     return status
 
 

@@ -59,8 +59,24 @@ class Table:
             return None
         a, b = self.first / self.parts, self.second / self.parts
         same = 1 - a - b + 2 * self.both / self.parts
-        chance = a * b + (1 - a) * (1 - b)
-        return (same - chance) / (1 - chance) if chance < 1 else None
+        return beyond_chance(same, a * b + (1 - a) * (1 - b))
+
+
+def beyond_chance(same: float, chance: float) -> float | None:
+    """Returns (same - chance) / (1 - chance), or None if chance always agrees."""
+    return (same - chance) / (1 - chance) if chance < 1 else None
+
+
+def cohen_kappa(first: Sequence, second: Sequence) -> float | None:
+    """Cohen's kappa of two lists [n] of labels of any number of kinds, as Table.kappa for two.
+
+    Returns None for n = 0, and if chance always agrees.
+    """
+    if not first:
+        return None
+    counts, others, n = Counter(first), Counter(second), len(first)
+    same = sum(a == b for a, b in zip(first, second, strict=True)) / n
+    return beyond_chance(same, sum(counts[label] * others[label] for label in counts) / n ** 2)
 
 
 def changed_parts(edit: Edit) -> list[bool]:

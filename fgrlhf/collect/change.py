@@ -10,6 +10,7 @@ whitespace are no words: a changed mark is shown and kept, but it does not count
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -144,6 +145,24 @@ def segments(change: Change) -> list[Segment]:
         shown = new_end
     found.append(Segment("keep", change.edited[shown:]))
     return [segment for segment in found if segment.text]
+
+
+def marked(text: str, changed: Sequence[bool]) -> list[tuple[bool, str]]:
+    """Cuts a text where marked characters begin or end: [(is marked, characters), ...].
+
+    changed: one flag per part of the text. Whitespace between two changed parts is marked too. The
+    pieces, joined, are exactly `text`.
+    """
+    pieces, shown, end, inside = [], 0, 0, False  # shown: characters in `pieces`
+    for (start, stop), flag in zip(part_spans(text), changed, strict=True):
+        if flag != inside:                        # a mark begins at its part, ends behind its part
+            cut = start if flag else end
+            pieces.append((inside, text[shown:cut]))
+            shown, inside = cut, flag
+        end = stop
+    cut = end if inside else len(text)
+    pieces += [(inside, text[shown:cut]), (False, text[cut:])]
+    return [piece for piece in pieces if piece[1]]
 
 
 def _characters(spans: list[Span], first: int, end: int, with_space: bool) -> Span:

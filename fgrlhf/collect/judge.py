@@ -8,8 +8,9 @@ from fgrlhf.collect import llm
 from fgrlhf.collect.client import Client, Unanswered
 from fgrlhf.collect.tasks import load_prompt
 from fgrlhf.data.fields import UserError
+from fgrlhf.data.outputs import input_of
 from fgrlhf.data.records import Annotation, Output
-from fgrlhf.judge import check_same_prompts, input_of
+from fgrlhf.judge import check_same_prompts
 
 JUDGE_PROMPT = "judge-1"                          # in fgrlhf/collect/prompts
 

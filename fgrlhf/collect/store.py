@@ -53,9 +53,10 @@ class Store:
             store.add(task.edit(text, "ann", provenance))
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, kind: type = Edit):
         """Reads the records that are there, so that a collection continues.
 
+        kind: the dataclass of the file's records, which have an `id`; judgements.py has another.
         A link is followed: all names of a file have the same skipped records, drafts and lock.
         Raises UserError if another process writes to `path`, or if `path` holds something else.
         """
@@ -66,8 +67,8 @@ class Store:
             raise UserError(f"{path}: expected a file or a free name, got a folder; name a file")
         self._held = lock_file(self.path)
         try:
-            self.records: dict[str, Edit | Skip] = recorded(self.path)
-            self._files = {Edit: Lines(self.path), Skip: Lines(self.skipped_path)}
+            self.records: dict[str, Edit | Skip] = recorded(self.path, kind)
+            self._files = {kind: Lines(self.path), Skip: Lines(self.skipped_path)}
         except BaseException:
             os.close(self._held)
             raise
@@ -140,14 +141,14 @@ def skipped_path(path: Path) -> Path:
     return path_beside(path, "skipped")
 
 
-def recorded(path: Path) -> dict[str, Edit | Skip]:
+def recorded(path: Path, kind: type = Edit) -> dict[str, Edit | Skip]:
     """Reads the records of both files, by id. Raises UserError for a file of something else."""
     return {record.id: record
-            for record in [*_read(skipped_path(path), Skip), *_read(path, Edit)]}
+            for record in [*read_kind(skipped_path(path), Skip), *read_kind(path, kind)]}
 
 
-def _read(path: Path, kind: type) -> list:
-    """Reads the records of a file. A last line that was cut off is left out."""
+def read_kind(path: Path, kind: type) -> list:
+    """Reads the records of one kind of a file. A last line that was cut off is left out."""
     data = path.read_bytes().removeprefix(codecs.BOM_UTF8) if path.exists() else b""
     if not data:
         return []

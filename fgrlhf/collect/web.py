@@ -168,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
         allowed = self.server.origins(hosts[0]) if len(hosts) == 1 else set()
         if not allowed:
             raise Refusal(403, "unknown host: if a forwarded port or a proxy leads here, start "
-                          "fgrlhf.collect with --public-url and the address in your browser")
+                          "the program with --public-url and the address in your browser")
         if origins[1:] or not allowed.issuperset(origins) or self.command != "GET" and not origins:
             raise Refusal(403, "request from another site")
         path = self.path
@@ -176,7 +176,7 @@ class Handler(BaseHTTPRequestHandler):
             path = path.removeprefix(self.server.public.path)
         token, slash, name = path.removeprefix("/").partition("/")
         if not (slash and hmac.compare_digest(token.encode(), self.server.token.encode())):
-            raise Refusal(404, "open the address that fgrlhf.collect printed")
+            raise Refusal(404, "open the address that the program printed")
         return name
 
     def _json(self) -> object:

@@ -38,7 +38,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How an edit was made. `fgrlhf.collect` writes a Provenance into each of its records."""
+    """How an edit or a judgement was made. `fgrlhf.collect` writes one into each of its records."""
     editor: Text                                  # human, llm or simulated
     time: Text                                    # when it was accepted: 2026-11-21T12:00:00Z
     attempts: int                                 # number of answers asked for, this one included

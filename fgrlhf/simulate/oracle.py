@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, replace
 
+from fgrlhf.data.outputs import joined
 from fgrlhf.data.readers import read_outputs, read_prompts
 from fgrlhf.data.records import Output, Prompt
 from fgrlhf.evaluate import compare
-from fgrlhf.judge import answer_to, check_same_prompts, joined
+from fgrlhf.judge import answer_to, check_same_prompts
 from fgrlhf.simulate.world import World
 
 

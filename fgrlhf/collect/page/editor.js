@@ -1,5 +1,6 @@
 // The page of fgrlhf/collect/human.py. The server measures the edit, keeps drafts and hands out
-// records. This file shows them, and never builds markup from text.
+// records. This file shows them, and never builds markup from text. judge.js shows records of the
+// kind "judge", two answers to compare; here are those of the kind "edit" and what both need.
 "use strict";
 
 const SAVE_AFTER = 250;                 // ms between two drafts while somebody types
@@ -13,7 +14,8 @@ const onMac = /Mac|iPhone|iPad/.test(navigator.platform);
 const page = newId();                   // names this load of the page; `tab` survives a reload
 let tab = sessionStorage.tab ||= newId();
 let annotator = "", limit = 1, free = 0, largest = Infinity;
-let record = null;                      // the record in the editor, as the server sent it
+let record = null;                      // the record on the page, as the server sent it
+let instructions = {};                  // of each kind of record that the program asks for
 let known = [];                         // texts of the record, sent or confirmed, that the server may have
 let queue = Promise.resolve();          // messages about the record go one after another
 let moving = false, asking = false, saveTimer = 0, speakTimer = 0, lookTimer = 0;
@@ -29,17 +31,17 @@ class Refusal extends Error {           // the server refused, or did not answer
 }
 
 const SILENT = "The program does not answer. Your text is kept in this browser. " +
-  "Start fgrlhf.collect again and open the address that it prints.";
+  "Start the program again and open the address that it prints.";
 const REASONS = {
-  403: "The program does not know this address. Start fgrlhf.collect again with --public-url and " +
+  403: "The program does not know this address. Start it again with --public-url and " +
     "the address in your browser.",
-  404: "The program has a new address. Open the address that fgrlhf.collect printed last. " +
+  404: "The program has a new address. Open the address that it printed last. " +
     "Your drafts are there.",
   413: "The text is too long to be saved. Shorten it, or revert it.",
 };
 
 async function call(action, fields = {}, options = {}) {
-  const body = JSON.stringify({annotator, tab, page, ...fields});
+  const body = JSON.stringify({annotator, tab, page, kind: record?.kind, ...fields});
   if (body.length > largest / 3 && new Blob([body]).size > largest) {
     throw new Refusal(413, REASONS[413]);
   }
@@ -72,6 +74,9 @@ function complain(error) {
 const plain = words => words.replace(/\r\n?/g, "\n");
 const unchanged = () => text.value === plain(record.rejected);
 
+// What a message about the record holds: its name, and the text if there is one to edit.
+const content = () => ({id: record.id, text: record.kind === "edit" ? text.value : ""});
+
 // ----- drafts: sent while typing; the browser keeps a copy until the server has confirmed
 
 const copyName = () => `draft ${annotator} ${record.id}`;
@@ -93,13 +98,14 @@ function begin() {                      // with the browser's copy, if it is new
 function save() {
   clearTimeout(saveTimer);
   saveTimer = 0;
-  return queue = queue.then(() => record && send(record, text.value));
+  return queue = queue.then(() => record && (record.kind === "judge" ? renew(record)
+                                                                     : send(record, text.value)));
 }
 
 async function send(about, value) {
   if (!known.includes(value)) known = [...known.slice(0, 7), value];
   try {
-    const change = await call("save", {id: about.id, text: value});
+    const change = await call("save", {id: about.id, kind: about.kind, text: value});
     known = [value];
     if (text.value === value) {
       localStorage.removeItem(copyName());
@@ -115,7 +121,7 @@ async function send(about, value) {
 
 setInterval(() => record && !moving && !saveTimer && save(), RENEW_AFTER);
 addEventListener("pagehide", () => {
-  if (record) call("leave", {id: record.id, text: text.value}, {keepalive: true}).catch(() => {});
+  if (record) call("leave", content(), {keepalive: true}).catch(() => {});
 });
 addEventListener("pageshow", event => event.persisted && location.reload());
 
@@ -165,9 +171,9 @@ function open(view) {
   $("progress").setAttribute("aria-valuemax", view.total);
   $("progress").setAttribute("aria-valuenow", view.done);
   $("progress").firstElementChild.style.width = `${100 * view.done / view.total}%`;
-  $("guide").open &&= !view.undo;        // open until the first record is done
   if (!record) return rest(view);
   showOnly("record");
+  guide(view.practised);
   $("prompt-text").textContent = record.prompt;
   $("input").hidden = !record.input;
   $("input-text").textContent = record.input ?? "";
@@ -176,6 +182,8 @@ function open(view) {
   $("context").replaceChildren($("context").firstElementChild, ...record.context.map(passage));
   $("context").firstElementChild.textContent =
     record.context.length === 1 ? "1 passage" : `${record.context.length} passages`;
+  scrollTo(0, 0);
+  if (record.kind === "judge") return openPair();
   $("preferred-text").textContent = record.chosen;
   compare(false);
   text.rows = 8 + record.rejected.length / 80;      // for browsers without field-sizing
@@ -183,7 +191,6 @@ function open(view) {
   show(record.change);
   clearTimeout(speakTimer);
   $("spoken").textContent = `${$("count").textContent}. Now: ${record.prompt}`;
-  scrollTo(0, 0);
   text.focus();
   text.setSelectionRange(0, 0);
 }
@@ -197,10 +204,18 @@ function passage({title, text: words}) {
   return part;
 }
 
-function guide(instruction) {           // a paragraph, then numbered lines
-  const [head, ...rules] = instruction.trim().split(/\n+/);
-  $("guide").children[1].textContent = head;
-  $("guide").children[2].append(...rules.map(rule => {
+function guide(practised) {              // a paragraph, then numbered lines
+  const judging = record.kind === "judge", other = document.body.dataset.kind !== record.kind;
+  $("guide").open = (other || $("guide").open) && !practised;   // until the first record is done
+  if (!other) return;
+  document.body.dataset.kind = record.kind;
+  document.title = document.querySelector("h1").textContent = judging ? "Blind pairs"
+                                                                      : "Minimal edits";
+  const [summary, paragraph, list] = $("guide").children;
+  summary.textContent = judging ? "How to judge" : "How to edit";
+  const [head, ...rules] = instructions[record.kind].trim().split(/\n+/);
+  paragraph.textContent = head;
+  list.replaceChildren(...rules.map(rule => {
     const item = document.createElement("li");
     item.textContent = rule.replace(/^\d+\. /, "");
     return item;
@@ -228,12 +243,13 @@ function rest(view) {                   // no record is free
   const elsewhere = view.total - view.done;
   if (elsewhere) {
     lookTimer = setTimeout(() => next().catch(complain), 5000);
-    pause("No record is free now",
-          `${elsewhere} of ${view.total} records ${elsewhere === 1 ? "is" : "are"} open in other ` +
-          "tabs. A record that becomes free is shown here.", "Look again", next);
+    if (view.others === elsewhere) return restForOthers(view);
+    pause(`No ${noun} is free now`,
+          `${elsewhere} of ${view.total} ${noun}s ${elsewhere === 1 ? "is" : "are"} open in other ` +
+          `tabs. A ${noun} that becomes free is shown here.`, "Look again", next);
   } else {
-    pause(view.total === 1 ? "The record is done" : `All ${view.total} records are done`,
-          "You can still undo the last record. If you are finished, stop the program.",
+    pause(view.total === 1 ? `The ${noun} is done` : `All ${view.total} ${noun}s are done`,
+          `You can still undo the last ${noun}. If you are finished, stop the program.`,
           "Stop the program", async () => {
             await call("finish");
             pause("Thank you!", "You can close this page.", "", async () => {});
@@ -251,16 +267,17 @@ function lose(reason) {                 // another page has the record: continue
 
 async function next() { open(await call("next")); }
 
-async function move(action, fields = {}) {        // an action that leaves this record
+async function move(action, fields = {}, said = "") {        // an action that leaves this record
   if (moving) return;
   moving = text.readOnly = true;
   clearTimeout(saveTimer);
   saveTimer = 0;
   await queue;
-  const copy = record && copyName();
+  const copy = record?.kind === "edit" && copyName();
   try {
-    const view = await call(action, record ? {id: record.id, text: text.value, ...fields} : fields);
+    const view = await call(action, record ? {...content(), ...fields} : fields);
     if (copy) localStorage.removeItem(copy);
+    $("last").textContent = said;
     open(view);
   } catch (error) {
     complain(error);
@@ -270,7 +287,7 @@ async function move(action, fields = {}) {        // an action that leaves this 
 
 const acts = {
   async accept() {
-    if (!record || (unchanged() && !await ask("ask-same"))) return;
+    if (record?.kind !== "edit" || (unchanged() && !await ask("ask-same"))) return;
     await move("accept");
   },
   async skip() {
@@ -287,13 +304,14 @@ const acts = {
     await move("undo");
   },
   revert() {
+    if (record.kind !== "edit") return;
     text.focus();
     text.select();
     document.execCommand("insertText", false, plain(record.rejected));   // the browser can undo it
   },
-  compare() { compare($("preferred").hidden); },
+  compare() { if (record.kind === "edit") compare($("preferred").hidden); },
   help() { ask("shortcuts"); },
-  edit() { text.focus(); },
+  edit() { if (record.kind === "edit") text.focus(); },
   async name() {
     await save();
     if (await askName(annotator)) await move("next");
@@ -330,7 +348,7 @@ async function askName(name) {
 const KEYS = {p: "compare", r: "revert", k: "skip", z: "undo", e: "edit", "/": "help", "?": "help"};
 
 addEventListener("keydown", event => {
-  if (asking) return;
+  if (asking || plainKey(event)) return;
   const withLetter = onMac ? event.ctrlKey && event.shiftKey && !event.altKey && !event.metaKey
                            : event.altKey && !event.ctrlKey && !event.metaKey;
   const name = event.key === "Enter" ? (event.ctrlKey || event.metaKey) && "accept"
@@ -341,7 +359,7 @@ addEventListener("keydown", event => {
   if (ready && !event.repeat) acts[name]();
 });
 
-for (const kbd of document.querySelectorAll("kbd")) {
+for (const kbd of document.querySelectorAll("kbd[data-key]")) {
   const key = kbd.dataset.key, accept = key === "Enter";
   kbd.textContent = accept ? (onMac ? "⌘ Enter" : "Ctrl Enter") : `${onMac ? "⌃⇧" : "Alt "}${key}`;
   const button = kbd.closest("button");
@@ -366,13 +384,14 @@ function needsText(needed) {            // "Another reason" is one only with wor
 }
 text.oninput = typed;
 
-(async () => {
+async function first() {
   const options = await call("start");
-  ({limit, free, largest} = options);
+  ({limit, free, largest, instructions} = options);
   annotator = options.annotator ?? localStorage.annotator ?? "";
-  guide(options.instruction);
+  if (instructions.judge) nameThings();
   $("name").disabled = options.annotator !== null;
   $("name").textContent = `Annotator: ${annotator}`;
   while (!annotator) await askName("");
   await next();
-})().catch(complain);
+}
+addEventListener("DOMContentLoaded", () => first().catch(complain));      // judge.js is read by then
