@@ -14,6 +14,7 @@ import pytest
 
 from fgrlhf.data import readers, records
 from fgrlhf.data.fields import UserError
+from fgrlhf.engine.config import parse
 from fgrlhf.simulate.__main__ import AnnotateConfig, WorldConfig, annotate, split_of, write_world
 from fgrlhf.simulate.annotators import (
     minimal_edit, prefer, restyle, rewrite, spoil, swap_wording, wordings)
@@ -431,6 +432,22 @@ def test_read_world_reads_a_seed_and_knobs_and_refuses_others():
                  "3,", ",lands=12", "3,errors=-1"):
         with pytest.raises(UserError, match="^--world .*: expected a "):
             read_world(text)
+
+
+def test_every_command_must_name_the_same_knobs(tmp_path, capsys):
+    """A world of 40 lands asks for lands that the world of its seed without knobs does not know."""
+    typed = lambda text: parse(WorldConfig, argv=["--out", "x", "--world", text]).world
+    assert typed("3") == 3 and typed("3,lands=40") == "3,lands=40"
+    with pytest.raises(SystemExit):
+        typed("3,lands=2")
+    assert "lands 3 to 100" in capsys.readouterr().err
+    small_world(tmp_path / "w", world="1,lands=40")
+    prompts = [p.prompt for p in readers.read_prompts(tmp_path / "w/train.jsonl")]
+    files = two_answers(tmp_path, World("1,lands=40"), prompts)
+    annotate(AnnotateConfig(*files, str(tmp_path / "out"), world="1,lands=40"))
+    assert len(readers.read_edits(tmp_path / "out/edits.jsonl")) > 5
+    with pytest.raises(UserError, match="no request of world 1 in .*give the --world of the"):
+        annotate(AnnotateConfig(*files, str(tmp_path / "other"), world=1))
 
 
 def test_errors_and_strength_change_the_share_and_the_probability_of_mistakes():

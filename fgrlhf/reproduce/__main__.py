@@ -34,7 +34,7 @@ from fgrlhf.real import results as real_results
 from fgrlhf.real import stages as real
 from fgrlhf.real.files import check_data
 from fgrlhf.reproduce import study, study_results
-from fgrlhf.reproduce.pipeline import run_stages
+from fgrlhf.reproduce.pipeline import HOME, run_stages
 from fgrlhf.reproduce.report import text_table, write_report
 from fgrlhf.reproduce.results import collect
 from fgrlhf.reproduce.stages import PROFILES, Seed, start
@@ -100,6 +100,15 @@ def command_of(config: Config) -> str:
             f"{config.seeds} --first-seed {config.first_seed} --out {config.out}{dtype}{lora}")
 
 
+def commit() -> str | None:
+    """The commit of the clone that runs, None where there is no clone. It may have changes."""
+    try:
+        head = (HOME / ".git/HEAD").read_text().strip()
+        return (HOME / ".git" / head[5:]).read_text().strip() if head[:5] == "ref: " else head
+    except OSError:
+        return None
+
+
 def check_flags(config: Config) -> None:
     """Refuses now what the first stage would refuse later."""
     pick_device(config.device)
@@ -135,6 +144,7 @@ def main(config: Config) -> None:
     run_stages(stages, out, config.workers)
     results = collected(config, seeds) | {
         "command": command_of(config),
+        "commit": commit(),
         "machine": f"{os.cpu_count()} CPU cores, torch {torch.__version__}, device {config.device}",
         "seconds": wall_seconds(out, time.perf_counter() - started),
         "commands": [stage.text for stage in stages]}

@@ -2,7 +2,7 @@
 
 `results` has the contents of results.json, and the texts to show:
 
-    profile command seeds machine seconds          of the run
+    profile command seeds commit machine seconds   of the run
     reading notes commands                         lists of sentences and commands
     systems        {key: {label, role, metrics: {name: cell}}}      role: method, baseline, ...
     reward_models  {key: {label, metrics: {name: cell}}}
@@ -87,6 +87,7 @@ def _header(results: dict) -> Html:
     seeds, seconds = results.get("seeds") or [], results.get("seconds")
     facts = [f"{results['profile']} profile" if results.get("profile") else None,
              f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else None,
+             f"commit {results['commit'][:7]}" if results.get("commit") else None,
              results.get("machine"), _duration(seconds) if is_number(seconds) else None]
     parts = [tag("h1", "Token-level RLHF from minimal edits"),
              tag("p", " \N{MIDDLE DOT} ".join(filter(None, facts)), class_="muted")]

@@ -66,10 +66,10 @@ KNOBS = {
     "annotations": Knob("Fewer annotations", "annotated prompts", ("50", "100", "200", "400"),
                         str(ANNOTATIONS), "--limit"),
     "lands": Knob("More facts", "lands, with six facts each", ("6", "12", "24", "48"), "12"),
-    "errors": Knob("Errors per answer", "share of facts with a fixed mistake, times 60%",
+    "errors": Knob("Errors per answer", "factor of the share of facts with a fixed mistake",
                    ("0.5", "0.75", "1", "1.5"), "1"),
-    "strength": Knob("Strength of the errors", "probability of every mistake and habit, times "
-                     "today's", ("0.4", "0.7", "1", "1.25"), "1"),
+    "strength": Knob("Strength of the errors", "factor of the probability of every mistake and "
+                     "habit", ("0.4", "0.7", "1", "1.25"), "1"),
     "items": Knob("Longer answers", "most facts of a request", ("3", "4", "5", "6"), "4"),
     "coupled": Knob("Errors that spread", "share of lands and units where an error makes later "
                     "items wrong", SHARES, "0"),

@@ -8,8 +8,8 @@ therefore often wrong, and a policy cannot win only by making its distribution s
 
     errors(x, y)   the errors of an answer: a character span each, with the text that corrects it
 
-A world is a pure function of its seed and its knobs, which --world names: 3 is the world of seed 3
-with today's knobs, 3,lands=24,strength=0.7 changes two of them. No file describes it.
+A world is a pure function of its seed and its knobs, and --world names both: 3 is the world of seed
+3 with the default knobs, and 3,lands=24,strength=0.7 changes two of them. No file describes it.
 """
 
 import random
