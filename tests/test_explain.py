@@ -17,7 +17,6 @@ from fgrlhf.data.fields import UserError
 from fgrlhf.data.records import Edit, Output, Span, write_jsonl, write_outputs
 from fgrlhf.engine.config import parse
 from fgrlhf.explain import __main__ as explain
-from fgrlhf.explain import answers
 from fgrlhf.explain.explained import (
     LossSettings, UpdateSettings, explain_record, minus_log_sigmoid, prompt_text, settings_of)
 from fgrlhf.explain.text import explained_text, visible
@@ -382,9 +381,8 @@ def test_answers_side_by_side_have_the_rewards_of_the_model(folders, tmp_path, c
     for name, texts in (("before", ("one two", "two")), ("after", ("two one", "two"))):
         outputs = [Output(prompt, text, name) for prompt, text in zip(prompts, texts)]
         write_outputs(tmp_path / f"{name}.json", sorted(outputs, key=lambda o: o.output))
-    answers.main(parse(answers.Config, "", [
-        "--before", f"{tmp_path}/before.json", "--after", f"{tmp_path}/after.json", "--reward",
-        f"{folders}/rm/reward", "--html", f"{tmp_path}/page.html"]))
+    shown(f"{tmp_path}/before.json", f"{tmp_path}/after.json", "--reward", f"{folders}/rm/reward",
+          "--html", f"{tmp_path}/page.html")
     out = capsys.readouterr().out
     model, tokenizer = load_reward(folders / "rm/reward"), load_tokenizer(folders / "rm/reward")
     for text in ("one two", "two one"):

@@ -196,7 +196,7 @@ def test_the_list_of_commands_names_them_all():
     assert done.returncode == 0 and done.stdout.count("\n") == len(list(listed()))
     named = {command for command, _ in listed()}
     there = {f"python -m fgrlhf.{path.parent.name}" for path in ROOT.glob("fgrlhf/*/__main__.py")}
-    there |= {"python -m fgrlhf.explain.answers", "python -m fgrlhf.checkpoint",
+    there |= {"python -m fgrlhf.checkpoint",
               "python -m fgrlhf.dpo", "python -m fgrlhf.simulate.advantages",
               "python -m fgrlhf.real.files", "python -m fgrlhf.real.judge",
               "python -m fgrlhf.real.analysis"}

@@ -1,19 +1,14 @@
-"""Shows answers before and after training side by side, with a reward model's rewards.
+"""Shows the answers of several files side by side, with a reward model's rewards.
 
-    python -m fgrlhf.explain.answers --before runs/mine/before.json --after runs/mine/after.json \
-        --reward runs/mine/rm/reward --html runs/mine/answers.html
-
-Both files have AlpacaEval's format, as `eval.py outputs` writes. R is the reward of the whole
-answer, equation (1). For a token-level reward model the tokens with the lowest rewards are named,
-and the HTML page has the reward of every token. The rewards are on the model's own scale.
-
-`eval.py answers` shows two or more files, also without a reward model. Both commands call `show`.
+`eval.py answers` calls `show`. The files have AlpacaEval's format, as `eval.py outputs` writes. R
+is the reward of the whole answer, equation (1). For a token-level reward model the tokens with the
+lowest rewards are named, and the HTML page has the reward of every token. The rewards are on the
+model's own scale.
 """
 
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
@@ -27,7 +22,6 @@ from fgrlhf.data.files import write_atomic
 from fgrlhf.data.outputs import joined
 from fgrlhf.data.readers import read_outputs
 from fgrlhf.data.records import Output
-from fgrlhf.engine.config import arg, parse, run
 from fgrlhf.engine.encoding import Encoding, check_encoding
 from fgrlhf.explain.explained import surfaces
 from fgrlhf.explain.text import visible
@@ -36,20 +30,9 @@ from fgrlhf.reproduce.excerpts import heat_maps
 from fgrlhf.reproduce.markup import Html, document, section, table, tag, typeset
 from fgrlhf.reward import load_reward
 from fgrlhf.sequences import pack
-from fgrlhf.templates import template_arg
 
 WIDTH = 104                                     # columns of the terminal
 LOWEST = 3                                      # tokens that are named for each answer
-
-
-@dataclass(frozen=True)
-class Config:
-    before: str = arg(help="answers before training")
-    after: str = arg(help="answers to the same prompts after training")
-    reward: str = arg(help="folder of the reward model")
-    template: str = template_arg("plain")
-    limit: int = arg(20, least=1, help="show only the first N prompts")
-    html: str | None = arg(None, help="also write an HTML page with the reward of every token")
 
 
 class Answer(NamedTuple):
@@ -176,12 +159,3 @@ def _cell(one: Answer) -> Html:
     value = "" if one.R is None else f": R = {typeset(f'{one.R:+.3f}')}"
     label = tag("span", one.label + value, class_="role", dir="ltr")
     return tag("td", one.text, label, class_="text", dir="auto")
-
-
-def main(config: Config) -> None:
-    show((config.before, config.after), ("before", "after"), config.reward, config.template,
-         config.limit, config.html)
-
-
-if __name__ == "__main__":
-    run(lambda: main(parse(Config, __doc__)))
