@@ -104,8 +104,8 @@ def main() -> None:
         return
     machine, tables = timing.machine(options), []
     if options.profile and not options.device.startswith("cpu"):
-        raise UserError(f"--profile: expected --device cpu, got {options.device}; the parts are those "
-                        "of a CPU's time")
+        raise UserError(f"--profile: expected --device cpu, got {options.device}; the parts are "
+                        "those of a CPU's time")
     if options.profile:
         for width in options.width:
             print(f"\nD {width}, 6 layers, V {V}")
