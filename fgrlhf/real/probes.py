@@ -9,7 +9,8 @@ each of LOSSES the list over seeds of
     pairs_mean, pairs_sum           the edit has the higher R, where R is the mean or the sum of r_t
     equal_mean, equal_sum           the same where the sides differ by at most one token in length
     without_ends, equal_without_ends    pairs by the loss's own R, trained and judged without the
-                                    final full stop and EOS of both sides (--hide ends)
+                                    final full stop and EOS of both sides (--hide ends); not with
+                                    --twice, where that would be another pass over all responses
     auc_within, auc                 -r_t of the tokens that the editor took out against the others,
                                     within a summary and pooled
     detects_lowest, detects_mean    AUC of "the annotator found an error", by the lowest and by the
@@ -198,15 +199,12 @@ def kept_states(config: Config, trunk: LLaMA, tokenizer,
 def without_ends(states: FrozenStates, examples: list[PreferenceIds]) -> None:
     """Keeps the hidden states of responses without their ends, from those of whole responses.
 
-    A causal model computes the same for them. --twice computes them, because its first copy differs.
+    A causal model computes the same for them, except where the cut changes how a text is tokenised.
     """
-    if not isinstance(states, TwiceRead):
-        whole = {key[:-n]: piece[:-n] for key, piece in states.kept.items() for n in (1, 2)}
-        for p in examples:
-            for side in (p.chosen, p.rejected):
-                key = (len(p.prompt), *p.prompt, *side)
-                if key not in states.kept and key in whole:
-                    states.kept[key] = whole[key]
+    whole = {key[:-n]: piece[:-n] for key, piece in states.kept.items() for n in (1, 2)}
+    wanted = {(len(p.prompt), *p.prompt, *side)
+              for p in examples for side in (p.chosen, p.rejected)}
+    states.kept |= {key: whole[key] for key in wanted - states.kept.keys() if key in whole}
     states.add(examples)
 
 
@@ -233,7 +231,8 @@ def probe(config: Config) -> None:
     whole, cut = ((read(config.data, hide), read(config.eval_edits, hide)) for hide in encoders)
     every = lambda pair: [ids for edits in pair if edits for ids in edits[1]]
     states = kept_states(config, trunk, tokenizer, every(whole))
-    without_ends(states, every(cut))
+    if not config.twice:
+        without_ends(states, every(cut))
     candidates = read_candidates(config.published, encoders["nothing"]) if config.published else []
     states.add([one.ids for one in candidates])
 
@@ -242,12 +241,13 @@ def probe(config: Config) -> None:
         seeds, margins = [], []
         for seed in range(config.seeds):
             judged, model = held_out(states, *whole, loss, seed, config.folds, tokenizer)
-            blind = figures_of(held_out(states, *cut, loss, seed, config.folds, tokenizer)[0])
-            response = LOSSES[loss][1]
-            seeds.append(figures_of(judged) | {
-                "without_ends": blind[f"pairs_{response}"],
-                "equal_without_ends": blind[f"equal_{response}"]}
-                | (detection(model, candidates) if candidates else {}))
+            seeds.append(figures_of(judged))
+            if not config.twice:
+                blind = figures_of(held_out(states, *cut, loss, seed, config.folds, tokenizer)[0])
+                seeds[-1] |= {name: blind[f"{of}_{LOSSES[loss][1]}"] for name, of in
+                              (("without_ends", "pairs"), ("equal_without_ends", "equal"))}
+            if candidates:
+                seeds[-1] |= detection(model, candidates)
             margins += margins_of(judged)
             print(f"{loss}, seed {seed}: {json.dumps(seeds[-1])}", file=sys.stderr)
         result[loss] = {name: [one[name] for one in seeds] for name in seeds[0]} | {
