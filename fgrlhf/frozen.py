@@ -55,6 +55,8 @@ class FrozenStates:
         try:
             rows = [self.kept[key] for key in _keys(sequences)]
         except KeyError:
+            if self.reading:
+                raise ValueError("hidden states: expected responses that `add` has read") from None
             return hidden_at(self.trunk, sequences, at, self.layer)
         start = torch.tensor([0, *map(len, rows)]).cumsum(0).to(at.row.device)
         return torch.cat(rows)[start[at.row] + at.t]

@@ -65,6 +65,9 @@ def test_the_second_of_two_copies_has_seen_what_follows():
     assert (found[0] - found[6]).abs().max() > 1e-3
     once = FrozenStates(trunk, 1)
     torch.testing.assert_close(*once(both, locate(both))[[0, 6]])
+    unread = pack([prompt], [other])
+    with pytest.raises(ValueError, match="expected responses that `add` has read"):
+        twice(unread, locate(unread))
 
 
 def test_a_file_of_responses_read_twice_is_not_taken_for_the_other(tmp_path):
