@@ -33,24 +33,30 @@ class FrozenStates:
     @torch.no_grad()
     def add(self, examples: list[PreferenceIds]) -> None:
         """Computes the hidden states of both sides of each preference that are not kept yet."""
-        wanted = {(len(p.prompt), *p.prompt, *side): (p.prompt, side)
+        wanted = {(len(p.prompt), *p.prompt, *side): (self.before(p.prompt, side), side)
                   for p in examples for side in (p.chosen, p.rejected)}
         wanted = {key: row for key, row in wanted.items() if key not in self.kept}
         if not wanted:
             return
-        rows = pack(*zip(*wanted.values()), device=self.trunk.head.device)
+        rows, keys = pack(*zip(*wanted.values()), device=self.trunk.head.device), [*wanted]
         groups = by_length(rows, list(range(len(wanted))), ROWS)
         for group in tqdm(groups, desc="hidden states", leave=False):
             part = rows.rows(group.to(rows.tokens.device))
             hidden = hidden_at(self.trunk, part, locate(part), self.layer)           # [N, D]
             pieces = hidden.split(part.response_lengths.tolist())
-            self.kept |= zip(_keys(part), (piece.clone() for piece in pieces))
+            self.kept |= zip((keys[i] for i in group.tolist()), (p.clone() for p in pieces))
+
+    def before(self, prompt: list[int], response: list[int]) -> list[int]:
+        """Returns the ids that the trunk reads in front of the response."""
+        return prompt
 
     def __call__(self, sequences: Sequences, at: Located) -> Tensor:
         """Returns the hidden states [N, D] of the located tokens, computed where not kept."""
         try:
             rows = [self.kept[key] for key in _keys(sequences)]
         except KeyError:
+            if self.reading:
+                raise ValueError("hidden states: expected responses that `add` has read") from None
             return hidden_at(self.trunk, sequences, at, self.layer)
         start = torch.tensor([0, *map(len, rows)]).cumsum(0).to(at.row.device)
         return torch.cat(rows)[start[at.row] + at.t]
@@ -85,9 +91,14 @@ class FrozenStates:
         for prompt, row, piece in zip(prompts, ids, hidden):
             self.kept[prompt, *row.tolist()] = piece.to(self.trunk.head.device)
 
+    @property
+    def reading(self) -> str:
+        """Returns what tells files of other `before` apart."""
+        return ""
+
     def _trunk(self) -> Tensor:
-        """Returns what tells trunks apart: a fingerprint of the weights, and their dtype."""
-        text = lora.fingerprint(self.trunk) + str(self.trunk.head.dtype)
+        """Returns what tells trunks apart: a fingerprint of the weights, dtype and reading."""
+        text = lora.fingerprint(self.trunk) + str(self.trunk.head.dtype) + self.reading
         return torch.tensor([*text.encode()], dtype=torch.uint8)
 
 

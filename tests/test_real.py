@@ -14,7 +14,7 @@ from fgrlhf.data.readers import read_edits, read_outputs, read_prompts
 from fgrlhf.data.records import Output, Passage, Prompt, write_jsonl, write_outputs
 from fgrlhf.engine.config import parser
 from fgrlhf.judge import answer_to
-from fgrlhf.real import analysis, files, judge, results, stages
+from fgrlhf.real import analysis, files, judge, results, stages, tables
 from fgrlhf.real.made_up import copied, made_up, named
 from fgrlhf.reproduce.__main__ import Config as ReproduceConfig
 from fgrlhf.reproduce.__main__ import check_flags
@@ -260,7 +260,7 @@ def test_results_and_report_of_a_whole_run(folder, tmp_path):
     (seed / "data/val-edits.jsonl").write_text("\n".join(summaries) + "\n")
     shown = {"edits/pair_accuracy": 0.9, "edits/pair_accuracy_95": [0.8, 1.0],
              "edits/edit_auc_within": 0.7, "edits/edit_auc_within_95": [0.6, 0.8]}
-    for name in results.REWARDS:
+    for name in tables.REWARDS:
         (seed / name).mkdir()
         (seed / name / "done.json").write_text(json.dumps(shown))
         (seed / name / "reward").symlink_to(folder / "token")
@@ -273,6 +273,9 @@ def test_results_and_report_of_a_whole_run(folder, tmp_path):
     (seed / "analysis.json").write_text(json.dumps(
         {"detects": {"length": 0.5}} | {str(seed / f"{name}/reward"): figures
                                         for name in stages.TOKEN_LEVEL}))
+    probed = dict.fromkeys(tables.PROBES, [0.8]) | {
+        "reliability": [{"pairs": 3, "P": 0.75, "right": 2 / 3}]}
+    (seed / "probes.json").write_text(json.dumps({"paper": probed, "ours": probed}))
     (seed / "outputs").mkdir(), (seed / "judged").mkdir()
     line = {"step": 1, "rollout/episodes": 8.0, "rollout/reward": 1.0, "rollout/kl_k1": 0.1,
             "rollout/length": 5.0}
@@ -293,6 +296,8 @@ def test_results_and_report_of_a_whole_run(folder, tmp_path):
     curves = {(c["metric"], c["system"]): c for c in found["curves"]}
     assert curves["made_up", "rlhf"]["x_kl"] == [0.5] and curves["judge", "rlhf"]["y"] == [1.5]
     assert curves["kl_k1", "rlhf"]["y"] == [0.5]
+    assert curves["reliability", "rm-ours"]["x_confidence"] == [25, 75]
+    assert curves["reliability", "rm-ours"]["y"] == pytest.approx([1 / 3, 2 / 3])
     write_report(tmp_path / "report.html", found)
     page = (tmp_path / "report.html").read_text()
     assert "Made-up facts" in page and "over KL from the SFT policy" in page

@@ -17,11 +17,11 @@ from fgrlhf.encode import Encoder
 from fgrlhf.evaluate import compare
 from fgrlhf.real.made_up import made_up
 from fgrlhf.real.judge import article_of
-from fgrlhf.real.stages import LONGEST, POLICIES, TEST, TOKEN_LEVEL
+from fgrlhf.real.stages import LONGEST, POLICIES, TEST
+from fgrlhf.real.tables import REWARDS, analysis_tables, probe_tables, reliability_curves
 from fgrlhf.reproduce.examples import changes, pieces
 from fgrlhf.reproduce.names import SYSTEMS
 from fgrlhf.reproduce.results import cell, read_lines, seed_of
-from fgrlhf.reproduce.table import number
 from fgrlhf.reward import load_reward
 from fgrlhf.sequences import pack
 
@@ -36,8 +36,6 @@ LOGGED = {"reward": lambda line: line["rollout/reward"],        # of metrics.jso
           "kl_k1": lambda line: line["rollout/kl_k1"] * line["rollout/length"],
           "length": lambda line: line["rollout/length"]}
 DRAWS = 1000
-REWARDS = {"rm-paper": "Token-level, paper's loss", "rm-ours": "Token-level, our loss",
-           "rm-sequence": "Sequence-level on edits", "rm-judge": "The judge, on other edits"}
 FOUND = {"pair_accuracy": "edit_accuracy", "pair_accuracy_shorter": "shorter",
          "equal_length/pair_accuracy": "equal_length", "edit_auc": "token_auc",
          "edit_auc_within": "token_auc_within"}
@@ -218,45 +216,6 @@ def reading(systems: dict) -> list[str]:
     return said
 
 
-def analysis_tables(folder: Path) -> list[dict]:
-    """Returns the tables of analysis.py, of the first seed."""
-    found = read_object(folder / "analysis.json")
-    shown = lambda value, digits=2: number(value, digits=digits)
-    models = {name: next(v for k, v in found.items() if k.endswith(f"{name}/reward"))
-              for name in TOKEN_LEVEL}
-    detects = [[f"{REWARDS[name]}, {how}", shown(value)] for name, one in models.items()
-               for how, value in one["detects"].items()]
-    detects += [[how, shown(value)] for how, value in found["detects"].items()]
-    kinds = [[f"{REWARDS[name]}, {kind} errors", str(group["summaries"]),
-              shown(group["auc_within"])] for name, one in models.items()
-             for kind, group in one["errors"].items()]
-    eos = [[f"{REWARDS[name]}, behind {side}", *map(shown, values)]
-           for name, one in models.items() for side, values in one["eos"].items()]
-    worst = [[f"{side}: {token[0]}", shown(token[3], 1)]
-             for side, some in models[TOKEN_LEVEL[-1]]["worst"].items() for token in some]
-    types = [[kind, str(row["tokens"]), str(row["removed"]), shown(row["r_removed"]),
-              shown(row["r_kept"]), shown(row["auc"])]
-             for kind, row in models[TOKEN_LEVEL[-1]]["words"].items()]
-    return [
-        {"header": ["score", "AUC"], "rows": detects,
-         "caption": "All candidates of val: how well a score tells those where the annotator found "
-                    "an error from the others (chance: .5)."},
-        {"header": ["reward", "summaries", "AUC within"], "rows": kinds,
-         "caption": "Tokens that the annotator took out, in summaries with errors of one kind only."
-                    " Intrinsic: the article says it otherwise. Extrinsic: it does not say it."},
-        {"header": ["token | summary", "r"], "rows": worst,
-         "caption": f"{REWARDS[TOKEN_LEVEL[-1]]}: the tokens with the highest reward that the "
-                    "annotator took out, and those with the lowest that the annotator kept."},
-        {"header": ["reward", "mean", "deviation"], "rows": eos,
-         "caption": "The reward of EOS, in standard deviations of the rewards of all tokens. What "
-                    "is equal behind edits and originals says nothing about them, but pays a "
-                    "policy for every response that it ends."},
-        {"header": ["word", "tokens", "taken out", "r taken out", "r kept", "AUC"],
-         "rows": types,
-         "caption": f"{REWARDS[TOKEN_LEVEL[-1]]}, calibrated rewards. Seen: the evidence, which is "
-                    "the prompt, has the word. AUC: tokens taken out against tokens kept."}]
-
-
 def examples(folder: Path, count: int = 4) -> dict:
     """Returns texts for the report: the first edits of val with token rewards, and answers."""
     edits = read_edits(folder / "data/val-edits.jsonl")[:count]
@@ -294,6 +253,7 @@ def collect(folders: list[Path]) -> dict:
     systems = systems_table(tests)
     return {"profile": "real", "seeds": [seed_of(folder) for folder in folders], "notes": NOTES,
             "reading": reading(systems), "systems": systems | published_table(folders[0]),
-            "reward_models": reward_models(folders), "tables": analysis_tables(folders[0]),
-            "comparisons": comparisons(tests),
-            "curves": curves(folders), "examples": examples(folders[0])}
+            "reward_models": reward_models(folders),
+            "tables": probe_tables(folders[0]) + analysis_tables(folders[0]),
+            "comparisons": comparisons(tests), "examples": examples(folders[0]),
+            "curves": curves(folders) + reliability_curves(folders[0])}

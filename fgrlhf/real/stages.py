@@ -39,6 +39,10 @@ def plan(seed: Seed, data: str) -> None:
     seed.add("analysis", "-m", "fgrlhf.real.analysis", "--rewards", rewards,
              "--data", f"{data}/val.jsonl", "--hidden-states", seed.at("states.pt"),
              "--out", seed.at("analysis.json"), needs=TOKEN_LEVEL)
+    seed.add("probes", "-m", "fgrlhf.real.probes", "--data", seed.at("data/train-edits.jsonl"),
+             "--eval-edits", seed.at("data/val-edits.jsonl"), "--published", f"{data}/val.jsonl",
+             "--model", MODEL, "--layer", LAYER, "--hidden-states", seed.at("states.pt"),
+             "--out", seed.at("probes.json"), needs=TOKEN_LEVEL)
     trained = ("--template", "plain", "--seed", seed.seed, "--resume")
     seed.add("sft", "-m", "fgrlhf.sft", "--data", seed.at("data/train-summaries.jsonl"),
              "--model", MODEL, *SFT, "--out", seed.at("sft"), *trained, needs=("model", "data"))

@@ -13,7 +13,7 @@
     signs                                           sentences of checks/signs.py
     knobs labels                                                    see study_results.py
     tables         [{caption, header, rows}]                        rows of texts, name first
-    curves         [{system, label, seed, metric, x_episodes, x_seconds, x_kl, y}]
+    curves         [{system, label, seed, metric, x_episodes, x_seconds, x_kl, x_confidence, y}]
     examples       {heat_maps: [{prompt, label, tokens, rewards, errors}],
                     underlined: what the errors of the heat maps are,
                     edits: [{prompt, original_tokens, original_changed,
@@ -50,9 +50,11 @@ CURVES = {"win_rate": ("Win rate on dev prompts, %", 100),
           "length": ("Tokens per response", 1),
           "made_up": ("Made-up names and numbers per sampled summary", 1),
           "made_up_rate": ("Made-up share of the names and numbers, %", 100),
-          "judge": ("Reward by the judge, which trained no policy", 1)}
+          "judge": ("Reward by the judge, which trained no policy", 1),
+          "reliability": ("How often one side of a pair is the human edit, %", 100)}
 AXES = {"episodes": "episodes", "seconds": "seconds",
-        "kl": "KL from the SFT policy, nats per response"}
+        "kl": "KL from the SFT policy, nats per response",
+        "confidence": "the reward model's probability for that, %"}
 
 
 def write_report(path: str | Path, results: dict) -> None:
