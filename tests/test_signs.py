@@ -53,6 +53,18 @@ def test_a_run_below_a_threshold_is_silent(lines):
     assert signs(lines) == []
 
 
+def test_iterations_without_an_update_are_left_out():
+    """With --mask-truncated the log of an iteration without any EOS has no ppo/ figures."""
+    lines = run({2: 0.6, 12: 0.8}, **{"rollout/kl_k1": {7: 1.2}})
+    for step in (1, 5):
+        lines[step - 1] = {"step": step, "rollout/kl_k1": 0.2, "rollout/reward": 0.1,
+                           "ppo/masked": 64}
+    [said] = signs(lines)
+    assert "1.2 nats per token at iteration 7" in said
+    lines[9] = {"step": 10, "rollout/kl_k1": 0.2, "rollout/reward": 0.1, "ppo/masked": 64}
+    assert signs(lines) == []                       # nine updates show nothing yet
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return ppo_folder(tmp_path_factory.mktemp("ppo"))

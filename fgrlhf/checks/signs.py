@@ -30,10 +30,12 @@ FLAT_WIN_RATE = 0.57
 def signs(lines: Sequence[dict]) -> list[str]:
     """Returns a sentence for each sign of trouble, [] for a healthy run.
 
-    lines: those of metrics.jsonl, in order. Fewer than LEAST_ITERATIONS have no signs, and neither
-    has a run that is not PPO.
+    lines: those of metrics.jsonl, in order. An iteration without an update is left out, because it
+    has no figures of one (--mask-truncated, when no response has an EOS). Fewer than
+    LEAST_ITERATIONS have no signs, and neither has a run that is not PPO.
     """
-    if len(lines) < LEAST_ITERATIONS or "ppo/entropy" not in lines[0]:
+    lines = [line for line in lines if "ppo/entropy" in line]
+    if len(lines) < LEAST_ITERATIONS:
         return []
     return [told for look in (_far, _narrow, _clipped, _exploited, _flat) if (told := look(lines))]
 
