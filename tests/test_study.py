@@ -185,7 +185,12 @@ def test_figures_of_a_study_from_the_files_of_its_runs(tmp_path, monkeypatch, ca
     for folder, ours in zip(folders, (10, 20)):
         for knob, value in (("held-out", "0"), ("held-out", "0.2"), ("lands", "6")):
             write_step(study.point(folder, knob, value), {"rlhf": 8, "fine-grained": ours})
+    far = {"rollout/kl_k1": 1.2, "ppo/entropy": 1.0, "ppo/clip_fraction": 0.0}
+    (folders[0] / "rlhf/metrics.jsonl").write_text(
+        "".join(json.dumps({"step": n} | far) + "\n" for n in range(1, 11)))
     results = study_results.collect(folders)
+    [sign] = results["signs"]                       # both knobs have this run at their default step
+    assert sign.startswith("PPO-RLHF, run seed3/rlhf: the policy is far from the SFT policy")
     assert study_results.collect(folders, "held-out") == results        # the other one is complete
     ended = study.point(folders[1], "lands", "6").folder / "outputs/dpo-sft-test-greedy.json"
     ended.rename(ended.with_suffix(".away"))

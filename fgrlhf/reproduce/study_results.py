@@ -77,7 +77,10 @@ def rewards(points: list[Point]) -> dict[str, dict]:
 
 
 def step(knob: str, value: str, points: list[Point]) -> dict:
-    """Collects one step of a knob. points: one of each seed."""
+    """Collects one step of a knob. points: one of each seed.
+
+    A sign of trouble names its run, which several steps may share.
+    """
     tests = {system: [tested(at.folder, at.run(system), World(at.world)) for at in points]
              for system in ("sft", *SYSTEMS)}
     mean = lambda values: sum(values) / len(values)
@@ -94,7 +97,7 @@ def step(knob: str, value: str, points: list[Point]) -> dict:
         lead[system] = {decoding: difference("", by(system, decoding), by("rlhf", decoding))
                         for decoding in ("sampled", "greedy")}
     found = {"value": value, "systems": systems, "lead": lead, "reward_models": rewards(points)}
-    found["signs"] = [f"{knob} {value}, {NAMES[system][0]}, {at.folder.name}: {sign}"
+    found["signs"] = [f"{NAMES[system][0]}, run {at.folder.name}/{at.run(system)}: {sign}"
                       for system in SYSTEMS for at in points
                       for sign in signs_of_run(at.folder / at.run(system))]
     return found | ({"facts": facts(points, float(value))} if knob == "held-out" else {})
@@ -124,5 +127,5 @@ def collect(folders: list[Path], only: str | None = None) -> dict:
              if name in asked or complete(folders, name, knob)}
     return {"profile": "study", "seeds": [seed_of(folder) for folder in folders], "notes": NOTES,
             "labels": {system: NAMES[system][0] for system in ("sft", *SYSTEMS)},
-            "signs": [sign for knob in knobs.values() for step in knob["steps"]
-                      for sign in step.pop("signs")], "knobs": knobs}
+            "signs": list(dict.fromkeys(sign for knob in knobs.values() for step in knob["steps"]
+                                        for sign in step.pop("signs"))), "knobs": knobs}
