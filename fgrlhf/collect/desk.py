@@ -22,7 +22,7 @@ from pathlib import Path
 from fgrlhf.collect.change import FREE_WORDS, Change, excess, measure
 from fgrlhf.collect.leases import Leases, Who
 from fgrlhf.collect.line_ends import keep_line_ends
-from fgrlhf.collect.store import Skip, Store, path_beside
+from fgrlhf.collect.store import Store, path_beside
 from fgrlhf.collect.tasks import Task
 from fgrlhf.data.fields import Text, UserError, check
 from fgrlhf.data.files import read_json
@@ -108,8 +108,8 @@ class Desk(Leases):
                 return
             lease = self._lease(id)
             if id in self.store.records or lease and lease.who.tab != who.tab:
-                raise UserError("Another person edits the worse answer of your last pair, so your "
-                                "judgement cannot be undone.")
+                raise UserError("The worse answer of your last pair is finished, or open in another "
+                                "tab, so your judgement cannot be undone.")
             self._leases.pop(id, None)
             del self.tasks[id]
 
@@ -150,21 +150,6 @@ class Desk(Leases):
             self._finish(who, id)
             del self._drafts[id, who.annotator]
             write_jsonl(self.path, self._drafts.values())
-
-    def skip(self, who: Who, id: str, text: str, reason: str) -> None:
-        """Finishes the record without an edit. Its draft is kept in case the record is reopened.
-
-        Raises Conflict as `save` does, and UserError for a blank reason or a full disk.
-        """
-        with self._mutex:
-            if isinstance(self.store.records.get(id), Skip) and self._last(who.annotator) == id:
-                return                                          # the same call again
-            if not reason.strip():
-                raise UserError("Please give a reason for skipping.")
-            self.save(who, id, text)
-            self.store.add(self.tasks[id].skip("skipped", reason, who.annotator,
-                                               self._how(who, id)))
-            self._finish(who, id)
 
     def undo(self, who: Who) -> tuple[Task, str] | None:
         """Reopens the last record that this annotator finished. Returns None if there is none.

@@ -15,7 +15,6 @@ from collections.abc import Callable
 
 from fgrlhf.collect.judgements import CHOICES, Comparison, Judgement, Judgements
 from fgrlhf.collect.leases import Conflict, Leases, Who
-from fgrlhf.collect.store import Skip
 from fgrlhf.data.fields import UserError, show
 from fgrlhf.data.records import Provenance
 
@@ -69,21 +68,6 @@ class JudgeDesk(Leases):
             self.store.add(record)
             self._finish(who, id)
             return record
-
-    def skip(self, who: Who, id: str, text: str, reason: str) -> None:
-        """Finishes the comparison without a judgement. `text` is not used.
-
-        Raises Conflict as `save` does, and UserError for a blank reason or a full disk.
-        """
-        with self._mutex:
-            if isinstance(self.store.records.get(id), Skip) and self._last(who.annotator) == id:
-                return                                          # the same call again
-            if not reason.strip():
-                raise UserError("Please give a reason for skipping.")
-            self.save(who, id)
-            self.store.add(self.tasks[id].skip("skipped", reason, who.annotator,
-                                               self._how(who, id)))
-            self._finish(who, id)
 
     def undo(self, who: Who) -> Comparison | None:
         """Reopens the last comparison that this annotator finished, or returns None."""

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from fgrlhf.collect.store import Store
-from fgrlhf.data.fields import Text
+from fgrlhf.collect.store import Skip, Store
+from fgrlhf.data.fields import Text, UserError
 from fgrlhf.data.records import Provenance
 
 LEASE = 90.0            # seconds; browsers slow the timers of hidden tabs down to one per minute
@@ -42,7 +42,10 @@ class Lease:
 
 
 class Leases:
-    """The tasks of one kind and their leases. Thread-safe."""
+    """The tasks of one kind and their leases. Thread-safe.
+
+    Each desk adds `save`, which renews a lease, and `_how`, the provenance of a finished record.
+    """
 
     instruction: str                              # a file in fgrlhf/collect/prompts, without .txt
 
@@ -68,6 +71,22 @@ class Leases:
         with self._mutex:
             id = self._last(annotator)
             return None if id is None else (self.store.records[id].provenance.time, id)
+
+    def skip(self, who: Who, id: str, text: str, reason: str) -> None:
+        """Finishes the record with a reason in place of an edit or a judgement.
+
+        The draft of an edit is kept in case the record is reopened. Raises Conflict as `save` of
+        the desk does, and UserError for a blank reason or a full disk.
+        """
+        with self._mutex:
+            if isinstance(self.store.records.get(id), Skip) and self._last(who.annotator) == id:
+                return                                          # the same call again
+            if not reason.strip():
+                raise UserError("Please give a reason for skipping.")
+            self.save(who, id, text)
+            self.store.add(self.tasks[id].skip("skipped", reason, who.annotator,
+                                               self._how(who, id)))
+            self._finish(who, id)
 
     # ----- called with the mutex held -------------------------------------------------------------
 
