@@ -108,8 +108,8 @@ class Desk(Leases):
                 return
             lease = self._lease(id)
             if id in self.store.records or lease and lease.who.tab != who.tab:
-                raise UserError("The worse answer of your last pair is finished, or open in another "
-                                "tab, so your judgement cannot be undone.")
+                raise UserError("The worse answer of your last pair is finished, or open in "
+                                "another tab, so your judgement cannot be undone.")
             self._leases.pop(id, None)
             del self.tasks[id]
 
