@@ -17,6 +17,7 @@ from fgrlhf.collect.judgements import (
     refuse_judgements_of_people)
 from fgrlhf.collect.judging import JudgeDesk
 from fgrlhf.collect.leases import LEASE, Conflict, Who
+from fgrlhf.collect.lines import Lines
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.readers import read_annotations, read_edits, read_pairs
 from fgrlhf.data.records import Output, Provenance
@@ -186,6 +187,28 @@ def test_pairs_that_a_kill_left_behind_or_half_written_are_made_again(desk, tmp_
         Judgements(tmp_path / "judged.jsonl", tmp_path / "pairs.jsonl").close()
         assert (tmp_path / "pairs.jsonl").read_bytes() == whole
     desk.store = Judgements(tmp_path / "judged.jsonl")           # for the fixture to close
+
+
+def test_a_disk_that_is_full_between_a_judgement_and_its_pair_loses_neither(tmp_path, clock,
+                                                                            monkeypatch):
+    write, full = Lines.append, [True]
+
+    def append(file, value):
+        if full and file.path.name == "pairs.jsonl":
+            raise UserError("pairs.jsonl: cannot be written (No space left on device)")
+        write(file, value)
+    monkeypatch.setattr(Lines, "append", append)
+    with Judgements(tmp_path / "judged.jsonl", tmp_path / "pairs.jsonl") as store:
+        desk = JudgeDesk(tasks(2), store, clock)
+        first = desk.take(ADA).id
+        with pytest.raises(UserError, match="No space left"):
+            desk.judge(ADA, first, "left")
+        assert desk.judge(ADA, first, "left").id == first               # the page sends it again
+        full.clear()
+        second = desk.take(ADA).id
+        desk.judge(ADA, second, "right")
+        assert [pair["id"] for pair in lines(tmp_path / "pairs.jsonl")] == [second]
+    assert [pair["id"] for pair in lines(tmp_path / "pairs.jsonl")] == [first, second]
 
 
 def test_a_file_of_other_pairs_is_refused_and_kept(tmp_path):

@@ -156,12 +156,13 @@ class Judgements(Store):
     """The judgements of JUDGEMENTS.jsonl and those skipped.
 
     With `pairs` the preferences are kept in that file too, one records.Pair per line. That file is
-    made from the judgements: a kill between two writes is repaired at the next start.
+    made from the judgements. If a disk is full after the judgement and before the pair, `close`
+    makes the file again; after a kill the next start does.
     """
 
     def __init__(self, path: str | Path, pairs: str | Path | None = None):
         """Reads what is there. Raises UserError if a file holds something else."""
-        self.pairs_path, self._pairs = pairs and Path(pairs), None
+        self.pairs_path, self._pairs, self._pairs_differ = pairs and Path(pairs), None, False
         if pairs:
             others = read_kind(self.pairs_path, Pair)
             if others and not Path(path).exists():
@@ -179,7 +180,9 @@ class Judgements(Store):
         with self._mutex:
             added = super().add(record)
             if added and self._pairs and (pair := pair_of(record)):
-                self._pairs.append(plain(pair))
+                before, self._pairs_differ = self._pairs_differ, True
+                self._pairs.append(plain(pair))             # raises if the disk is full
+                self._pairs_differ = before
             return added
 
     def withdraw(self, id: str) -> Judgement | Skip | None:
@@ -196,16 +199,22 @@ class Judgements(Store):
 
     def close(self) -> None:
         with self._mutex:
-            if self._pairs:
-                self._pairs.close()
-                self._pairs = None
-            super().close()
+            try:
+                if self._pairs and self._pairs_differ:
+                    self._write_pairs()
+            finally:
+                if self._pairs:
+                    self._pairs.close()
+                    self._pairs = None
+                super().close()
 
     def _write_pairs(self) -> None:
+        self._pairs_differ = True
+        write_jsonl(self.pairs_path, filter(None, map(pair_of, self.records.values())))
         if self._pairs:
             self._pairs.close()
-        write_jsonl(self.pairs_path, filter(None, map(pair_of, self.records.values())))
         self._pairs = Lines(self.pairs_path)
+        self._pairs_differ = False
 
 
 def pair_of(record: Judgement | Skip) -> Pair | None:

@@ -65,8 +65,11 @@ class JudgeDesk(Leases):
                     return record
             self.save(who, id)
             record = self.tasks[id].judge(choice, who.annotator, self._how(who, id))
-            self.store.add(record)
-            self._finish(who, id)
+            try:
+                self.store.add(record)
+            finally:
+                if id in self.store.records:            # also if only its pair was not written
+                    self._finish(who, id)
             return record
 
     def undo(self, who: Who) -> Comparison | None:
