@@ -179,6 +179,17 @@ def test_peer_table_takes_ratios_within_a_round(monkeypatch, capsys):
     assert rows["scoring"]["ours"] == 4 and "0.5" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flag", ["profile", "peers"])
+def test_tables_of_a_cpus_time_are_refused_for_another_device(flag):
+    options = SimpleNamespace(profile=False, peers=False, device="cuda:0")
+    bench.check_device(options)
+    setattr(options, flag, True)
+    with pytest.raises(UserError, match=f"--{flag}: expected --device cpu, got cuda:0; "):
+        bench.check_device(options)
+    options.device = "cpu"
+    bench.check_device(options)
+
+
 def test_peer_table_says_what_is_missing_and_what_failed(monkeypatch):
     options = SimpleNamespace(repeats=1, threads=1, clock="cpu")
     monkeypatch.setattr(peers, "find_spec", lambda name: None)

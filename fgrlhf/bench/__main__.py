@@ -5,7 +5,6 @@
     python -m fgrlhf.bench --profile --width 64 --work "fine-grained"
     python -m fgrlhf.bench --device cuda --json loop.json
     python -m fgrlhf.bench --shared-prompts --clock cpu --repeats 5
-
     python -m fgrlhf.bench --peers --clock cpu --repeats 3
 
 work.py describes the rows, shared.py those of --shared-prompts, peers.py those of --peers. The
@@ -119,9 +118,18 @@ def parse_flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check_device(options) -> None:
+    """Raises UserError for a table of a CPU's time with another --device."""
+    for name, reason in (("profile", "the parts are those of a CPU's time"),
+                         ("peers", "both sides run on the CPU")):
+        if getattr(options, name) and not options.device.startswith("cpu"):
+            raise UserError(f"--{name}: expected --device cpu, got {options.device}; {reason}")
+
+
 def main() -> None:
     options = parse_flags()
     options.device = str(pick_device(options.device))
+    check_device(options)
     torch.set_num_threads(options.threads)
     if options.peer_of:
         print(seconds_of(*options.peer_of, timing.clock_of(options)))
@@ -132,9 +140,6 @@ def main() -> None:
         print(timing.peak_mib(work.run, options.device))
         return
     machine, tables = timing.machine(options), []
-    if options.profile and not options.device.startswith("cpu"):
-        raise UserError(f"--profile: expected --device cpu, got {options.device}; the parts are "
-                        "those of a CPU's time")
     if options.profile:
         for width in options.width:
             print(f"\nD {width}, 6 layers, V {V}")
