@@ -37,7 +37,7 @@ from fgrlhf.layouts import meta
 from fgrlhf.layouts.kinds import is_tiktoken
 from fgrlhf.layouts.recognise import WEIGHTS, gguf_file, read_layout, weight_files
 from fgrlhf.layouts.special_tokens import read_prompting
-from fgrlhf.layouts.stored import Stored, check_finite, damaged, in_a_line
+from fgrlhf.layouts.stored import Stored, check_finite, damaged
 from fgrlhf.model import LLaMA, LLaMAConfig
 from fgrlhf.tokenizer import Tokenizer
 

@@ -22,7 +22,6 @@ of logits.
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from kernels import clipped_surrogate, linear_logp

@@ -13,7 +13,7 @@ from fgrlhf.collect.store import Skip, Store
 from fgrlhf.collect.tasks import Task, read_tasks
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.readers import read_edits
-from fgrlhf.data.records import Edit, Provenance, Span
+from fgrlhf.data.records import Provenance, Span
 
 HOW = Provenance("human", "2026-11-21T12:00:00Z", 1, 2.5)
 TASK = Task("r1", "Who sat?", "The cat sat.", "A dog sat.", spans=(Span(2, 5, "wrong"),))

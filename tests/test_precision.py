@@ -9,7 +9,6 @@ from torch import nn
 
 import train_ppo
 from fgrlhf.checkpoint import load_model, save_model
-from fgrlhf.data.fields import UserError
 from fgrlhf.engine import players
 from fgrlhf.engine.optimizer import Muon, Optimizer, orthogonalise
 from fgrlhf.ppo import policy_loss

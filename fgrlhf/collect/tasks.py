@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fgrlhf.collect.store import Skip
-from fgrlhf.data.fields import UserError
 from fgrlhf.data.readers import read_preferences
 from fgrlhf.data.records import Edit, Pair, Passage, Provenance, Span
 

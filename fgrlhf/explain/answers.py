@@ -19,13 +19,13 @@ from fgrlhf.compare.page import table_section
 from fgrlhf.compare.tables import Table, as_text
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import write_atomic
-from fgrlhf.data.outputs import joined
+from fgrlhf.data.outputs import input_of, joined
 from fgrlhf.data.readers import read_outputs
 from fgrlhf.data.records import Output
 from fgrlhf.engine.encoding import Encoding, check_encoding
 from fgrlhf.explain.explained import surfaces
 from fgrlhf.explain.text import visible
-from fgrlhf.judge import check_same_prompts, encode_outputs, input_of
+from fgrlhf.judge import check_same_prompts, encode_outputs
 from fgrlhf.reproduce.excerpts import heat_maps
 from fgrlhf.reproduce.markup import Html, document, section, table, tag, typeset
 from fgrlhf.reward import load_reward

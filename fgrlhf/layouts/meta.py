@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fgrlhf.data.fields import UserError, check, show
+from fgrlhf.data.fields import check, show
 from fgrlhf.layouts.pickles import open_pickle
 from fgrlhf.layouts.stored import Stored, Weights, damaged, in_a_line, make_config, read_settings
 from fgrlhf.model import MOST, LLaMAConfig, RopeScaling
