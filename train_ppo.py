@@ -218,8 +218,8 @@ def train(config: Config) -> None:
                     config.template, policy=log.folder / ("best" if judge else "policy"))
     log.finish({"iterations": config.iterations, "episodes": config.iterations * config.rollouts,
                 "startup_checks": "skipped" if config.skip_checks else "passed",
-                 "check_seconds": round(check_seconds, 3), **(chosen if judge else {})},
-                Ending(f"policy by {config.method} PPO", after))
+                "check_seconds": round(check_seconds, 3), **(chosen if judge else {})},
+               Ending(f"policy by {config.method} PPO", after))
     for sign in signs.signs_of_run(log.folder) if log.writes else ():
         print(f"sign of trouble: {sign}", file=sys.stderr)
 

@@ -233,9 +233,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The same by PyTorch's kernel, for about as many queries as keys.
+    """softmax(q k^T / sqrt(K) + mask) v by PyTorch's kernel, for about as many queries as keys.
 
-    A mask of dtype bool is True where a query sees a key. None is the causal rule, with T = S.
+    Shapes as in `attend`. A mask of dtype bool is True where a query sees a key. None is the causal
+    rule, with T = S.
     """
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                           enable_gqa=k.shape[1] != q.shape[1])

@@ -75,7 +75,7 @@ class SharedPrompts(Padding):
         return F.pad(x[0], (0, 0, 0, 1))[self.source].unflatten(0, self.shape)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attends from [1, N, heads, K] to [1, N, H, K]. A response does not see another one."""
+        """Attends within each row: [1, N, heads, K] -> [1, N, H, K]. Rows share their prompts."""
         at = self.split
         q_prompt, k_prompt, v_prompt = (self.prompts.restore(x[:, :at]).transpose(1, 2)
                                         for x in (q, k, v))                  # [P, heads, .., K]

@@ -78,7 +78,7 @@ def read_groups(words: Sequence[str]) -> list[Group]:
                             f"{places[place]}; leave one of the two out")
         places[place] = folder
     names = iter(names_of([folder for name, folder in split if name is None],
-                        {name for name, _ in split if name is not None}))
+                          {name for name, _ in split if name is not None}))
     groups: dict[str, list[LoggedRun]] = {}
     for name, folder in split:
         groups.setdefault(next(names) if name is None else name, []).append(read_run(folder))

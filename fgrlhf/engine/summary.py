@@ -1,8 +1,8 @@
 """What a trainer tells its user: the figures of its progress bar, and its last three lines.
 
-    trained: token-level reward model, 402 steps; loss 0.05, accuracy 0.99; held-out edits 0.958
-    results: runs/rm: reward/, metrics.jsonl, done.json
-    next:    python train_ppo.py --method fine-grained --policy DIR --reward runs/rm/reward ...
+    trained: policy by SFT, 1500 steps; loss 0.1234
+    results: runs/sft: policy/, metrics.jsonl, done.json
+    next:    python train_rm.py --kind token --data EDITS --model runs/sft/policy --out OUT
 """
 
 import json
@@ -27,7 +27,7 @@ FILES = ("policy", "best", "reward", "critic", "metrics.jsonl", "samples.jsonl",
 class Ending(NamedTuple):
     """What a trainer says about itself at its end."""
 
-    trained: str                        # such as "policy by rlhf"
+    trained: str                        # such as "policy by SFT"
     after: str                          # the command that comes next; a word in capitals is a gap
 
 

@@ -150,7 +150,10 @@ class World:
     # ----- requests -----------------------------------------------------------------------------
 
     def request(self, rng: random.Random) -> str:
-        """Draws a request: 70% ask for two to four facts of one land, 30% for one to three sums."""
+        """Draws a request: 70% ask for two to four facts of one land, 30% for one to three sums.
+
+        These numbers are those of the default knob "items".
+        """
         most = self.knobs["items"]
         if rng.random() < 0.7:
             asked = rng.sample(ATTRIBUTES, rng.choice((most - 2, most - 1, most, most)))
