@@ -147,11 +147,13 @@ def by_length(sequences: Sequences, rows: list[int], size: int) -> list[Tensor]:
     when more than PADDING_BUDGET of its scores would be padding.
     """
     lengths = sequences.lengths.tolist()
-    first = same_prompts(sequences.tokens, sequences.prompt_lengths, sum(lengths))
-    order = (lambda row: lengths[row]) if first is None else (
-        lambda row: (lengths[first[row]], first[row].item(), lengths[row]))
+    shared = same_prompts(sequences.tokens, sequences.prompt_lengths, sum(lengths))
+    rows = sorted(rows, key=lambda row: lengths[row])
+    if shared is not None:                      # neighbours have the same prompt, the first row's
+        first = shared.tolist()
+        rows.sort(key=lambda row: (lengths[first[row]], first[row]))
     groups, real, longest = [], 0, 0
-    for row in sorted(rows, key=order):
+    for row in rows:
         scores, longest = lengths[row] ** 2, max(longest, lengths[row])
         full = not groups or len(groups[-1]) == (size or len(rows))
         if full or (len(groups[-1]) + 1) * longest ** 2 > real + scores + PADDING_BUDGET:
