@@ -154,7 +154,7 @@ def read_kind(path: Path, kind: type) -> list:
         return []
     if data.lstrip()[:1] != b"{":
         raise UserError(f"{path}:1: expected one JSON object per line, got "
-                        f"{data.lstrip()[:20].decode(errors='replace')!r}; choose another --out")
+                        f"{data.lstrip()[:20].decode(errors='replace')!r}; choose another file")
     records, places = [], {}
     values = read_json(path)
     if values and isinstance(values[-1][1], UserError) and torn(data):
