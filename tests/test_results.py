@@ -6,6 +6,7 @@ import math
 import pytest
 
 from fgrlhf.data import records
+from fgrlhf.reproduce import __main__ as reproduce
 from fgrlhf.reproduce import results
 from fgrlhf.reproduce.examples import before_after
 from fgrlhf.simulate.world import World
@@ -247,3 +248,19 @@ def test_collect_of_a_sweep_is_the_best_dev_win_rate_of_every_point(tmp_path):
              for name, row in found["systems"].items()}
     assert table == {"rlhf-0.2-6e-4": ("baseline", 0.625),
                      "fine-grained-0.5-6e-4": ("method", 0.75)}
+
+
+@pytest.mark.parametrize("files, expected", [
+    ({}, None), ({"HEAD": "12ab\n"}, "12ab"),
+    ({"HEAD": "ref: refs/heads/main\n", "refs/heads/main": "34cd\n"}, "34cd"),
+    ({"HEAD": "ref: refs/heads/main\n",
+      "packed-refs": "# pack-refs with: peeled\n56ef refs/heads/other\n78ab refs/heads/main\n"},
+     "78ab"),
+    ({"HEAD": "ref: refs/heads/new\n"}, None)],
+    ids=["no clone", "no branch", "a branch", "a packed branch", "no commit yet"])
+def test_commit_is_read_from_the_clone(tmp_path, monkeypatch, files, expected):
+    for name, text in files.items():
+        (tmp_path / ".git" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".git" / name).write_text(text)
+    monkeypatch.setattr(reproduce, "HOME", tmp_path)
+    assert reproduce.commit() == expected

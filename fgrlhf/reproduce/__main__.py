@@ -101,10 +101,19 @@ def command_of(config: Config) -> str:
 
 
 def commit() -> str | None:
-    """The commit of the clone that runs, None where there is no clone. It may have changes."""
+    """Returns the commit of the clone that runs, or None. The files may have changed since.
+
+    git keeps the commit of a branch in a file of its own or, with those of others, in packed-refs.
+    """
+    folder = HOME / ".git"
     try:
-        head = (HOME / ".git/HEAD").read_text().strip()
-        return (HOME / ".git" / head[5:]).read_text().strip() if head[:5] == "ref: " else head
+        head = (folder / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        if (branch := folder / head[5:]).exists():
+            return branch.read_text().strip()
+        packed = map(str.split, (folder / "packed-refs").read_text().splitlines())
+        return next((words[0] for words in packed if words[1:] == [head[5:]]), None)
     except OSError:
         return None
 
