@@ -3,6 +3,7 @@
 import json
 import random
 import statistics
+import threading
 
 import pytest
 
@@ -353,6 +354,25 @@ def test_a_judgement_whose_answer_another_person_has_edited_stays(both):
         assert bob.record["id"] == edit
         bob("accept", text=bob.record["text"] + " Yes.")
         assert ada("undo").status == 422 and "cannot be undone" in ada.view["error"]
+    both(drive)
+
+
+def test_undo_in_one_tab_takes_back_no_choice_of_the_same_moment_in_another_tab(both, monkeypatch):
+    def drive(actions):
+        one, other = Page(actions)("next"), Page(actions, tab="u")("next")
+        first, second = one.record["id"], other.record["id"]
+        one("judge", choice="left")
+        choice = threading.Thread(target=lambda: other("judge", choice="tie"))
+        remove = actions.edits.remove
+
+        def slowly(*given):
+            choice.start()
+            choice.join(0.3)                            # it waits for the undo
+            remove(*given)
+        monkeypatch.setattr(actions.edits, "remove", slowly)
+        assert one("undo").record["id"] == first and one.record["kind"] == "judge"
+        choice.join()
+        assert list(actions.judging.store.records) == [second]
     both(drive)
 
 

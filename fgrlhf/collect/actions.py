@@ -51,6 +51,7 @@ class Actions:
         self.desks: dict[str, Leases] = {
             kind: desk for kind, desk in (("edit", edits), ("judge", judging)) if desk}
         self.largest, self.finished = largest, threading.Event()
+        self._both = threading.Lock()           # held while an action changes both desks
         self.table = {action.__name__: _answering(action) for action in (
             self.start, self.next, self.save, self.leave, self.accept, self.judge, self.skip,
             self.undo, self.finish)}
@@ -83,10 +84,11 @@ class Actions:
         return self.next(request)
 
     def judge(self, request: Request) -> dict:
-        judgement = self._desk(request, "judge").judge(request.who, request.id, request.choice)
-        task = judgement.as_task()
-        if self.edits and task:
-            self.edits.add(task, judgement.annotator, request.who)
+        with self._both:
+            judgement = self._desk(request, "judge").judge(request.who, request.id, request.choice)
+            task = judgement.as_task()
+            if self.edits and task:
+                self.edits.add(task, judgement.annotator, request.who)
         return self.next(request)
 
     def skip(self, request: Request) -> dict:
@@ -96,21 +98,24 @@ class Actions:
     def undo(self, request: Request) -> dict:
         """Reopens the last record that this annotator finished, of whatever kind."""
         who = request.who
-        finished = [(last, kind) for kind, desk in self.desks.items()
-                    if (last := desk.last(who.annotator))]
-        if not finished:
-            raise UserError("There is nothing to undo.")
-        (_, id), kind = max(finished)
-        if kind == "judge" and self.edits:
-            self.edits.remove(id, who)
-        return self._view(request, self.desks[kind].undo(who))
+        with self._both:
+            finished = [(last, kind) for kind, desk in self.desks.items()
+                        if (last := desk.last(who.annotator))]
+            if not finished:
+                raise UserError("There is nothing to undo.")
+            (_, id), kind = max(finished)
+            if kind == "judge" and self.edits:
+                self.edits.remove(id, who)
+            held = self.desks[kind].undo(who)
+        return self._view(request, held)
 
     def finish(self, request: Request) -> dict:
         """Ends the program, if every record is done."""
-        progress = self._progress(request.annotator)
-        if progress["done"] < progress["total"]:
-            raise Conflict("Some records are still open.")
-        self.finished.set()
+        with self._both:
+            progress = self._progress(request.annotator)
+            if progress["done"] < progress["total"]:
+                raise Conflict("Some records are still open.")
+            self.finished.set()
         return {}
 
     def _desk(self, request: Request, *kinds: str) -> Leases:
