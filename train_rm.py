@@ -305,9 +305,10 @@ def train(config: Config) -> None:
 def ending(config: Config) -> Ending:
     """Names what was trained and the next command.
 
-    It is PPO, or a comparison of runs when no model was kept or the model is a control.
+    It is PPO, or a comparison of runs when --folds kept no model or --hide hid a part of the texts.
     """
     trained = "sequence-level reward model" if config.kind == "sequence" else (
+        "nothing, the reward is the model's log-likelihood" if config.likelihood else
         f"token-level reward model by the loss {config.loss}")
     if config.folds or config.hide != "nothing":
         return Ending(trained, f"python -m fgrlhf.compare {shlex.quote(config.out)} OTHER_RUN")

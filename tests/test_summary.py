@@ -104,6 +104,11 @@ def test_the_next_command_has_the_template_of_the_training(tmp_path):
     assert next_of("Q: {prompt}") == plain + " --template 'a b/policy'"
 
 
+def test_the_log_likelihood_is_not_called_trained():
+    config = train_rm.Config(data="d", model="m", out="o", likelihood=True)
+    assert train_rm.ending(config).trained == "nothing, the reward is the model's log-likelihood"
+
+
 def test_a_control_is_not_followed_by_ppo(root):
     config = train_rm.Config(data="d", model="m", out="a b", hide="both")
     assert train_rm.ending(config).after == "python -m fgrlhf.compare 'a b' OTHER_RUN"
