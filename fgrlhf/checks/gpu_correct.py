@@ -9,6 +9,7 @@ float32 products are computed without TF32. gpu_runs.py has the steps with whole
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -93,8 +94,7 @@ def graph(place) -> Iterator[dict]:
     In float64 and float32 the tokens must be the same. In bfloat16 the two round differently, so
     each is compared with its own scores.
     """
-    sizes = LLaMAConfig(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=64, ffn_dim=160,
-                        max_seq_len=96)
+    sizes = replace(SIZES, vocab_size=64)
     unequal = random_ids([4, 1, 7, 2, 3, 7, 1, 5] * 3, sizes.vocab_size)
     count = 20 if place.small else 40               # more than LOOK of engine/graph.py
     for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, None)):
