@@ -153,7 +153,7 @@ class Batch(NamedTuple):
         per_token = self[1:]                                # every field but the sequences
         return Batch(sequences, *(None if x is None else x[index, :T] for x in per_token))
 
-    def learning_rows(self) -> list[int]:
+    def updated_rows(self) -> list[int]:
         """The rows that take part in the update: all, except with --mask-truncated."""
         return self.mask.any(-1).nonzero()[:, 0].tolist()
 
@@ -205,20 +205,28 @@ def train(config: Config) -> None:
                 prompts_of(config, len(players.prompts), iteration))})
         log.end_step(iteration, metrics, best, **parts)
 
-    with distributed.gathered(policy):
+    finish(config, players, log, best if judge else {}, check_seconds)
+
+
+def finish(config: Config, players: Players, log: Run, best: dict, check_seconds: float) -> None:
+    """Saves the policy, says what came out and what is next, and names signs of trouble.
+
+    best: the best dev win rate and its iteration, {} for a run without dev prompts.
+    """
+    with distributed.gathered(players.policy):
         if log.writes:
             write_encoding(log.folder / "policy", Encoding(config.template))
-            save_model(policy, log.folder / "policy", tokenizer=players.tokenizer)
+            save_model(players.policy, log.folder / "policy", tokenizer=players.tokenizer)
     if config.save_critic and players.critic is not None:
         with distributed.gathered(players.critic):
             if log.writes:
                 save_reward(players.critic, log.folder / "critic", players.tokenizer)
-    chosen = {"best_iteration": best["iteration"], "best_dev_win_rate": best["win_rate"]}
+    chosen = best and {"best_iteration": best["iteration"], "best_dev_win_rate": best["win_rate"]}
     after = command("eval.py outputs --policy {policy} --prompts PROMPTS --out ANSWERS.json",
-                    config.template, policy=log.folder / ("best" if judge else "policy"))
+                    config.template, policy=log.folder / ("best" if best else "policy"))
     log.finish({"iterations": config.iterations, "episodes": config.iterations * config.rollouts,
                 "startup_checks": "skipped" if config.skip_checks else "passed",
-                "check_seconds": round(check_seconds, 3), **(chosen if judge else {})},
+                "check_seconds": round(check_seconds, 3), **chosen},
                Ending(f"policy by {config.method} PPO", after))
     for sign in signs.signs_of_run(log.folder) if log.writes else ():
         print(f"sign of trouble: {sign}", file=sys.stderr)
@@ -233,8 +241,8 @@ def make_experience(config: Config, players: Players, iteration: int) -> tuple[R
                             generator(config.seed, "rollout", iteration), config.decode_batch)
     # 2. score them once
     sequences, mask = rollout.sequences, rollout.sequences.response_mask
-    learns = mask & ~rollout.truncated[:, None] if config.mask_truncated else mask
-    scorer = Scorer(sequences, scored_together(config, sequences, iteration, learns),
+    updated_mask = mask & ~rollout.truncated[:, None] if config.mask_truncated else mask
+    scorer = Scorer(sequences, scored_together(config, sequences, iteration, updated_mask),
                     config.temperature)
     if config.dtype != "float32":
         # In bfloat16 decoding token by token rounds differently from a pass over whole responses.
@@ -253,18 +261,18 @@ def make_experience(config: Config, players: Players, iteration: int) -> tuple[R
     if config.method == "fine-grained":
         # equation (6); with gamma 0, the paper's, reward_to_go returns its input
         advantages = reward_to_go(penalised, mask, config.gamma)
-        advantages = standardise(advantages, learns, config.standardise)
+        advantages = standardise(advantages, updated_mask, config.standardise)
     elif config.method in GROUPED:
         # a rival: one advantage per response
         advantages = group_advantage(penalised, mask, config.group, config.method)
-        advantages = standardise(advantages, learns, config.standardise)
+        advantages = standardise(advantages, updated_mask, config.standardise)
     else:
         # the baseline: GAE with the values of the critic
         values = scorer.values(players.critic)
         advantages, returns = generalised_advantage(penalised, values, mask, config.gamma,
                                                     config.gae_lambda)
-        advantages = standardise(advantages, learns, "mean-std")
-    return rollout, Batch(sequences, learns, logp_old, logp_ref, rewards, advantages, values,
+        advantages = standardise(advantages, updated_mask, "mean-std")
+    return rollout, Batch(sequences, updated_mask, logp_old, logp_ref, rewards, advantages, values,
                           returns)
 
 
@@ -273,11 +281,11 @@ def update(config: Config, players: Players, batch: Batch, iteration: int) -> di
 
     Returns the means of the last epoch's statistics and the last gradient norms.
     """
-    learning, metrics = batch.learning_rows(), {}
-    masked = {"ppo/masked": len(batch.mask) - len(learning)} if config.mask_truncated else {}
+    updated, metrics = batch.updated_rows(), {}
+    masked = {"ppo/masked": len(batch.mask) - len(updated)} if config.mask_truncated else {}
     for epoch in range(config.epochs):
         epoch_sums: dict[str, float] = {}
-        for number, rows in enumerate(minibatches(config, iteration, epoch, learning)):
+        for number, rows in enumerate(minibatches(config, iteration, epoch, updated)):
             tokens, sums = int(batch.mask[rows].sum()), Sums()
             for part, weight in microbatches(rows, config.microbatch,
                                              partial(by_length, batch.sequences)):
@@ -320,22 +328,22 @@ def prompts_of(config: Config, count: int, iteration: int) -> list[int]:
     return rows
 
 
-def minibatches(config: Config, iteration: int, epoch: int, learning: list[int]) -> list[list[int]]:
+def minibatches(config: Config, iteration: int, epoch: int, updated: list[int]) -> list[list[int]]:
     """The rows of each update of one epoch, in parts of equal size up to one row.
 
-    learning: the rows that take part. With fewer rows than --minibatches there are fewer updates.
+    updated: the rows that take part. With fewer rows than --minibatches there are fewer updates.
     """
-    B, parts = len(learning), config.minibatches
+    B, parts = len(updated), config.minibatches
     order = batches(B, B, config.seed, iteration * config.epochs + epoch)[0] if B else []
     cut = [order[B * i // parts:B * (i + 1) // parts] for i in range(parts)]
-    return [[learning[i] for i in part] for part in cut if part]
+    return [[updated[i] for i in part] for part in cut if part]
 
 
 def scored_together(config: Config, sequences: Sequences, iteration: int,
-                    learns: Tensor) -> list[Tensor]:
+                    updated_mask: Tensor) -> list[Tensor]:
     """This rank's rows, in the groups that share a forward pass when they are scored.
 
-    learns [B, T]: True on tokens that take part in the update.
+    updated_mask [B, T]: True on tokens that take part in the update.
 
     A bfloat16 matmul of another shape rounds a row differently, by up to 0.04 nats per token. In
     bfloat16 the groups are therefore those of the first epoch's updates, and the first ratio is 1
@@ -343,9 +351,9 @@ def scored_together(config: Config, sequences: Sequences, iteration: int,
     """
     whole = [list(range(config.rollouts))]
     if config.dtype != "float32":
-        learning, others = (rows.nonzero()[:, 0].tolist()
-                            for rows in (learns.any(-1), ~learns.any(-1)))
-        whole = [*minibatches(config, iteration, 0, learning), others]
+        updated, others = (rows.nonzero()[:, 0].tolist()
+                            for rows in (updated_mask.any(-1), ~updated_mask.any(-1)))
+        whole = [*minibatches(config, iteration, 0, updated), others]
     return [group for rows in whole for group in
             by_length(sequences, distributed.rank_rows(rows), config.microbatch)]
 

@@ -411,8 +411,8 @@ class LLaMA(nn.Module):
 
         layers: compute only the first N blocks, and return h_N without the last norm.
         """
-        if lengths is not None and not (positions is key_mask is cache is None):
-            raise ValueError("lengths: expected without positions, key_mask and cache")
+        if lengths is not None and not (positions is key_mask is cache is padding is None):
+            raise ValueError("lengths: expected without positions, key_mask, cache and padding")
         start, T = cache.length if cache is not None else 0, tokens.shape[1]
         if lengths is not None and int(lengths.min()) < T:
             padding = Padding(lengths, T)

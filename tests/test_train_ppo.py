@@ -123,7 +123,7 @@ def test_masked_responses_are_in_no_mean_and_in_no_loss(folder, tmp_path, monkey
     for batch, line in zip(seen, lines, strict=True):
         kept = [row for row, ends in enumerate(ended(folder, batch)) if ends]
         lengths = batch.sequences.response_lengths.tolist()
-        assert batch.learning_rows() == kept and 0 < len(kept) < 12
+        assert batch.updated_rows() == kept and 0 < len(kept) < 12
         assert line["ppo/masked"] == 12 - len(kept)
         assert line["rollout/truncated"] == pytest.approx((12 - len(kept)) / 12)
         rows = penalised(folder, kind, batch, 0.7)
@@ -146,10 +146,10 @@ def test_masked_responses_change_the_policy_as_if_they_had_not_been_sampled(fold
     settings = config(folder, mask_truncated=True, rollouts=12, max_new_tokens=24,
                       out=str(tmp_path / "a"), iterations=1)
     batch, policies = updates(monkeypatch, settings)[0], []
-    for part in (batch, batch.rows(torch.tensor(batch.learning_rows()))):
+    for part in (batch, batch.rows(torch.tensor(batch.updated_rows()))):
         found = players.prepare(settings, players.load(settings, torch.device("cpu")))
         metrics = train_ppo.update(settings, found, part, 1)
-        assert metrics.pop("ppo/masked") == len(part.mask) - len(batch.learning_rows())
+        assert metrics.pop("ppo/masked") == len(part.mask) - len(batch.updated_rows())
         policies.append((found.policy.state_dict(), metrics))
     assert policies[0][1] == policies[1][1]
     assert all(torch.equal(x, policies[1][0][name]) for name, x in policies[0][0].items())

@@ -284,7 +284,7 @@ def editors_wording(folders: list[Path], systems: list[str]) -> dict:
     def share(folder: Path, system: str) -> float:
         answers = read_outputs(folder / "outputs" / f"{system}-test.json")
         other, own = wordings("\n".join(answer.output for answer in answers))
-        return own / (other + own)
+        return own / (other + own) if other + own else math.nan
     if "fine-grained-style" not in systems:
         return {}
     return {system: {"label": SYSTEMS[system][0], "metrics": {
