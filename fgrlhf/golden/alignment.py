@@ -166,11 +166,13 @@ def token_cases() -> list[Case]:
     aligned = [align_ids(a, b) for a, b in ids]
     token = Case(
         "align-token", "2.1", "U0, U1-, U1+",
-        "Levenshtein alignment of ids: the least cost, then the fewest runs of edits (a match ends "
-        "a run), then the right-most path (the first in dictionary order of the moves, match < "
-        "substitute < delete < insert). A match costs 0 and each edit 1. original, edited: True "
-        "where a token changed, the rows one after the other. "
-        "pairs: unchanged tokens as (row, i, j). distance: edits of each row.", {}, given,
+        "Levenshtein alignment of ids: the least cost, then the fewest runs of edits, then the "
+        "first path in dictionary order of its moves from the start of the texts to their end, "
+        "match < substitute < delete < insert. A run is a maximal stretch of moves that are no "
+        "matches, whatever their kinds. A match costs 0 and each edit 1. original, edited: True "
+        "where a token changed, the rows one after the other. pairs: unchanged tokens as (row, i, "
+        "j), sorted by row and then i; i and j count within the row. distance: edits of each row.",
+        {}, given,
         outputs(aligned) | distances(aligned))
     gap = Case(
         "gap-credit", "2.1", "U1-, U1+",
@@ -195,17 +197,19 @@ def word_case() -> Case:
         "and hiragana, which are written without blanks, each character with the combining marks "
         "behind it is a word. Words match when they are equal in lower case and without the "
         "characters at their ends that are no letter, number or mark (Unicode L, N, M); a word "
-        "that has none of these is compared whole. The moves are match, delete and insert: there "
-        "is no substitution. A deletion or insertion costs 1 and each run 2 more; then as "
-        "align-token. distance: deletions and insertions. The result is projected to pieces "
+        "without any letter, number or mark is compared whole. Lower case and whitespace are those "
+        "of Python's str.lower and str.isspace. The moves are match, delete and insert: there is "
+        "no substitution. A deletion or insertion costs 1 and each run 2 more. Paths of equal cost "
+        "are chosen as in align-token. distance: the number of deletions and insertions of words, "
+        "without the cost of runs. The result is projected to pieces "
         "(spans: half-open, in code points). A piece belongs to every word that it overlaps. A "
         "piece that overlaps none belongs to the next word or, behind the last word, to the end of "
         "the text. The end of one text always matches the end of the other. A piece is changed "
         "when one of its words is not matched. Pairs: for every two words that match, and for the "
-        "two ends, take on each side the pieces whose first word it is. align-token aligns these "
-        "pieces by their texts, in lower case and without whitespace at the ends (kept when all of "
+        "two ends, take on each side the pieces whose first word it is. align-token, with its own "
+        "costs, aligns these pieces by their texts, in lower case and without whitespace at the ends (kept when all of "
         "a text is whitespace). Two pieces that match are a pair when neither is changed. Outputs "
-        "as align-token.",
+        "as align-token, with an entry of original and edited for every piece of the spans.",
         {}, {"original": [a for a, _ in TEXTS], "edited": [b for _, b in TEXTS],
              "original_spans": [a for a, _ in spans], "edited_spans": [b for _, b in spans]},
         outputs(aligned) | distances(aligned))

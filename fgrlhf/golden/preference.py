@@ -73,13 +73,16 @@ def sequence_loss() -> Case:
 
 def cases() -> list[Case]:
     common = ("Inputs: rewards [B, T]; plus_mask, minus_mask: True on U1+, U1-; unchanged [M, 3]: "
-              "U0 as (pair, chosen, rejected); lengths [B, 2]: tokens of both sides. margin [B] = "
-              "sum_U1+ r - sum_U1- r{}; an empty side "
-              "counts 0. bt = mean of -log sigmoid(margin) over the pairs with a changed token. ")
+              "U0 as (pair, chosen, rejected); lengths [B, 2]: tokens of the chosen and of the "
+              "rejected side, in front of the padding. plus_mask and r_i+ belong to "
+              "rewards_chosen, minus_mask and r_j- to rewards_rejected. margin [B] = "
+              "sum_U1+ r - sum_U1- r{}; an empty side counts 0. margin has every pair; bt = mean "
+              "of -log sigmoid(margin) over the pairs with a True in one of their masks. Means "
+              "are over the whole batch. ")
     paper = " u0 = token = 0. loss = bt, with gradients to both rewards."
     return [
         token_loss("token-loss-paper", "(1), (2)", common.format(
-                   ", with the mean over all tokens of a side in place of each sum") + paper,
+                   ", with the mean over all tokens of a side, changed or not, in place of each sum") + paper,
                    {"reduce": "response", "u0": "difference", "u0_weight": 0.0,
                     "token_weight": 0.0}),
         token_loss("token-loss-share", "(2), on U1", common.format(
@@ -96,7 +99,8 @@ def cases() -> list[Case]:
                    {"reduce": "mean", "u0": "anchor", "u0_weight": 0.25, "token_weight": 1.5}),
         token_loss("token-loss-kept", "(4), variant", common.format("") + "u0 = u0_weight / 2 "
                    "mean_U0 (-log sigmoid(r_i+) - log sigmoid(r_j-)): unchanged tokens are "
-                   "rewarded like those that the editor wrote. token as in token-loss-per-token. "
-                   "loss = bt + u0 + token, with gradients to both rewards.",
+                   "rewarded like those that the editor wrote. token = token_weight times the "
+                   "mean over all tokens of U1 of -log sigmoid(r_t) on U1+ and -log "
+                   "sigmoid(-r_t) on U1-. loss = bt + u0 + token, with gradients to both rewards.",
                    {"reduce": "sum", "u0": "kept", "u0_weight": 0.75, "token_weight": 0.5}),
         sequence_loss()]
