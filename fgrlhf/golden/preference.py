@@ -82,7 +82,8 @@ def cases() -> list[Case]:
     paper = " u0 = token = 0. loss = bt, with gradients to both rewards."
     return [
         token_loss("token-loss-paper", "(1), (2)", common.format(
-                   ", with the mean over all tokens of a side, changed or not, in place of each sum") + paper,
+                   ", with the mean over all tokens of a side, changed or not, in place of each "
+                   "sum") + paper,
                    {"reduce": "response", "u0": "difference", "u0_weight": 0.0,
                     "token_weight": 0.0}),
         token_loss("token-loss-share", "(2), on U1", common.format(
