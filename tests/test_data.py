@@ -391,6 +391,7 @@ def test_render_prompt_gives_the_templates():
 def test_readme_example_lines_are_read_by_the_readers_it_names(lines):
     text = (Path(fgrlhf.data.__path__[0]) / "README.md").read_text()
     rows = re.findall(r"^\| (.*?) \|.*\| `(\{.*\})` \|$", text, re.M)
+    rows = [row for row in rows if row[0] != "token scores"]        # read with their records
     reader = {"edit": read_edits, "pair": read_pairs, "prompt": read_prompts,
               "demonstration": read_demonstrations, "output": read_outputs}
     assert {name.split(",")[0] for name, _ in rows} == reader.keys()

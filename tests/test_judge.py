@@ -518,7 +518,7 @@ def test_reward_model_calls_a_constant_model_constant(folder, capsys):
 # ----- token scores from a file -------------------------------------------------------------------
 
 EDITS = [Edit("a", "Name it.", "It was.", "It is.", spans=(Span(3, 6, "fact"),)),
-         Edit("b", "Name it.", "No.", "It is the river."), Edit("7", "Name it.", "It is.", "Its.")]
+         Edit("b", "Name it.", "No.", "It is the river."), Edit("7", "Name one.", "It is.", "Its.")]
 
 
 def scores_file(folder: Path, lines: list[dict]) -> Path:
@@ -559,8 +559,9 @@ def test_scores_give_the_table_of_the_reward_model_that_made_them(folder, tokeni
     torch.manual_seed(3)
     model = RewardModel(llama(vocab_size=300, max_seq_len=64), "token", "mean")
     save_reward(model, folder / "made", tokenizer, Encoding("plain"))
-    prompt, lines = tokenizer.encode("Name it. ->", bos=True), []
-    for edit in EDITS:
+    lines = []
+    for edit in EDITS:                          # no token has the same reward in two of them
+        prompt = tokenizer.encode(f"{edit.prompt} ->", bos=True)
         with torch.no_grad():
             chosen, rejected = (model.token_rewards(pack([prompt], [tokenizer.encode(
                 text, eos=True)]))[0].tolist() for text in (edit.edited, edit.original))

@@ -89,7 +89,7 @@ def test_own_data_goes_from_twenty_edits_to_a_win_rate(folder):
     verdict = json.loads(outputs[-2].out)
     assert verdict["wins"] + verdict["ties"] + verdict["losses"] == 20
     assert outputs[-1].out.count("  before  R = ") == 20
-    assert "R is higher after than before for" in outputs[-1].out
+    assert "R is higher in after than in before for" in outputs[-1].out
     assert "Token rewards" in (folder / "runs/mine/answers.html").read_text()
 
 

@@ -208,7 +208,8 @@ def word_case() -> Case:
         "when one of its words is not matched. Pairs: for every two words that match, and for the "
         "two ends, take on each side the pieces whose first word it is. align-token, with its own "
         "costs, aligns these pieces by their texts, in lower case and without whitespace at the "
-        "ends (kept when all of a text is whitespace). Two pieces that match are a pair when neither is changed. Outputs "
+        "ends (kept when all of a text is whitespace). Two pieces that match are a pair when "
+        "neither is changed. Outputs "
         "as align-token, with an entry of original and edited for every piece of the spans.",
         {}, {"original": [a for a, _ in TEXTS], "edited": [b for _, b in TEXTS],
              "original_spans": [a for a, _ in spans], "edited_spans": [b for _, b in spans]},

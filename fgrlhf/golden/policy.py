@@ -147,8 +147,9 @@ def muon() -> Case:
                 "One step for each of two matrices x [rows, columns] with gradient g and momentum "
                 "m. m <- momentum m + (1 - momentum) g. u = momentum m + (1 - momentum) g with the "
                 "new m. O(u): X = u / sqrt(sum of u^2), then `steps` times X <- a X + b X X^T X + "
-                "c X X^T X X^T X, without an epsilon, for tall and wide matrices alike. x <- x - lr "
-                "0.2 sqrt(max(rows, columns)) O(u). Outputs: the new x and m of both.", MUON, given, made)
+                "c X X^T X X^T X, without an epsilon, for tall and wide matrices alike. x <- x - "
+                "lr 0.2 sqrt(max(rows, columns)) O(u). Outputs: the new x and m of both.",
+                MUON, given, made)
 
 
 def norm_and_factor(grads: list[Tensor], max_norm: float) -> tuple[Tensor, float]:
