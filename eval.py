@@ -226,14 +226,18 @@ def win_rate(config: WinRateConfig) -> dict:
         if getattr(config, name) is None:
             raise UserError(f"--judge {config.judge}: expected --{name} too")
     found, texts, people = preferences(config)
+    people_judge = config.judge == "human"
+    if people_judge and not any(preference is not None for preference in found):
+        raise UserError(f"--judgements {config.judgements}: expected at least one judgement, got "
+                        "none; run the same command again, and judge on the page")
     if all(preference is None for preference in found):
         place = config.annotations if config.judge == "annotations" else f"--judge {config.judge}"
         raise UserError(f"{place}: expected at least one preference, got none for {len(found)} "
                         "pairs; judge them again")
     table = win_rates(found, config.seed)
     if table["left_out"]:
-        print(f"{table['left_out']} of {len(found)} pairs left out: no usable judgement",
-              file=sys.stderr)
+        reason = "not judged yet, or skipped" if people_judge else "no usable judgement"
+        print(f"{table['left_out']} of {len(found)} pairs left out: {reason}", file=sys.stderr)
     return table | {"avg_length": sum(map(len, texts)) // len(texts), "judge": config.judge
                     } | people
 

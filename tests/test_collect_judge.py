@@ -467,6 +467,9 @@ def test_win_rate_of_people_resumes_and_reports(tmp_path, monkeypatch, capsys):
             ada("judge", choice="left" if ada.texts()[0].startswith("new") else "right")
 
     table = run(first)
+    said = capsys.readouterr().err
+    assert "1 of 10 pairs have equal answers: they count as ties and are not shown" in said
+    assert "6 of 10 pairs left out: not judged yet, or skipped" in said
     assert order[-1] == 5                                       # the tie is not reached yet
     assert (table["wins"], table["losses"], table["ties"], table["left_out"]) == (4, 0, 0, 6)
     assert (table["judgements"], table["open"], table["agreement"]) == (4, 14, [])

@@ -81,6 +81,15 @@ def test_last_values_leave_nulls_out_and_the_best_win_rate_has_a_row(capsys, tmp
     assert "The last steps of the runs differ (2, 4)" in text
 
 
+def test_runs_with_different_rewards_are_said_to_be_so(capsys, tmp_path):
+    lines = [{"rollout/reward": 1.0, "ppo/loss": -1.0, "rollout/episodes": 64.0}]
+    a, b, c = (write(tmp_path / name, lines, reward=f"runs/{reward}/reward")
+               for name, reward in (("a", "rm"), ("b", "rm"), ("c", "own")))
+    assert "different rewards" not in compare(capsys, a, b)
+    assert "their rollout/reward and ppo/loss cannot be compared." in " ".join(
+        compare(capsys, a, c).split())
+
+
 def test_settings_that_are_equal_are_not_listed(capsys, tmp_path):
     one = write(tmp_path / "one", win_rates(0.5), reward="runs/seed0/rm-a/reward")
     two = write(tmp_path / "two", win_rates(0.5), reward="runs/seed0/rm-b/reward", lora_rank=8)

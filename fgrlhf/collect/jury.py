@@ -46,6 +46,9 @@ def by_people(config, system: list[Output], reference: list[Output]
                        config.seed)
     with Judgements(config.judgements) as store:
         check_resumed(tasks, store)
+        if equal := sum(system[i].output == reference[i].output for i in order):
+            print(f"{equal} of {len(order)} pairs have equal answers: they count as ties and are "
+                  "not shown", file=sys.stderr)
         if todo := len(store.remaining(tasks)):
             print(f"{todo} judgements to make; the figures so far are printed when you stop",
                   file=sys.stderr)

@@ -65,6 +65,9 @@ def notes(groups: Sequence[Group]) -> list[str]:
         found.append(f"The last steps of the runs differ ({', '.join(map(str, steps))}), so their "
                      "last values are not of the same step.")
     shared = shared_metrics(groups)
+    if "rollout/reward" in shared and len({_over_seeds(group, "reward") for group in groups}) > 1:
+        found.append("The runs have different rewards (--reward), so their rollout/reward and "
+                     "ppo/loss cannot be compared.")
     if other := [name for name in dict.fromkeys(n for r in runs for n in r.metrics)
                  if name not in shared]:
         found.append(f"Metrics that only some runs have: {', '.join(other)}.")

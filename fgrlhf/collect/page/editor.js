@@ -211,6 +211,9 @@ function guide(practised) {              // a paragraph, then numbered lines
   document.body.dataset.kind = record.kind;
   document.title = document.querySelector("h1").textContent = judging ? "Blind pairs"
                                                                       : "Minimal edits";
+  const link = document.querySelector(".skip-link");
+  link.textContent = judging ? "Go to the answers" : "Go to the editor";
+  link.href = judging ? "#pair-title" : "#text";
   const [summary, paragraph, list] = $("guide").children;
   summary.textContent = judging ? "How to judge" : "How to edit";
   const [head, ...rules] = instructions[record.kind].trim().split(/\n+/);
