@@ -278,9 +278,11 @@ def test_resume_needs_the_same_file_and_the_same_function(folder, tmp_path, writ
 def test_the_example_of_the_page_runs_as_it_is_written(folder, tmp_path, write):
     section = TEXTS["fgrlhf/engine/README.md"].split("## Your own reward")[1].split("\n## ")[0]
     write(re.search(r"```python\n(.*?)```", section, re.S)[1])
-    (tmp_path / "runs/sft").mkdir(parents=True)
-    (tmp_path / "runs/sft/policy").symlink_to(folder / "policy")
-    (tmp_path / "prompts.jsonl").symlink_to(folder / "prompts.jsonl")
+    paths = dict(re.findall(r"(MODEL|PROMPTS)=(\S+)", section))
+    for name, file in (("MODEL", "policy"), ("PROMPTS", "prompts.jsonl")):
+        (tmp_path / paths[name]).parent.mkdir(parents=True)
+        (tmp_path / paths[name]).symlink_to(folder / file)
+        section = section.replace(f"${name}", paths[name])
     outs = []
     for words in commands_of(section):
         smaller = parse(train_ppo.Config, "", words[2:] + SMALLER["train_ppo.py"])
