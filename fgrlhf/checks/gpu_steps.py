@@ -24,7 +24,7 @@ from fgrlhf.engine.distributed import pick_device
 
 
 class Place(NamedTuple):
-    """Where a step runs."""
+    """The device of a step, the sizes that it takes and the folder that it writes to."""
 
     device: torch.device
     small: bool                 # small sizes: always on a CPU

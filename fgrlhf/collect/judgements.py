@@ -30,7 +30,7 @@ CHOICES = ("left", "right", "tie")
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one person decided about one pair of answers."""
+    """One person's decision about one pair of answers."""
 
     id: Id                                        # of the comparison
     pair: Id                                      # the same for all judges of the two answers

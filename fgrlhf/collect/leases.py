@@ -1,4 +1,4 @@
-"""Who has which record: several people in several tabs, and no record twice.
+"""Lends each record to one tab of one person at a time, so that nobody works on it twice.
 
 A tab has one record at a time. The lease on the record belongs to one load of the page and ends
 LEASE seconds after its last renewal. Until then only the same tab can take the record over (after a

@@ -1,4 +1,4 @@
-"""What a collection prints at its end."""
+"""Writes the lines that a collection prints at its end."""
 
 from fgrlhf.collect.agreement import number, percent
 from fgrlhf.collect.change import measure

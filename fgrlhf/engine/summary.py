@@ -1,4 +1,4 @@
-"""What a trainer tells its user: the figures of its progress bar, and its last three lines.
+"""Writes the figures of a trainer's progress bar, and the three lines that it ends with.
 
     trained: policy by SFT, 1500 steps; loss 0.1234
     results: runs/sft: policy/, metrics.jsonl, done.json
@@ -25,7 +25,7 @@ FILES = ("policy", "best", "reward", "critic", "metrics.jsonl", "samples.jsonl",
 
 
 class Ending(NamedTuple):
-    """What a trainer says about itself at its end."""
+    """The words in a trainer's last three lines that depend on the trainer."""
 
     trained: str                        # such as "policy by SFT"
     after: str                          # the command that comes next; a word in capitals is a gap

@@ -63,9 +63,9 @@ def study_text(results: dict) -> str:
 
 
 def positions(values: Sequence[str]) -> list[float]:
-    """Where the steps are on the x axis: by their logarithm where each is a multiple of the last.
+    """Returns the place of each step on the x axis.
 
-    The multiples may differ by 5%.
+    The axis is logarithmic when each step is the same multiple of the one before, within 5%.
     """
     x = [float(value) for value in values]
     factors = [b / a if a else math.inf for a, b in zip(x, x[1:])]
