@@ -34,6 +34,7 @@ from fgrlhf.real import results as real_results
 from fgrlhf.real import stages as real
 from fgrlhf.real.files import check_data
 from fgrlhf.reproduce import study, study_results
+from fgrlhf.reproduce.figures import write_figures
 from fgrlhf.reproduce.pipeline import HOME, run_stages
 from fgrlhf.reproduce.report import text_table, write_report
 from fgrlhf.reproduce.results import collect
@@ -50,8 +51,8 @@ class Config:
                             "tried, on dev prompts only; study: one knob at a time; real: "
                             "people's edits")
     only: str | None = arg(None, help=f"study: one of its knobs: {', '.join(study.KNOBS)}")
-    redraw: bool = arg(False, help="study: run nothing, and draw OUT/report.html again from "
-                       "OUT/results.json")
+    redraw: bool = arg(False, help="study: run nothing, and draw OUT/report.html and "
+                       "OUT/figures again from OUT/results.json")
     data: str | None = arg(None, help="real: folder with DeFacto's train.jsonl and val.jsonl")
     seeds: int = arg(1, least=1, help="number of seeds; each seed has its own world")
     first_seed: int = arg(0, help="the first seed")
@@ -164,10 +165,12 @@ def main(config: Config) -> None:
 
 
 def show(out: Path, results: dict) -> None:
-    """Writes the report and prints the table."""
+    """Writes the report and the figures of a study, and prints the table."""
     write_report(out / "report.html", results)
+    write_figures(out / "figures", results)
     print(study_text(results) or text_table(results))
-    print(f"\n{out}/results.json, {out}/report.html")
+    figures = f", {out}/figures" if results.get("knobs") else ""
+    print(f"\n{out}/results.json, {out}/report.html{figures}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Draws the charts of the report as inline SVG: learning curves and strips of intervals.
 
-Shapes have classes only (`s0`..`s7` for a system, `seed`, `mean`, `grid`). style.css gives them
+Shapes have classes only (`s0`..`s7` for a system, `seed`, `mean`, `grid`). chart.css gives them
 colour, width and dashes, so the same chart works on a light screen, a dark screen and paper. Values
-are in the unit that is shown (percent, not shares).
+are in the unit that is shown (percent, not shares). figures.py makes files of some charts.
 """
 
 import math
@@ -62,9 +62,18 @@ def mean_curve(seeds: Sequence[Curve]) -> Curve:
                              y=np.mean([curve.y[:n] for curve in seeds], axis=0).tolist())
 
 
+def grouped(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
+    """Groups curves by their label, without points that are not finite and without empty curves."""
+    groups: dict[str, list[Curve]] = {}
+    for curve in map(_finite, curves):
+        if curve.x:
+            groups.setdefault(curve.label, []).append(curve)
+    return groups
+
+
 def line_chart(curves: Sequence[Curve], name: str, x_label: str, reference: float | None = None,
                reference_label: str = "", bands: bool = False,
-               x_names: dict[float, str] | None = None) -> Html:
+               x_names: dict[float, str] | None = None, alone: float | None = None) -> Html:
     """Draws curves over a common x axis, in two forms of which the style sheet shows one.
 
     The wide form has the name of each system at the end of its curve, the narrow form (for a phone)
@@ -72,12 +81,9 @@ def line_chart(curves: Sequence[Curve], name: str, x_label: str, reference: floa
     `bands` the range between the lowest and the highest of them is shaded instead. `x_names`: the
     names of the ticks of the x axis, in place of round numbers.
     `reference`: a level to compare with, drawn as a dotted line. `name` begins the text that a
-    screen reader reads.
+    screen reader reads. `alone`: returns only the SVG of the wide form, in this width.
     """
-    groups: dict[str, list[Curve]] = {}
-    for curve in map(_finite, curves):
-        if curve.x:
-            groups.setdefault(curve.label, []).append(curve)
+    groups = grouped(curves)
     shown = [curve for seeds in groups.values() for curve in seeds]
     x_ticks = sorted(x_names) if x_names else ticks([x for c in shown for x in c.x] + [0])
     y_ticks = ticks([y for curve in shown for y in curve.y] + [reference])
@@ -98,33 +104,51 @@ def line_chart(curves: Sequence[Curve], name: str, x_label: str, reference: floa
                    _names(means, ends, across, down) if kind == "wide" else None,
                    viewBox=f"0 0 {width} {HEIGHT}", class_=f"chart {kind}",
                    role="img", aria_label=f"{name}, over {x_label}: {spoken}.")
+    room = LETTER * max(map(len, groups), default=0)
+    if alone:
+        return drawn(alone, alone - 32 - room, "wide")     # a file may get another, wider font
     samples = [(_polyline(mean._replace(x=[0, 40], y=[9, 9]), "mean", float, float), mean.label)
                for mean in means]
     if reference is not None and reference_label:
         samples.append((_segment(0, 9, 40, 9, "reference"), reference_label))
     legend = [tag("li", tag("svg", line, viewBox="0 0 40 18", class_="sample", aria_hidden="true"),
                   label) for line, label in samples]
-    room = LETTER * max(map(len, groups), default=0)
     return tag("div", drawn(WIDTH, WIDTH - 20 - room, "wide"),
                drawn(NARROW, NARROW - 16, "narrow"), tag("ul", legend, class_="legend narrow"))
 
 
-def scatter(groups: Sequence[Curve], name: str, x_label: str,
-            reference: float | None = None) -> Html:
-    """Draws the points of each group as discs, with a legend below."""
+def scatter(groups: Sequence[Curve], name: str, x_label: str, reference: float | None = None,
+            alone: float | None = None) -> Html:
+    """Draws the points of each group as discs, with a legend below.
+
+    `alone`: returns only the SVG, in this width, without a legend.
+    """
     groups = [group for group in map(_finite, groups) if group.x]
     x_ticks = ticks([x for group in groups for x in group.x])
     y_ticks = ticks([*(y for group in groups for y in group.y), reference])
-    across, down = _scale(x_ticks, LEFT, WIDTH - 20), _scale(y_ticks, BOTTOM, TOP)
+    width = alone or WIDTH
+    across, down = _scale(x_ticks, LEFT, width - 20), _scale(y_ticks, BOTTOM, TOP)
     disc = lambda x, y, style: tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=4, class_=f"s{style}")
     drawn = tag("svg", _axes(x_ticks, y_ticks, across, down, x_label, map(_tick_label, x_ticks)),
-                _reference(reference, "", WIDTH - 20, down),
+                _reference(reference, "", width - 20, down),
                 [disc(across(x), down(y), g.style) for g in groups for x, y in zip(g.x, g.y)],
-                viewBox=f"0 0 {WIDTH} {HEIGHT}", class_="chart", role="img",
+                viewBox=f"0 0 {width} {HEIGHT}", class_="chart", role="img",
                 aria_label=f"{name}, over {x_label}; the table has the figures.")
+    if alone:
+        return drawn
     legend = [tag("li", tag("svg", disc(9, 9, g.style), viewBox="0 0 40 18", class_="sample",
                             aria_hidden="true"), g.label) for g in groups]
     return tag("div", drawn, tag("ul", legend, class_="legend"))
+
+
+def legend_row(groups: Sequence[Curve], y: float) -> list[Html]:
+    """Draws a disc and the name of each group in one row, for a chart without HTML around it."""
+    marks, x = [], float(LEFT)
+    for group in groups:
+        marks += [tag("circle", cx=f"{x + 4:.1f}", cy=f"{y - 4:.1f}", r=4,
+                      class_=f"s{group.style}"), _text(x + 14, y, group.label, "start")]
+        x += 36 + LETTER * len(group.label)
+    return marks
 
 
 def strip(mean: float | None, interval: Sequence[float], per_seed: Sequence[float],

@@ -4,7 +4,7 @@ import html
 from pathlib import Path
 from typing import Sequence
 
-STYLE = Path(__file__).parent / "style.css"
+HERE = Path(__file__).parent
 # With this policy the browser refuses everything that is not on the page.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -41,8 +41,13 @@ def document(title: str, children: Sequence[Html]) -> str:
         '<!doctype html>', '<html lang="en">', '<head>', '<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">', tag("title", title),
-        tag("style", Html(STYLE.read_text(encoding="utf-8"))), '</head>', '<body>', '<main>',
+        tag("style", style("chart.css") + style("style.css")), '</head>', '<body>', '<main>',
         *children, '</main>', '</body>', '</html>', ''])
+
+
+def style(name: str) -> Html:
+    """Reads one of the style sheets of this folder."""
+    return Html((HERE / name).read_text(encoding="utf-8"))
 
 
 def section(title: str, *children) -> Html:

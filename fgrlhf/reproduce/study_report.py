@@ -6,7 +6,7 @@ so `--redraw` draws the report again without the runs.
 
 import math
 from itertools import product
-from typing import Sequence
+from typing import NamedTuple, Sequence
 
 from fgrlhf.reproduce.chart import Curve, line_chart, scatter
 from fgrlhf.reproduce.markup import Html, section, table, tag, typeset
@@ -16,6 +16,9 @@ from fgrlhf.reproduce.table import (
 BASELINE, METHOD = "rlhf", "fine-grained"
 JUDGES = {"rm-sequence": "rlhf", "rm-paper": "fine-grained-paper", "rm-token": "fine-grained"}
 RATE, SHARE = WIN_RATES[0], Column("", "wrong %", 100, 1)
+RATE_TITLE = "Win rate on test prompts, %"
+ACCURACY_TITLE = "Reward models and what PPO gains"
+ACCURACY_AXIS = "accuracy of the reward model on held-out pairs, %"
 SECONDS = Column("", "seconds", 1, 0, False)
 MODELS = (("rm-sequence", "pair_accuracy", "PPO-RLHF, pairs %", 100, 1),
           ("rm-paper", "pair_accuracy", "paper's loss, pairs %", 100, 1),
@@ -72,10 +75,25 @@ def positions(values: Sequence[str]) -> list[float]:
     return [math.log2(v) for v in x] if max(factors) < 1.05 * min(factors) else x
 
 
-def knob_section(name: str, knob: dict, labels: dict[str, str]) -> Html:
-    """Draws a knob: win rates, leads and wrong facts over its steps, and the table."""
-    x = positions([step["value"] for step in knob["steps"]])
-    ticks = dict(zip(x, (step["value"] for step in knob["steps"])))
+class Chart(NamedTuple):
+    """One of the line charts of a knob."""
+
+    kind: str                           # rates, lead or facts
+    title: str                          # what the y axis shows, with its unit
+    curves: list[Curve]                 # one per system and seed
+    level: float | None                 # a level to compare with
+    meaning: str = ""                   # of that level
+
+
+def axis_of(knob: dict) -> dict[float, str]:
+    """Returns {place on the x axis: name of the step}."""
+    values = [step["value"] for step in knob["steps"]]
+    return dict(zip(positions(values), values))
+
+
+def charts_of(knob: dict, labels: dict[str, str]) -> list[Chart]:
+    """Returns the charts of a knob: win rates, leads and, for held-out, wrong facts."""
+    x = list(axis_of(knob))
     order = [METHOD, *(s for s in knob["steps"][0]["systems"] if s != METHOD)]
 
     def curves(found: dict[str, list[dict]], suffix: str = "", style: int = 0) -> list[Curve]:
@@ -87,16 +105,23 @@ def knob_section(name: str, knob: dict, labels: dict[str, str]) -> Html:
     rates = {system: [s["systems"][system]["win_rate"] for s in knob["steps"]] for system in order}
     leads = {system: [s["lead"][system]["sampled"] for s in knob["steps"]]
              for system in order if system in knob["steps"][0]["lead"]}
-    figures = [("Win rate on test prompts, %", curves(rates), 50),
-               (f"Lead over {labels[BASELINE]}, points", curves(leads), 0)]
+    charts = [Chart("rates", RATE_TITLE, curves(rates), 50, "the SFT sample"),
+              Chart("lead", f"Lead over {labels[BASELINE]}, points of win rate", curves(leads), 0,
+                    labels[BASELINE])]
     if "facts" in knob["steps"][0]:
         shares = lambda system, place: {system: [s["facts"][system][place] for s in knob["steps"]]}
         wrong = [curves(shares(system, place), f", {place}", style) for style, (system, place) in
                  enumerate(product((METHOD, "imitation", "sft"), ("unseen", "seen")))]
-        figures.append(("Wrong facts, %", sum(wrong, []), None))
-    drawn = [tag("figure", tag("figcaption", tag("b", title), f", over the {knob['axis']}"),
-                 line_chart(lines, title, knob["axis"], level, bands=True, x_names=ticks))
-             for title, lines, level in figures]
+        charts.append(Chart("facts", "Wrong facts, % of the requested ones", sum(wrong, []), None))
+    return charts
+
+
+def knob_section(name: str, knob: dict, labels: dict[str, str]) -> Html:
+    """Draws a knob: win rates, leads and wrong facts over its steps, and the table."""
+    drawn = [tag("figure", tag("figcaption", tag("b", c.title), f", over the {knob['axis']}"),
+                 line_chart(c.curves, c.title, knob["axis"], c.level, bands=True,
+                            x_names=axis_of(knob)))
+             for c in charts_of(knob, labels)]
     columns = columns_of(knob, labels)
     header = ["figure", *(step["value"] for step in knob["steps"])]
     rows = [tag("tr", tag("th", title, scope="row"), [_cell(cell, form, step["value"])
@@ -134,24 +159,28 @@ def accuracies(knobs: dict) -> list[tuple]:
     return sorted(rows, key=lambda row: (row[1][-1] is None, row[1][-1]))
 
 
+def accuracy_groups(rows: Sequence[tuple], labels: dict[str, str]) -> list[Curve]:
+    """Returns the points of each method in percent. rows: those of `accuracies`."""
+    hundred = lambda value: 100 * value if is_number(value) else None
+    # 2, 3 and 0 are the styles of these systems in the other charts
+    return [Curve(labels[system], (2, 3, 0)[n], [hundred(row[1][n]) for row in rows],
+                  [hundred(row[2][n]) for row in rows])
+            for n, system in enumerate(JUDGES.values())]
+
+
 def accuracy_section(results: dict) -> Html:
     """Draws what PPO gains against the accuracy of its reward model, over all knobs and steps."""
     rows, labels = accuracies(results["knobs"]), results["labels"]
-    hundred = lambda value: 100 * value if is_number(value) else None
-    # 2, 3 and 0 are the styles of these systems in the other charts
-    groups = [Curve(labels[system], (2, 3, 0)[n], [hundred(row[1][n]) for row in rows],
-                    [hundred(row[2][n]) for row in rows])
-              for n, system in enumerate(JUDGES.values())]
-    title, axis = "Win rate on test prompts, %", "accuracy of the reward model on held-out pairs, %"
+    groups = accuracy_groups(rows, labels)
     header = ["step", *(f"{labels[system]}: {what}" for what in ("pairs %", "win rate %")
                         for system in JUDGES.values())]
     cells = [tag("tr", tag("th", name, scope="row"), [
         tag("td", typeset(number(value, 100, 1)), class_="number", data_label=title)
         for value, title in zip([*accuracy, *rates], header[1:])])
         for name, accuracy, rates in rows]
-    return section("Reward models and what PPO gains", tag(
-        "figure", tag("figcaption", tag("b", title), f", over the {axis}"),
-        scatter(groups, title, axis, 50)), table(
+    return section(ACCURACY_TITLE, tag(
+        "figure", tag("figcaption", tag("b", RATE_TITLE), f", over the {ACCURACY_AXIS}"),
+        scatter(groups, RATE_TITLE, ACCURACY_AXIS, 50)), table(
         "Every step of every knob, as means over seeds, sorted by the accuracy of our loss. The "
         "pairs are right preferences, whatever the annotators of the step do.", header, [cells]))
 

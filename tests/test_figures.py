@@ -1,0 +1,96 @@
+"""The files of figures.py, and the conclusions of a knob, from results made by hand."""
+
+import json
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from fgrlhf.reproduce.__main__ import Config, main
+from fgrlhf.reproduce.names import SYSTEMS as NAMES
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def rate(*per_seed: float) -> dict:
+    return {"mean": sum(per_seed) / len(per_seed), "interval": None, "per_seed": list(per_seed)}
+
+
+def results_of(rates: dict[str, list[tuple[float, ...]]], steps=("0", "0.2"), **more) -> dict:
+    """The results of a study with the knob held-out. rates: {system: its seeds at each step}."""
+    knob = {"title": "Facts & sums", "axis": "share", "default": "0", "steps": []}
+    for n, value in enumerate(steps):
+        lead = {system: {"sampled": rate(*(a - b for a, b in zip(seeds[n], rates["rlhf"][n])))}
+                for system, seeds in rates.items() if system not in ("sft", "rlhf")}
+        knob["steps"].append({
+            "value": value, "lead": lead, "systems": {
+                system: {"win_rate": rate(*seeds[n]), "seconds": rate(7.0)}
+                for system, seeds in rates.items()},
+            "reward_models": {model: {"pair_accuracy": rate(0.5 + 0.1 * n)} for model in
+                              ("rm-sequence", "rm-paper", "rm-token")}} | {
+            name: found[n] for name, found in more.items()})
+    return {"profile": "study", "seeds": [3, 4], "labels": {s: NAMES[s][0] for s in rates},
+            "knobs": {"held-out": knob}}
+
+
+FACTS = [{system: {"seen": rate(0.25, 0.35), "unseen": unseen}
+          for system in ("sft", "fine-grained", "imitation")} for unseen in
+         ({"mean": None, "interval": None, "per_seed": [None, None]}, rate(0.5, 0.5))]
+RATES = {"sft": [(.5, .5)] * 2, "rlhf": [(.6, .7)] * 2, "fine-grained-paper": [(.6, .8)] * 2,
+         "fine-grained": [(.7, .9), (.75, 1.0)], "imitation": [(.8, .8), (.6, .6)]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("study")
+    (out / "results.json").write_text(json.dumps(results_of(RATES, facts=FACTS)))
+    main(Config(out=str(out), profile="study", redraw=True))
+    return out
+
+
+def test_every_chart_of_a_study_is_a_file_that_is_an_svg_of_its_own(folder):
+    files = sorted((folder / "figures").iterdir())
+    assert [file.name for file in files] == [
+        "accuracy.svg", "held-out-facts.svg", "held-out-lead.svg", "held-out-rates.svg"]
+    for file in files:
+        root = ElementTree.parse(file).getroot()
+        assert root.tag == f"{SVG}svg" and root.get("role") == "img"
+        names = {element.text for element in root.iter(f"{SVG}text")}
+        assert names >= {root.find(f"{SVG}title").text, "Fine-grained PPO, our loss"
+                         + ", unseen" * ("facts" in file.name)}
+        css = root.find(f"{SVG}style").text
+        assert "prefers-color-scheme: dark" in css and ".s0 { --c" in css
+        text = file.read_text()
+        used = {name for found in re.findall(r' class="([^"]+)"', text) for name in found.split()}
+        undefined = {name for name in used if not re.search(rf"\.{name}\b", css)}
+        assert undefined <= {"chart", "wide"}               # these two concern the report's page
+        assert "href" not in text and "url(" not in text and len(text) < 30_000
+
+
+def test_a_figure_holds_its_values_as_points_and_as_text(folder):
+    """Ours is at 75 and 100 in the second step, 87.5 on average. The axis is from 50 to 100.
+
+    50 is at 256 and 100 at 16, so 87.5 is at 256 - 240 * 0.75 = 76.
+    """
+    root = ElementTree.parse(folder / "figures/held-out-rates.svg").getroot()
+    told = root.find(f"{SVG}desc").text
+    assert told.startswith("Win rate on test prompts, %, over the share. ")
+    assert "Fine-grained PPO, our loss 80.0 at 0, 87.5 at 0.2" in told
+    [ours] = [c for c in root.iter(f"{SVG}circle") if c.get("class") == "s0"]
+    assert ours.get("cy") == "76.0"
+    texts = [element.text for element in root.iter(f"{SVG}text")]
+    assert "Facts & sums" in texts and "share" in texts and "0.2" in texts
+    assert ("Lines: means over 2 seeds. Bands: from the lowest to the highest seed. "
+            "Dotted line: the SFT sample.") in texts
+    told = ElementTree.parse(folder / "figures/held-out-facts.svg").find(f"{SVG}desc").text
+    assert "our loss, unseen 50.0 at 0.2;" in told          # no value at 0, where all are seen
+    drawn = ElementTree.parse(folder / "figures/accuracy.svg").iter(f"{SVG}circle")
+    assert len(list(drawn)) == 3 * 2 + 3                    # three systems, two steps; the legend
+
+
+def test_figures_are_the_same_bytes_when_they_are_drawn_again(folder):
+    files = {file: file.read_bytes() for file in (folder / "figures").iterdir()}
+    for file in files:
+        file.unlink()
+    main(Config(out=str(folder), profile="study", redraw=True))
+    assert {file: file.read_bytes() for file in (folder / "figures").iterdir()} == files
