@@ -38,7 +38,7 @@ from fgrlhf.advantage import (
     penalise_kl, penalise_missing_eos, reward_to_go, standardise, without_eos)
 from fgrlhf.baseline import generalised_advantage, value_loss
 from fgrlhf.checkpoint import load_tokenizer, save_model
-from fgrlhf.checks import signs, startup
+from fgrlhf.checks import accuracy, signs, startup
 from fgrlhf.data.fields import UserError
 from fgrlhf.encode import ReadingRecords, encode_prompt
 from fgrlhf.engine import distributed
@@ -172,6 +172,8 @@ def train(config: Config) -> None:
     judge = dev_judge(config, tokenizer)
     players = load(config, device)
     policy = players.policy
+    if log.writes:
+        accuracy.warn(config.reward, accuracy.recorded(config.reward))
     started = time.perf_counter()
     if not config.skip_checks:                              # samples 8 responses, tries every rule
         startup.require(startup.subject(config, players), config.seed)

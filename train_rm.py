@@ -37,6 +37,7 @@ from torch import Tensor
 
 from fgrlhf import controls
 from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer
+from fgrlhf.checks import accuracy
 from fgrlhf.data.fields import UserError
 from fgrlhf.encode import (
     HIDDEN, UNITS, Encoder, PreferenceIds, ReadingResponses, read_encoded)
@@ -300,6 +301,8 @@ def train(config: Config) -> None:
             table = reward_table(judged) | reward_intervals(judged, config.intervals) | found
             summary |= {f"{name}/{key}": value for key, value in table.items()}
     log.finish(summary, ending(config))
+    if log.writes:
+        accuracy.warn(log.folder / "reward", summary.get("pairs/pair_accuracy"))
 
 
 def ending(config: Config) -> Ending:
