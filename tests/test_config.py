@@ -113,6 +113,7 @@ def test_run_survives_a_reader_that_goes_away(printing, unbuffered):
 class Bounded:
     batch: int = arg(4, least=1, help="sequences a step")
     share: float = arg(0.5, least=0, help="a share")
+    part: float = arg(0.5, least=0, most=1, help="a part of a whole")
 
 
 @pytest.mark.parametrize("argv", [["--batch", "0"], ["--share", "-0.1"], ["--share", "nan"]])
@@ -121,6 +122,15 @@ def test_parse_refuses_a_number_below_the_least(argv, capsys):
         parse(Bounded, argv=argv)
     assert stop.value.code == 2
     assert f"argument {argv[0]}: expected a number of at least" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["2", "-0.1", "1.0001", "nan", "inf"])
+def test_parse_refuses_a_number_outside_a_range(value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Bounded, argv=["--part", value])
+    assert stop.value.code == 2
+    assert (f"error: argument --part: expected a number from 0 to 1, got {value};"
+            in capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("argv", [["--batch", "1" + "0" * 30], ["--share", "inf"]])
@@ -149,6 +159,7 @@ def test_run_says_interrupted_with_status_130(capsys):
 
 def test_parse_takes_the_least_number_itself():
     assert parse(Bounded, argv=["--batch", "1", "--share", "0"]) == Bounded(1, 0.0)
+    assert parse(Bounded, argv=["--part", "1"]).part == 1.0
 
 
 def test_run_says_what_was_not_finite_with_status_1(capsys):

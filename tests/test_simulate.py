@@ -507,6 +507,17 @@ def test_unseen_facts_are_never_annotated_and_marked_where_spans_are_asked_for(t
                    for e in world.errors(edit.prompt, edit.original))
 
 
+@pytest.mark.parametrize("flag", ["noise", "miss", "needless", "longer", "rewrite", "harmful",
+                                  "style", "taste", "unseen"])
+def test_a_share_is_from_0_to_1(flag, capsys):
+    given = ["--outputs", "a", "--others", "b", "--out", "c", f"--{flag}"]
+    assert getattr(parse(AnnotateConfig, "", [*given, "1"]), flag) == 1.0
+    with pytest.raises(SystemExit) as stop:
+        parse(AnnotateConfig, "", [*given, "2"])
+    assert stop.value.code == 2
+    assert f"argument --{flag}: expected a number from 0 to 1, got 2;" in capsys.readouterr().err
+
+
 def test_habits_of_the_editor_do_what_their_names_say():
     rng = random.Random(0)
     for prompt in requests(100, 10):

@@ -59,9 +59,9 @@ class Simulation:
     world: int | str | None = world_arg("seed of the world that the pairs come from", None)
     seed: int = arg(0, help="seed of the editor's random choices, and of the order in which people "
                             "see two answers")
-    miss: float = arg(0.0, least=0, help="probability that the editor misses an error")
-    needless: float = arg(0.0, least=0, help="probability that the editor also rewords a sentence "
-                                             "that needs no change")
+    miss: float = arg(0.0, least=0, most=1, help="probability that the editor misses an error")
+    needless: float = arg(0.0, least=0, most=1, help="probability that the editor also rewords a "
+                          "sentence that needs no change")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,14 +31,17 @@ from fgrlhf.data.fields import UserError
 
 
 def arg(default=dataclasses.MISSING, *, help: str, choices: tuple | None = None,
-        least: float | None = None, read: Callable[[str], str] | None = None):
+        least: float | None = None, most: float | None = None,
+        read: Callable[[str], str] | None = None):
     """Returns a dataclass field with its help text. Without a default the flag is required.
 
     least: the smallest number that makes sense. A smaller number is refused like a wrong type.
+    most: the largest number, for a flag that has `least` too, such as a share.
     read: turns the text that was typed into the value, or raises UserError.
     """
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices,
-                                                        "least": least, "read": read})
+                                                        "least": least, "most": most,
+                                                        "read": read})
 
 
 DTYPES = ("float32", "bfloat16")
@@ -67,10 +70,13 @@ class Machinery(Computation):
     resume: bool = arg(False, help="continue the unfinished run in --out")
 
 
-def at_least(kind: type, least: float | None):
-    """Returns an argparse type: a number of `kind`, not below `least` and below 2^63."""
+def within(kind: type, least: float | None, most: float | None = None):
+    """Returns an argparse type: a number of `kind` from `least` to `most`, and below 2^63."""
     def number(text: str):
         value = kind(text)
+        if most is not None and not least <= value <= most:         # refuses NaN as well
+            raise argparse.ArgumentTypeError(f"expected a number from {least} to {most}, got "
+                                             f"{text}")
         if not (least is None or value >= least):                   # refuses NaN as well
             raise argparse.ArgumentTypeError(f"expected a number of at least {least}, got {text}")
         if not abs(value) < 2 ** 63:
@@ -152,8 +158,9 @@ def _add_flag(group, field: dataclasses.Field, kind: type) -> None:
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
-        least, choices = field.metadata["least"], field.metadata["choices"]
-        read = at_least(kind, least) if kind in (int, float) else path_or_name
+        least, most = field.metadata["least"], field.metadata["most"]
+        choices = field.metadata["choices"]
+        read = within(kind, least, most) if kind in (int, float) else path_or_name
         if field.metadata["read"]:
             read = reading(field.metadata["read"])
         options |= {"type": str if field.default == "" else read, "choices": choices,

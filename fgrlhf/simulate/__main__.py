@@ -45,23 +45,24 @@ class AnnotateConfig:
     out: str = arg(help="folder for pairs.jsonl and edits.jsonl")
     world: int | str = world_arg("seed of the world", 0)
     seed: int = arg(0, help="seed of the coin, the noise, the misses and the needless edits")
-    noise: float = arg(0.0, least=0,
+    noise: float = arg(0.0, least=0, most=1,
                        help="share of preference labels that a fair coin decides (AlpacaFarm: 0.5)")
-    miss: float = arg(0.0, least=0, help="probability that the editor misses an error")
-    needless: float = arg(0.0, least=0, help="probability that an edit also swaps the wording of a "
-                            "sentence")
-    longer: float = arg(0.0, least=0, help="share of labels that the longer answer wins")
-    rewrite: float = arg(0.0, least=0, help="probability that the editor writes a new right answer "
-                         "and keeps nothing")
-    harmful: float = arg(0.0, least=0, help="probability that an edit also puts a wrong value in "
-                         "place of a right one")
-    style: float = arg(0.0, least=0, help="probability that an edit also brings every sentence "
-                       "into the editor's own wording")
-    taste: float = arg(0.0, least=0, help="two groups of annotators like opposite wordings: the "
-                       "share of labels and of edits that follow the taste of a prompt's group")
-    unseen: float = arg(0.0, least=0, help="share of facts and sums that the annotators never see: "
-                        "requests that ask for one are not annotated. With --spans they are, and "
-                        "the spans of their wrong values have the type unseen")
+    miss: float = arg(0.0, least=0, most=1, help="probability that the editor misses an error")
+    needless: float = arg(0.0, least=0, most=1, help="probability that an edit also swaps the "
+                          "wording of a sentence")
+    longer: float = arg(0.0, least=0, most=1, help="share of labels that the longer answer wins")
+    rewrite: float = arg(0.0, least=0, most=1, help="probability that the editor writes a new "
+                         "right answer and keeps nothing")
+    harmful: float = arg(0.0, least=0, most=1, help="probability that an edit also puts a wrong "
+                         "value in place of a right one")
+    style: float = arg(0.0, least=0, most=1, help="probability that an edit also brings every "
+                       "sentence into the editor's own wording")
+    taste: float = arg(0.0, least=0, most=1, help="two groups of annotators like opposite "
+                       "wordings: the share of labels and of edits that follow the taste of a "
+                       "prompt's group")
+    unseen: float = arg(0.0, least=0, most=1, help="share of facts and sums that the annotators "
+                        "never see: requests that ask for one are not annotated. With --spans they "
+                        "are, and the spans of their wrong values have the type unseen")
     skip_ties: bool = arg(False, help="leave out prompts whose two answers have the same number of "
                            "errors: nobody can prefer one")
     limit: int | None = arg(None, least=1, help="stop after N annotated prompts")
