@@ -8,6 +8,8 @@ import pytest
 
 from fgrlhf.reproduce.__main__ import Config, main
 from fgrlhf.reproduce.names import SYSTEMS as NAMES
+from fgrlhf.reproduce.study_conclusions import conclusions
+from fgrlhf.reproduce.study_report import knob_section, study_text
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -94,3 +96,50 @@ def test_figures_are_the_same_bytes_when_they_are_drawn_again(folder):
         file.unlink()
     main(Config(out=str(folder), profile="study", redraw=True))
     assert {file: file.read_bytes() for file in (folder / "figures").iterdir()} == files
+
+
+# ----- conclusions and signs as text --------------------------------------------------------------
+
+STEPS = ("0", "0.25", "0.5", "1")
+BY_STEP = {"rlhf": [(.5, .5)] * 4,
+           "fine-grained-paper": [(.6, .4), (.6, .5), (.4, .5), (.5, .5)],     # 0, +, -, 0
+           "fine-grained": [(.6, .62), (.6, .62), (.7, .72), (.6, .62)],       # + everywhere
+           "imitation": [(.8, .8), (.7, .7), (.5, .5), (.2, .3)],              # +, +, 0, -
+           "dpo-sft": [(.5, .5), (.5, .5), (.4, .4), (.5, .5)]}                # never ahead
+
+
+def test_conclusions_say_from_which_step_on_a_lead_is_gone():
+    """The 95% interval of two seeds is their mean +- 12.7 times half their distance.
+
+    Ours minus imitation is -.19 +- .13, -.09 +- .13, .21 +- .13 and .36 +- .51 at the four steps.
+    """
+    results = results_of(BY_STEP, STEPS)
+    knob = results["knobs"]["held-out"]
+    assert conclusions(knob, results["labels"]) == [
+        "Fine-grained PPO, paper's loss against PPO-RLHF: not ahead at 0, 0.5, 1",
+        "Fine-grained PPO, our loss against PPO-RLHF: ahead at every step",
+        "SFT on edits against PPO-RLHF: the lead is gone from 0.5 on",
+        "DPO + SFT on edits against PPO-RLHF: ahead at no step",
+        "Fine-grained PPO, our loss against SFT on edits: not ahead at 0, 0.25; 0.25, 1 may "
+        "be chance",
+        "Fine-grained PPO, our loss against DPO + SFT on edits: ahead at every step; 0, 0.25, 1 "
+        "may be chance"]
+    for step in knob["steps"]:
+        step["lead"]["fine-grained"]["sampled"]["interval"] = [-0.01, 0.3]
+        step["lead"]["imitation"]["sampled"] |= {"mean": None, "per_seed": [None, None]}
+    told = conclusions(knob, results["labels"])
+    assert "our loss against PPO-RLHF: ahead at every step; 0, 0.25, 0.5, 1 may be chance" in (
+        told[1]) and not any("SFT on edits" in line for line in told if "DPO" not in line)
+
+
+def test_the_text_has_the_conclusions_below_the_table_and_the_signs_without_remedies():
+    sign = "PPO-RLHF, run seed3/rlhf: the policy is far from the SFT policy, 1.2 nats per token"
+    results = results_of(BY_STEP, STEPS) | {"signs": [f"{sign}; raise --beta or lower --lr"] * 22}
+    text = study_text(results)
+    table, rest = text.split("\n- Fine-grained PPO, paper's loss against PPO-RLHF: not ahead", 1)
+    assert "seconds of PPO-RLHF" in table and "raise" not in text
+    assert rest.endswith("\n\nSigns of trouble: 22\n" + f"- {sign}\n" * 20
+                         + "- and 2 more in results.json")
+    assert "Signs" not in study_text(results | {"signs": []})
+    section = knob_section("held-out", results["knobs"]["held-out"], results["labels"])
+    assert "<li>SFT on edits against PPO-RLHF: the lead is gone from 0.5 on</li>" in section

@@ -10,12 +10,13 @@ from typing import NamedTuple, Sequence
 
 from fgrlhf.reproduce.chart import Curve, line_chart, scatter
 from fgrlhf.reproduce.markup import Html, section, table, tag, typeset
+from fgrlhf.reproduce.study_conclusions import BASELINE, METHOD, conclusions
 from fgrlhf.reproduce.table import (
     DIFFERENCE, WIN_RATES, Column, aligned, cell_texts, is_number, number)
 
-BASELINE, METHOD = "rlhf", "fine-grained"
 JUDGES = {"rm-sequence": "rlhf", "rm-paper": "fine-grained-paper", "rm-token": "fine-grained"}
 RATE, SHARE = WIN_RATES[0], Column("", "wrong %", 100, 1)
+SHOWN_SIGNS = 20                        # in the printed text; results.json has all of them
 RATE_TITLE = "Win rate on test prompts, %"
 ACCURACY_TITLE = "Reward models and what PPO gains"
 ACCURACY_AXIS = "accuracy of the reward model on held-out pairs, %"
@@ -53,7 +54,11 @@ def columns_of(knob: dict, labels: dict[str, str]) -> list[tuple[str, Column, li
 
 
 def study_text(results: dict) -> str:
-    """Writes each knob as aligned text: a line per figure, a column per step."""
+    """Writes each knob as aligned text: a line per figure, a column per step.
+
+    Below it are the conclusions of the knob, and at the end the signs of trouble, without their
+    remedies.
+    """
     parts, labels = [], results.get("labels")
     for name, knob in (results.get("knobs") or {}).items():
         columns = columns_of(knob, labels)
@@ -61,7 +66,13 @@ def study_text(results: dict) -> str:
                                    for _, form, found in columns)]
                  for n, step in enumerate(knob["steps"])]
         parts.append(f"{knob['title']}: {knob['axis']}\n"
-                     + aligned([name, *(header for header, _, _ in columns)], cells, 140))
+                     + aligned([name, *(header for header, _, _ in columns)], cells, 140)
+                     + "".join(f"\n- {told}" for told in conclusions(knob, labels)))
+    if parts and (signs := results.get("signs")):
+        parts.append("\n".join([f"Signs of trouble: {len(signs)}", *(
+            f"- {sign.partition(';')[0]}" for sign in signs[:SHOWN_SIGNS])]
+            + [f"- and {len(signs) - SHOWN_SIGNS} more in results.json"]
+            * (len(signs) > SHOWN_SIGNS)))
     return "\n\n".join(parts)
 
 
@@ -130,7 +141,10 @@ def knob_section(name: str, knob: dict, labels: dict[str, str]) -> Html:
         f"All figures, over the {knob['axis']} (--only {name}). In the charts, lines are means "
         "over seeds and bands reach from the lowest to the highest seed; brackets are 95% "
         "intervals. "
-        f"All knobs share the step {knob['default']}.", header, [rows]))
+        f"All knobs share the step {knob['default']}.", header, [rows]),
+        tag("p", "Where each system is ahead, by the means over seeds. A step may be chance if its "
+            "95% interval contains 0."),
+        tag("ul", [tag("li", told) for told in conclusions(knob, labels)]))
 
 
 def knob_sections(results: dict) -> Sequence[Html]:
