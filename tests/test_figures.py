@@ -2,10 +2,12 @@
 
 import json
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from fgrlhf.reproduce import figures
 from fgrlhf.reproduce.__main__ import Config, main
 from fgrlhf.reproduce.names import SYSTEMS as NAMES
 from fgrlhf.reproduce.study_conclusions import conclusions
@@ -88,6 +90,15 @@ def test_a_figure_holds_its_values_as_points_and_as_text(folder):
     assert "our loss, unseen 50.0 at 0.2;" in told          # no value at 0, where all are seen
     drawn = ElementTree.parse(folder / "figures/accuracy.svg").iter(f"{SVG}circle")
     assert len(list(drawn)) == 3 * 2 + 3                    # three systems, two steps; the legend
+
+
+def test_the_report_and_the_figures_hold_the_style_sheets_as_they_are(folder):
+    page = (folder / "report.html").read_text()
+    assert page.count("<style>") == 1
+    for name in ("chart.css", "style.css"):
+        assert (Path(figures.__file__).parent / name).read_text() in page
+    css = ElementTree.parse(folder / "figures/accuracy.svg").find(f"{SVG}style").text
+    assert css.startswith((Path(figures.__file__).parent / "chart.css").read_text())
 
 
 def test_figures_are_the_same_bytes_when_they_are_drawn_again(folder):

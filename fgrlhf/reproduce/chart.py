@@ -17,7 +17,7 @@ WIDTH, HEIGHT = 900, 300
 NARROW = 340                                            # the width on a phone
 LEFT, TOP, BOTTOM = 46, 16, 256                         # of the plot; names are to its right
 STRIP_WIDTH, STRIP_HEIGHT = 150, 18
-LINE, LETTER = 15, 6.8                                  # height of a line, width of a letter
+LINE, LETTER = 15, 7.2              # height of a line; width of a letter in the widest of the fonts
 
 Scale = Callable[[float], float]                        # a value -> pixels
 
@@ -106,7 +106,7 @@ def line_chart(curves: Sequence[Curve], name: str, x_label: str, reference: floa
                    role="img", aria_label=f"{name}, over {x_label}: {spoken}.")
     room = LETTER * max(map(len, groups), default=0)
     if alone:
-        return drawn(alone, alone - 32 - room, "wide")     # a file may get another, wider font
+        return drawn(alone, alone - 28 - room, "wide")
     samples = [(_polyline(mean._replace(x=[0, 40], y=[9, 9]), "mean", float, float), mean.label)
                for mean in means]
     if reference is not None and reference_label:

@@ -41,7 +41,7 @@ def document(title: str, children: Sequence[Html]) -> str:
         '<!doctype html>', '<html lang="en">', '<head>', '<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">', tag("title", title),
-        tag("style", style("chart.css") + style("style.css")), '</head>', '<body>', '<main>',
+        tag("style", style("chart.css"), style("style.css")), '</head>', '<body>', '<main>',
         *children, '</main>', '</body>', '</html>', ''])
 
 
