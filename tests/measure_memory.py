@@ -83,7 +83,8 @@ def main(options: dict) -> None:
     torch.set_num_threads(1)
     sizes = LLaMAConfig(**SIZES | options.pop("sizes", {}))
     measure(replace(sizes, n_layers=1), options, iterations=1)
-    base = measure(replace(sizes, dim=10, n_layers=1, ffn_dim=8, vocab_size=60), options)
+    tiny = replace(sizes, dim=2 * sizes.n_heads, n_layers=1, ffn_dim=8, vocab_size=60)
+    base = measure(tiny, options)
     found = measure(sizes, options)
     print(json.dumps({phase: size - base[phase] for phase, size in found.items()}))
 
