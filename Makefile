@@ -2,6 +2,7 @@
 #                  PROFILE=full SEEDS=4 WORKERS=2: another profile (-> runs/full/), seeds 0 to 3,
 #                  two stages at a time (otherwise as many as cores); OUT=DIR: another folder
 # make real DATA=DIR   the method on people's edits of news summaries -> runs/real/
+#                  PROMPT=lead-60: the first 60 words as prompts (-> runs/real-lead-60/), or article
 # make model       SmolLM2-135M-Instruct, a real pretrained LLaMA -> models/
 # make gpu         checks and measures everything on a GPU, in 8 minutes -> runs/gpu-TIME/gpu.md
 # make test        the test suite
@@ -13,6 +14,7 @@ PYTHON ?= python3
 PROFILE = quick
 SEEDS = 1
 WORKERS =
+PROMPT =
 OUT ?= runs/$(PROFILE)
 
 MINUTES ?= 8
@@ -29,7 +31,8 @@ reproduce: $(VENV)/ready
 		$(if $(WORKERS),--workers $(WORKERS))
 
 real: $(VENV)/ready
-	$(VENV)/bin/python -m fgrlhf.reproduce --profile real $(if $(DATA),--data "$(DATA)") --out runs/real
+	$(VENV)/bin/python -m fgrlhf.reproduce --profile real $(if $(DATA),--data "$(DATA)") \
+		$(if $(PROMPT),--prompt $(PROMPT)) --out runs/real$(if $(PROMPT),-$(PROMPT))
 
 model: $(VENV)/ready
 	$(VENV)/bin/python -m fgrlhf.checkpoint fetch-smollm2 --out models

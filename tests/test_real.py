@@ -11,10 +11,10 @@ from fgrlhf.checkpoint import FetchConfig
 from fgrlhf.data.defacto import read_summaries
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.readers import read_edits, read_outputs, read_prompts
-from fgrlhf.data.records import Output, Passage, Prompt, write_jsonl, write_outputs
+from fgrlhf.data.records import Edit, Output, Passage, Prompt, write_jsonl, write_outputs
 from fgrlhf.engine.config import parser
 from fgrlhf.judge import answer_to
-from fgrlhf.real import analysis, files, judge, results, stages, tables
+from fgrlhf.real import analysis, files, judge, prompts, results, stages, tables
 from fgrlhf.real.made_up import copied, made_up, named
 from fgrlhf.reproduce.__main__ import Config as ReproduceConfig
 from fgrlhf.reproduce.__main__ import check_flags
@@ -91,6 +91,82 @@ def test_files_hold_edits_candidates_and_prompts_with_their_articles(tmp_path, c
                                    ("Ann Lee has 1,200 cows.", "Yes.")]
 
 
+# ----- prompts ------------------------------------------------------------------------------------
+
+THREE = 'Ann Lee has 1,200 cows. "They eat grass!" Bob says they do in May. Is it 3.5 tons?'
+
+
+@pytest.mark.parametrize("words, expected", [
+    (1, "Ann Lee has 1,200 cows."), (5, "Ann Lee has 1,200 cows."), (7, "Ann Lee has 1,200 cows."),
+    (8, 'Ann Lee has 1,200 cows. "They eat grass!"'),
+    (15, 'Ann Lee has 1,200 cows. "They eat grass!" Bob says they do in May.'), (19, THREE)])
+def test_lead_has_the_first_sentences_that_fit_and_one_at_least(words, expected):
+    assert prompts.lead(THREE, words) == expected
+
+
+def test_lead_of_a_text_without_an_end_is_the_text():
+    assert prompts.lead(" no end here ", 1) == "no end here"
+
+
+@pytest.mark.parametrize("rule, expected", [
+    ("lead-5", "Ann Lee of Leeds has 1,200 cows."), ("lead-12", ARTICLE),
+    ("article", f"{ARTICLE} It is in val.")])
+def test_every_file_has_the_prompts_of_the_rule(rule, expected, tmp_path):
+    data = str(published(tmp_path / "defacto"))
+    files.write_files(files.Config(data=data, out=str(tmp_path / "out"), test=2, prompt=rule))
+    whole = {"4": f"{ARTICLE} It is in val.", "5": f"{ARTICLE} It is in val. Yes."}
+    right, wrong, _ = read_prompts(tmp_path / "out/val-prompts.jsonl")
+    assert right.prompt == expected and right.context == (Passage("article", whole["4"]),)
+    wanted = whole["5"] if rule == "article" else expected
+    assert wrong.prompt == read_edits(tmp_path / "out/val-edits.jsonl")[0].prompt == wanted
+    answers = read_outputs(tmp_path / "out/candidates.json")
+    assert [answer.instruction for answer in answers] == [expected, wanted]
+
+
+def test_rules_are_named_and_others_refused():
+    config = parser(files.Config)
+    given = lambda rule: config.parse_args(["--data", "x", "--out", "y", "--prompt", rule]).prompt
+    assert [given(rule) for rule in ("evidence", "lead", "lead-7", "article")] == [
+        "evidence", "lead-60", "lead-7", "article"]
+    assert config.parse_args(["--data", "x", "--out", "y"]).prompt == "evidence"
+    for wrong in ("lead-0", "lead-", "lead-x", "Evidence", "lead-07"):
+        with pytest.raises(UserError, match="expected evidence, article, lead or lead-N"):
+            prompts.known_rule(wrong)
+
+
+def test_a_prompt_shows_names_of_the_edit_of_both_and_of_the_original():
+    """Added: Leeds and 1,200. Kept: Lee, not the first word. Taken out: York and 90."""
+    edit = Edit("1", "LEEDS: Ann Lee, 90.", "Ann Lee of York has 90 cows.",
+                "Ann Lee of Leeds has 1,200 cows.")
+    assert prompts.names_of(edit) == {"added": ["leeds", "1,200"], "kept": ["lee"],
+                                      "taken out": ["york", "90"]}
+    other = Edit("2", "Bob.", "He is Bob.", "He is Tim.")
+    assert prompts.shown([edit, other]) == {"added": (1, 3), "kept": (1, 1), "taken out": (2, 3)}
+
+
+def test_the_counts_of_a_file_are_printed_by_rule(tmp_path, capsys):
+    path = published(tmp_path / "defacto") / "train.jsonl"
+    prompts.main(prompts.Config(data=str(path), rules="lead-1,article"))
+    first, last = capsys.readouterr().out.splitlines()          # three edits of the same names
+    assert first == ("lead-1: words mean 7, median 7, most 7; added 100.0% of 3; kept 100.0% of 3; "
+                     "taken out 0.0% of 3")
+    assert last.startswith("article: words mean 15, median 17, most 17;")
+
+
+def test_another_rule_changes_the_commands_that_read_the_published_files_and_no_other():
+    """So their records in a folder with other prompts do not count, and what needs them runs."""
+    plans = []
+    for rule in ((), ("lead-60",)):
+        seed = Seed(0, Path("runs/x/seed0"), "cpu")
+        stages.plan(seed, "data", *rule)
+        plans.append({stage.name: stage for stage in seed.stages})
+    changed = {name for name, stage in plans[0].items() if stage.text != plans[1][name].text}
+    assert changed == {"seed0.data", "seed0.analysis", "seed0.probes"}
+    for stage in plans[0].values():                             # all but the model follow the data
+        changed |= {stage.name} if set(stage.needs) & changed else set()
+    assert set(plans[0]) - changed == {"seed0.model"}
+
+
 @pytest.mark.parametrize("folder", [None, "nowhere"])
 def test_without_the_data_one_line_says_where_it_is_public(folder):
     with pytest.raises(UserError, match="git clone https://github.com/microsoft/DeFacto"):
@@ -99,8 +175,10 @@ def test_without_the_data_one_line_says_where_it_is_public(folder):
 
 def test_data_and_adapters_are_refused_where_they_are_not_read(tmp_path):
     data = str(published(tmp_path / "defacto"))
-    with pytest.raises(UserError, match="--data: expected --profile real"):
+    with pytest.raises(UserError, match="--data and --prompt: expected --profile real"):
         check_flags(ReproduceConfig(out="x", data=data))
+    with pytest.raises(UserError, match="--data and --prompt: expected --profile real"):
+        check_flags(ReproduceConfig(out="x", prompt="lead-60"))
     with pytest.raises(UserError, match="expected no --lora-rank"):
         check_flags(ReproduceConfig(out="x", profile="real", data=data, lora_rank=4))
 

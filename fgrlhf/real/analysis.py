@@ -15,7 +15,7 @@ For each reward model, on the candidates of a split of DeFacto:
     worst       the tokens taken out with the highest reward, and those kept with the lowest
 
 OUT also has the AUC of "found an error" by the number of made-up names (made_up.py) and by length.
-A word that the evidence has is "seen", whatever it means there.
+A word that the prompt has is "seen", whatever it means there. --prompt is that of real.files.
 """
 
 import json
@@ -25,7 +25,6 @@ from typing import NamedTuple
 import torch
 
 from fgrlhf.checkpoint import AnyTokenizer, load_tokenizer
-from fgrlhf.data.defacto import read_evidence_edits, read_summaries
 from fgrlhf.data.fields import UserError, take
 from fgrlhf.data.files import read_json, write_atomic
 from fgrlhf.data.records import Demonstration
@@ -37,6 +36,7 @@ from fgrlhf.engine.lora import fingerprint
 from fgrlhf.evaluate import auc, auc_within
 from fgrlhf.frozen import FrozenStates
 from fgrlhf.real.made_up import WORD, made_up, words
+from fgrlhf.real.prompts import EVIDENCE, prompt_arg, read_split
 from fgrlhf.reward import RewardModel, load_reward
 from fgrlhf.sequences import pack
 
@@ -55,6 +55,7 @@ class Config(Computation):
     data: str = arg(help="a split of DeFacto as published")
     hidden_states: str = arg(help="the file of train_rm.py --hidden-states")
     out: str = arg(help="file for the figures")
+    prompt: str = prompt_arg()
 
 
 class Token(NamedTuple):
@@ -98,9 +99,9 @@ def type_of(word: str, first: bool, seen: set[str]) -> str:
     return "function word" if word.lower() in FUNCTION else f"other word, {where}"
 
 
-def types_of(summary: str, evidence: str, spans: list[tuple[int, int]]) -> list[str]:
+def types_of(summary: str, prompt: str, spans: list[tuple[int, int]]) -> list[str]:
     """Returns the type of each token, that of the word in which the token begins or ends."""
-    seen = {word.lower() for word in words(evidence)}
+    seen = {word.lower() for word in words(prompt)}
     found = [(match.start(), match.end(), match[0]) for match in WORD.finditer(summary)]
     result = []
     for start, end in spans:
@@ -122,12 +123,12 @@ def read_labels(path: str) -> dict[str, Label]:
     return found
 
 
-def read_candidates(path: str, encoder: Encoder) -> list[Candidate]:
-    """Reads all candidates of a split. One without an edit is its own edit."""
-    labels = read_labels(path)
-    edits = {edit.id: encoder.preference(edit) for edit in read_evidence_edits(path)}
+def read_candidates(path: str, encoder: Encoder, rule: str = EVIDENCE) -> list[Candidate]:
+    """Reads all candidates of a split. One without an edit is its own edit. rule: of the prompts."""
+    labels, (summaries, edited) = read_labels(path), read_split(path, rule)
+    edits = {edit.id: encoder.preference(edit) for edit in edited}
     result = []
-    for summary in read_summaries(path):
+    for summary in summaries:
         prompt, ids = encoder.demonstration(summary)
         result.append(Candidate(summary, labels[summary.id], edits.get(summary.id)
                                 or PreferenceIds(prompt, ids, ids, [], [], [])))
@@ -206,7 +207,8 @@ def analyse(config: Config) -> None:
     check_models(folders, models)
     tokenizer = load_tokenizer(folders[0])
     candidates = read_candidates(
-        config.data, Encoder(tokenizer, models[0].trunk.config.max_seq_len, "plain"))
+        config.data, Encoder(tokenizer, models[0].trunk.config.max_seq_len, "plain"),
+        config.prompt)
     states = FrozenStates(models[0].trunk, models[0].layer)
     states.read(config.hidden_states)
     states.add([one.ids for one in candidates])

@@ -3,8 +3,8 @@
     python -m fgrlhf.real.files --data DIR --out runs/real/data
 
 DIR has train.jsonl and val.jsonl (github.com/microsoft/DeFacto, folder data). Every prompt is the
-sentence of the article that an annotator chose as evidence. Records of val whose article is in
-train are left out.
+sentence of the article that an annotator chose as evidence, or what --prompt says (prompts.py).
+Records of val whose article is in train are left out.
 
     SPLIT-edits.jsonl       the minimal edits that change something
     SPLIT-summaries.jsonl   all candidates, right and wrong, with the article as context
@@ -18,11 +18,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from fgrlhf.data.defacto import read_evidence_edits, read_summaries
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.records import Prompt, write_jsonl, write_outputs
 from fgrlhf.engine.config import arg, parse, run
 from fgrlhf.judge import answer_to
+from fgrlhf.real.prompts import prompt_arg, read_split
 
 SOURCE = ("DeFacto is public: git clone https://github.com/microsoft/DeFacto, and pass its folder "
           "data")
@@ -33,6 +33,7 @@ class Config:
     data: str = arg(help="folder with DeFacto's train.jsonl and val.jsonl")
     out: str = arg(help="folder for the files")
     test: int = arg(160, least=1, help="number of summaries of val that test policies")
+    prompt: str = prompt_arg()
 
 
 def check_data(folder: str | None) -> Path:
@@ -47,8 +48,9 @@ def check_data(folder: str | None) -> Path:
 
 def write_files(config: Config) -> None:
     data, out = check_data(config.data), Path(config.out)
-    summaries = {split: read_summaries(data / f"{split}.jsonl") for split in ("train", "val")}
-    edits = {split: read_evidence_edits(data / f"{split}.jsonl") for split in summaries}
+    summaries, edits = {}, {}
+    for split in ("train", "val"):
+        summaries[split], edits[split] = read_split(data / f"{split}.jsonl", config.prompt)
     trained = {summary.context for summary in summaries["train"]}
     twice = {summary.id for summary in summaries["val"] if summary.context in trained}
     for records in (summaries, edits):

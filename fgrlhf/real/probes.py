@@ -47,6 +47,7 @@ from fgrlhf.evaluate import Judged, auc, reward_table
 from fgrlhf.frozen import FrozenStates
 from fgrlhf.model import LLaMA
 from fgrlhf.real.analysis import Candidate, read_candidates
+from fgrlhf.real.prompts import prompt_arg
 from fgrlhf.reward import PreferenceBatch, RewardModel, judge_preferences, token_loss
 from fgrlhf.sequences import pack
 from kernels.token_preference import Options
@@ -74,6 +75,7 @@ class Config(Computation):
     losses: str = arg("paper,ours", help=f"some of {', '.join(LOSSES)}, with commas between them")
     seeds: int = arg(5, least=1, help="number of probes of each loss")
     folds: int = arg(0, least=0, help="judge the folds of --data in place of --eval-edits")
+    prompt: str = prompt_arg("with --published: ")
 
 
 class TwiceRead(FrozenStates):
@@ -233,7 +235,8 @@ def probe(config: Config) -> None:
     states = kept_states(config, trunk, tokenizer, every(whole))
     if not config.twice:
         without_ends(states, every(cut))
-    candidates = read_candidates(config.published, encoders["nothing"]) if config.published else []
+    candidates = read_candidates(config.published, encoders["nothing"], config.prompt) \
+        if config.published else []
     states.add([one.ids for one in candidates])
 
     result = {}

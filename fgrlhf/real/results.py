@@ -17,6 +17,7 @@ from fgrlhf.encode import Encoder
 from fgrlhf.evaluate import compare
 from fgrlhf.real.made_up import made_up
 from fgrlhf.real.judge import article_of
+from fgrlhf.real.prompts import EVIDENCE, described
 from fgrlhf.real.stages import LONGEST, POLICIES, TEST
 from fgrlhf.real.tables import REWARDS, analysis_tables, probe_tables, reliability_curves
 from fgrlhf.reproduce.examples import changes, pieces
@@ -42,8 +43,6 @@ FOUND = {"pair_accuracy": "edit_accuracy", "pair_accuracy_shorter": "shorter",
 NOTES = [
     "DeFacto: summaries of news by a model, and minimal edits of them by people. SmolLM2-135M, a "
     "pretrained LLaMA. Nothing here was built for the method.",
-    "The prompt of a summary is the sentence that an annotator chose as evidence. The annotator "
-    "had seen the summary.",
     "Made up: words with a capital or a digit, the first of a sentence aside, that the article "
     "does not have. The rate on DeFacto's val is 37% where an annotator found an error, 12% after "
     "the annotator's edit, and 13% where there was none. These summaries are fluent; samples of "
@@ -247,12 +246,13 @@ def examples(folder: Path, count: int = 4) -> dict:
                  "first of them.", worse)) if some]}
 
 
-def collect(folders: list[Path]) -> dict:
-    """Collects everything that the table and the report show."""
+def collect(folders: list[Path], prompt: str = EVIDENCE) -> dict:
+    """Collects everything that the table and the report show. prompt: a rule of prompts.py."""
     tests = {system: [judged(folder, system) for folder in folders] for system in ORDER}
     systems = systems_table(tests)
-    return {"profile": "real", "seeds": [seed_of(folder) for folder in folders], "notes": NOTES,
-            "reading": reading(systems), "systems": systems | published_table(folders[0]),
+    return {"profile": "real", "seeds": [seed_of(folder) for folder in folders],
+            "notes": [NOTES[0], described(prompt), *NOTES[1:]], "reading": reading(systems),
+            "systems": systems | published_table(folders[0]),
             "reward_models": reward_models(folders),
             "tables": probe_tables(folders[0]) + analysis_tables(folders[0]),
             "comparisons": comparisons(tests), "examples": examples(folders[0]),

@@ -6,6 +6,7 @@ by the names and numbers that they make up, and by a reward model on the edits o
 summaries of val, which no policy and no other reward model has seen.
 """
 
+from fgrlhf.real.prompts import EVIDENCE
 from fgrlhf.reproduce.stages import Seed
 
 MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -29,20 +30,21 @@ POLICIES = {"fine-grained-paper": ("rm-paper", TOKENS), "fine-grained": ("rm-our
             "rlhf": ("rm-sequence", RLHF)}
 
 
-def plan(seed: Seed, data: str) -> None:
-    """Adds every stage. data: the folder of DeFacto's files."""
+def plan(seed: Seed, data: str, prompt: str = EVIDENCE) -> None:
+    """Adds every stage. data: the folder of DeFacto's files. prompt: a rule of prompts.py."""
+    rule = () if prompt == EVIDENCE else ("--prompt", prompt)
     seed.add("model", "-m", "fgrlhf.checkpoint", "fetch-smollm2", "--out", "models", computes=False)
     seed.add("data", "-m", "fgrlhf.real.files", "--data", data, "--out", seed.at("data"),
-             "--test", str(TEST), computes=False)
+             "--test", str(TEST), *rule, computes=False)
     _reward_models(seed)
     rewards = ",".join(seed.at(f"{name}/reward") for name in TOKEN_LEVEL)
     seed.add("analysis", "-m", "fgrlhf.real.analysis", "--rewards", rewards,
              "--data", f"{data}/val.jsonl", "--hidden-states", seed.at("states.pt"),
-             "--out", seed.at("analysis.json"), needs=TOKEN_LEVEL)
+             "--out", seed.at("analysis.json"), *rule, needs=TOKEN_LEVEL)
     seed.add("probes", "-m", "fgrlhf.real.probes", "--data", seed.at("data/train-edits.jsonl"),
              "--eval-edits", seed.at("data/val-edits.jsonl"), "--published", f"{data}/val.jsonl",
              "--model", MODEL, "--layer", LAYER, "--hidden-states", seed.at("states.pt"),
-             "--out", seed.at("probes.json"), needs=TOKEN_LEVEL)
+             "--out", seed.at("probes.json"), *rule, needs=TOKEN_LEVEL)
     trained = ("--template", "plain", "--seed", seed.seed, "--resume")
     seed.add("sft", "-m", "fgrlhf.sft", "--data", seed.at("data/train-summaries.jsonl"),
              "--model", MODEL, *SFT, "--out", seed.at("sft"), *trained, needs=("model", "data"))

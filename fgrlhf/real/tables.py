@@ -107,5 +107,5 @@ def analysis_tables(folder: Path) -> list[dict]:
                     "policy for every response that it ends."},
         {"header": ["word", "tokens", "taken out", "r taken out", "r kept", "AUC"],
          "rows": types,
-         "caption": f"{REWARDS[TOKEN_LEVEL[-1]]}, calibrated rewards. Seen: the evidence, which is "
-                    "the prompt, has the word. AUC: tokens taken out against tokens kept."}]
+         "caption": f"{REWARDS[TOKEN_LEVEL[-1]]}, calibrated rewards. Seen: the prompt has the "
+                    "word. AUC: tokens taken out against tokens kept."}]

@@ -33,6 +33,7 @@ from fgrlhf.engine.distributed import pick_device
 from fgrlhf.real import results as real_results
 from fgrlhf.real import stages as real
 from fgrlhf.real.files import check_data
+from fgrlhf.real.prompts import EVIDENCE, prompt_arg
 from fgrlhf.reproduce import study, study_results
 from fgrlhf.reproduce.figures import write_figures
 from fgrlhf.reproduce.pipeline import HOME, run_stages
@@ -54,6 +55,7 @@ class Config:
     redraw: bool = arg(False, help="study: run nothing, and draw OUT/report.html and "
                        "OUT/figures again from OUT/results.json")
     data: str | None = arg(None, help="real: folder with DeFacto's train.jsonl and val.jsonl")
+    prompt: str = prompt_arg("real: ")
     seeds: int = arg(1, least=1, help="number of seeds; each seed has its own world")
     first_seed: int = arg(0, help="the first seed")
     device: str = arg("cpu", help="device of every stage; the published figures are from CPUs")
@@ -79,7 +81,7 @@ def collected(config: Config, seeds: list[Seed]) -> dict:
     """Collects the results. A file that was changed since its stage ran is refused in one line."""
     try:
         folders = [seed.folder for seed in seeds]
-        return (real_results.collect(folders) if config.profile == "real" else
+        return (real_results.collect(folders, config.prompt) if config.profile == "real" else
                 study_results.collect(folders, config.only) if config.profile == "study" else
                 collect(config.profile, folders))
     except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
@@ -97,7 +99,8 @@ def command_of(config: Config) -> str:
     lora = f" --lora-rank {config.lora_rank}" if config.lora_rank else ""
     data = f" --data {config.data}" if config.data else ""
     only = f" --only {config.only}" if config.only else ""
-    return (f"python -m fgrlhf.reproduce --profile {config.profile}{data}{only} --seeds "
+    prompt = f" --prompt {config.prompt}" if config.prompt != EVIDENCE else ""
+    return (f"python -m fgrlhf.reproduce --profile {config.profile}{data}{prompt}{only} --seeds "
             f"{config.seeds} --first-seed {config.first_seed} --out {config.out}{dtype}{lora}")
 
 
@@ -126,8 +129,8 @@ def check_flags(config: Config) -> None:
         check_data(config.data)
         if config.lora_rank:
             raise UserError("--profile real: expected no --lora-rank")
-    elif config.data:
-        raise UserError("--data: expected --profile real")
+    elif config.data or config.prompt != EVIDENCE:
+        raise UserError("--data and --prompt: expected --profile real")
     if config.profile == "study":
         study.chosen(config.only)
     elif config.only or config.redraw:
@@ -144,7 +147,7 @@ def main(config: Config) -> None:
              for number in range(config.first_seed, config.first_seed + config.seeds)]
     for seed in seeds:
         if config.profile == "real":
-            real.plan(seed, config.data)
+            real.plan(seed, config.data, config.prompt)
         elif config.profile == "study":
             study.plan(seed, config.only)
         else:
