@@ -199,7 +199,8 @@ def test_the_list_of_commands_names_them_all():
     there |= {"python -m fgrlhf.checkpoint",
               "python -m fgrlhf.dpo", "python -m fgrlhf.simulate.advantages",
               "python -m fgrlhf.real.files", "python -m fgrlhf.real.judge",
-              "python -m fgrlhf.real.analysis", "python -m fgrlhf.real.probes"}
+              "python -m fgrlhf.real.analysis", "python -m fgrlhf.real.probes",
+              "python -m fgrlhf.real.prompts"}
     assert there | {"python train_rm.py", "python train_ppo.py", "python eval.py",
                     "python -m fgrlhf.sft", "python -m fgrlhf.generate"} == named
 

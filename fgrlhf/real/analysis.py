@@ -124,7 +124,10 @@ def read_labels(path: str) -> dict[str, Label]:
 
 
 def read_candidates(path: str, encoder: Encoder, rule: str = EVIDENCE) -> list[Candidate]:
-    """Reads all candidates of a split. One without an edit is its own edit. rule: of the prompts."""
+    """Reads all candidates of a split. A candidate without an edit is its own edit.
+
+    rule: says what the prompts are, see prompts.py.
+    """
     labels, (summaries, edited) = read_labels(path), read_split(path, rule)
     edits = {edit.id: encoder.preference(edit) for edit in edited}
     result = []

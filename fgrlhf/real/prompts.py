@@ -18,8 +18,8 @@ shown when the prompt has it in any case of letters. The three shares are over a
     kept        words that both texts have, U0
     taken out   words of the original that are changed, U1-
 
-A reward model that only looks words up in its prompt can tell the three apart as far as the shares
-differ.
+A reward model that only looks words up in its prompt ranks a kept word above one that was taken out
+with the probability (1 + share kept - share taken out) / 2, where a tie counts one half.
 """
 
 import re
