@@ -10,6 +10,7 @@ import torch
 from fgrlhf.bench import __main__ as bench, peers, profiling, shared, work
 from fgrlhf.bench.floor import Floor, iteration_floor
 from fgrlhf.data.fields import UserError
+from fgrlhf.engine.draws import random_ids
 from fgrlhf.model import LLaMAConfig, build
 from fgrlhf.rollout import sample
 from fgrlhf.sequences import pack
@@ -85,9 +86,9 @@ def test_in_turn_takes_ratios_within_a_round():
 def test_end_early_gives_eos_the_same_probability_everywhere():
     model = work.model_of(64, "cpu")
     work.end_early(model)
-    p = model(torch.tensor(work.random_ids(4, 50))).softmax(-1)[..., work.EOS]
+    p = model(torch.tensor(random_ids([50] * 4, work.V))).softmax(-1)[..., work.EOS]
     assert p.mean().item() == pytest.approx(work.END, rel=0.05) and p.std() < 0.1 * p.mean()
-    rollout = sample(model, work.random_ids(64, 2), work.EOS, 48, 1.0,
+    rollout = sample(model, random_ids([2] * 64, work.V), work.EOS, 48, 1.0,
                      torch.Generator().manual_seed(0))
     assert 30 < rollout.sequences.response_lengths.float().mean() < 38
 

@@ -20,9 +20,9 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
 
 from fgrlhf.data.fields import UserError
+from fgrlhf.engine.draws import random_ids
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.model import LLaMAConfig, build
 from fgrlhf.presets import PRESETS
@@ -34,15 +34,9 @@ from kernels.memory import keep_freed
 WORK = ("training step", "scoring", "generation", "decoding")
 
 
-def random_ids(config: LLaMAConfig, rows: int, length: int) -> Tensor:
-    """Draws ids [rows, length], always the same."""
-    return torch.randint(3, config.vocab_size, (rows, length),
-                         generator=torch.Generator().manual_seed(0))
-
-
 def ours(config: LLaMAConfig) -> dict[str, Callable]:
     keep_freed()
-    model, texts = build(config), random_ids(config, 4, 257)
+    model, texts = build(config), torch.tensor(random_ids([257] * 4, config.vocab_size))
     ones = torch.ones(len(texts), dtype=torch.long)
     sequences, optimizer = Sequences(texts, ones, 256 * ones), Optimizer(model, 0.0)
 
@@ -51,7 +45,7 @@ def ours(config: LLaMAConfig) -> dict[str, Callable]:
         optimizer.step()
 
     def drawn(rows: int, prompt: int, new: int) -> Callable:
-        prompts = random_ids(config, rows, prompt).tolist()
+        prompts = random_ids([prompt] * rows, config.vocab_size)
         return lambda: sample(model, prompts, -1, new, 1.0, torch.Generator().manual_seed(0))
     scoring = torch.inference_mode()(lambda: score(model, sequences))
     return dict(zip(WORK, (training, scoring, drawn(32, 32, 32), drawn(1, 8, 64))))
@@ -64,7 +58,7 @@ def theirs(config: LLaMAConfig) -> dict[str, Callable]:
              "num_key_value_heads": config.n_kv_heads, "vocab_size": config.vocab_size,
              "max_position_embeddings": config.max_seq_len, "tie_word_embeddings": True}
     model = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="sdpa"))
-    texts = random_ids(config, 4, 257)
+    texts = torch.tensor(random_ids([257] * 4, config.vocab_size))
     before, after = texts[:, :-1], texts[:, 1:].contiguous()
     optimizer = torch.optim.AdamW(model.parameters(), 0.0, fused=True)
 
@@ -78,7 +72,7 @@ def theirs(config: LLaMAConfig) -> dict[str, Callable]:
         model(input_ids=before).logits.log_softmax(-1).gather(2, after[..., None])
 
     def drawn(rows: int, prompt: int, new: int) -> Callable:
-        prompts = random_ids(config, rows, prompt)
+        prompts = torch.tensor(random_ids([prompt] * rows, config.vocab_size))
         return lambda: model.generate(
             prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0,
             max_new_tokens=new, min_new_tokens=new, pad_token_id=0)

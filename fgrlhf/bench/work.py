@@ -21,6 +21,7 @@ import torch
 
 from fgrlhf.baseline import Critic
 from fgrlhf.bench.floor import Floor, iteration_floor
+from fgrlhf.engine.draws import random_ids
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.engine.players import Players, prepare
 from fgrlhf.model import LLaMA, LLaMAConfig, build
@@ -46,16 +47,10 @@ def model_of(width: int, device: str, seed: int = 0) -> LLaMA:
     return build(MODELS[width], seed).to(device)
 
 
-def random_ids(rows: int, length: int) -> list[list[int]]:
-    """Draws ids above EOS, always the same."""
-    return torch.randint(EOS + 1, V, (rows, length), generator=torch.Generator().manual_seed(0)
-                         ).tolist()
-
-
 def training_step(width: int, device: str) -> Work:
     model = model_of(width, device)
     optimizer, ones = Optimizer(model, 0.0), torch.ones(16, dtype=torch.long, device=device)
-    sequences = Sequences(torch.tensor(random_ids(16, 129), device=device), ones, 128 * ones)
+    sequences = Sequences(torch.tensor(random_ids([129] * 16, V), device=device), ones, 128 * ones)
 
     def run():
         loss_of(model, sequences).backward()
@@ -67,7 +62,7 @@ def training_step(width: int, device: str) -> Work:
 
 
 def generation(width: int, device: str) -> Work:
-    model, prompts = model_of(width, device), random_ids(64, 32)
+    model, prompts = model_of(width, device), random_ids([32] * 64, V)
     floor = Floor(model)
     floor.generation(32, [64] * 64)
     draw = torch.Generator()
@@ -86,7 +81,7 @@ def iteration(method: str, early: bool, width: int, device: str) -> Work:
     config = Config(method=method, policy="", reward="", prompts="", out="", rollouts=64,
                     max_new_tokens=48, epochs=2, minibatches=2, microbatch=0, lr=0.0, value_lr=0.0)
     players = prepare(config, Players(SimpleNamespace(eos_id=EOS if early else -1), policy, ref,
-                                      reward, critic, random_ids(64, 16), {}))
+                                      reward, critic, random_ids([16] * 64, V), {}))
 
     def run():
         _, batch = make_experience(config, players, 1)
@@ -110,7 +105,7 @@ def end_early(model: LLaMA) -> None:
     """
     model.tok_embeddings.weight[:, 0] = 1.0
     model.head[:, 0] = 0.0
-    ids = torch.tensor(random_ids(8, 32), device=model.head.device)
+    ids = torch.tensor(random_ids([32] * 8, V), device=model.head.device)
     model.head[EOS, 0] = math.log(END / (1 - END) * (V - 1)) / model.hidden(ids)[..., 0].mean()
 
 

@@ -20,6 +20,7 @@ from fgrlhf.checks.gpu_kernels import KERNELS, error_of, inputs, several_chunks,
 from fgrlhf.checks.rounding import COARSE, FINE
 from fgrlhf.checks.rules import Subject
 from fgrlhf.engine import lora
+from fgrlhf.engine.draws import random_ids
 from fgrlhf.engine.graph import sample_by_graph
 from fgrlhf.model import LLaMA, LLaMAConfig, build
 from fgrlhf.reward import RewardModel
@@ -39,12 +40,6 @@ def lively(sizes: LLaMAConfig, seed: int = 0) -> LLaMA:
         for parameter in model.parameters():
             parameter.mul_(4 if parameter.dim() == 2 else 1)
     return model
-
-
-def random_ids(lengths: list[int], vocab_size: int) -> list[list[int]]:
-    """Draws ids above EOS, always the same."""
-    draw = torch.Generator().manual_seed(0)
-    return [torch.randint(EOS + 1, vocab_size, (n,), generator=draw).tolist() for n in lengths]
 
 
 # ----- kernels ------------------------------------------------------------------------------------

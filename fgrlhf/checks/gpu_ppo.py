@@ -17,8 +17,9 @@ from types import SimpleNamespace
 import torch
 
 import train_ppo
-from fgrlhf.checks.gpu_speed import model_on, peak_bytes, random_ids, reset_peak, sizes_of
+from fgrlhf.checks.gpu_speed import model_on, peak_bytes, reset_peak, sizes_of
 from fgrlhf.engine import lora
+from fgrlhf.engine.draws import random_ids
 from fgrlhf.engine.players import Players, prepare
 from fgrlhf.model import LLaMAConfig
 from fgrlhf.plan import __main__ as plan
@@ -92,7 +93,7 @@ def random_players(sizes: LLaMAConfig, place, rank: int, options: plan.Config) -
     else:
         policy, ref, judge = (model_on(sizes, place.device, seed) for seed in (1, 1, 2))
     reward_model = RewardModel(judge, "token").requires_grad_(False)
-    prompts = random_ids(options.batch, options.prompt, sizes)
+    prompts = random_ids([options.prompt] * options.batch, sizes.vocab_size)
     return Players(SimpleNamespace(eos_id=-1), policy, ref.requires_grad_(False), reward_model,
                    None, prompts, {})
 

@@ -19,6 +19,7 @@ import torch
 
 from fgrlhf.bench.floor import Floor
 from fgrlhf.engine import lora
+from fgrlhf.engine.draws import random_ids
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.model import LLaMA, LLaMAConfig, parameter_count
 from fgrlhf.presets import PRESETS
@@ -39,12 +40,6 @@ def model_on(sizes: LLaMAConfig, device: torch.device, seed: int = 0) -> LLaMA:
         for parameter in model.parameters():
             parameter.fill_(1.0)                            # norms; init_weights draws the matrices
     return model.init_weights(torch.Generator(device).manual_seed(seed))
-
-
-def random_ids(rows: int, length: int, sizes: LLaMAConfig) -> list[list[int]]:
-    """Draws ids, always the same."""
-    draw = torch.Generator().manual_seed(0)
-    return torch.randint(3, sizes.vocab_size, (rows, length), generator=draw).tolist()
 
 
 def seconds_of(run: Callable[[], object], repeats: int = 3) -> float:
@@ -125,7 +120,7 @@ def decode(place, preset: str) -> Iterator[dict]:
     looked_up = 0 if sizes.tie_embeddings else sizes.vocab_size * sizes.dim
     weights = (parameter_count(sizes) - looked_up) * DTYPE.itemsize
     for batch in (1, many):
-        prompts = random_ids(batch, 32, sizes)
+        prompts = random_ids([32] * batch, sizes.vocab_size)
 
         def graph(count: int) -> None:
             sample(policy, prompts, -1, count, 1.0, torch.Generator().manual_seed(0))
@@ -171,7 +166,8 @@ def train(place, preset: str, rows: int, rank: int = 0) -> Iterator[dict]:
     model = lora.adapt(model, rank) if rank else model
     optimizer = Optimizer(model, 1e-6)
     ones = torch.ones(rows, dtype=torch.long, device=place.device)
-    tokens = torch.tensor(random_ids(rows, length + 1, sizes), device=place.device)
+    tokens = torch.tensor(random_ids([length + 1] * rows, sizes.vocab_size),
+                          device=place.device)
     sequences = Sequences(tokens, ones, length * ones)
 
     def step() -> None:

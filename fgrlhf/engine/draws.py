@@ -15,6 +15,15 @@ def generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def random_ids(lengths: list[int], vocab_size: int) -> list[list[int]]:
+    """Draws ids in [3, vocab_size) for a text of each length, always the same.
+
+    Benchmarks and checks work on such texts. The ids 0, 1 and 2 are control tokens there.
+    """
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randint(3, vocab_size, (n,), generator=draw).tolist() for n in lengths]
+
+
 def batches(count: int, size: int, seed: int, epoch: int) -> list[list[int]]:
     """Cuts a seeded permutation of range(count) into batches of `size`; the last may be shorter."""
     order = torch.randperm(count, generator=generator(seed, "order", epoch)).tolist()
