@@ -168,6 +168,13 @@ def test_every_row_of_the_peers_is_run_by_us(monkeypatch):
     assert all(peers.seconds_of("ours", name, time.perf_counter) > 0 for name in peers.WORK)
 
 
+@pytest.mark.parametrize("side, row", [("unknown", "scoring"), ("ours", "unknown")])
+def test_peer_of_an_unknown_side_or_row_is_refused_in_one_line(side, row, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench", "--peer-of", side, row])
+    with pytest.raises(UserError, match="--peer-of: expected one of ours, transformers, .*got '"):
+        bench.main()
+
+
 def test_peer_table_takes_ratios_within_a_round(monkeypatch, capsys):
     """Both sides are three times slower in the second round, and we take half of the time."""
     took = iter([2, 4, 4, 6, 12, 12] * len(peers.WORK))

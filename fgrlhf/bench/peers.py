@@ -21,7 +21,7 @@ from importlib.util import find_spec
 
 import torch
 
-from fgrlhf.data.fields import UserError
+from fgrlhf.data.fields import UserError, show
 from fgrlhf.engine.draws import random_ids
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.model import LLaMAConfig, build
@@ -88,8 +88,22 @@ def kept(config: LLaMAConfig) -> dict[str, Callable]:
 SIDES = {"ours": ours, "transformers": theirs, "memory kept": kept}
 
 
+def check_installed() -> None:
+    """Raises UserError when transformers is not installed."""
+    if find_spec("transformers") is None:
+        raise UserError("--peers: expected an environment with transformers; install it there")
+
+
 def seconds_of(side: str, name: str, clock: Callable[[], float]) -> float:
-    """Returns the time of the second call of the work. The first one warms up."""
+    """Returns the time of the second call of the work. The first one warms up.
+
+    Raises UserError for another side than SIDES or another row than WORK.
+    """
+    if side not in SIDES or name not in WORK:
+        raise UserError(f"--peer-of: expected one of {', '.join(SIDES)}, and one of "
+                        f"{', '.join(WORK)}, got {show(side)} and {show(name)}")
+    if side != "ours":
+        check_installed()
     run = SIDES[side](PRESETS["SmolLM2-135M"])[name]
     run()
     start = clock()
@@ -102,8 +116,7 @@ def peer_table(options) -> dict:
 
     Raises UserError when transformers is not installed, or when a process fails.
     """
-    if find_spec("transformers") is None:
-        raise UserError("--peers: expected an environment with transformers; install it there")
+    check_installed()
     rows = {}
     for name in WORK:
         times: dict[str, list[float]] = {side: [] for side in SIDES}
