@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fgrlhf.collect.lines import Lines
 from fgrlhf.collect.store import Skip, Store, read_kind
-from fgrlhf.collect.tasks import UNNAMED, Task, content_of
+from fgrlhf.collect.tasks import Task, content_of, different, unnamed
 from fgrlhf.data.fields import Id, Text, UserError
 from fgrlhf.data.outputs import input_of, passages_of
 from fgrlhf.data.records import Output, Pair, Passage, Provenance, plain, write_jsonl
@@ -114,15 +114,13 @@ def pair_ids(system: list[Output], reference: list[Output]) -> list[str]:
     which numbers the judges of a pair.
     """
     named = Counter(output.id for output in reference)
-    ids, seen = [], Counter()
-    for ours, theirs in zip(system, reference, strict=True):
+
+    def id_of(ours: Output, theirs: Output) -> str:
         id = theirs.id
-        if id is None or ours.id != id or named[id] > 1 or "#" in id:
-            id = UNNAMED + content_of(theirs.instruction, input_of(theirs), (), theirs.output,
-                                      ours.output)
-        seen[id] += 1                             # equal pairs get different ids
-        ids.append(id if seen[id] == 1 else f"{id}-{seen[id]}")
-    return ids
+        if id is not None and ours.id == id and named[id] == 1 and "#" not in id:
+            return id
+        return unnamed(theirs.instruction, input_of(theirs), (), theirs.output, ours.output)
+    return different(id_of(*pair) for pair in zip(system, reference, strict=True))
 
 
 def comparisons(system: list[Output], reference: list[Output], seed: int = 0) -> list[Comparison]:

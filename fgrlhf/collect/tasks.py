@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -67,23 +68,32 @@ def content_of(prompt: str, input: str | None, context: tuple[Passage, ...], *te
     return hashlib.sha256(value.encode()).hexdigest()[:16]
 
 
+def unnamed(*content) -> str:
+    """Returns the id of a record that has none, made from its content (see `content_of`)."""
+    return UNNAMED + content_of(*content)
+
+
+def different(ids: Iterable[str]) -> list[str]:
+    """Returns the ids, where the second of two equal ids gets "-2" at its end, and so on."""
+    seen, result = Counter(), []
+    for id in ids:
+        seen[id] += 1
+        result.append(id if seen[id] == 1 else f"{id}-{seen[id]}")
+    return result
+
+
 def read_tasks(path: str | Path, limit: int | None = None) -> list[Task]:
     """Reads a file of pairs, of edits or of both; returns the first `limit` tasks in its order.
 
     The original of an edit is edited again from the start. What holds no preference (ties, equal
     texts) is left out, and counted on stderr. Raises UserError for a file that the readers refuse.
     """
+    # The readers' name for a record without an id.
     place = re.compile(rf"{re.escape(Path(path).name)}:(?: record)? ?\d+")
-    tasks, seen = [], Counter()
-    for record in read_preferences(path)[:limit]:
-        task = _task(record)
-        if place.fullmatch(task.id):              # the readers' name for a record without an id
-            name = UNNAMED + content_of(task.prompt, task.input, task.context, task.rejected,
-                                        task.chosen)
-            seen[name] += 1                       # equal records get different ids
-            task = replace(task, id=name if seen[name] == 1 else f"{name}-{seen[name]}")
-        tasks.append(task)
-    return tasks
+    tasks = [_task(record) for record in read_preferences(path)[:limit]]
+    ids = [unnamed(task.prompt, task.input, task.context, task.rejected, task.chosen)
+           if place.fullmatch(task.id) else task.id for task in tasks]
+    return [replace(task, id=id) for task, id in zip(tasks, different(ids))]
 
 
 def _task(record: Pair | Edit) -> Task:
