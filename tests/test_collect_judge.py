@@ -305,6 +305,16 @@ def test_ask_both_hands_the_worse_answer_to_the_page_that_judged_it(both, tmp_pa
     assert "1 of 1 records done" in said
 
 
+def test_ask_both_leaves_no_new_file_where_the_edits_are_refused(both, tmp_path):
+    other = '{"id": "x", "prompt": "p", "chosen": "c", "rejected": "r"}\n'
+    (tmp_path / "edits.jsonl").write_text(other)
+    with pytest.raises(UserError, match="edits.jsonl:1: "):
+        both(lambda actions: None)
+    names = {path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")}
+    assert names == {"A.json", "B.json", "edits.jsonl"}
+    assert (tmp_path / "edits.jsonl").read_text() == other
+
+
 def test_ask_both_goes_on_with_the_edit_after_a_kill_and_offers_it_to_others_last(both):
     seen = {}
 
