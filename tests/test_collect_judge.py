@@ -243,6 +243,28 @@ def test_a_language_model_does_not_write_over_judgements_of_people(desk, tmp_pat
     desk.judge(ADA, desk.take(ADA).id, "left")
     with pytest.raises(UserError, match="got 1 judgements of people; choose another file"):
         refuse_judgements_of_people(desk.store.path)
+    edited = desk.store.path.read_text().replace('"left": ', '"left": 3')       # 31 or 32
+    (tmp_path / "edited.jsonl").write_text(edited)
+    with pytest.raises(UserError, match="got 1 judgements of people; choose another file"):
+        refuse_judgements_of_people(tmp_path / "edited.jsonl")
+
+
+@pytest.mark.parametrize("field, wrong, expected", [
+    ("preference", 7, "1, 2, 1.5, got 7"), ("preference", "1", "1, 2, 1.5, got '1'"),
+    ("left", 3, "1, 2, got 3"), ("left", True, "1, 2, got True"), ("left", [1], r"1, 2, got \[1\]")])
+def test_a_judgement_that_was_edited_by_hand_is_refused_by_line_and_field(desk, tmp_path, field,
+                                                                          wrong, expected):
+    for _ in range(2):
+        desk.judge(ADA, desk.take(ADA).id, "left")
+    desk.store.close()
+    first, second = lines(tmp_path / "judged.jsonl")
+    (tmp_path / "judged.jsonl").write_text(f"{json.dumps(first)}\n"
+                                           f"{json.dumps(second | {field: wrong})}\n")
+    with pytest.raises(UserError, match=f"judged.jsonl:2: {field}: expected one of {expected};"):
+        Judgements(tmp_path / "judged.jsonl")
+    (tmp_path / "judged.jsonl").write_text(json.dumps(first | {"preference": 1}) + "\n")
+    desk.store = Judgements(tmp_path / "judged.jsonl")          # 1 is as good as 1.0
+    assert desk.store.judged()[0].as_pair().chosen == first["output_1"]
 
 
 # ----- from judgement to edit ---------------------------------------------------------------------

@@ -17,11 +17,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from fgrlhf.collect.lines import Lines
 from fgrlhf.collect.store import Skip, Store, read_kind
 from fgrlhf.collect.tasks import Task, content_of, different, unnamed
 from fgrlhf.data.fields import Id, Text, UserError
+from fgrlhf.data.files import read_json
 from fgrlhf.data.outputs import input_of, passages_of
 from fgrlhf.data.records import Output, Pair, Passage, Provenance, plain, write_jsonl
 
@@ -37,8 +39,8 @@ class Judgement:
     instruction: Text
     output_1: str
     output_2: str
-    preference: float                             # 1: output_1 is better, 2: output_2, 1.5: a tie
-    left: int                                     # 1 or 2: the answer on the left, or on top
+    preference: Literal[1, 2, 1.5]                # 1: output_1 is better, 2: output_2, 1.5: a tie
+    left: Literal[1, 2]                           # the answer on the left, or on top
     generator_1: str | None = None
     generator_2: str | None = None
     annotator: str | None = None
@@ -237,9 +239,11 @@ def check_resumed(tasks: Iterable[Comparison], store: Judgements) -> None:
 def refuse_judgements_of_people(path: str | Path) -> None:
     """Raises UserError if a file holds judgements of people, so that nobody writes over them."""
     try:
-        found = read_kind(Path(path), Judgement)
+        lines = read_json(path) if Path(path).exists() else []
     except UserError:
-        return                                    # something else, such as a model's judgements
+        return                                    # something else
+    # A model's judgement has no `left`. A person's may have been damaged by hand since.
+    found = sum(isinstance(value, dict) and "left" in value for _, value in lines)
     if found:
         raise UserError(f"--judgements {path}: expected a file for a language model's judgements, "
-                        f"got {len(found)} judgements of people; choose another file")
+                        f"got {found} judgements of people; choose another file")

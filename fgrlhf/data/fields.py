@@ -8,8 +8,8 @@
     check(Pair, {"id": "a"}, "pairs.jsonl:12") -> Pair(id="a", annotator=None)
 
 The supported types are str, Text, Id (a string that is not blank; an integer 7 is taken as "7"),
-int, float (finite), bool, list, dict[str, X], tuple[X, ...] (a JSON list), X | None, and
-dataclasses of these.
+int, float (finite), bool, list, dict[str, X], tuple[X, ...] (a JSON list), Literal[1, 2] (one of
+these numbers or strings), X | None, and dataclasses of these.
 """
 
 import dataclasses
@@ -48,6 +48,10 @@ def check(kind, value, place: str, field: str = "", also: Container[str] = ()):
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):                      # `X | None`
         return None if value is None else check(inner[0], value, place, field)
+    if origin is typing.Literal:
+        if isinstance(value, bool) or value not in inner:               # in Python, True == 1
+            refuse(place, field, f"one of {', '.join(map(str, inner))}", value)
+        return value
     if origin is tuple:
         if not isinstance(value, list):
             refuse(place, field, "a list", value)
