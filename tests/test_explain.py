@@ -292,7 +292,8 @@ def test_explain_takes_settings_and_reference_from_the_runs(folders, tokenizer, 
     printed = capsys.readouterr().out
     expected = explained_text(
         explain_record(GAP, tokenizer, reward, TRAINED, model(2), model(3), PPO))
-    assert printed.endswith("\n\n" + expected) and f"reference {folders}/sft/policy\n" in printed
+    assert printed.endswith(f"\n\n{expected}\n{folders}/a.html\n")
+    assert f"reference {folders}/sft/policy\n" in printed
     assert "One edit in every equation" in (folders / "a.html").read_text()
 
 
@@ -392,7 +393,7 @@ def test_answers_side_by_side_have_the_rewards_of_the_model(folders, tmp_path, c
             rewards = model.token_rewards(pack([prompt], [ids]))[0].tolist()
         assert f"R = {sum(rewards):+9.3f}   {text}\n" in out
         assert f"{min(rewards):+.2f}, " in out.split(text)[1].split("\n")[1]
-    assert out.endswith("of 2 prompts, equal for 1.\n")
+    assert out.endswith(f"of 2 prompts, equal for 1.\n\n{tmp_path}/page.html\n")
     html = (tmp_path / "page.html").read_text()
     assert "R is the reward of the whole answer, equation (1)" in html and "A wavy" not in html
 
@@ -439,7 +440,8 @@ def test_answers_without_a_reward_model_have_no_rewards(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out == ("say it\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}here\n  before  one two\n"
                    "  after   one two\n\nMeans             before  after\n"
-                   "-------------------------------\nwords per answer     2.0    2.0\n")
+                   "-------------------------------\nwords per answer     2.0    2.0\n"
+                   f"\n{tmp_path}/page.html\n")
     assert "Token rewards" not in (tmp_path / "page.html").read_text()
 
 

@@ -73,6 +73,8 @@ def main(config: Config) -> None:
     print("\n\n".join([*(as_text(table, WIDTH) for table in found),
                        *("\n".join(textwrap.wrap(sentence, WIDTH, break_on_hyphens=False))
                          for sentence in sentences)]))
+    if written := ", ".join(filter(None, (config.html, config.csv))):
+        print(f"\n{written}")
 
 
 if __name__ == "__main__":

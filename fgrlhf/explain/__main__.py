@@ -143,6 +143,8 @@ def main(config: Config) -> None:
     print(explained_text(explained, sys.stdout.isatty() and "NO_COLOR" not in os.environ), end="")
     if explained.update is None:
         print("\nEquations (5) to (7) need a policy; give its folder with --policy.")
+    if config.html:
+        print(f"\n{config.html}")
 
 
 if __name__ == "__main__":

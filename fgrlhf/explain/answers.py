@@ -104,6 +104,8 @@ def show(files: Sequence[str], labels: Sequence[str], reward: str | None, templa
     for row in rows:
         print("\n".join([visible(row[0].prompt), *(lines(one, width) for one in row), ""]))
     print("\n".join([as_text(summary, WIDTH), "", *sentences]).strip())
+    if html:
+        print(f"\n{html}")
 
 
 def lines(one: Answer, width: int) -> str:
