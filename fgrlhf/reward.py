@@ -113,8 +113,8 @@ class RewardModel(nn.Module):
     def sequence_rewards(self, sequences: Sequences) -> Tensor:
         """R(x, y) [B] on its own scale: equation (1), or the head's value at the last token."""
         if self.kind == "token":
-            sums = self.token_rewards(sequences).sum(-1)
-            return sums / sequences.response_lengths if self.response == "mean" else sums
+            return response_rewards(self.token_rewards(sequences), sequences.response_lengths,
+                                    self.response)
         return self.head_value(self.hidden(sequences, locate_last(sequences)))
 
     def ppo_rewards(self, sequences: Sequences) -> Tensor:
@@ -141,6 +141,15 @@ class RewardModel(nn.Module):
             values = torch.cat([self.sequence_rewards(s) for s in samples])
         self.mean.copy_(values.mean() * (not self.confidence))
         self.scale.copy_(values.std(correction=0).clamp(min=1e-6))
+
+
+def response_rewards(token_rewards: Tensor, lengths: Tensor, response: str) -> Tensor:
+    """R [B] of equation (1): the mean or the sum of r_t [B, T], which is 0 in the padding.
+
+    lengths [B]: of the responses. response: "mean" or "sum".
+    """
+    sums = token_rewards.sum(-1)
+    return sums / lengths if response == "mean" else sums
 
 
 # ----- losses -------------------------------------------------------------------------------------
@@ -241,9 +250,7 @@ def judge_tokens(record: Edit | Pair, pair: PreferenceIds, token_rewards: Tensor
     """
     lengths = (len(pair.chosen), len(pair.rejected))
     rewards, types, drift, removed = [], [], [], []
-    R = token_rewards.sum(-1)
-    if response == "mean":
-        R = R / torch.tensor(lengths, device=R.device)
+    R = response_rewards(token_rewards, torch.tensor(lengths, device=token_rewards.device), response)
     if isinstance(record, Edit):
         n = lengths[1] - (pair.rejected[-1] == tokenizer.eos_id)                # without EOS
         rewards, removed = token_rewards[1, :n].tolist(), [t in pair.removed for t in range(n)]

@@ -376,15 +376,19 @@ def test_report_explains_the_first_edit_that_repairs_two_errors(folders, tmp_pat
 
 # ----- answers side by side -----------------------------------------------------------------------
 
-def test_answers_side_by_side_have_the_rewards_of_the_model(folders, tmp_path, capsys):
+def test_answers_side_by_side_have_the_rewards_of_the_model(folders, tmp_path, capsys,
+                                                            monkeypatch):
     """R is the sum of the token rewards, and the lowest of them are named."""
     prompts = ("say it", "say one")
     for name, texts in (("before", ("one two", "two")), ("after", ("two one", "two"))):
         outputs = [Output(prompt, text, name) for prompt, text in zip(prompts, texts)]
         write_outputs(tmp_path / f"{name}.json", sorted(outputs, key=lambda o: o.output))
+    passes, plain = [], RewardModel.hidden
+    monkeypatch.setattr(RewardModel, "hidden", lambda *given: passes.append(1) or plain(*given))
     shown(f"{tmp_path}/before.json", f"{tmp_path}/after.json", "--reward", f"{folders}/rm/reward",
           "--html", f"{tmp_path}/page.html")
     out = capsys.readouterr().out
+    assert len(passes) == 4                                     # one for each answer
     model, tokenizer = load_reward(folders / "rm/reward"), load_tokenizer(folders / "rm/reward")
     for text in ("one two", "two one"):
         prompt = tokenizer.encode("say it ->", bos=True)

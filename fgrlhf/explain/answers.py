@@ -28,7 +28,7 @@ from fgrlhf.explain.text import visible
 from fgrlhf.judge import check_same_prompts, encode_outputs
 from fgrlhf.reproduce.excerpts import heat_maps
 from fgrlhf.reproduce.markup import Html, document, section, table, tag, typeset
-from fgrlhf.reward import load_reward
+from fgrlhf.reward import load_reward, response_rewards
 from fgrlhf.sequences import pack
 
 WIDTH = 104                                     # columns of the terminal
@@ -71,11 +71,13 @@ def rewarded(folder: str, encoding: Encoding,
         for answer, prompt, ids in zip(answers, *encode_outputs(model, tokenizer, encoding,
                                                                 outputs)):
             batch = pack([prompt], [ids], device=model.device)
-            answer = answer._replace(R=model.sequence_rewards(batch).item())
             if model.kind == "token":
-                answer = answer._replace(tokens=surfaces(tokenizer, ids),
-                                         rewards=model.token_rewards(batch)[0].tolist())
-            result[-1].append(answer)
+                found = model.token_rewards(batch)
+                R = response_rewards(found, batch.response_lengths, model.response)
+                answer = answer._replace(tokens=surfaces(tokenizer, ids), rewards=found[0].tolist())
+            else:
+                R = model.sequence_rewards(batch)
+            result[-1].append(answer._replace(R=R.item()))
     return result
 
 
