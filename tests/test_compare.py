@@ -9,7 +9,7 @@ import pytest
 
 from fgrlhf.compare.__main__ import Config, main
 from fgrlhf.compare.page import curves_of
-from fgrlhf.compare.runs import read_groups, read_run
+from fgrlhf.compare.runs import names_of, read_groups, read_run
 from fgrlhf.data.fields import UserError
 from fgrlhf.engine.config import Machinery, parse
 from fgrlhf.engine.run import Run
@@ -202,6 +202,25 @@ def test_long_curves_are_means_of_blocks(tmp_path):
     curve, = curves_of(read_groups([one]), "sft/loss", "steps")
     assert curve.x[:2] == [2, 5] and curve.y[:2] == [1, 4]           # three steps for each point
     assert len(curve.x) == 201 and curve.y[-1] == 600
+
+
+LONG = "a-folder-of-42-characters-with-many-words-"
+
+
+@pytest.mark.parametrize("folders, taken, names", [
+    (["/r/a/rlhf", "/r/b/rlhf"], [], ["a/rlhf", "b/rlhf"]),
+    (["/r/a/rlhf"], ["rlhf"], ["a/rlhf"]),
+    ([f"/r/a/{LONG}/x/rlhf", f"/r/b/{LONG}/x/rlhf"], [], ["a/.../rlhf", "b/.../rlhf"]),
+    ([f"/r/a/{LONG}/x/x", f"/r/b/{LONG}/x/x", f"/r/b/{LONG}/y/y"], [],
+     ["a/.../x/x", "b/.../x/x", "b/.../y/y"]),
+    ([f"/a/{LONG}/ppo", f"/r/a/{LONG}/ppo"], [], [".../ppo", "r/.../ppo"]),
+    (["/a/ppo", "/b/a/ppo"], [], ["a/ppo", "b/a/ppo"]),
+    ([f"/r/a/{LONG}", f"/r/b/{LONG}"], [], ["a/a-fol...ords-", "b/a-fol...ords-"]),
+    ([f"/r/1/{LONG}", f"/r/1/other{LONG}"], [],
+     ["a-folder-of-42-characters-with-m...ords-", "othera-folder-of-42-characters-w...ords-"]),
+    (["/r/a\nb", "/r/c"], [], ["run 1", "run 2"])])
+def test_runs_of_the_same_name_are_told_apart_by_the_folders_above(folders, taken, names):
+    assert names_of(folders, set(taken)) == names
 
 
 # ----- bad input ----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ runs of several seeds.
 
 import io
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -146,15 +147,33 @@ def _split(word: str) -> tuple[str | None, str]:
 
 
 def names_of(folders: list[str], taken: set[str]) -> list[str]:
-    """Names folders, or files, by the shortest ends of their paths that are all different."""
-    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
+    """Names folders, or files, by the shortest ends of their paths that are all different.
+
+    Where these are too long, "..." replaces the folders that all of them share, and then also the
+    middle of long names.
+    """
+    parts = [Path(os.path.abspath(folder)).parts[1:] for folder in folders]
     for depth in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if any(len(name) > LONGEST_NAME or not name.isprintable() for name in names):
-            break
-        if len(taken | set(names)) == len(taken) + len(names):
-            return names
+        ends = [part[-depth:] for part in parts]
+        for names in (["/".join(end) for end in ends], _abridged(ends, depth, LONGEST_NAME),
+                      _abridged(ends, depth, LONGEST_NAME // 3)):
+            if (all(len(name) <= LONGEST_NAME and name.isprintable() for name in names)
+                    and len(taken | set(names)) == len(taken) + len(names)):
+                return names
     return [f"run {n}" for n in range(1, len(folders) + 1)]
+
+
+def _abridged(ends: list[tuple[str, ...]], depth: int, most: int) -> list[str]:
+    """Joins the last `depth` parts of each path, with "..." for parts that are the same in all.
+
+    The last part, the name of the folder itself, is kept. most: characters of a part, from 9.
+    """
+    cut = lambda part: part if len(part) <= most else f"{part[:most - 8]}...{part[-5:]}"
+    rows = [("",) * (depth - len(end)) + end for end in ends]
+    kept = [len(set(column)) > 1 for column in zip(*rows)][:-1] + [True]
+    names = ["/".join(cut(part) if keep else "..." for part, keep in zip(row, kept) if part)
+             for row in rows]
+    return [re.sub(r"\.\.\.(/\.\.\.)+", "...", name) for name in names]
 
 
 def _by_seed(name: str, runs: list[LoggedRun]) -> list[LoggedRun]:
