@@ -250,7 +250,8 @@ def judge_tokens(record: Edit | Pair, pair: PreferenceIds, token_rewards: Tensor
     """
     lengths = (len(pair.chosen), len(pair.rejected))
     rewards, types, drift, removed = [], [], [], []
-    R = response_rewards(token_rewards, torch.tensor(lengths, device=token_rewards.device), response)
+    R = response_rewards(token_rewards, torch.tensor(lengths, device=token_rewards.device),
+                         response)
     if isinstance(record, Edit):
         n = lengths[1] - (pair.rejected[-1] == tokenizer.eos_id)                # without EOS
         rewards, removed = token_rewards[1, :n].tolist(), [t in pair.removed for t in range(n)]

@@ -251,7 +251,8 @@ def test_a_language_model_does_not_write_over_judgements_of_people(desk, tmp_pat
 
 @pytest.mark.parametrize("field, wrong, expected", [
     ("preference", 7, "1, 2, 1.5, got 7"), ("preference", "1", "1, 2, 1.5, got '1'"),
-    ("left", 3, "1, 2, got 3"), ("left", True, "1, 2, got True"), ("left", [1], r"1, 2, got \[1\]")])
+    ("left", 3, "1, 2, got 3"), ("left", True, "1, 2, got True"),
+    ("left", [1], r"1, 2, got \[1\]")])
 def test_a_judgement_that_was_edited_by_hand_is_refused_by_line_and_field(desk, tmp_path, field,
                                                                           wrong, expected):
     for _ in range(2):

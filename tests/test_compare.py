@@ -170,7 +170,8 @@ def test_runs_without_a_name_are_named_by_the_end_of_their_paths(tmp_path, seeds
 def test_csv_has_every_number_in_long_form(capsys, tmp_path):
     one = write(tmp_path / "one", [{"sft/loss": 1.5}, {"sft/loss": math.nan}], seed=3)
     (tmp_path / "one" / "timing.jsonl").write_text('{"step": 1, "seconds": 2.5}\n')
-    said = compare(capsys, f"a,b={one}", "--csv", tmp_path / "out.csv", "--html", tmp_path / "a.html")
+    said = compare(capsys, f"a,b={one}", "--csv", tmp_path / "out.csv",
+                   "--html", tmp_path / "a.html")
     assert said.endswith(f"\n\n{tmp_path}/a.html, {tmp_path}/out.csv\n")
     assert (tmp_path / "out.csv").read_text() == (
         'run,seed,step,metric,value\n"a,b",3,1,sft/loss,1.5\n"a,b",3,1,seconds,2.5\n')
