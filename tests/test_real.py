@@ -147,10 +147,11 @@ def test_a_prompt_shows_names_of_the_edit_of_both_and_of_the_original():
 def test_the_counts_of_a_file_are_printed_by_rule(tmp_path, capsys):
     path = published(tmp_path / "defacto") / "train.jsonl"
     prompts.main(prompts.Config(data=str(path), rules="lead-1,article"))
-    first, last = capsys.readouterr().out.splitlines()          # three edits of the same names
-    assert first == ("lead-1: words mean 7, median 7, most 7; added 100.0% of 3; kept 100.0% of 3; "
-                     "taken out 0.0% of 3")
-    assert last.startswith("article: words mean 15, median 17, most 17;")
+    said = capsys.readouterr().out.splitlines()                 # three edits of the same names
+    assert said[0] == "3 edits; names and numbers: 3 added, 3 kept, 3 taken out"
+    assert [line.split() for line in said[4:]] == [
+        ["lead-1", "7", "7", "100.0", "100.0", "0.0", "1.00"],
+        ["article", "15", "17", "100.0", "100.0", "0.0", "1.00"]]
 
 
 def test_another_rule_changes_the_commands_that_read_the_published_files_and_no_other():

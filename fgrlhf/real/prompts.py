@@ -11,7 +11,7 @@ shows, without a model:
 
     python -m fgrlhf.real.prompts --data DeFacto/data/train.jsonl
 
-A name or number is a word with a digit, or with a capital and not the first of the summary. It is
+The lengths are means over the edits, and the longest. A name or number is a word with a digit, or with a capital and not the first of the summary. It is
 shown when the prompt has it in any case of letters. The three shares are over all edits together:
 
     added       words of the edit that are changed, U1+ of the alignment by words
@@ -19,18 +19,20 @@ shown when the prompt has it in any case of letters. The three shares are over a
     taken out   words of the original that are changed, U1-
 
 A reward model that only looks words up in its prompt ranks a kept word above one that was taken out
-with the probability (1 + share kept - share taken out) / 2, where a tie counts one half.
+with the probability (1 + share kept - share taken out) / 2, the look-up AUC. A tie counts one half.
 """
 
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 
 from fgrlhf.align import align
 from fgrlhf.checkpoint import load_tokenizer
+from fgrlhf.compare.tables import Table, as_text
 from fgrlhf.data.defacto import read_evidence_edits, read_summaries
 from fgrlhf.data.fields import UserError, show
 from fgrlhf.data.records import Demonstration, Edit
@@ -95,15 +97,20 @@ def read_split(path: str | Path, rule: str) -> tuple[list[Demonstration], list[E
     Their prompts follow the rule. The article is the only passage of a candidate's context.
     """
     summaries, edits = read_summaries(path), read_evidence_edits(path)
-    if rule == EVIDENCE:
-        return summaries, edits
-    articles = {summary.id: summary.context[0].text for summary in summaries}
+    return asked(rule, summaries, summaries), asked(rule, summaries, edits)
 
-    def asked(record: Demonstration | Edit) -> Demonstration | Edit:
-        article = articles[record.id]
-        return replace(record, prompt=article if rule == ARTICLE else
-                       lead(article, int(rule.removeprefix("lead-"))))
-    return [*map(asked, summaries)], [*map(asked, edits)]
+
+def asked(rule: str, summaries: list[Demonstration], records: list) -> list:
+    """Returns the records, candidates or their edits, with the prompts of a rule.
+
+    summaries: the candidates, which have the articles. The records have the evidence as prompts.
+    """
+    if rule == EVIDENCE:
+        return records
+    articles = {summary.id: summary.context[0].text for summary in summaries}
+    cut = (lambda text: text) if rule == ARTICLE else (
+        lambda text: lead(text, int(rule.removeprefix("lead-"))))
+    return [replace(record, prompt=cut(articles[record.id])) for record in records]
 
 
 # ----- what a rule shows --------------------------------------------------------------------------
@@ -132,22 +139,30 @@ def shown(edits: list[Edit]) -> dict[str, tuple[int, int]]:
     return {kind: (hits[kind], total[kind]) for kind in KINDS}
 
 
+def row(rule: str, edits: list[Edit], counts: dict[str, Callable[[str], int]]) -> dict[str, str]:
+    """Returns the cells of a rule, whose prompts the edits have. counts: the length by each unit."""
+    cells = {}
+    for unit, count in counts.items():
+        lengths = [count(edit.prompt) for edit in edits]
+        cells |= {unit: f"{fmean(lengths):.0f}", f"most {unit}": str(max(lengths))}
+    share = {kind: hits / total if total else math.nan
+             for kind, (hits, total) in shown(edits).items()}
+    cells |= {f"{kind} %": f"{100 * value:.1f}" for kind, value in share.items()}
+    return cells | {"look-up AUC": f"{(1 + share['kept'] - share['taken out']) / 2:.2f}"}
+
+
 def main(config: Config) -> None:
     rules = [known_rule(rule) for rule in config.rules.split(",")]
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
-    counted = {"words": lambda text: len(text.split())}
-    if tokenizer:
-        counted["tokens"] = lambda text: len(tokenizer.encode(text))
-    for rule in rules:
-        edits = read_split(config.data, rule)[1]
-        sizes = []
-        for unit, count in counted.items():
-            found = [count(edit.prompt) for edit in edits]
-            sizes.append(f"{unit} mean {fmean(found):.0f}, median {median(found):.0f}, "
-                         f"most {max(found)}")
-        shares = [f"{kind} {100 * hits / max(total, 1):.1f}% of {total}"
-                  for kind, (hits, total) in shown(edits).items()]
-        print(f"{rule}: {'; '.join([*sizes, *shares])}")
+    counts: dict[str, Callable[[str], int]] = {"words": lambda text: len(text.split())}
+    if config.tokenizer:
+        tokenizer = load_tokenizer(config.tokenizer)
+        counts["tokens"] = lambda text: len(tokenizer.encode(text))
+    summaries, edits = read_split(config.data, EVIDENCE)
+    rows = {rule: row(rule, asked(rule, summaries, edits), counts) for rule in rules}
+    table = Table("prompt", "", list(rows[rules[0]]),
+                  {rule: [(text, "") for text in cells.values()] for rule, cells in rows.items()})
+    totals = ", ".join(f"{total} {kind}" for kind, (_, total) in shown(edits).items())
+    print(f"{len(edits)} edits; names and numbers: {totals}\n\n{as_text(table, 104)}")
 
 
 if __name__ == "__main__":
