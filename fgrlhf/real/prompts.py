@@ -11,10 +11,11 @@ shows, without a model:
 
     python -m fgrlhf.real.prompts --data DeFacto/data/train.jsonl
 
-The lengths are means over the edits, and the longest. A name or number is a word with a digit, or with a capital and not the first of the summary. It is
-shown when the prompt has it in any case of letters. The three shares are over all edits together:
+The lengths are the mean over the edits, and the most. A name or number is a word with a digit, or
+with a capital and not the first of the summary. It is shown when the prompt has it in any case of
+letters. The three shares are over all edits together, aligned word by word in lower case:
 
-    added       words of the edit that are changed, U1+ of the alignment by words
+    added       words of the edit that are changed, U1+
     kept        words that both texts have, U0
     taken out   words of the original that are changed, U1-
 
@@ -140,7 +141,7 @@ def shown(edits: list[Edit]) -> dict[str, tuple[int, int]]:
 
 
 def row(rule: str, edits: list[Edit], counts: dict[str, Callable[[str], int]]) -> dict[str, str]:
-    """Returns the cells of a rule, whose prompts the edits have. counts: the length by each unit."""
+    """Returns the cells of a rule. The edits have its prompts. counts: the length by each unit."""
     cells = {}
     for unit, count in counts.items():
         lengths = [count(edit.prompt) for edit in edits]
