@@ -14,7 +14,7 @@ from torch import nn
 
 from fgrlhf.data.fields import UserError
 from fgrlhf.engine.distributed import pick_device
-from fgrlhf.engine.draws import batches, bucketed_batches, generator
+from fgrlhf.engine.draws import batches, bucketed_batches, generator, random_ids
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.engine.run import Run
 from fgrlhf.engine.states import load_state
@@ -59,6 +59,12 @@ def test_batches_hold_every_index_once_in_an_order_of_their_epoch(count, size):
     assert found == batches(count, size, 0, 0)
     if count > 5:
         assert found != batches(count, size, 0, 1) and found != batches(count, size, 1, 0)
+
+
+def test_random_ids_have_the_lengths_no_control_token_and_are_always_the_same():
+    found = random_ids([3, 0, 500], 8)
+    assert list(map(len, found)) == [3, 0, 500] and set(found[2]) == {3, 4, 5, 6, 7}
+    assert found == random_ids([3, 0, 500], 8) and random_ids([3], 8) == found[:1]
 
 
 def test_bucketed_batches_hold_every_index_once_and_hardly_any_padding():
