@@ -24,11 +24,15 @@ def results_of(rates: dict[str, list[tuple[float, ...]]], steps=("0", "0.2"), **
     """The results of a study with the knob held-out. rates: {system: its seeds at each step}."""
     knob = {"title": "Facts & sums", "axis": "share", "default": "0", "steps": []}
     for n, value in enumerate(steps):
-        lead = {system: {"sampled": rate(*(a - b for a, b in zip(seeds[n], rates["rlhf"][n])))}
-                for system, seeds in rates.items() if system not in ("sft", "rlhf")}
+        leads = {system: rate(*(a - b for a, b in zip(seeds[n], rates["rlhf"][n])))
+                 for system, seeds in rates.items() if system not in ("sft", "rlhf")}
+        greedy = {system: rate(.3, .3) if system == "fine-grained" else rate(.1, .1)
+                  for system in leads}
+        lead = {system: {"sampled": leads[system], "greedy": greedy[system]} for system in leads}
         knob["steps"].append({
             "value": value, "lead": lead, "systems": {
-                system: {"win_rate": rate(*seeds[n]), "seconds": rate(7.0)}
+                system: {"win_rate": rate(*seeds[n]), "win_rate_greedy": rate(.95, .95),
+                         "seconds": rate(7.0)}
                 for system, seeds in rates.items()},
             "reward_models": {model: {"pair_accuracy": rate(0.5 + 0.1 * n)} for model in
                               ("rm-sequence", "rm-paper", "rm-token")}} | {
@@ -55,7 +59,8 @@ def folder(tmp_path_factory):
 def test_every_chart_of_a_study_is_a_file_that_is_an_svg_of_its_own(folder):
     files = sorted((folder / "figures").iterdir())
     assert [file.name for file in files] == [
-        "accuracy.svg", "held-out-facts.svg", "held-out-lead.svg", "held-out-rates.svg"]
+        "accuracy.svg", "held-out-facts.svg", "held-out-greedy.svg", "held-out-lead.svg",
+        "held-out-rates.svg"]
     for file in files:
         root = ElementTree.parse(file).getroot()
         assert root.tag == f"{SVG}svg" and root.get("role") == "img"
@@ -126,20 +131,22 @@ def test_conclusions_say_from_which_step_on_a_lead_is_gone():
     """
     results = results_of(BY_STEP, STEPS)
     knob = results["knobs"]["held-out"]
-    assert conclusions(knob, results["labels"]) == [
-        "Fine-grained PPO, paper's loss against PPO-RLHF: not ahead at 0, 0.5, 1",
-        "Fine-grained PPO, our loss against PPO-RLHF: ahead at every step",
-        "SFT on edits against PPO-RLHF: the lead is gone from 0.5 on",
-        "DPO + SFT on edits against PPO-RLHF: ahead at no step",
-        "Fine-grained PPO, our loss against SFT on edits: not ahead at 0, 0.25; 0.25, 1 may "
-        "be chance",
-        "Fine-grained PPO, our loss against DPO + SFT on edits: ahead at every step; 0, 0.25, 1 "
-        "may be chance"]
+    always = "; greedy, ahead at every step"
+    assert conclusions(knob, results["labels"]) == [told + always for told in (
+        "Fine-grained PPO, paper's loss against PPO-RLHF: sampled, not ahead at 0, 0.5, 1",
+        "Fine-grained PPO, our loss against PPO-RLHF: sampled, ahead at every step",
+        "SFT on edits against PPO-RLHF: sampled, the lead is gone from 0.5 on",
+        "DPO + SFT on edits against PPO-RLHF: sampled, ahead at no step",
+        "Fine-grained PPO, our loss against SFT on edits: sampled, not ahead at 0, 0.25 (0.25, 1 "
+        "may be chance)",
+        "Fine-grained PPO, our loss against DPO + SFT on edits: sampled, ahead at every step (0, "
+        "0.25, 1 may be chance)")]
     for step in knob["steps"]:
         step["lead"]["fine-grained"]["sampled"]["interval"] = [-0.01, 0.3]
-        step["lead"]["imitation"]["sampled"] |= {"mean": None, "per_seed": [None, None]}
+        for cell in step["lead"]["imitation"].values():
+            cell |= {"mean": None, "per_seed": [None, None]}
     told = conclusions(knob, results["labels"])
-    assert "our loss against PPO-RLHF: ahead at every step; 0, 0.25, 0.5, 1 may be chance" in (
+    assert "our loss against PPO-RLHF: sampled, ahead at every step (0, 0.25, 0.5, 1 may be " in (
         told[1]) and not any("SFT on edits" in line for line in told if "DPO" not in line)
 
 
@@ -147,10 +154,10 @@ def test_the_text_has_the_conclusions_below_the_table_and_the_signs_without_reme
     sign = "PPO-RLHF, run seed3/rlhf: the policy is far from the SFT policy, 1.2 nats per token"
     results = results_of(BY_STEP, STEPS) | {"signs": [f"{sign}; raise --beta or lower --lr"] * 22}
     text = study_text(results)
-    table, rest = text.split("\n- Fine-grained PPO, paper's loss against PPO-RLHF: not ahead", 1)
+    table, rest = text.split("\n- Fine-grained PPO, paper's loss against PPO-RLHF: sampled, ", 1)
     assert "seconds of PPO-RLHF" in table and "raise" not in text
     assert rest.endswith("\n\nSigns of trouble: 22\n" + f"- {sign}\n" * 20
                          + "- and 2 more in results.json")
     assert "Signs" not in study_text(results | {"signs": []})
     section = knob_section("held-out", results["knobs"]["held-out"], results["labels"])
-    assert "<li>SFT on edits against PPO-RLHF: the lead is gone from 0.5 on</li>" in section
+    assert "<li>SFT on edits against PPO-RLHF: sampled, the lead is gone from 0.5 on; " in section

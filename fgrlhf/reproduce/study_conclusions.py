@@ -1,6 +1,6 @@
 """Says at which step of a knob each system stops helping, from the means over seeds.
 
-A lead is a difference of two win rates (sampled answers, the same seeds). A system is ahead at a
+A lead is a difference of two win rates of the same seeds, of sampled or greedy answers. A system is ahead at a
 step if the mean of its lead over the seeds is above 0. Its lead over PPO-RLHF is gone from the
 first step, in the order of the axis, that is not ahead, if no later step is ahead either. Otherwise
 the steps that are not ahead are listed. A step may be chance if the 95% interval of its lead
@@ -17,19 +17,25 @@ from fgrlhf.reproduce.results import cell
 from fgrlhf.reproduce.table import interval_of, is_number
 
 BASELINE, METHOD, RIVALS = "rlhf", "fine-grained", ("imitation", "dpo-sft")
+DECODINGS = ("sampled", "greedy")
 
 
 def conclusions(knob: dict, labels: dict[str, str]) -> list[str]:
     """Returns a sentence per system, and one per rival of our method. knob: of results.json."""
     values = [step["value"] for step in knob["steps"]]
-    leads = {system: [step["lead"][system]["sampled"] for step in knob["steps"]]
-             for system in knob["steps"][0]["lead"]}
-    found = [(f"{labels[system]} against {labels[BASELINE]}", cells)
-             for system, cells in leads.items()]
-    found += [(f"{labels[METHOD]} against {labels[rival]}",
-               [_minus(a, b) for a, b in zip(leads[METHOD], leads[rival])])
-              for rival in RIVALS if METHOD in leads and rival in leads]
-    return [f"{name}: {told}" for name, cells in found if (told := _told(values, cells))]
+    found: dict[str, list[str]] = {}
+    for decoding in DECODINGS:
+        leads = {system: [step["lead"][system][decoding] for step in knob["steps"]]
+                 for system in knob["steps"][0]["lead"]}
+        compared = {f"{labels[system]} against {labels[BASELINE]}": cells
+                    for system, cells in leads.items()}
+        compared |= {f"{labels[METHOD]} against {labels[rival]}":
+                     [_minus(a, b) for a, b in zip(leads[METHOD], leads[rival])]
+                     for rival in RIVALS if METHOD in leads and rival in leads}
+        for name, cells in compared.items():
+            if told := _told(values, cells):
+                found.setdefault(name, []).append(f"{decoding}, {told}")
+    return [f"{name}: {'; '.join(told)}" for name, told in found.items()]
 
 
 def _told(values: Sequence[str], cells: Sequence[dict]) -> str:
@@ -43,7 +49,7 @@ def _told(values: Sequence[str], cells: Sequence[dict]) -> str:
             f"not ahead at {', '.join(behind)}")
     chance = [value for value, lead in known
               if (ends := interval_of(lead)) and ends[0] <= 0 <= ends[1]]
-    return told + (f"; {', '.join(chance)} may be chance" if chance else "")
+    return told + (f" ({', '.join(chance)} may be chance)" if chance else "")
 
 
 def _minus(ours: dict, theirs: dict) -> dict:

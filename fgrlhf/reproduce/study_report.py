@@ -10,7 +10,7 @@ from typing import NamedTuple, Sequence
 
 from fgrlhf.reproduce.chart import Curve, line_chart, scatter
 from fgrlhf.reproduce.markup import Html, section, table, tag, typeset
-from fgrlhf.reproduce.study_conclusions import BASELINE, METHOD, conclusions
+from fgrlhf.reproduce.study_conclusions import BASELINE, DECODINGS, METHOD, conclusions
 from fgrlhf.reproduce.table import (
     DIFFERENCE, WIN_RATES, Column, aligned, cell_texts, is_number, number)
 
@@ -33,12 +33,12 @@ MODELS = (("rm-sequence", "pair_accuracy", "PPO-RLHF, pairs %", 100, 1),
 def columns_of(knob: dict, labels: dict[str, str]) -> list[tuple[str, Column, list]]:
     """Returns the columns of the table of a knob: header, form, one cell per step or None."""
     steps, columns = knob["steps"], []
-    for system in steps[0]["systems"]:
-        columns.append((f"{labels[system]} %", RATE, [s["systems"][system]["win_rate"]
-                                                      for s in steps]))
-    for system in steps[0]["lead"]:
-        columns.append((f"lead of {labels[system]}", DIFFERENCE,
-                        [s["lead"][system]["sampled"] for s in steps]))
+    for metric, unit in (("win_rate", " %"), ("win_rate_greedy", ", greedy %")):
+        columns += [(labels[system] + unit, RATE, [s["systems"][system][metric] for s in steps])
+                    for system in steps[0]["systems"]]
+    for decoding in DECODINGS:
+        columns += [(f"lead of {labels[system]}, {decoding}", DIFFERENCE,
+                     [s["lead"][system][decoding] for s in steps]) for system in steps[0]["lead"]]
     for system in steps[0].get("facts", ()):
         for place in ("seen", "unseen"):
             columns.append((f"{labels[system]}, wrong {place} %", SHARE,
@@ -89,7 +89,7 @@ def positions(values: Sequence[str]) -> list[float]:
 class Chart(NamedTuple):
     """One of the line charts of a knob."""
 
-    kind: str                           # rates, lead or facts
+    kind: str                           # rates, greedy, lead or facts
     title: str                          # what the y axis shows, with its unit
     curves: list[Curve]                 # one per system and seed
     level: float | None                 # a level to compare with
@@ -113,10 +113,13 @@ def charts_of(knob: dict, labels: dict[str, str]) -> list[Chart]:
                       [_percent(cell["per_seed"], seed) for cell in cells])
                 for system, cells in found.items()
                 for seed in range(max(len(cell["per_seed"]) for cell in cells))]
-    rates = {system: [s["systems"][system]["win_rate"] for s in knob["steps"]] for system in order}
+    rates, greedy = ({system: [s["systems"][system][metric] for s in knob["steps"]]
+                      for system in order} for metric in ("win_rate", "win_rate_greedy"))
     leads = {system: [s["lead"][system]["sampled"] for s in knob["steps"]]
              for system in order if system in knob["steps"][0]["lead"]}
     charts = [Chart("rates", RATE_TITLE, curves(rates), 50, "the SFT sample"),
+              Chart("greedy", "Win rate of greedy answers, %", curves(greedy), 50,
+                    "the SFT sample"),
               Chart("lead", f"Lead over {labels[BASELINE]}, points of win rate", curves(leads), 0,
                     labels[BASELINE])]
     if "facts" in knob["steps"][0]:
