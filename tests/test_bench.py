@@ -51,6 +51,14 @@ def test_floor_counts_generation_a_token_at_a_time():
     floor()
 
 
+def test_floor_counts_generation_with_fewer_heads_of_keys():
+    """Both heads of queries share one head of keys: one product has two rows."""
+    floor = Floor(build(SMALL))
+    floor.generation(4, [2])
+    assert floor.shapes[(1, 2, 8), (1, 8, 5)] == floor.shapes[(1, 2, 5), (1, 5, 8)] == 2
+    floor()
+
+
 @pytest.mark.parametrize("critic", [False, True])
 def test_iteration_floor_counts_each_pass_once(critic):
     sequences = pack([[1, 2], [1, 2]], [[3], [3, 4, 5]])
@@ -163,9 +171,10 @@ def test_main_prints_the_table_of_shared_prompts(monkeypatch, capsys):
     assert "edit, training, whole rows" in out and "alignment" not in out
 
 
-def test_every_row_of_the_peers_is_run_by_us(monkeypatch):
+def test_every_row_of_the_peers_is_run_by_us_and_by_the_floor(monkeypatch):
     monkeypatch.setitem(peers.PRESETS, "SmolLM2-135M", SMALL)
-    assert all(peers.seconds_of("ours", name, time.perf_counter) > 0 for name in peers.WORK)
+    assert all(peers.seconds_of(side, name, time.perf_counter) > 0
+               for side in ("ours", "matmuls") for name in peers.WORK)
 
 
 @pytest.mark.parametrize("side, row", [("unknown", "scoring"), ("ours", "unknown")])
@@ -176,14 +185,15 @@ def test_peer_of_an_unknown_side_or_row_is_refused_in_one_line(side, row, monkey
 
 
 def test_peer_table_takes_ratios_within_a_round(monkeypatch, capsys):
-    """Both sides are three times slower in the second round, and we take half of the time."""
-    took = iter([2, 4, 4, 6, 12, 12] * len(peers.WORK))
+    """All sides are three times slower in the second round, and we take half of the time."""
+    took = iter([2, 4, 4, 1, 6, 12, 12, 3] * len(peers.WORK))
     monkeypatch.setattr(peers.subprocess, "run", lambda command, **_: SimpleNamespace(
         returncode=0, stdout=f"a warning\n{next(took)}\n"))
     monkeypatch.setattr(peers, "find_spec", lambda name: name)
     rows = peers.peer_table(SimpleNamespace(repeats=2, threads=1, clock="cpu"))["peers"]
     assert rows.keys() == set(peers.WORK)
     assert rows["scoring"]["ours : transformers"] == [0.5, 0.5, 0.5]
+    assert rows["scoring"]["ours : matmuls"] == [2, 2, 2]
     assert rows["scoring"]["ours"] == 4 and "0.5" in capsys.readouterr().out
 
 

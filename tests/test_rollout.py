@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fgrlhf.rollout import compact, inverse_cdf, sample
+from fgrlhf.rollout import COLUMNS, LARGE, compact, inverse_cdf, logits_of, sample
 from fgrlhf.sequences import Scorer, by_length, locate, pack, score, unflatten
 from tests.small import ids, llama, ragged, slow_logp
 
@@ -199,6 +199,17 @@ def test_sample_ends_at_once_when_the_first_token_is_eos():
     first = sample(policy, PROMPTS[:1], EOS, 1, 0.0).sequences.tokens[0, -1].item()
     rollout = sample(policy, PROMPTS[:1], first, 10, 0.0)
     assert responses(rollout) == [[first]] and not rollout.truncated.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_logits_of_a_large_vocabulary_are_scalar_products(rows, dtype):
+    """In float32, 3 rows are computed in parts. The last part is narrower than the others."""
+    draw = generator()
+    hidden, head = (torch.randn(n, 4, dtype=dtype, generator=draw)
+                    for n in (rows, LARGE + COLUMNS // 2 + 1))
+    expected = (hidden[:, None] * head).sum(-1)
+    torch.testing.assert_close(logits_of(hidden, head), expected, atol=1e-5, rtol=1e-5)
 
 
 # ----- inverse CDF --------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ class Floor:
         c, B = self.model.config, len(responses)
         cache = KVCache(c, B, prompt + max(responses), self.model.head.device,
                         self.model.head.dtype)
-        keys, values = cache.keys.flatten(1, 2), cache.values.flatten(1, 2)  # [layers, B H, S, K]
+        keys, values = cache.keys.flatten(1, 2), cache.values.flatten(1, 2)  # [layers, B G, S, K]
         self.trunk([prompt] * B)
         self.head(B)
         for t in range(1, max(responses)):
@@ -84,9 +84,9 @@ class Floor:
             for layer, block in enumerate(self.model.layers):
                 for weight in (p for p in block.parameters() if p.ndim == 2):
                     self.linear(b, weight, gradient=False)
-                rows = b * c.n_heads
-                self.product(self.buffer("in", rows, 1, c.head_dim), keys[layer, :rows, :S].mT)
-                self.product(self.buffer("in", rows, 1, S), values[layer, :rows, :S])
+                rows, group = b * c.n_kv_heads, c.n_heads // c.n_kv_heads
+                self.product(self.buffer("in", rows, group, c.head_dim), keys[layer, :rows, :S].mT)
+                self.product(self.buffer("in", rows, group, S), values[layer, :rows, :S])
             self.head(b)
 
 

@@ -7,9 +7,10 @@ Both sides have a random LLaMA of SmolLM2-135M's sizes, in float32:
     generation        32 prompts of 32 tokens, 32 new tokens each
     decoding          1 prompt of 8 tokens, 64 new tokens
 
-Each side runs in a process of its own, and the two take turns: fresh processes share no memory and
-no caches. A ratio is our time to that of transformers in the same round. "memory kept" is
-transformers in a process that keeps freed memory (kernels/memory.py), as our scripts do.
+Each side runs in a process of its own, and the sides take turns: fresh processes share no memory
+and no caches. A ratio is our time to that of another side in the same round. "memory kept" is
+transformers in a process that keeps freed memory (kernels/memory.py), as our scripts do. "matmuls"
+is the floor of the work (floor.py), its matmuls only.
 """
 
 import json
@@ -21,6 +22,7 @@ from importlib.util import find_spec
 
 import torch
 
+from fgrlhf.bench.floor import Floor
 from fgrlhf.data.fields import UserError, show
 from fgrlhf.engine.draws import random_ids
 from fgrlhf.engine.optimizer import Optimizer
@@ -85,7 +87,18 @@ def kept(config: LLaMAConfig) -> dict[str, Callable]:
     return theirs(config)
 
 
-SIDES = {"ours": ours, "transformers": theirs, "memory kept": kept}
+def matmuls(config: LLaMAConfig) -> dict[str, Callable]:
+    model = build(config)
+    training, scoring, generation, decoding = floors = [Floor(model) for _ in WORK]
+    for floor, gradient in ((training, True), (scoring, False)):
+        floor.trunk([256] * 4, gradient)
+        floor.head(4 * 256, gradient)
+    generation.generation(32, [32] * 32)
+    decoding.generation(8, [64])
+    return dict(zip(WORK, floors))
+
+
+SIDES = {"ours": ours, "transformers": theirs, "memory kept": kept, "matmuls": matmuls}
 
 
 def check_installed() -> None:
@@ -102,7 +115,7 @@ def seconds_of(side: str, name: str, clock: Callable[[], float]) -> float:
     if side not in SIDES or name not in WORK:
         raise UserError(f"--peer-of: expected one of {', '.join(SIDES)}, and one of "
                         f"{', '.join(WORK)}, got {show(side)} and {show(name)}")
-    if side != "ours":
+    if side in ("transformers", "memory kept"):
         check_installed()
     run = SIDES[side](PRESETS["SmolLM2-135M"])[name]
     run()
