@@ -1,10 +1,11 @@
 """Says at which step of a knob each system stops helping, from the means over seeds.
 
-A lead is a difference of two win rates of the same seeds, of sampled or greedy answers. A system is ahead at a
-step if the mean of its lead over the seeds is above 0. Its lead over PPO-RLHF is gone from the
-first step, in the order of the axis, that is not ahead, if no later step is ahead either. Otherwise
-the steps that are not ahead are listed. A step may be chance if the 95% interval of its lead
-contains 0. A single seed has its interval over prompts, or none where two leads are subtracted.
+A lead is a difference of two win rates of the same seeds, of sampled or of greedy answers. A system
+is ahead at a step if the mean of its lead over the seeds is above 0. Its lead over PPO-RLHF is gone
+from the first step, in the order of the axis, that is not ahead, if no later step is ahead either.
+Otherwise the steps that are not ahead are listed. A step may be chance if the 95% interval of its
+lead contains 0. A single seed has its interval over prompts, or none where two leads are
+subtracted.
 
 The leads over PPO-RLHF say where a system stops helping. The leads of our method over SFT on the
 edits and over DPO + SFT say where reinforcement learning pays.
