@@ -153,6 +153,11 @@ def test_judge_measures_every_answer_and_the_samples_of_some_iterations(folder, 
     assert [(row["step"], row["kl"], row["made_up"]) for row in found["samples"]] == [
         (1, 0.5, 1), (3, 1.5, 1)]
     assert len({row["reward"] for row in sampled}) == 3
+    judge.judge(judge.Config(reward=str(folder / "sequence"), device="cpu",
+                             outputs=str(folder / "sft-sampled.json"),
+                             out=str(tmp_path / "without.json")))
+    assert json.loads((tmp_path / "without.json").read_text()) == {
+        "answers": {"sft-sampled": sampled}, "samples": []}
 
 
 def test_judge_refuses_answers_without_an_article():
