@@ -119,6 +119,16 @@ def test_every_stage_is_a_command_that_its_script_understands(dtype):
     assert parser(FetchConfig).parse_args(first[1:]).out == str(Path(stages.MODEL).parent)
 
 
+def test_ppo_rlhf_has_its_tuned_rates_and_fine_grained_ppo_its_own():
+    seed = Seed(0, Path("runs/x/seed0"), "cpu", "float32")
+    stages.plan(seed, "data")
+    commands = {stage.name: shlex.split(stage.text) for stage in seed.stages}
+    rates = {name: [value for flag, value in zip(commands[name], commands[name][1:])
+                    if flag in ("--lr", "--value-lr")] for name in stages.POLICIES}
+    assert rates == {"fine-grained-paper": ["5e-5"], "fine-grained": ["5e-5"],
+                     "rlhf": ["1.5e-4", "1.5e-4"]}
+
+
 # ----- judge --------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
