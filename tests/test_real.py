@@ -123,8 +123,11 @@ def test_ppo_rlhf_has_its_tuned_rates_and_fine_grained_ppo_its_own():
     seed = Seed(0, Path("runs/x/seed0"), "cpu", "float32")
     stages.plan(seed, "data")
     commands = {stage.name: shlex.split(stage.text) for stage in seed.stages}
-    rates = {name: [value for flag, value in zip(commands[name], commands[name][1:])
-                    if flag in ("--lr", "--value-lr")] for name in stages.POLICIES}
+    rates = {}
+    for name in stages.POLICIES:
+        words = commands[f"seed0.{name}"]
+        rates[name] = [value for flag, value in zip(words, words[1:])
+                       if flag in ("--lr", "--value-lr")]
     assert rates == {"fine-grained-paper": ["5e-5"], "fine-grained": ["5e-5"],
                      "rlhf": ["1.5e-4", "1.5e-4"]}
 
