@@ -127,6 +127,8 @@ def rewards_of(model: RewardModel, tokenizer: Tokenizer, encoding: Encoding,
 
     Raises FloatingPointError when a reward is not finite.
     """
+    if not outputs:             # a batch needs at least one row
+        return [], []
     prompts, seen = encode_outputs(model, tokenizer, encoding, outputs)
     rows = list(zip(map(tuple, prompts), map(tuple, seen)))
     different = list(dict.fromkeys(rows))       # equal answers get the same reward to the last bit

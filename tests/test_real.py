@@ -198,6 +198,19 @@ def test_every_stage_is_a_command_that_its_script_understands(dtype):
     assert parser(FetchConfig).parse_args(first[1:]).out == str(Path(stages.MODEL).parent)
 
 
+def test_ppo_rlhf_has_its_tuned_rates_and_fine_grained_ppo_its_own():
+    seed = Seed(0, Path("runs/x/seed0"), "cpu", "float32")
+    stages.plan(seed, "data")
+    commands = {stage.name: shlex.split(stage.text) for stage in seed.stages}
+    rates = {}
+    for name in stages.POLICIES:
+        words = commands[f"seed0.{name}"]
+        rates[name] = [value for flag, value in zip(words, words[1:])
+                       if flag in ("--lr", "--value-lr")]
+    assert rates == {"fine-grained-paper": ["5e-5"], "fine-grained": ["5e-5"],
+                     "rlhf": ["1.5e-4", "1.5e-4"]}
+
+
 # ----- judge --------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -232,6 +245,11 @@ def test_judge_measures_every_answer_and_the_samples_of_some_iterations(folder, 
     assert [(row["step"], row["kl"], row["made_up"]) for row in found["samples"]] == [
         (1, 0.5, 1), (3, 1.5, 1)]
     assert len({row["reward"] for row in sampled}) == 3
+    judge.judge(judge.Config(reward=str(folder / "sequence"), device="cpu",
+                             outputs=str(folder / "sft-sampled.json"),
+                             out=str(tmp_path / "without.json")))
+    assert json.loads((tmp_path / "without.json").read_text()) == {
+        "answers": {"sft-sampled": sampled}, "samples": []}
 
 
 def test_judge_refuses_answers_without_an_article():
