@@ -95,6 +95,8 @@ class Config(ReadingResponses, Machinery):
     epochs: int = arg(6, least=0, help="passes over the data")
     batch: int = arg(16, least=1, help="pairs per step")
     lr: float = arg(3e-3, least=0, help="Adam's peak learning rate: warm-up, then linear to 0")
+    head_lr: float | None = arg(None, least=0, help="Adam's peak learning rate for the head when "
+                                "the trunk is trained too (default: --lr)")
     muon_lr: float = arg(5e-3, least=0, help="Muon's learning rate for the matrices of the trunk; "
                          "0: Adam trains them too")
     warmup: int = arg(10, least=0, help="warm-up steps")
@@ -147,7 +149,8 @@ def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: 
     steps = config.epochs * per_epoch
     model.trunk.activation_checkpointing = config.checkpoint_activations
     distributed.shard(model)
-    optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr)
+    optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr,
+                          head_lr=config.head_lr)
     parts = {"model": TrainableState(model), "optimizer": optimizer}
     resumable = config.folds == 0
     if resumable:
@@ -249,6 +252,9 @@ def check_flags(config: Config) -> None:
         raise UserError("--layer and --freeze: expected without --logp-feature and --likelihood")
     if config.freeze and config.lora_rank:
         raise UserError("--freeze: expected without --lora-rank, because it trains only the head")
+    if config.freeze and config.head_lr is not None:
+        raise UserError("--head-lr: expected without --freeze, which trains only the head; its "
+                        "rate is then --lr")
     if config.hidden_states and not config.freeze:
         raise UserError("--hidden-states: expected with --freeze, because hidden states change "
                         "when the trunk is trained")

@@ -136,6 +136,19 @@ def test_optimizer_gives_the_trunks_matrices_to_muon_and_nothing_else():
     assert len(adam) == 3 and not any(p is model["layers"][0].weight for p in adam)
 
 
+def test_optimizer_gives_the_head_a_rate_of_its_own():
+    """The first step of Adam moves a weight by lr g / (|g| + 1e-5); the warm-up halves both."""
+    model = layers()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = Optimizer(model, lr=0.01, warmup=2, head_lr=0.3, clip_norm=1e9)
+    push(model)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        moved = before[name] - p
+        wanted = torch.full_like(p, 0.15 if name.startswith("head.") else 0.005)
+        torch.testing.assert_close(moved, wanted, rtol=1e-3, atol=0)
+
+
 def test_optimizer_leaves_frozen_parameters_alone():
     model = layers()
     model["head"].requires_grad_(False)

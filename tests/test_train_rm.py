@@ -87,6 +87,15 @@ def test_layer_leaves_the_blocks_behind_it_as_they_were(root, tmp_path):
     assert all(value for name, value in same.items() if name.startswith(("layers.1.", "norm")))
 
 
+def test_head_lr_is_the_rate_of_the_head_and_lr_that_of_the_trunk(root, tmp_path):
+    """A rate of 0 keeps the head where the seed put it, and the trunk moves all the same."""
+    start, before, _ = trained(root, tmp_path / "a", "--epochs", "0")
+    head, model, _ = trained(root, tmp_path / "b", "--muon-lr", "0", "--head-lr", "0")
+    other, _, _ = trained(root, tmp_path / "c", "--lr", "0", "--muon-lr", "0", "--head-lr", "1e-3")
+    assert torch.equal(head, start) and not torch.equal(other, start)
+    assert not torch.equal(model.trunk.norm.weight, before.trunk.norm.weight)
+
+
 def test_shuffle_labels_swaps_about_half_the_records_and_only_in_training(monkeypatch):
     pairs = [PreferenceIds([1], [5, i + 6], [5, 2], [1], [1], [(0, 0)]) for i in range(100)]
     seen = []
@@ -107,6 +116,7 @@ def test_shuffle_labels_swaps_about_half_the_records_and_only_in_training(monkey
 @pytest.mark.parametrize("flags, expected", [
     (("--layer", "3"), "--layer 3: expected 1 to 2, the blocks"),
     (("--freeze", "--lora-rank", "2"), "--freeze: expected without --lora-rank"),
+    (("--freeze", "--head-lr", "1e-3"), "--head-lr: expected without --freeze"),
     (("--hidden-states", "x.pt"), "--hidden-states: expected with --freeze"),
     (("--layer", "1", "--likelihood"), "--layer and --freeze: expected without")])
 def test_flags_that_do_not_go_together_are_refused(flags, expected, root, tmp_path):

@@ -68,21 +68,26 @@ class Optimizer:
     """AdamW and Muon over the trainable parameters of `model`, with warm-up and decay.
 
     The learning rate rises linearly over `warmup` steps, then falls linearly to 0 at step `steps`
-    (steps = 0: it stays constant). `muon_lr` 0 leaves everything to Adam.
+    (steps = 0: it stays constant). `muon_lr` 0 leaves everything to Adam. `head_lr` is the rate of
+    Adam for `model.head`, the linear head of a reward model; None: `lr`.
     """
 
     def __init__(self, model: nn.Module, lr: float, warmup: int = 0, steps: int = 0,
-                 muon_lr: float = 0.0, weight_decay: float = 0.0, clip_norm: float = 1.0):
+                 muon_lr: float = 0.0, weight_decay: float = 0.0, clip_norm: float = 1.0,
+                 head_lr: float | None = None):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
         is_matrix = [bool(muon_lr) and p.dim() == 2 and "layers." in n and "lora_" not in n
                      for n, p in named]
         self.masters = [_master(p, whole=muon) for p, muon in zip(self.parameters, is_matrix)]
         matrices = [m for m, muon in zip(self.masters, is_matrix) if muon]
-        others = [m for m, muon in zip(self.masters, is_matrix) if not muon]
-        one_kind = len({distributed.is_sharded(m) for m in others}) < 2     # "fused" needs one kind
-        self.parts = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.999), eps=1e-5,
-                                        weight_decay=weight_decay, fused=one_kind)]
+        is_head = [head_lr is not None and n.startswith("head.") for n, _ in named]
+        heads = [m for m, head in zip(self.masters, is_head) if head]
+        others = [m for m, muon, head in zip(self.masters, is_matrix, is_head)
+                  if not muon and not head]
+        self.parts = [_adam(others, lr, weight_decay)]
+        if heads:
+            self.parts.append(_adam(heads, head_lr, weight_decay))
         if matrices:
             self.parts.append(Muon(matrices, muon_lr))
         self.whole_on_ranks = [m for p, m in zip(self.parameters, self.masters)
@@ -157,6 +162,12 @@ class Optimizer:
             for master, copy in zip(self.masters, copies, strict=True):
                 _check_shapes(master, copy)
                 master.copy_(copy)
+
+
+def _adam(parameters: list[Tensor], lr: float, weight_decay: float) -> torch.optim.AdamW:
+    one_kind = len({distributed.is_sharded(p) for p in parameters}) < 2     # "fused" needs one kind
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-5,
+                             weight_decay=weight_decay, fused=one_kind)
 
 
 def _check_shapes(parameter: Tensor, *saved: Tensor) -> None:
