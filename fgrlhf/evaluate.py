@@ -285,7 +285,7 @@ def _by_type(judged: Sequence[Judged]) -> dict[str, float]:
     for name, wrong in [("", bool), *((f"/{kind}", kind.__eq__) for kind in kinds)]:
         table["token_auc_matched" + name] = auc_matched(
             [([-r for r in j.rewards], [wrong(k) for k in j.types], [not k for k in j.types])
-             for j in judged])
+             for j in judged if any(map(wrong, j.types))])
     return table
 
 
