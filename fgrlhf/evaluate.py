@@ -127,6 +127,30 @@ def auc_within(groups: Sequence[tuple[Sequence[float], Sequence[bool]]]) -> floa
     return float(np.mean(values)) if values else math.nan
 
 
+def auc_matched(groups: Sequence[tuple[Sequence[float], Sequence[bool], Sequence[bool]]]) -> float:
+    """The AUC of tokens a and b of one response at nearly the same position. NaN without any.
+
+        1/2 P(score_a > score_b | b shortly before a) + 1/2 P(score_a > score_b | b shortly after a)
+
+    a is a positive token and b a negative one, at most n/10 tokens from a (and neighbours in any
+    case) in a response of n tokens. Ties count 1/2. Each P is a mean over the responses that have
+    such tokens. A score that only rises or only falls with the position gets exactly 1/2, because
+    it is right in all pairs of one order and wrong in all pairs of the other.
+
+    groups: for each response the scores, the positive tokens and the negative tokens, all [n].
+    """
+    before, after = [], []
+    for scores, positive, negative in groups:
+        scores = np.asarray(scores, dtype=float)
+        a, b = np.flatnonzero(positive)[:, None], np.flatnonzero(negative)
+        wins = (scores[a] > scores[b]) + 0.5 * (scores[a] == scores[b])
+        near = np.abs(a - b) <= max(1, len(scores) / 10)
+        for side, pairs in ((before, near & (b < a)), (after, near & (b > a))):
+            if pairs.any():
+                side.append(wins[pairs].mean())
+    return float(np.mean(before) + np.mean(after)) / 2 if before and after else math.nan
+
+
 # ----- reward models ----------------------------------------------------------------------------
 
 def constant(rewards: Sequence[float], lengths: Sequence[int] | None = None) -> str | None:
@@ -168,6 +192,9 @@ def reward_table(judged: Sequence[Judged], minimal: float = 0.4) -> dict[str, fl
         edit_auc, edit_position_auc the same for the tokens of y- that the editor took out, U1-
         ..._within                  the mean of the AUC inside each response
         token_auc/TYPE              spans of one type against the tokens outside any span
+        token_auc_matched           tokens inside a span against near tokens of the same response
+                                    outside any span, see `auc_matched`; the position gets 1/2
+        ..._within/TYPE, token_auc_matched/TYPE     the same for spans of one type
         minimal/...                 the preferences whose share of changed tokens is below `minimal`
         equal_length/...            those whose sides differ by at most one token in length
         r_errors, r_behind, r_elsewhere     mean r_t on tokens inside a span, on tokens behind the
@@ -191,11 +218,7 @@ def reward_table(judged: Sequence[Judged], minimal: float = 0.4) -> dict[str, fl
     for prefix, group in strata.items():
         found = _pair_figures(group) | _token_figures(group)
         table |= {prefix + name: value for name, value in found.items()}
-    table |= _places(judged)
-    for kind in sorted({k for j in judged for k in j.types} - {""}):
-        scores = [-r for j in judged for r, k in zip(j.rewards, j.types) if k in ("", kind)]
-        table[f"token_auc/{kind}"] = auc(scores, [k == kind for j in judged for k in j.types
-                                                  if k in ("", kind)])
+    table |= _places(judged) | _by_type(judged)
     return {name: value for name, value in table.items() if not math.isnan(value)}
 
 
@@ -246,6 +269,23 @@ def _token_figures(group: Sequence[Judged]) -> dict[str, float]:
         for name, scores in ((prefix, costs), (place, places)):
             table[name] = auc(np.concatenate(scores), np.concatenate(labels))
             table[name + "_within"] = auc_within(list(zip(scores, labels)))
+    return table
+
+
+def _by_type(judged: Sequence[Judged]) -> dict[str, float]:
+    """Returns the AUCs of `reward_table` for spans of one type, and those of near tokens."""
+    table, kinds = {}, sorted({k for j in judged for k in j.types} - {""})
+    for kind in kinds:
+        places = [[t for t, k in enumerate(j.types) if k in ("", kind)] for j in judged]
+        costs = [[-j.rewards[t] for t in some] for j, some in zip(judged, places)]
+        labels = [[j.types[t] == kind for t in some] for j, some in zip(judged, places)]
+        table[f"token_auc/{kind}"] = auc(np.concatenate(costs), np.concatenate(labels))
+        table[f"token_auc_within/{kind}"] = auc_within(list(zip(costs, labels)))
+        table[f"position_auc_within/{kind}"] = auc_within(list(zip(places, labels)))
+    for name, wrong in [("", bool), *((f"/{kind}", kind.__eq__) for kind in kinds)]:
+        table["token_auc_matched" + name] = auc_matched(
+            [([-r for r in j.rewards], [wrong(k) for k in j.types], [not k for k in j.types])
+             for j in judged if any(map(wrong, j.types))])
     return table
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fgrlhf.evaluate import (
-    Judged, auc, auc_within, bootstrap, compare, constant, over_seeds, pair_accuracy,
+    Judged, auc, auc_matched, auc_within, bootstrap, compare, constant, over_seeds, pair_accuracy,
     reward_intervals, reward_table, standard_error, t_quantile, win_rate, win_rates)
 
 
@@ -139,6 +139,41 @@ def test_auc_within_averages_responses_that_hold_both_classes():
     assert math.isnan(auc_within(groups[2:3]))
 
 
+def test_auc_matched_equals_the_loop_over_near_tokens():
+    """Scores of few values, so that ties abound. The third response has no right token after a."""
+    rng = np.random.default_rng(0)
+    groups = [(rng.integers(0, 4, n), kinds == 1, kinds == 0) for n in (35, 60, 8)
+              for kinds in [rng.integers(0, 3, n)]]
+    groups.append(([1, 2, 3], [False, True, True], [True, False, False]))
+    means = {-1: [], 1: []}
+    for order, found in means.items():
+        for scores, positive, negative in groups:
+            n, wins = len(scores), []
+            for a in range(n):
+                for b in range(n):
+                    if positive[a] and negative[b] and 0 < order * (b - a) <= max(1, n / 10):
+                        wins.append((scores[a] > scores[b]) + (scores[a] == scores[b]) / 2)
+            found += [sum(wins) / len(wins)] if wins else []
+    assert len(means[-1]) == 4 and len(means[1]) == 3
+    expected = (np.mean(means[-1]) + np.mean(means[1])) / 2
+    assert auc_matched(groups) == pytest.approx(expected, abs=1e-12)
+
+
+def test_auc_matched_of_the_position_is_a_half_though_late_tokens_are_wrong():
+    """A trend is worth nothing, an offset of a response neither. A missing order gives NaN."""
+    rng, errors = np.random.default_rng(1), []
+    for n in (20, 45, 90):
+        errors.append(rng.random(n) < np.linspace(0, 1, n))
+    groups_of = lambda scores: [(s, wrong, ~wrong) for s, wrong in zip(scores, errors)]
+    places = [np.arange(len(wrong)) / len(wrong) for wrong in errors]
+    assert auc_within([(t, wrong) for t, wrong in zip(places, errors)]) > 0.75
+    for power in (1, 3, -1):                                           # also a falling function
+        assert auc_matched(groups_of([(t + 1) ** power for t in places])) == 0.5
+    assert auc_matched(groups_of([wrong + 7.0 * len(wrong) for wrong in errors])) == 1
+    assert auc_matched(groups_of([wrong * 9 + t for wrong, t in zip(errors, places)])) == 1
+    assert math.isnan(auc_matched([([1, 2], [False, True], [True, False])]))
+
+
 # ----- the table of a reward model ----------------------------------------------------------------
 
 JUDGED = [Judged("a", 2.0, 1.0, 0.1, [-1.0, 0.5, -2.0], ["", "", "fact"]),
@@ -159,6 +194,11 @@ def test_reward_table_by_hand():
     assert table["token_auc/fact"] == pytest.approx(share([2, 5, -1]))
     assert table["token_auc/omit"] == pytest.approx(share([-3])) == 0
     assert table["token_auc_within"] == pytest.approx((1 + 0 + 0.5) / 3)
+    assert table["token_auc_within/fact"] == pytest.approx((1 + 0.5) / 2)
+    assert table["position_auc_within/fact"] == 0.5 and table["token_auc_within/omit"] == 0
+    # Neighbours only: a has 2 behind -.5, b has -3 before 3, and c has -1 before 0.
+    assert table["token_auc_matched"] == (1 + (0 + 0) / 2) / 2
+    assert table["token_auc_matched/fact"] == (1 + 0) / 2 and "token_auc_matched/omit" not in table
     assert table["minimal/token_auc_within"] == pytest.approx((1 + 0) / 2)
     assert table["position_auc_within"] == pytest.approx((1 + 0 + 0) / 3)      # early or late alone
     places = {"error": [2.5 / 3, 0.5 / 2, 0.5 / 4, 1.5 / 4],
