@@ -207,7 +207,7 @@ def test_ppo_rlhf_has_its_tuned_rates_and_fine_grained_ppo_its_own():
         words = commands[f"seed0.{name}"]
         rates[name] = [value for flag, value in zip(words, words[1:])
                        if flag in ("--lr", "--value-lr")]
-    assert rates == {"fine-grained-paper": ["5e-5"], "fine-grained": ["5e-5"],
+    assert rates == {"fine-grained-paper": ["5e-5"], "fine-grained": ["1.5e-4"],
                      "rlhf": ["1.5e-4", "1.5e-4"]}
 
 
