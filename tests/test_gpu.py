@@ -101,7 +101,9 @@ def test_a_signal_keeps_what_was_measured(number, tmp_path):
     steps = [GOOD, step("long", "say(name='x', result=os.getpid()); time.sleep(600)"), GOOD]
     code = ("from pathlib import Path\nfrom fgrlhf.checks.gpu import Step, run_steps\n"
             f"run_steps({steps}, Path({str(tmp_path)!r}), 60, 'c', print)")
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, cwd=ROOT)
+    process = subprocess.Popen(                     # under nohup, SIGHUP would be ignored
+        [sys.executable, "-c", code], stdout=subprocess.DEVNULL, cwd=ROOT, preexec_fn=lambda: (
+            None if number == signal.SIGKILL else signal.signal(number, signal.SIG_DFL)))
     end = time.monotonic() + 60
     while time.monotonic() < end and process.poll() is None:
         try:

@@ -71,7 +71,7 @@ def rates(stage: Stage) -> dict[str, float]:
     words = ["python", *stage.command]
     config = parser(config_of(words)).parse_args(words[2 + (words[1] == "-m"):])
     return {f"--{name.replace('_', '-')}": value for name, value in vars(config).items()
-            if name == "lr" or name.endswith("_lr")}
+            if (name == "lr" or name.endswith("_lr")) and value is not None}
 
 
 def test_sizes_multiply_every_learning_rate_by_the_widths():
