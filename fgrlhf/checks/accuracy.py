@@ -1,4 +1,4 @@
-"""Warns about a reward model that is too often wrong for PPO to gain anything with it.
+"""Warns about a reward model that is too often wrong for PPO to gain much with it.
 
 The accuracy is the share of held-out ordinary pairs whose better side gets the higher reward
 (train_rm.py --eval-pairs). The profile study of fgrlhf.reproduce makes reward models worse on
@@ -24,7 +24,7 @@ def warn(reward: str | Path, accuracy: float | None) -> None:
     if accuracy is None or not accuracy < ACCURACY_NEEDED:          # NaN is not known either
         return
     print(f"warning: {reward}: this reward model is right on {100 * accuracy:.1f}% of the held-out "
-          f"pairs, and PPO needs about {100 * ACCURACY_NEEDED:.0f}% to gain anything; annotate "
+          f"pairs; below about {100 * ACCURACY_NEEDED:.0f}% PPO gained little; annotate "
           f"more, or with less noise (fgrlhf/reproduce/STUDY.md, \"{SECTION}\")", file=sys.stderr)
 
 

@@ -74,7 +74,9 @@ def grouped(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
 def line_chart(curves: Sequence[Curve], name: str, x_label: str, reference: float | None = None,
                reference_label: str = "", bands: bool = False,
                x_names: dict[float, str] | None = None, alone: float | None = None) -> Html:
-    """Draws curves over a common x axis, in two forms of which the style sheet shows one.
+    """Draws curves over a common x axis, once for wide and once for narrow screens.
+
+    The style sheet shows the drawing that fits.
 
     The wide form has the name of each system at the end of its curve, the narrow form (for a phone)
     has a legend below. Several curves with the same label are drawn thin, with their mean; with

@@ -200,7 +200,7 @@ def more_rivals(seed: Seed) -> None:
 
 
 def mechanism(seed: Seed) -> None:
-    """Adds the command that measures advantages and compares token rewards and GAE with them.
+    """Adds the command that compares token rewards and GAE with measured advantages.
 
     The critic learns beside a policy that does not move (learning rate 0).
     """
