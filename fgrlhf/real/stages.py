@@ -10,7 +10,7 @@ from fgrlhf.real.prompts import EVIDENCE
 from fgrlhf.reproduce.stages import Seed
 
 MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
-LAYER = "20"                    # of 30, chosen on folds of train, see README.md
+LAYER = "20"                    # of 30, chosen on folds of train, see REWARDS.md
 TEST = 160                      # prompts of val
 LONGEST = "48"                  # tokens of an answer
 # Of all policies. PPO's rates are the better of 5e-5 and 1.5e-4 on dev prompts; the rest has one
