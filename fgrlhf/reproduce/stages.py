@@ -16,7 +16,7 @@ FEWER = (125, 250, 500)         # annotations, in the profile of that name
 ANSWERED = 1800                 # prompts with two answers; those with a tie are not annotated
 DEV, TEST = 200, 400            # dev and test prompts
 ITERATIONS = 30                 # of every PPO run
-# Chosen on the dev prompts of other worlds; README.md in this folder has the sweep.
+# Chosen on the dev prompts of other worlds; SETTINGS.md in this folder has the sweep.
 RLHF = ("--method", "rlhf", "--gamma", "1", "--gae-lambda", "0.95", "--beta", "0.2", "--lr", "6e-4")
 METHOD = ("--method", "fine-grained", "--gamma", "0", "--beta", "0.5", "--lr", "1.2e-3")
 PAPER = ("--method", "fine-grained", "--gamma", "0", "--beta", "0.5", "--lr", "6e-4")
@@ -27,7 +27,7 @@ IMITATION = ("--epochs", "6", "--lr", "4e-3")
 DPO = ("--sft-weight", "1", "--beta", "0.3", "--lr", "2e-3")
 DPO_ALONE = ("--beta", "1", "--lr", "1e-3")
 IMPERFECT = ("--miss", "0.3", "--needless", "0.1")
-# The learning rates with --lora-rank; README.md says which were tried.
+# The learning rates with --lora-rank; SETTINGS.md says which were tried.
 LORA = {"token": ("--lr", "1e-2"), "sequence": ("--lr", "3e-3"), "method": ("--lr", "5e-3"),
         "rlhf": ("--lr", "2.5e-3", "--value-lr", "2.5e-3"), "imitation": ("--lr", "8e-3")}
 # The grids of the sweep. A system that was best at the edge of the first six got more points.
