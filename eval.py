@@ -209,7 +209,8 @@ def preferences(config: WinRateConfig) -> tuple[list[float | None], list[str], d
     if config.judge == "human":
         return by_people(config, system, reference)
     if config.judge == "oracle":
-        return by_oracle(World(config.world), system, reference), texts, {}
+        files = (config.outputs, config.reference)
+        return by_oracle(World(config.world), system, reference, files), texts, {}
     if config.judge == "llm":
         return asked_llm(config, system, reference), texts, {}
     judge = reward_model_of(config, pick_device(config.device))

@@ -67,11 +67,11 @@ def answers(policy: LLaMA, tokenizer: Tokenizer, prompts: list[Prompt], template
 # ----- outputs and their prompts ------------------------------------------------------------------
 
 def answer_to(prompt: Prompt, text: str, name: str) -> Output:
-    """Returns the output of the system `name`. It keeps the prompt's `input` and `context`."""
+    """Returns the output of the system `name`. It keeps the prompt's other fields but its id."""
     context = [dataclasses.asdict(passage) for passage in prompt.context]
     return Output(prompt.prompt, text, name, other=tuple(
-        (field, json.dumps(value)) for field, value in (("input", prompt.input),
-                                                        ("context", context)) if value))
+        (field, json.dumps(value)) for field, value in (
+            ("input", prompt.input), ("context", context), ("dataset", prompt.dataset)) if value))
 
 
 def prompt_of(output: Output, template: str) -> Prompt:

@@ -197,6 +197,18 @@ def test_collect_by_the_simulated_editor_corrects_what_the_oracle_finds_and_resu
     assert "4 edited, 0 identical, 0 skipped, 0 refused" in capsys.readouterr().out
 
 
+def test_collect_simulated_refuses_pairs_of_another_world_before_it_writes(tmp_path, main, capsys):
+    asked = dict(prompt=f"Name the river and crop of {LAND}.", chosen="?", rejected="No.")
+    write_pairs(tmp_path / "pairs.jsonl", 2, **asked, dataset="world 0,coupled=1")
+    with pytest.raises(UserError, match=r"pairs\.jsonl: record 'r0': dataset: expected world 0, .*"
+                                        r"; give --world 0,coupled=1, or a file of world 0$"):
+        main("--editor", "simulated", "--world", 0)
+    assert [p.name for p in tmp_path.iterdir()] == ["pairs.jsonl"]
+    main("--editor", "simulated", "--world", "0,coupled=1")
+    assert {e.dataset for e in read_edits(tmp_path / "edits.jsonl")} == {"world 0,coupled=1"}
+    assert capsys.readouterr().err.count("which world") == 0
+
+
 def test_collect_simulated_draws_do_not_depend_on_where_a_run_was_stopped(tmp_path, main):
     write_pairs(tmp_path / "pairs.jsonl", 20, prompt=f"Name the river and crop of {LAND}.",
                 chosen="?", rejected="Its river is Nowhere. Its crop is mud.")
@@ -274,7 +286,7 @@ def test_collect_refuses_to_write_into_its_own_pairs(tmp_path):
 
 
 def test_collect_refuses_a_second_run_on_the_same_file(tmp_path, main):
-    write_pairs(tmp_path / "pairs.jsonl", 1)
+    write_pairs(tmp_path / "pairs.jsonl", 1, prompt=f"Name the river of {LAND}.")
     with Store(tmp_path / "edits.jsonl"):
         with pytest.raises(UserError, match="expected no other writer"):
             main("--editor", "simulated", "--world", 0)

@@ -122,8 +122,25 @@ def test_read_prompts_takes_every_kind_of_record(lines):
                  {"instruction": "Do", "input": ""})
     assert read_prompts(path) == [
         Prompt("a", "P", "I"), Prompt("e1", "Who?", None, (Passage("Cats", "They sit."),)),
-        Prompt("p1", "Who?"), Prompt("d", "P"), Prompt("data.jsonl:5", "Say hi"),
+        Prompt("p1", "Who?"), Prompt("d", "P"), Prompt("data.jsonl:5", "Say hi", dataset="koala"),
         Prompt("data.jsonl:6", "Say hi"), Prompt("data.jsonl:7", "Do")]
+
+
+def test_dataset_is_read_where_it_is_text_and_otherwise_ignored(lines, array):
+    """Records of other people may hold anything there, as before the project knew the key."""
+    good = [record | {"dataset": "koala"} for record in (
+        EDIT, PAIR, {"id": "a", "prompt": "P"}, {"instruction": "Do", "input": ""},
+        {"prompt": "P", "chosen": "c", "rejected": "r"})]
+    assert [p.dataset for p in read_prompts(lines(*good))] == ["koala"] * 5
+    assert [p.dataset for p in read_pairs(lines(*good[:2]))] == ["koala"] * 2
+    talk = [{"role": "user", "content": "P"}]
+    for other in (7, {"name": "koala"}, ["koala"], None, "\ud800"):
+        foreign = [record | {"dataset": other} for record in (
+            {"prompt": "P"}, {"id": "b", "prompt": talk}, {"instruction": "Do"}, JUDGED, EDIT)]
+        assert [p.dataset for p in read_prompts(lines(*foreign))] == [None] * 5
+    [output] = read_outputs(array(OUTPUT | {"dataset": 7}))
+    assert output.dataset is None and output.other == (("dataset", "7"),)
+    assert read_outputs(array(OUTPUT))[0].dataset == "koala"
 
 
 def test_read_demonstrations_takes_the_better_response_of_every_kind(lines):
@@ -132,7 +149,8 @@ def test_read_demonstrations_takes_the_better_response_of_every_kind(lines):
     assert read_demonstrations(path) == [
         Demonstration("d", "P", "O"),
         Demonstration("e1", "Who?", "The cat sat.", None, (Passage("Cats", "They sit."),)),
-        Demonstration("p1", "Who?", "Me."), Demonstration("data.jsonl:4", "Say hi", "hi"),
+        Demonstration("p1", "Who?", "Me."), Demonstration("data.jsonl:4", "Say hi", "hi",
+                                                        dataset="koala"),
         Demonstration("data.jsonl:5", "Do", "done", "this")]
     assert "data.jsonl:1: output: expected" in refusal(
         read_demonstrations, lines({"id": "a", "prompt": "P"}))

@@ -95,6 +95,33 @@ def test_oracle_judge_joins_a_reference_in_another_order(tmp_path):
         load()
 
 
+def test_answers_name_the_world_of_their_prompts_and_the_oracle_refuses_another(tmp_path, tokenizer,
+                                                                              capsys):
+    """The dev evaluations of PPO check both of their files, and win-rate its two."""
+    dev, ref = tmp_path / "dev.jsonl", tmp_path / "ref.json"
+    prompt = Prompt("dev-0", ASKED, dataset="world 0,coupled=1")
+    records.write_jsonl(dev, [prompt])
+    policy = llama(vocab_size=300, max_seq_len=320)
+    records.write_outputs(ref, answers(policy, tokenizer, [prompt], "plain", 4, 0.0, 0))
+    assert json.loads(ref.read_text())[0]["dataset"] == "world 0,coupled=1"
+    judge = OracleJudge.load("0,coupled=1", str(dev), str(ref))
+    again = answers(policy, tokenizer, judge.prompts, "plain", 4, 0.0, 0)
+    assert judge.compare(again)["eval/win_rate"] == 0.5 and capsys.readouterr().err == ""
+    flags = ("--judge", "oracle", "--outputs", ref, "--reference", ref, "--world")
+    assert win_rate(*flags, "0,coupled=1")["ties"] == 1
+    with pytest.raises(UserError, match=r"ref\.json: record 1: dataset: expected world 0, "):
+        win_rate(*flags, "0")
+    with pytest.raises(UserError, match=r"dev\.jsonl: record 'dev-0': dataset: expected world 0, "):
+        OracleJudge.load(0, str(dev), str(ref))
+    records.write_jsonl(dev, [replace(prompt, dataset=None)])
+    with pytest.raises(UserError, match=r"ref\.json: record 1: dataset: expected world 0, "):
+        OracleJudge.load(0, str(dev), str(ref))
+    # A dev file from before the key: one line on stderr at the start, none at each evaluation.
+    judge = OracleJudge.load("0,coupled=1", str(dev), str(ref))
+    judge.compare(outputs(RIGHT))
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_same_prompts_refuses_another_order():
     first, second = Output("a", "", "m"), Output("b", "", "m")
     check_same_prompts([first, second], [first, second])
@@ -312,13 +339,13 @@ def test_by_reward_calls_a_constant_model_constant_and_stops_at_nan(tokenizer, c
 
 
 def test_by_reward_shows_the_input_and_the_passages_that_the_policy_saw(tokenizer):
-    """`answers` keeps both in its outputs; each template shows its own part."""
+    """`answers` keeps them in its outputs; each template shows its own part."""
     policy = llama(vocab_size=300, max_seq_len=320)
     model, asked = RewardModel(policy, "sequence"), []
     model.sequence_rewards = lambda sequences: (
         asked.append(sequences.tokens[0, :sequences.prompt_lengths[0]].tolist()),
         torch.zeros(1))[1]
-    prompt = Prompt("p", ASKED, input="It is", context=(Passage("Title", "Text."),))
+    prompt = Prompt("p", ASKED, "It is", (Passage("Title", "Text."),), "koala")
     for template in ("plain", "qa", "alpaca"):
         found = answers(policy, tokenizer, [prompt], template, 4, 0.0, 0)
         asked.clear()
@@ -326,7 +353,8 @@ def test_by_reward_shows_the_input_and_the_passages_that_the_policy_saw(tokenize
         # The two answers are equal, so one pass judges both.
         assert asked == [encode_prompt(tokenizer, prompt, template, 316)]
     assert dict(found[0].other) == {"input": '"It is"',
-                                    "context": '[{"title": "Title", "text": "Text."}]'}
+                                    "context": '[{"title": "Title", "text": "Text."}]',
+                                    "dataset": '"koala"'}
 
 
 def test_answers_end_at_the_templates_end_of_a_turn(tokenizer, monkeypatch):

@@ -1,6 +1,7 @@
 """The built-in world: the oracle finds planted errors, editor and annotator err at known rates."""
 
 import hashlib
+import json
 import os
 import random
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -448,6 +450,67 @@ def test_every_command_must_name_the_same_knobs(tmp_path, capsys):
     assert len(readers.read_edits(tmp_path / "out/edits.jsonl")) > 5
     with pytest.raises(UserError, match="no request of world 1 in .*give the --world of the"):
         annotate(AnnotateConfig(*files, str(tmp_path / "other"), world=1))
+
+
+def test_a_world_is_named_by_its_seed_and_the_knobs_that_are_not_at_their_defaults():
+    """Order and spelling of the knobs do not matter."""
+    for text in ("3,coupled=1,lands=6", "3,lands=6,coupled=1.0,strength=1,items=4"):
+        assert World(text).name == World(text).dataset == "world 3,lands=6,coupled=1"
+    assert World("3,errors=0.75").name == "world 3,errors=0.75"
+    for text in (3, "3,lands=12,strength=1.0"):
+        assert World(text).name == "world 3" and World(text).dataset is None
+
+
+def test_a_world_with_knobs_names_itself_in_every_record_and_a_default_world_in_none(tmp_path):
+    names = ("train.jsonl", "dev.jsonl", "test.jsonl", "demonstrations.jsonl")
+    for folder, spec in (("plain", 1), ("default", "1,lands=12"), ("knob", "1,coupled=1")):
+        small_world(tmp_path / folder, world=spec)
+    for name in names:
+        plain, default, knob = ((tmp_path / folder / name).read_text()
+                                for folder in ("plain", "default", "knob"))
+        assert default == plain and "dataset" not in plain
+        assert knob.replace(', "dataset": "world 1,coupled=1"', "") == plain
+        assert knob.count('"dataset": "world 1,coupled=1"') == len(plain.splitlines())
+
+
+def test_annotate_refuses_answers_of_a_world_with_other_knobs_and_warns_of_unnamed_ones(
+        tmp_path, capsys):
+    world = World("1,coupled=1")
+    first, second = two_answers(tmp_path, world, list(dict.fromkeys(requests(20, 9, world))))
+    unnamed = [readers.read_outputs(path) for path in (first, second)]
+    name_of = lambda name: (("dataset", json.dumps(name)),)
+    for path, outputs in zip((first, second), unnamed):
+        records.write_outputs(path, [replace(o, other=name_of(world.name)) for o in outputs])
+    go = lambda spec, out="out": annotate(AnnotateConfig(first, second, str(tmp_path / out),
+                                                         world=spec))
+    for spec, name in ((1, "1"), ("1,coupled=0.5", "1,coupled=0.5"), ("1,lands=13", "1,lands=13")):
+        with pytest.raises(UserError) as refused:
+            go(spec)
+        assert str(refused.value) == (
+            f"{first}: record 1: dataset: expected world {name}, which --world gives, got world "
+            f"1,coupled=1; give --world 1,coupled=1, or a file of world {name}")
+    assert not (tmp_path / "out").exists()
+    go("1,coupled=1.0")
+    assert capsys.readouterr().err == ""
+    for name in ("pairs", "edits"):
+        made = readers.read_prompts(tmp_path / f"out/{name}.jsonl")
+        assert made and {record.dataset for record in made} == {"world 1,coupled=1"}
+    # Files from before the key, and data sets of other people, do not name a world.
+    records.write_outputs(first, unnamed[0][:1] + [replace(o, other=name_of("koala"))
+                                                   for o in unnamed[0][1:]])
+    go("1,coupled=1")
+    n = len(unnamed[0])
+    assert capsys.readouterr().err == (f"{first}: {n} of {n} records do not say which world they "
+                                       "are of; the result is right only if it is world "
+                                       "1,coupled=1\n")
+    records.write_outputs(second, unnamed[1])
+    go(1)
+    assert capsys.readouterr().err == ""
+    # The second file is checked too.
+    records.write_outputs(second, [replace(o, other=name_of("world 1,coupled=1"))
+                                   for o in unnamed[1]])
+    with pytest.raises(UserError, match=re.escape(f"{second}: record 1: dataset: expected ")):
+        go(1)
 
 
 def test_errors_and_strength_change_the_share_and_the_probability_of_mistakes():

@@ -46,6 +46,7 @@ from fgrlhf.data.fields import UserError
 from fgrlhf.data.records import Edit, Provenance
 from fgrlhf.engine.config import arg, parse, run
 from fgrlhf.simulate.annotators import minimal_edit
+from fgrlhf.simulate.origin import check_requests
 from fgrlhf.simulate.world import World, world_arg
 
 
@@ -85,23 +86,20 @@ class Config(client.Options, human.Options, Simulation):
     dry_run: bool = arg(False, help="show what would be edited or sent, and write nothing")
 
 
-def simulated(options: Simulation, pairs: str) -> Callable[[Task], Answer]:
+def simulated(options: Simulation, tasks: list[Task], pairs: str) -> Callable[[Task], Answer]:
     """Returns the built-in world's minimal editor.
 
     Its random choices depend only on the seeds and the record's id, not on the order of the
-    records. Raises UserError without --world, or for a prompt that does not come from that world.
-    `pairs` is the file to name in the message.
+    records. Raises UserError without --world, or for a task that does not come from that world.
+    `pairs` is the file of the tasks, to name in the message.
     """
     if options.world is None:
         raise UserError("--editor simulated: expected --world too, the seed of the world that the "
                         "pairs come from")
     world = World(options.world)
+    check_requests(world, tasks, pairs)
 
     def edit(task: Task) -> Answer:
-        if not world.items(task.prompt):
-            raise UserError(f"{pairs}: record {task.id!r}: expected a request of world "
-                            f"{world.spec}, got {task.prompt[:60]!r}; give the --world of the "
-                            "pairs")
         rng = random.Random(f"collect-{world.seed}-{options.seed}-{task.id}")
         text = minimal_edit(world, task.prompt, task.rejected, rng, options.miss, options.needless)
         return Answer(text) if text else Answer(None, "nothing is left of the response")
@@ -207,7 +205,7 @@ def edit(config: Config) -> int:
         return 0
     # These two refuse bad flags here, before a file is made.
     asking = client.Client(config) if config.editor == "llm" else None
-    edit_one = simulated(config, config.pairs) if config.editor == "simulated" else None
+    edit_one = simulated(config, tasks, config.pairs) if config.editor == "simulated" else None
     status = 0
     with Store(config.out) as store:
         drafts = read_drafts(drafts_path(store.path)) if config.editor == "human" else []

@@ -31,6 +31,7 @@ class Task:
     input: str | None = None
     context: tuple[Passage, ...] = ()
     spans: tuple[Span, ...] | None = None         # error spans of `rejected`; no editor sees them
+    dataset: str | None = None
 
     @property
     def content(self) -> str:
@@ -45,7 +46,7 @@ class Task:
     def edit(self, text: str, annotator: str | None, provenance: Provenance) -> Edit:
         """Builds the record of this task edited to `text`. It keeps the spans, for evaluation."""
         return Edit(self.id, self.prompt, self.rejected, text, self.input, self.context, self.spans,
-                    annotator, provenance)
+                    annotator, provenance, self.dataset)
 
     def skip(self, outcome: str, reason: str, annotator: str | None,
              provenance: Provenance) -> Skip:
@@ -99,9 +100,9 @@ def read_tasks(path: str | Path, limit: int | None = None) -> list[Task]:
 def _task(record: Pair | Edit) -> Task:
     if isinstance(record, Edit):
         return Task(record.id, record.prompt, record.edited, record.original, record.input,
-                    record.context, record.spans)
+                    record.context, record.spans, record.dataset)
     return Task(record.id, record.prompt, record.chosen, record.rejected, record.input,
-                record.context)
+                record.context, dataset=record.dataset)
 
 
 def load_prompt(name: str) -> str:

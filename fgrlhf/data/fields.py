@@ -8,8 +8,9 @@
     check(Pair, {"id": "a"}, "pairs.jsonl:12") -> Pair(id="a", annotator=None)
 
 The supported types are str, Text, Id (a string that is not blank; an integer 7 is taken as "7"),
-int, float (finite), bool, list, dict[str, X], tuple[X, ...] (a JSON list), Literal[1, 2] (one of
-these numbers or strings), X | None, and dataclasses of these.
+Label (a string; anything else counts as absent), int, float (finite), bool, list, dict[str, X],
+tuple[X, ...] (a JSON list), Literal[1, 2] (one of these numbers or strings), X | None, and
+dataclasses of these.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ class UserError(ValueError):
 
 Text = typing.Annotated[str, "not blank"]
 Id = typing.Annotated[str, "not blank, or an integer"]
+Label = typing.Annotated[str | None, "anything but a string counts as absent"]
 
 _EXPECTED = {str: "a string", Text: "a string that is not blank", int: "an integer",
              float: "a number", Id: "a string that is not blank, or an integer",
@@ -45,6 +47,8 @@ def check(kind, value, place: str, field: str = "", also: Container[str] = ()):
     """
     if dataclasses.is_dataclass(kind):
         return _check_record(kind, value, place, field, also)
+    if kind == Label:
+        return value if _is_a(str, value) else None
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):                      # `X | None`
         return None if value is None else check(inner[0], value, place, field)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fgrlhf.data import coachlm, conversations, defacto, qa_feedback
-from fgrlhf.data.fields import Id, Text, UserError, check, refuse, show
+from fgrlhf.data.fields import Id, Label, Text, UserError, check, refuse, show
 from fgrlhf.data.files import LeftOut, read_records
 from fgrlhf.data.records import (
     Annotation, Demonstration, Edit, NoEdit, Output, Pair, Prompt, normalise_edit, sort_spans)
@@ -40,6 +40,7 @@ class _Instruction:
     output: str | None = None
     input: str | None = None
     id: Id | None = None
+    dataset: Label = None
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def _as_pair(record, place: str) -> Pair | LeftOut:
             if record.edited == record.original:
                 return LeftOut("the edit changes nothing")
             pair = Pair(record.id, record.prompt, record.edited, record.original, record.input,
-                        record.context, record.annotator)
+                        record.context, record.annotator, record.dataset)
         case NoEdit(why=why):
             return LeftOut(why)
         case Annotation(winner=None):
@@ -207,9 +208,11 @@ def _fields_of(record) -> str:
 def _as_prompt(record, place: str) -> Prompt:
     if isinstance(record, NoEdit):
         record = record.record
-    if isinstance(record, (_Instruction, Annotation)):
+    if isinstance(record, Annotation):
         return Prompt(record.id, record.instruction, record.input or None)
-    return Prompt(record.id, record.prompt, record.input, record.context)
+    if isinstance(record, _Instruction):
+        return Prompt(record.id, record.instruction, record.input or None, dataset=record.dataset)
+    return Prompt(record.id, record.prompt, record.input, record.context, record.dataset)
 
 
 def _as_demonstration(record, place: str) -> Demonstration | LeftOut:
@@ -223,4 +226,5 @@ def _as_demonstration(record, place: str) -> Demonstration | LeftOut:
     prompt = _as_prompt(record, place)
     field = {Edit: "edited", Pair: "chosen"}.get(type(record), "output")
     output = check(Text, getattr(record, field, None), place, field)
-    return Demonstration(prompt.id, prompt.prompt, output, prompt.input, prompt.context)
+    return Demonstration(prompt.id, prompt.prompt, output, prompt.input, prompt.context,
+                         prompt.dataset)

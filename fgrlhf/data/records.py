@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fgrlhf.data.fields import Id, Text, refuse
+from fgrlhf.data.fields import Id, Label, Text, check, refuse
 from fgrlhf.data.files import write_atomic
 
 
@@ -59,6 +59,7 @@ class Edit:
     spans: tuple[Span, ...] | None = None         # sorted; None: not annotated, (): nothing wrong
     annotator: str | None = None
     provenance: Provenance | None = None
+    dataset: Label = None                         # where the prompt is from: simulate/origin.py
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Pair:
     input: str | None = None
     context: tuple[Passage, ...] = ()
     annotator: str | None = None
+    dataset: Label = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Prompt:
     prompt: Text
     input: str | None = None
     context: tuple[Passage, ...] = ()
+    dataset: Label = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Demonstration:
     output: Text
     input: str | None = None
     context: tuple[Passage, ...] = ()
+    dataset: Label = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,11 @@ class Output:
     generator: Text
     id: Id | None = None
     other: tuple[tuple[str, str], ...] = ()       # (key, JSON text): dataset, datasplit and so on
+
+    @property
+    def dataset(self) -> str | None:
+        """The name of the data set that the prompt is from, or None."""
+        return check(Label, json.loads(dict(self.other).get("dataset", "null")), "")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from fgrlhf.data.fields import UserError
 from fgrlhf.engine.config import arg, dispatch, run
 from fgrlhf.simulate.annotators import (
     compare_errors, minimal_edit, prefer, restyle, rewrite, spoil)
+from fgrlhf.simulate.origin import check_requests
 from fgrlhf.simulate.world import World, world_arg
 from fgrlhf.templates import render_prompt
 
@@ -84,13 +85,14 @@ def write_world(config: WorldConfig) -> None:
         text = world.request(rng)
         if split_of(text) == "train":
             demonstrations.append(records.Demonstration(f"demo-{len(demonstrations)}", text,
-                                                        world.demonstrate(text, rng)))
+                                                        world.demonstrate(text, rng),
+                                                        dataset=world.dataset))
     out = Path(config.out)
     texts = [render_prompt(d, "plain") + " " + d.output for d in demonstrations[:4000]]
     tokenizer.train(texts, config.vocab_size, out / "tokenizer.model")      # may refuse the size
     for split, count in wanted.items():
         records.write_jsonl(out / f"{split}.jsonl",
-                            [records.Prompt(f"{split}-{i}", text)
+                            [records.Prompt(f"{split}-{i}", text, dataset=world.dataset)
                              for i, text in enumerate(list(prompts[split])[:count])])
     records.write_jsonl(out / "demonstrations.jsonl", demonstrations)
 
@@ -103,7 +105,8 @@ def annotate(config: AnnotateConfig) -> None:
     if [o.instruction for o in firsts] != [o.instruction for o in seconds]:
         raise UserError(f"{config.others}: expected the prompts of {config.outputs} in the same "
                         "order; write both with `eval.py outputs` from one prompt file")
-    world.check_requests((o.instruction for o in firsts), config.outputs)
+    check_requests(world, firsts, config.outputs)
+    check_requests(world, seconds, config.others)
     unseen = world.unseen(config.unseen)
     pairs, edits, annotated, ties = [], [], 0, 0
     for i, (first, second) in enumerate(zip(firsts, seconds)):
@@ -122,7 +125,8 @@ def annotate(config: AnnotateConfig) -> None:
         annotated += 1
         chosen, rejected = texts[better - 1], texts[2 - better]
         if chosen != rejected and chosen and rejected:
-            pairs.append(records.Pair(f"pair-{i}", prompt, chosen, rejected, annotator="simulated"))
+            pairs.append(records.Pair(f"pair-{i}", prompt, chosen, rejected, annotator="simulated",
+                                      dataset=world.dataset))
         edited = edit(config, world, prompt, rejected, rng, liked)
         if rejected and edited and edited != rejected:
             kind = lambda e: "unseen" if e.kind == "value" and e.key in unseen else e.kind
@@ -130,7 +134,8 @@ def annotate(config: AnnotateConfig) -> None:
                           for e in world.errors(prompt, rejected)
                           if e.start < e.end)              # an omission has no characters
             edits.append(records.Edit(f"edit-{i}", prompt, rejected, edited, annotator="simulated",
-                                      spans=spans if config.spans else None))
+                                      spans=spans if config.spans else None,
+                                      dataset=world.dataset))
     if config.limit and annotated < config.limit:
         raise UserError(f"{config.outputs}: expected answers for {config.limit} annotated prompts, "
                         f"got {annotated} in {len(firsts)}; answer more prompts, or lower --limit")

@@ -45,6 +45,7 @@ from fgrlhf.engine.distributed import pick_device
 from fgrlhf.engine.draws import generator
 from fgrlhf.reward import describe_reward, load_reward
 from fgrlhf.rollout import Rollout, sample
+from fgrlhf.simulate.origin import check_requests
 from fgrlhf.simulate.world import World, world_arg
 
 DECISIVE = 0.5                  # errors: below it the sign of a measured advantage is noise
@@ -143,7 +144,7 @@ def main(config: Config) -> None:
     tokenizer, dtype = load_tokenizer(config.policy), getattr(torch, config.dtype)
     policy = load_model(config.policy, device, dtype)
     prompts = read_prompts(config.prompts)[:config.limit]
-    world.check_requests((p.prompt for p in prompts), config.prompts)
+    check_requests(world, prompts, config.prompts)
     room = policy.config.max_seq_len - config.max_new_tokens
     ids = [encode_prompt(tokenizer, prompt, "plain", room) for prompt in prompts]
     draw = generator(config.seed, "advantages")

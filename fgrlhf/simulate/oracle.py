@@ -7,19 +7,27 @@ from fgrlhf.data.readers import read_outputs, read_prompts
 from fgrlhf.data.records import Output, Prompt
 from fgrlhf.evaluate import compare
 from fgrlhf.judge import answer_to, check_same_prompts
+from fgrlhf.simulate.origin import check_requests
 from fgrlhf.simulate.world import World
 
 
-def count_errors(world: World, outputs: list[Output]) -> list[int]:
-    """Counts the errors of each answer. Raises UserError for a request of another world."""
-    world.check_requests((output.instruction for output in outputs), "outputs")
+def count_errors(world: World, outputs: list[Output], file: str | None = None) -> list[int]:
+    """Counts the errors of each answer. Raises UserError for a request of another world.
+
+    file: where the answers come from, for messages (origin.py).
+    """
+    check_requests(world, outputs, file)
     return [len(world.errors(output.instruction, output.output)) for output in outputs]
 
 
-def by_oracle(world: World, system: list[Output], reference: list[Output]) -> list[float]:
-    """The preferences of the oracle: 1 when the system wins, 0.5 for a tie, 0 when it loses."""
+def by_oracle(world: World, system: list[Output], reference: list[Output],
+              files: tuple[str | None, str | None] = (None, None)) -> list[float]:
+    """The preferences of the oracle: 1 when the system wins, 0.5 for a tie, 0 when it loses.
+
+    files: where the two lists come from, for messages.
+    """
     check_same_prompts(system, reference)
-    return compare(count_errors(world, system), count_errors(world, reference))
+    return compare(count_errors(world, system, files[0]), count_errors(world, reference, files[1]))
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,10 @@ class OracleJudge:
     def load(world: int | str, prompts: str, reference: str) -> "OracleJudge":
         """Reads the prompts and the reference's answers to them, in any order, from files."""
         judge = OracleJudge(World(world), read_prompts(prompts), [])
-        outputs = joined(read_outputs(reference), judge.unanswered(), (reference, prompts))
+        check_requests(judge.world, judge.prompts, prompts)
+        outputs = read_outputs(reference)
+        check_requests(judge.world, outputs, reference)
+        outputs = joined(outputs, judge.unanswered(), (reference, prompts))
         return replace(judge, reference_errors=judge.errors(outputs))
 
     def unanswered(self) -> list[Output]:

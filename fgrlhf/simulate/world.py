@@ -9,12 +9,12 @@ therefore often wrong, and a policy cannot win only by making its distribution s
     errors(x, y)   the errors of an answer: a character span each, with the text that corrects it
 
 A world is a pure function of its seed and its knobs, and --world names both: 3 is the world of seed
-3 with the default knobs, and 3,lands=24,strength=0.7 changes two of them. No file describes it.
+3 with the default knobs, and 3,lands=24,strength=0.7 changes two of them. origin.py checks that a
+file is of the world that --world names.
 """
 
 import random
 import re
-from collections.abc import Iterable
 from dataclasses import MISSING
 from typing import NamedTuple
 
@@ -109,14 +109,20 @@ class World:
     """The facts, habits and systematic errors that one seed gives.
 
     spec: the seed, or a text with the seed and knobs (read_world).
+    name: the seed and the knobs that are not at their defaults: "world 3,lands=24".
+    dataset: the name as its files have it; None without such a knob, so that those files have none.
     """
 
     def __init__(self, spec: int | str):
         seed, *settings = str(spec).split(",")
         given = dict(setting.split("=") for setting in settings)
-        self.spec, self.seed = spec, int(seed)
+        self.seed = int(seed)
         self.knobs = {name: type(default)(given.get(name, default))
                       for name, (default, _, _) in KNOBS.items()}
+        changed = [f"{name}={value:.10g}" for name, value in self.knobs.items()
+                   if value != KNOBS[name][0]]
+        self.name = ",".join([f"world {seed}", *changed])
+        self.dataset = self.name if changed else None
         rng, strong = random.Random(f"world-{seed}"), self.knobs["strength"]
         self.lands = _names(rng, self.knobs["lands"], ("ran", "land", "dor", "via"))
         pools = {"capital": _names(rng, 10, ("polis", "ton", "burg")),
@@ -172,13 +178,6 @@ class World:
         unit = next((w for w in words if w in UNITS), "")
         keys = [(int(a), int(b)) for a, b in re.findall(r"(\d+) and (\d+)", prompt)]
         return [Item(key, self.sums[key], unit) for key in keys if unit and key in self.sums]
-
-    def check_requests(self, prompts: Iterable[str], place: str) -> None:
-        """Raises UserError, which names `place`, for a prompt that is not of this world."""
-        for prompt in prompts:
-            if not self.items(prompt):
-                raise UserError(f"{place}: found no request of world {self.spec} in "
-                                f"{prompt[:60]!r}; give the --world of the prompts")
 
     def unseen(self, share: float) -> set[tuple]:
         """Returns the keys of a share of the facts and of the sums, for annotators to never see.
