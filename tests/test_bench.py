@@ -186,12 +186,15 @@ def test_peer_of_an_unknown_side_or_row_is_refused_in_one_line(side, row, monkey
 
 def test_peer_table_takes_ratios_within_a_round(monkeypatch, capsys):
     """All sides are three times slower in the second round, and we take half of the time."""
-    took = iter([2, 4, 4, 1, 6, 12, 12, 3] * len(peers.WORK))
+    took = iter([2, 4, 4, 1, 6, 12, 12, 3] * (len(peers.WORK) + 1))
     monkeypatch.setattr(peers.subprocess, "run", lambda command, **_: SimpleNamespace(
         returncode=0, stdout=f"a warning\n{next(took)}\n"))
     monkeypatch.setattr(peers, "find_spec", lambda name: name)
-    rows = peers.peer_table(SimpleNamespace(repeats=2, threads=1, clock="cpu"))["peers"]
+    options = SimpleNamespace(peers=[], repeats=2, threads=1, clock="cpu")
+    rows = peers.peer_table(options)["peers"]
     assert rows.keys() == set(peers.WORK)
+    options.peers = ["scoring"]
+    assert peers.peer_table(options)["peers"].keys() == {"scoring"}
     assert rows["scoring"]["ours : transformers"] == [0.5, 0.5, 0.5]
     assert rows["scoring"]["ours : matmuls"] == [2, 2, 2]
     assert rows["scoring"]["ours"] == 4 and "0.5" in capsys.readouterr().out
@@ -199,9 +202,9 @@ def test_peer_table_takes_ratios_within_a_round(monkeypatch, capsys):
 
 @pytest.mark.parametrize("flag", ["profile", "peers"])
 def test_tables_of_a_cpus_time_are_refused_for_another_device(flag):
-    options = SimpleNamespace(profile=False, peers=False, device="cuda:0")
+    options = SimpleNamespace(profile=False, peers=None, device="cuda:0")
     bench.check_device(options)
-    setattr(options, flag, True)
+    setattr(options, flag, {"profile": True, "peers": []}[flag])
     with pytest.raises(UserError, match=f"--{flag}: expected --device cpu, got cuda:0; "):
         bench.check_device(options)
     options.device = "cpu"

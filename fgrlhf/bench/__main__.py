@@ -20,7 +20,7 @@ import torch
 
 from fgrlhf.align import align
 from fgrlhf.bench import shared
-from fgrlhf.bench.peers import SIDES, peer_table, seconds_of
+from fgrlhf.bench.peers import SIDES, WORK, peer_table, seconds_of
 from fgrlhf.bench.profiling import print_profile
 from fgrlhf.bench.work import MODELS, ROWS, V
 from fgrlhf.data.fields import UserError
@@ -107,8 +107,9 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--matmuls", action="store_true", help="list the matmuls of each floor")
     parser.add_argument("--shared-prompts", action="store_true",
                         help="only prompts that rows share, in a model of SmolLM2-135M's sizes")
-    parser.add_argument("--peers", action="store_true",
-                        help="only the same work by transformers, where that is installed")
+    parser.add_argument("--peers", nargs="*", choices=WORK, metavar="ROW",
+                        help="only the same work by transformers, where that is installed "
+                        f"(default: {', '.join(WORK)})")
     parser.add_argument("--peer-of", nargs=2, metavar=("SIDE", "ROW"),
                         help=f"print only the seconds of one row of --peers, by one side "
                         f"({', '.join(SIDES)})")
@@ -122,7 +123,7 @@ def check_device(options) -> None:
     """Raises UserError for a table of a CPU's time with another --device."""
     for name, reason in (("profile", "the parts are those of a CPU's time"),
                          ("peers", "both sides run on the CPU")):
-        if getattr(options, name) and not options.device.startswith("cpu"):
+        if getattr(options, name) not in (False, None) and not options.device.startswith("cpu"):
             raise UserError(f"--{name}: expected --device cpu, got {options.device}; {reason}")
 
 
@@ -150,10 +151,10 @@ def main() -> None:
     if options.shared_prompts:
         print("\nprompts that rows share; 1x = the same work on whole rows")
         tables.append(shared_table(options))
-    if options.peers:
+    if options.peers is not None:
         print("\nseconds, and ratios of ours to a peer (median, least, largest)")
         tables.append(peer_table(options))
-    if not options.shared_prompts and not options.peers:
+    if not options.shared_prompts and options.peers is None:
         for width in options.width if options.work else ():
             print(f"\nD {width}, 6 layers, V {V}; 1x = the bare matmuls of the row")
             tables.append(loop_table(width, options))

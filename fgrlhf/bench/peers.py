@@ -125,13 +125,15 @@ def seconds_of(side: str, name: str, clock: Callable[[], float]) -> float:
 
 
 def peer_table(options) -> dict:
-    """Times and prints every row by both sides, in processes that take turns.
+    """Times and prints rows by every side, in processes that take turns.
+
+    options.peers: names of WORK, or [] for all.
 
     Raises UserError when transformers is not installed, or when a process fails.
     """
     check_installed()
     rows = {}
-    for name in WORK:
+    for name in options.peers or WORK:
         times: dict[str, list[float]] = {side: [] for side in SIDES}
         for _ in range(options.repeats):
             for side, found in times.items():
