@@ -212,7 +212,7 @@ def test_tables_of_a_cpus_time_are_refused_for_another_device(flag):
 
 
 def test_peer_table_says_what_is_missing_and_what_failed(monkeypatch):
-    options = SimpleNamespace(repeats=1, threads=1, clock="cpu")
+    options = SimpleNamespace(peers=[], repeats=1, threads=1, clock="cpu")
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--peers: expected an environment with transformers"):
         peers.peer_table(options)

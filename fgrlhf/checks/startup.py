@@ -1,4 +1,4 @@
-"""The startup checks: every rule that keeps the method correct, tried on the user's own models.
+"""The startup checks: rules that keep the method correct, tried on the user's own models.
 
 Eight responses are sampled (four of a large model), and each check prints `pass` or `FAIL` with the
 number that decided. The first failure raises UserError with what to do. The checks leave no random

@@ -40,7 +40,7 @@ class Config:
     model: str | None = arg(None, help="or a checkpoint; its shapes are checked, no weight is read")
     method: str = arg("fine-grained", choices=("fine-grained", "rlhf"), help="rlhf has a critic")
     batch: int = arg(16, least=1, help="sequences decoded at once, over all ranks "
-                                       "(train_ppo.py --decode-batch)")
+                                       "(train_ppo.py --decode-batch times ranks)")
     microbatch: int = arg(1, least=1, help="sequences per forward pass on a rank")
     prompt: int = arg(192, least=1, help="tokens per prompt")
     response: int = arg(300, least=1, help="tokens per response")
