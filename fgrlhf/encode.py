@@ -83,11 +83,6 @@ def _encode_whole(tokenizer: Tokenizer, record, template: str) -> list[int]:
     return ids
 
 
-def encode_response(tokenizer: Tokenizer, text: str, prompt: list[int], context: int) -> list[int]:
-    """Returns the ids of a finished response, EOS included, cut to the room the prompt leaves."""
-    return tokenizer.encode(text, eos=True)[:max(0, context - len(prompt))]
-
-
 # ----- preferences --------------------------------------------------------------------------------
 
 class PreferenceIds(NamedTuple):
