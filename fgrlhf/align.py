@@ -152,9 +152,9 @@ def _best_path(moves: Moves, m: int) -> tuple[list[Pair], int]:
 
     Returns (its matches, its number of edits). The rows are filled from the end back to (0, 0). For
     each cell that can reach the end a row holds the best continuation outside a run and the best
-    inside a run, as 4 * runs + first move. The smaller number is then the better continuation, and
-    of equally good ones the preferred. A match of the two ends, from (n, m) to (n + 1, m + 1),
-    closes every path. Only the first moves of the rows below are kept, one byte per cell.
+    inside a run, as 4 * runs + first move (& ~3 takes the move away). The smaller number is then
+    the better continuation, and of equally good ones the preferred. A match of the two ends, from
+    (n, m) to (n + 1, m + 1), closes every path. Only the first moves of the rows below are kept.
     """
     n, visited, run = len(moves.match), 0, 4
     matches = [*moves.match, 2 << m]

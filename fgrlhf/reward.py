@@ -176,7 +176,7 @@ class PreferenceBatch(NamedTuple):
 
     def totals(self) -> Totals:
         """The numbers that equation (4) divides by; a microbatch uses those of its minibatch."""
-        return token_preference.totals(self.plus, self.minus, self.unchanged)
+        return token_preference.totals_of(self.plus, self.minus, self.unchanged)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name."""
