@@ -37,9 +37,9 @@ class Critic(nn.Module):
 
 def generalised_advantage(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
                           lam: float) -> tuple[Tensor, Tensor]:
-    """GAE: returns (advantages, returns = advantages + values), each [B, T].
+    """GAE of `rewards`, the r~_t of equation (5): returns (advantages, advantages + values = G_t).
 
-    values[:, t] is the critic's estimate before token t is chosen. After the last token the value
+    All are [B, T]. values[:, t] is the critic's estimate before token t is chosen. After the last token the value
     is 0, also in a truncated response, because the reward model has already judged it.
     """
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
