@@ -39,8 +39,8 @@ def generalised_advantage(rewards: Tensor, values: Tensor, mask: Tensor, gamma: 
                           lam: float) -> tuple[Tensor, Tensor]:
     """GAE of `rewards`, the r~_t of equation (5): returns (advantages, advantages + values = G_t).
 
-    All are [B, T]. values[:, t] is the critic's estimate before token t is chosen. After the last token the value
-    is 0, also in a truncated response, because the reward model has already judged it.
+    All are [B, T]. values[:, t] is the critic's estimate before token t is chosen. After the last
+    token it is 0, also in a truncated response, because the reward model has already judged it.
     """
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
     advantages = torch.zeros_like(rewards)
