@@ -43,8 +43,8 @@ from fgrlhf.encode import (
     HIDDEN, UNITS, Encoder, PreferenceIds, ReadingResponses, read_encoded)
 from fgrlhf.engine import distributed
 from fgrlhf.engine.config import Machinery, arg, parse, run
-from fgrlhf.engine.distributed import Sums, in_order, microbatches
-from fgrlhf.engine.draws import bucketed_batches, generator
+from fgrlhf.engine.distributed import Sums, microbatches
+from fgrlhf.engine.draws import generator, rows_of_step
 from fgrlhf.engine.encoding import Encoding, check_encoding
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.engine.run import Run
@@ -145,8 +145,7 @@ def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: 
         coins = torch.rand(len(examples), generator=generator(config.shuffle_labels, "labels"))
         examples = [p.swapped() if coin < 0.5 else p for p, coin in zip(examples, coins)]
     lengths = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in examples]
-    per_epoch = -(-len(examples) // config.batch)
-    steps = config.epochs * per_epoch
+    steps = config.epochs * -(-len(examples) // config.batch)
     model.trunk.activation_checkpointing = config.checkpoint_activations
     distributed.shard(model)
     optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr,
@@ -156,11 +155,10 @@ def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: 
     if resumable:
         log.restore(**parts)
     for step in (log.steps if resumable else log.progress)(steps, name):
-        epoch, cursor = divmod(step - 1, per_epoch)
-        rows = bucketed_batches(lengths, config.batch, config.seed, epoch)[cursor]
+        rows = rows_of_step(lengths, config.batch, config.seed, step)
         batch, sums = PreferenceBatch.of([examples[i] for i in rows], model.device), Sums()
         with log.guard(step, {"model": model}, records=torch.tensor(rows), **batch.tensors()):
-            for part, weight in microbatches(list(range(len(rows))), config.microbatch, in_order):
+            for part, weight in microbatches(range(len(rows)), config.microbatch):
                 loss, terms = loss_of(config, model, batch.rows(part), batch)
                 sums.add(weight, terms | {"rm/loss": loss})
                 (weight * loss).backward()

@@ -22,8 +22,8 @@ from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer, save_mod
 from fgrlhf.encode import Encoder, ReadingResponses, read_encoded
 from fgrlhf.engine import distributed
 from fgrlhf.engine.config import Machinery, arg, parse, run
-from fgrlhf.engine.distributed import Sums, in_order, microbatches
-from fgrlhf.engine.draws import bucketed_batches
+from fgrlhf.engine.distributed import Sums, microbatches
+from fgrlhf.engine.draws import rows_of_step
 from fgrlhf.engine.encoding import Encoding, check_encoding, write_encoding
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.engine.run import Run
@@ -98,22 +98,20 @@ def train(config: Config) -> None:
     model = load_adapted(config.model, device, dtype, config.lora_rank, config.seed) \
         if config.lora_rank else start
     lengths = torch.stack(both.lengths.chunk(2)).amax(0).tolist()
-    per_epoch = -(-n // config.batch)
-    steps = config.epochs * per_epoch
+    steps = config.epochs * -(-n // config.batch)
     model.activation_checkpointing = config.checkpoint_activations
     distributed.shard(model)
     optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr)
     parts = {"model": TrainableState(model), "optimizer": optimizer}
     log.restore(**parts)
     for step in log.steps(steps, "dpo"):
-        epoch, cursor = divmod(step - 1, per_epoch)
-        rows = torch.tensor(bucketed_batches(lengths, config.batch, config.seed, epoch)[cursor])
+        rows = torch.tensor(rows_of_step(lengths, config.batch, config.seed, step))
         rows = torch.cat([rows, n + rows])                      # both sides of each pair
         batch, B, sums = both.rows(rows), len(rows) // 2, Sums()
         batch = Sequences(*(x.to(device) for x in batch))
         refs, tokens = reference[rows].to(device), int(batch.response_lengths[:B].sum())
         with log.guard(step, {"model": model}, reference=refs, **batch._asdict()):
-            for part, weight in microbatches(list(range(B)), config.microbatch, in_order):
+            for part, weight in microbatches(range(B), config.microbatch):
                 sides = torch.cat([part, B + part])
                 loss, margins = loss_of(model, batch.rows(sides), refs[sides.to(device)],
                                         config.beta, config.sft_weight, B, tokens)

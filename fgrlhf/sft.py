@@ -24,8 +24,8 @@ from fgrlhf.data.readers import read_demonstrations
 from fgrlhf.encode import Encoder, ReadingResponses
 from fgrlhf.engine import distributed
 from fgrlhf.engine.config import Machinery, arg, parse, run
-from fgrlhf.engine.distributed import Sums, in_order, microbatches
-from fgrlhf.engine.draws import bucketed_batches
+from fgrlhf.engine.distributed import Sums, microbatches
+from fgrlhf.engine.draws import rows_of_step
 from fgrlhf.engine.encoding import Encoding, write_encoding
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.engine.run import Run
@@ -116,20 +116,18 @@ def train(config: Config) -> None:
     prompts, responses = read_examples(config, encoder)
     counts = encoder.counted(config.data) if log.writes else {}
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
-    per_epoch = -(-len(prompts) // config.batch)
-    steps = config.epochs * per_epoch
+    steps = config.epochs * -(-len(prompts) // config.batch)
     model.activation_checkpointing = config.checkpoint_activations
     distributed.shard(model)
     optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr)
     parts = {"model": TrainableState(model), "optimizer": optimizer}
     log.restore(**parts)
     for step in log.steps(steps, "sft"):
-        epoch, cursor = divmod(step - 1, per_epoch)
-        rows = bucketed_batches(lengths, config.batch, config.seed, epoch)[cursor]
+        rows = rows_of_step(lengths, config.batch, config.seed, step)
         batch = pack([prompts[i] for i in rows], [responses[i] for i in rows], device=device)
         tokens, sums = int(batch.response_lengths.sum()), Sums()
         with log.guard(step, {"model": model}, **batch._asdict()):
-            for part, weight in microbatches(list(range(len(rows))), config.microbatch, in_order):
+            for part, weight in microbatches(range(len(rows)), config.microbatch):
                 loss = loss_of(model, batch.rows(part), tokens)
                 sums.add(weight, {"sft/loss": loss})
                 (weight * loss).backward()

@@ -99,7 +99,7 @@ def test_head_lr_is_the_rate_of_the_head_and_lr_that_of_the_trunk(root, tmp_path
 def test_shuffle_labels_swaps_about_half_the_records_and_only_in_training(monkeypatch):
     pairs = [PreferenceIds([1], [5, i + 6], [5, 2], [1], [1], [(0, 0)]) for i in range(100)]
     seen = []
-    monkeypatch.setattr(train_rm, "bucketed_batches", lambda *sizes: [list(range(100))])
+    monkeypatch.setattr(train_rm, "rows_of_step", lambda *sizes: list(range(100)))
     monkeypatch.setattr(train_rm.PreferenceBatch, "of",
                         lambda examples, device: seen.extend(examples) or 1 / 0)
     log = SimpleNamespace(writes=False, progress=lambda total, name: range(1, total + 1))
