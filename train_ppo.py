@@ -179,8 +179,8 @@ def train(config: Config) -> None:
         startup.require(startup.subject(config, players), config.seed)
     check_seconds = time.perf_counter() - started
     players = prepare(config, players)
-    learning, parts = players.learning(), players.parts()
-    best = {"win_rate": -1.0, "iteration": 0} | log.restore(**parts)
+    learning, state = players.learning(), players.state()
+    best = {"win_rate": -1.0, "iteration": 0} | log.restore(**state)
 
     for iteration in log.steps(config.iterations, config.method):
         # steps 1 to 4
@@ -205,7 +205,7 @@ def train(config: Config) -> None:
             log.append("samples.jsonl", {"step": iteration, "responses": samples_of(
                 rollout, batch.logp_ref, batch.rewards, players.tokenizer,
                 prompts_of(config, len(players.prompts), iteration))})
-        log.end_step(iteration, metrics, best, **parts)
+        log.end_step(iteration, metrics, best, **state)
 
     finish(config, players, log, best if judge else {}, check_seconds)
 

@@ -47,7 +47,7 @@ from fgrlhf.engine.distributed import Sums, microbatches
 from fgrlhf.engine.draws import generator, rows_of_step
 from fgrlhf.engine.encoding import Encoding, check_encoding
 from fgrlhf.engine.optimizer import Optimizer
-from fgrlhf.engine.run import Run
+from fgrlhf.engine.run import FoldRun, Run
 from fgrlhf.engine.states import TrainableState
 from fgrlhf.engine.summary import Ending, command
 from fgrlhf.evaluate import Judged, reward_intervals, reward_table
@@ -138,7 +138,7 @@ def loss_of(config: Config, model: RewardModel, part: PreferenceBatch,
                       "rm/accuracy": (out.margin > 0).sum() / pairs}
 
 
-def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: Run,
+def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: Run | FoldRun,
         name: str) -> None:
     """The training loop. `name` tells folds apart in the progress bar."""
     if config.shuffle_labels is not None:
@@ -150,11 +150,9 @@ def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: 
     distributed.shard(model)
     optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr,
                           head_lr=config.head_lr)
-    parts = {"model": TrainableState(model), "optimizer": optimizer}
-    resumable = config.folds == 0
-    if resumable:
-        log.restore(**parts)
-    for step in (log.steps if resumable else log.progress)(steps, name):
+    state = {"model": TrainableState(model), "optimizer": optimizer}
+    log.restore(**state)
+    for step in log.steps(steps, name):
         rows = rows_of_step(lengths, config.batch, config.seed, step)
         batch, sums = PreferenceBatch.of([examples[i] for i in rows], model.device), Sums()
         with log.guard(step, {"model": model}, records=torch.tensor(rows), **batch.tensors()):
@@ -163,8 +161,7 @@ def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: 
                 sums.add(weight, terms | {"rm/loss": loss})
                 (weight * loss).backward()
             norm = optimizer.step()
-        metrics = sums.over_ranks() | {"rm/gradient_norm": norm}
-        log.end_step(step, metrics, **parts) if resumable else log.show(metrics)
+        log.end_step(step, sums.over_ranks() | {"rm/gradient_norm": norm}, **state)
 
 
 def new_model(config: Config, device: torch.device,
@@ -219,7 +216,8 @@ def cross_validate(config: Config, records: list, examples: list[PreferenceIds],
         inside = [i for i in range(len(records)) if i not in set(held_out)]
         model = new_model(config, device, frozen)
         if not config.likelihood:
-            fit(model, [examples[i] for i in inside], config, log, f"fold {k + 1}/{config.folds}")
+            fit(model, [examples[i] for i in inside], config, FoldRun(log),
+                f"fold {k + 1}/{config.folds}")
         with distributed.gathered(model):
             judged.append(judge(model, held_out))
             fitted.append(judge(model, inside[:len(held_out)]))

@@ -102,8 +102,8 @@ def train(config: Config) -> None:
     model.activation_checkpointing = config.checkpoint_activations
     distributed.shard(model)
     optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr)
-    parts = {"model": TrainableState(model), "optimizer": optimizer}
-    log.restore(**parts)
+    state = {"model": TrainableState(model), "optimizer": optimizer}
+    log.restore(**state)
     for step in log.steps(steps, "dpo"):
         rows = torch.tensor(rows_of_step(lengths, config.batch, config.seed, step))
         rows = torch.cat([rows, n + rows])                      # both sides of each pair
@@ -118,7 +118,7 @@ def train(config: Config) -> None:
                 sums.add(weight, {"dpo/loss": loss, "dpo/accuracy": (margins > 0).sum() / B})
                 (weight * loss).backward()
             norm = optimizer.step()
-        log.end_step(step, sums.over_ranks() | {"dpo/gradient_norm": norm}, **parts)
+        log.end_step(step, sums.over_ranks() | {"dpo/gradient_norm": norm}, **state)
     with distributed.gathered(model):
         if log.writes:
             write_encoding(log.folder / "policy",

@@ -120,8 +120,8 @@ def train(config: Config) -> None:
     model.activation_checkpointing = config.checkpoint_activations
     distributed.shard(model)
     optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr)
-    parts = {"model": TrainableState(model), "optimizer": optimizer}
-    log.restore(**parts)
+    state = {"model": TrainableState(model), "optimizer": optimizer}
+    log.restore(**state)
     for step in log.steps(steps, "sft"):
         rows = rows_of_step(lengths, config.batch, config.seed, step)
         batch = pack([prompts[i] for i in rows], [responses[i] for i in rows], device=device)
@@ -133,7 +133,7 @@ def train(config: Config) -> None:
                 (weight * loss).backward()
             norm = optimizer.step()
         log.end_step(step, sums.over_ranks() | {"sft/gradient_norm": norm, "sft/tokens": tokens},
-                     **parts)
+                     **state)
     with distributed.gathered(model):
         if log.writes:
             write_encoding(log.folder / "policy", Encoding(config.template, config.prompt_tokens))

@@ -31,8 +31,8 @@ def test_cross_validate_judges_every_record_once_by_a_model_that_never_saw_it(mo
     monkeypatch.setattr(train_rm, "reward_table", lambda judged: {})
     records = list(range(10))
     config = train_rm.Config(data="", model="", out="", folds=3)
-    train_rm.cross_validate(config, records, records, None,
-                            SimpleNamespace(log=lambda *line: None), "cpu")
+    log = SimpleNamespace(log=lambda *line: None, progress=None, guard=None)
+    train_rm.cross_validate(config, records, records, None, log, "cpu")
     held_out, fitted = judged[0::2], judged[1::2]
     assert sorted(sum(held_out, [])) == records and len(trained) == 3
     for inside, outside, again in zip(trained, held_out, fitted):
@@ -102,7 +102,7 @@ def test_shuffle_labels_swaps_about_half_the_records_and_only_in_training(monkey
     monkeypatch.setattr(train_rm, "rows_of_step", lambda *sizes: list(range(100)))
     monkeypatch.setattr(train_rm.PreferenceBatch, "of",
                         lambda examples, device: seen.extend(examples) or 1 / 0)
-    log = SimpleNamespace(writes=False, progress=lambda total, name: range(1, total + 1))
+    log = SimpleNamespace(restore=lambda **state: {}, steps=lambda total, name: [1])
     config = train_rm.Config(data="", model="", out="", folds=2, shuffle_labels=0, epochs=1)
     model = SimpleNamespace(trunk=SimpleNamespace(), device="cpu", named_parameters=lambda: [
         ("head", torch.nn.Parameter(torch.ones(2)))])

@@ -42,7 +42,7 @@ class Players(NamedTuple):
         """The models that learn, by name."""
         return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
 
-    def parts(self) -> dict:
+    def state(self) -> dict:
         """The parts of a training state, by name."""
         return {name: TrainableState(model) for name, model in self.learning().items()} | {
             f"optimizer_{name}": optimizer for name, optimizer in self.optimizers.items()}
