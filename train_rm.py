@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from fgrlhf import controls
-from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer
+from fgrlhf.checkpoint import load_model, load_to_train, load_tokenizer
 from fgrlhf.checks import accuracy
 from fgrlhf.data.fields import UserError
 from fgrlhf.encode import (
@@ -58,10 +58,10 @@ from fgrlhf.sequences import pack
 from fgrlhf.templates import check_template
 from kernels.token_preference import MARGINS, U0_TERMS, Options
 
-
-LOSSES = {"ours": Options("sum", "anchor", 0.02, 1.0), "paper": Options("response"),
-          "paper-u1": Options("share"), "sum": Options("sum", "difference", 1.0),
-          "tlcr": Options("sum", "anchor", 0.02, 1.0, pair_weight=0.0)}
+OURS = Options(reduce="sum", u0="anchor", u0_weight=0.02, token_weight=1.0)
+LOSSES = {"ours": OURS, "paper": Options(reduce="response"), "paper-u1": Options(reduce="share"),
+          "sum": Options(reduce="sum", u0="difference", u0_weight=1.0),
+          "tlcr": OURS._replace(pair_weight=0.0)}
 CALIBRATION_RECORDS = 512       # the rewards of their rejected responses become mean 0, deviation 1
 
 
@@ -169,9 +169,8 @@ def new_model(config: Config, device: torch.device,
     """Builds the reward model to train, or the control that is not trained."""
     torch.manual_seed(config.seed)                                  # the head's initialisation
     dtype = getattr(torch, config.dtype)
-    trunk = (frozen.trunk if frozen else
-             load_adapted(config.model, device, dtype, config.lora_rank, config.seed)
-             if config.lora_rank else load_model(config.model, device, dtype))
+    trunk = frozen.trunk if frozen else load_to_train(config.model, device, dtype,
+                                                      config.lora_rank, config.seed)
     response = "mean" if config.reduce in ("share", "response") else "sum"          # equation (1)
     if config.likelihood:
         return controls.LikelihoodReward(trunk, response)

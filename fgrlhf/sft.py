@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from fgrlhf.checkpoint import (
-    AnyTokenizer, load_adapted, load_model, load_tokenizer, open_tokenizer, save_model)
+    AnyTokenizer, load_to_train, load_tokenizer, open_tokenizer, save_model)
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import each
 from fgrlhf.data.readers import read_demonstrations
@@ -82,9 +82,7 @@ def start_model(config: Config, vocab_size: int, device: torch.device) -> LLaMA:
         context = config.context or PRESETS[config.init].max_seq_len
         return build(PRESETS[config.init], config.seed, vocab_size=vocab_size,
                      max_seq_len=context).to(device, dtype)
-    if config.lora_rank:
-        return load_adapted(config.model, device, dtype, config.lora_rank, config.seed)
-    return load_model(config.model, device, dtype)
+    return load_to_train(config.model, device, dtype, config.lora_rank, config.seed)
 
 
 def loss_of(model: LLaMA, sequences: Sequences, tokens: int | None = None) -> torch.Tensor:
