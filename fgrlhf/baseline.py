@@ -20,6 +20,8 @@ from fgrlhf.sequences import Sequences, hidden_before, locate, unflatten
 class Critic(nn.Module):
     """V_t: a copy of the reward model, read one position before token t."""
 
+    kind, control, response, confidence = "token", None, "sum", False       # see save_reward
+
     def __init__(self, reward: RewardModel):
         super().__init__()
         self.trunk, self.head = lora.clone(reward.trunk), copy.deepcopy(reward.head)

@@ -54,6 +54,7 @@ from kernels.token_preference import Lengths, Options, Preference, Totals, Uncha
 
 KINDS = ("token", "sequence")
 RESPONSES = ("sum", "mean")
+DESCRIPTION = ("kind", "control", "response", "confidence", "layer")    # a model's reward.json
 
 
 class RewardModel(nn.Module):
@@ -67,6 +68,8 @@ class RewardModel(nn.Module):
     responses (kind "sequence"). confidence: PPO gets 2 sigmoid(r_t) - 1 in [-1, 1] in place of r_t,
     divided by its scale only, because 0 means "neither right nor wrong" (TLCR's form).
     """
+
+    control: str | None = None          # the name of a model of controls.py
 
     def __init__(self, trunk: LLaMA, kind: str, response: str = "sum", confidence: bool = False,
                  layer: int | None = None):
@@ -221,6 +224,8 @@ def sequence_loss(model: RewardModel, batch: PreferenceBatch,
     return -F.logsigmoid(margins).sum() / (pairs or len(margins)), margins.detach()
 
 
+# ----- evaluation ---------------------------------------------------------------------------------
+
 @torch.no_grad()
 def judge_preferences(model: RewardModel, records: list[Edit | Pair],
                       examples: list[PreferenceIds], tokenizer: Tokenizer) -> list[Judged]:
@@ -269,7 +274,6 @@ def save_reward(model: RewardModel, path: str | Path, tokenizer: Tokenizer,
     """Writes a model folder with `reward_head.pt` and, last, `reward.json`.
 
     A critic (baseline.py), which has the same parts, is written as a token-level model.
-
     encoding: how the records of the training became ids, for `check_encoding`.
     """
     folder = Path(path)
@@ -280,11 +284,7 @@ def save_reward(model: RewardModel, path: str | Path, tokenizer: Tokenizer,
                                                     *model.named_buffers()]
            if not name.startswith("trunk.")}
     write_atomic(folder / "reward_head.pt", lambda file: torch.save(own, file))
-    description = {"kind": getattr(model, "kind", "token"),
-                   "control": getattr(model, "control", None),
-                   "response": getattr(model, "response", "sum"),
-                   "confidence": getattr(model, "confidence", False),
-                   "layer": model.layer}
+    description = {name: getattr(model, name) for name in DESCRIPTION}
     write_atomic(folder / "reward.json", (json.dumps(description) + "\n").encode())
 
 
@@ -316,9 +316,7 @@ def load_reward(path: str | Path, device="cpu", dtype=None,
 
 
 def describe_reward(path: str | Path) -> dict[str, str | bool | int | None]:
-    """Reads kind, response, confidence and layer of a reward model, and its control or None.
-
-    controls.py has the controls.
+    """Reads the DESCRIPTION of a reward model: what its constructor needs besides the trunk.
 
     Raises UserError when the folder holds no reward model, or `reward.json` is damaged.
     """
@@ -328,8 +326,7 @@ def describe_reward(path: str | Path) -> dict[str, str | bool | int | None]:
         raise UserError(f"{path}: expected a reward model folder (with reward.json), "
                         "as train_rm.py writes")
     found = read_object(file, "copy the folder again")
-    names = ("kind", "control", "response", "confidence", "layer")
-    about = {name: found.get(name) for name in names}
+    about = {name: found.get(name) for name in DESCRIPTION}
     about["response"] = about["response"] or "sum"              # an older folder
     about["confidence"] = about["confidence"] or False
     if (about["kind"] not in KINDS or about["control"] not in (None, "logp", "likelihood")
