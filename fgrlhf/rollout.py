@@ -131,20 +131,20 @@ def sample_by_step(policy: LLaMA, tokens: Tensor, lengths: Tensor, uniform: Tens
     for t in range(T):
         logits = logits_of(hidden, policy.head).to(wide)                                    # [b, V]
         token, logp = choose(logits, uniform[alive, t], temperature)                        # [b]
-        at = lengths[alive] + t
-        tokens[alive, at] = token
+        position = lengths[alive] + t
+        tokens[alive, position] = token
         logp_old[alive, t] = logp
         ended = token == eos_id
         if ended.any():
             response_lengths[alive[ended]] = t + 1
             truncated[alive[ended]] = False
             left = compact(~ended)
-            alive, token, at = alive[left], token[left], at[left]
+            alive, token, position = alive[left], token[left], position[left]
             cache.keep(left)
         if len(alive) == 0 or t == T - 1:
             break
         real = real_slots(lengths[alive], longest, longest + t + 1) if ragged else None
-        hidden = policy.hidden(token[:, None], at[:, None], real, cache)[:, 0]
+        hidden = policy.hidden(token[:, None], position[:, None], real, cache)[:, 0]
     sequences = Sequences(tokens, lengths, response_lengths).rows(slice(None))
     return Rollout(sequences, logp_old[:, :int(response_lengths.max())], truncated)
 
@@ -220,8 +220,8 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor,
 def inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the first token whose cumulative probability exceeds u, and its logp, [b] each.
 
-    logits [b, V], u [b] float64 in [0, 1). One power per logit gives both results. The base is 2,
-    because 2^x costs a third of e^x on a CPU.
+    logits [b, V], uniform [b]: u, float64 in [0, 1). One power per logit gives both results. The
+    base is 2, because 2^x costs a third of e^x on a CPU.
     """
     bits = logits / LN2
     bits -= bits.amax(-1, keepdim=True)

@@ -73,7 +73,7 @@ def pack(prompts: list[list[int]], responses: list[list[int]], pad_id: int = 0,
 
 
 def locate(sequences: Sequences) -> Located:
-    """Finds the real response tokens. Everything that is read per token is gathered with them."""
+    """Finds the real response tokens: for x [B, S, ..], x[at.row, at.position] is [N, ..]."""
     row, t = sequences.response_mask.nonzero(as_tuple=True)
     position = sequences.prompt_lengths[row] + t
     return Located(row, t, position, sequences.tokens[row, position])
@@ -96,8 +96,8 @@ def hidden_of(model: LLaMA, sequences: Sequences, layers: int | None = None,
               spare: int = 0) -> Tensor:
     """[B, S, D]: the hidden states of whole rows. Prompts that rows share are computed once.
 
-    layers: of the first N blocks only, see `LLaMA.hidden`. spare: this many tokens at the end of
-    each row need no hidden state; whole rows are computed without them.
+    layers: of the first N blocks only, see `LLaMA.hidden`. spare: so many tokens at the end of each
+    row need no hidden state; rows that share no prompt are computed without them.
     """
     tokens, lengths = sequences.tokens, sequences.lengths
     first = same_prompts(tokens, sequences.prompt_lengths, int(lengths.sum()))
@@ -119,7 +119,7 @@ def hidden_before(model: LLaMA, sequences: Sequences, at: Located,
                   layers: int | None = None) -> Tensor:
     """[N, D]: the hidden state one position before each response token, which predicts the token.
 
-    The last token of a row predicts nothing.
+    The last token of a row predicts nothing, so it needs no hidden state.
     """
     return hidden_of(model, sequences, layers, spare=1)[at.row, at.position - 1]
 
