@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer, save_model
+from fgrlhf.checkpoint import load_model, load_to_train, load_tokenizer, save_model
 from fgrlhf.encode import Encoder, ReadingResponses, read_encoded
 from fgrlhf.engine import distributed
 from fgrlhf.engine.config import Machinery, arg, parse, run
@@ -74,8 +74,7 @@ def reference_logp(model: LLaMA, sequences: Sequences, group: int = 64) -> Tenso
     """Returns log ref(y | x) of each row, [rows], on the CPU."""
     result = torch.zeros(len(sequences.tokens))
     for rows in by_length(sequences, list(range(len(result))), group):
-        part = sequences.rows(rows)
-        part = Sequences(*(x.to(model.head.device) for x in part))
+        part = sequences.rows(rows).to(model.head.device)
         result[rows] = score(model, part).sum(-1).float().cpu()
     return result
 
@@ -91,12 +90,13 @@ def train(config: Config) -> None:
                       config.cut_responses)
     _, pairs = read_encoded(config.data, encoder, config.normalise, config.limit,
                             config.on_bad_record)
-    counts, n = encoder.counted(config.data) if log.writes else {}, len(pairs)
+    counts = encoder.counted(config.data) if log.writes else {}
+    n = len(pairs)
     both = pack([p.prompt for p in pairs] * 2,
                 [p.chosen for p in pairs] + [p.rejected for p in pairs])    # 2n rows, on the CPU
     reference = reference_logp(start, both)
-    model = load_adapted(config.model, device, dtype, config.lora_rank, config.seed) \
-        if config.lora_rank else start
+    model = start if not config.lora_rank else load_to_train(config.model, device, dtype,
+                                                             config.lora_rank, config.seed)
     lengths = torch.stack(both.lengths.chunk(2)).amax(0).tolist()
     steps = config.epochs * -(-n // config.batch)
     model.activation_checkpointing = config.checkpoint_activations
@@ -105,11 +105,10 @@ def train(config: Config) -> None:
     state = {"model": TrainableState(model), "optimizer": optimizer}
     log.restore(**state)
     for step in log.steps(steps, "dpo"):
-        rows = torch.tensor(rows_of_step(lengths, config.batch, config.seed, step))
-        rows = torch.cat([rows, n + rows])                      # both sides of each pair
-        batch, B, sums = both.rows(rows), len(rows) // 2, Sums()
-        batch = Sequences(*(x.to(device) for x in batch))
-        refs, tokens = reference[rows].to(device), int(batch.response_lengths[:B].sum())
+        chosen = torch.tensor(rows_of_step(lengths, config.batch, config.seed, step))
+        B, rows = len(chosen), torch.cat([chosen, n + chosen])  # both sides of each pair
+        batch, refs, sums = both.rows(rows).to(device), reference[rows].to(device), Sums()
+        tokens = int(batch.response_lengths[:B].sum())          # of the chosen sides
         with log.guard(step, {"model": model}, reference=refs, **batch._asdict()):
             for part, weight in microbatches(range(B), config.microbatch):
                 sides = torch.cat([part, B + part])

@@ -33,8 +33,7 @@ class Rollout(NamedTuple):
     truncated: Tensor           # [B] bool, True where the token limit came before EOS
 
     def to(self, device) -> "Rollout":
-        sequences = Sequences(*(part.to(device) for part in self.sequences))
-        return Rollout(sequences, self.logp_old.to(device), self.truncated.to(device))
+        return Rollout(*(part.to(device) for part in self))
 
 
 @torch.no_grad()

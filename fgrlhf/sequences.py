@@ -46,6 +46,9 @@ class Sequences(NamedTuple):
         chosen = Sequences(*(part[index] for part in self))
         return chosen._replace(tokens=chosen.tokens[:, :int(chosen.lengths.max())])
 
+    def to(self, device) -> "Sequences":
+        return Sequences(*(part.to(device) for part in self))
+
 
 class Located(NamedTuple):
     """The places of the N real response tokens of a batch, row after row."""
