@@ -129,11 +129,11 @@ def loss_of(config: Config, model: RewardModel, part: PreferenceBatch,
     """
     pairs = len(whole.plus)
     if config.kind == "sequence":
-        loss, margins = sequence_loss(model, part, pairs)
+        loss, margins = sequence_loss(model, part, pairs)                       # (2)
         return loss, {"rm/accuracy": (margins > 0).sum() / pairs}
     options = Options(config.reduce, config.u0, config.u0_weight, config.token_weight,
                       config.pair_weight)
-    out = token_loss(model, part, options, whole.totals())
+    out = token_loss(model, part, options, whole.totals())                      # (3), (4)
     return out.loss, {"rm/bt": out.bt, "rm/u0": out.u0, "rm/token": out.token,
                       "rm/accuracy": (out.margin > 0).sum() / pairs}
 

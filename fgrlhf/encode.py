@@ -30,7 +30,7 @@ from fgrlhf.tokenizer import Tokenizer
 
 UNITS = ("token", "word")
 HIDDEN = ("nothing", "prompt", "ends", "both")
-COUNTED = {                                                         # by Encoder
+COUNTED = {                     # what an Encoder counts, and how `counted` says it
     "prompts_cut": "prompts lost their beginning (--prompt-tokens)",
     "responses_cut": "responses lost their end and EOS (--cut-responses)",
     "responses_changed_by_tokenizer": "responses lost blanks or characters in the tokenizer",
@@ -215,6 +215,7 @@ class Encoder:
             raise
 
     def _whole(self, text: str) -> list[int]:
+        """Returns all ids of a response, before any cut."""
         ids = self.tokenizer.encode(text, eos=not self.hides_ends)
         self.counts["responses_changed_by_tokenizer"] += self.tokenizer.decode(ids) != text
         return ids

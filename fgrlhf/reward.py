@@ -132,6 +132,7 @@ class RewardModel(nn.Module):
         return torch.where(last, calibrated[:, None], 0.0)
 
     def _for_ppo(self, rewards: Tensor) -> Tensor:
+        """r_t, or 2 sigmoid(r_t) - 1 with `confidence`."""
         return 2 * rewards.sigmoid() - 1 if self.confidence else rewards
 
     @torch.no_grad()
@@ -142,7 +143,7 @@ class RewardModel(nn.Module):
                                               for s in samples]))
         else:
             values = torch.cat([self.sequence_rewards(s) for s in samples])
-        self.mean.copy_(values.mean() * (not self.confidence))
+        self.mean.copy_(values.mean() * (not self.confidence))          # 0 with `confidence`
         self.scale.copy_(values.std(correction=0).clamp(min=1e-6))
 
 
@@ -254,15 +255,15 @@ def judge_tokens(record: Edit | Pair, pair: PreferenceIds, token_rewards: Tensor
     R is their "sum" or their "mean", equation (1).
     """
     lengths = (len(pair.chosen), len(pair.rejected))
-    rewards, types, drift, removed = [], [], [], []
     R = response_rewards(token_rewards, torch.tensor(lengths, device=token_rewards.device),
                          response)
+    rewards, types, drift, removed = [], [], [], []
     if isinstance(record, Edit):
         n = lengths[1] - (pair.rejected[-1] == tokenizer.eos_id)                # without EOS
         rewards, removed = token_rewards[1, :n].tolist(), [t in pair.removed for t in range(n)]
-    if isinstance(record, Edit) and record.spans is not None:
-        types = span_types(tokenizer, record.original, record.spans)[:n]
-        drift = [(token_rewards[0, i] - token_rewards[1, j]).item() for i, j in pair.unchanged]
+        if record.spans is not None:
+            types = span_types(tokenizer, record.original, record.spans)[:n]
+            drift = [(token_rewards[0, i] - token_rewards[1, j]).item() for i, j in pair.unchanged]
     return Judged(record.id, *R.tolist(), pair.change, rewards, types, lengths, drift, response,
                   removed)
 

@@ -6,7 +6,7 @@
            1/T+ sum_t r_t+ - 1/T- sum_t r_t-                "response": R(x, y+) - R(x, y-), all
                                                             tokens, equation (1)
     L_bt = p/P sum_b -log sigmoid(s_b)                      P pairs with at least one changed token
-    L_u0 = lambda/M sum_U0 (r_i+ - r_j-)^2                  "difference" holds them equal; M pairings
+    L_u0 = lambda/M sum_U0 (r_i+ - r_j-)^2                  "difference"; M pairings
            lambda/2M sum_U0 (r_i+)^2 + (r_j-)^2             "anchor" pulls their rewards to 0
            lambda/2M sum_U0 -log sigmoid(r_i+) - log sigmoid(r_j-)    "kept" rewards them like the
                                                             tokens that the editor wrote
