@@ -45,7 +45,7 @@ from fgrlhf.engine import distributed
 from fgrlhf.engine.config import Machinery, arg, parse, run
 from fgrlhf.engine.distributed import Sums, microbatches
 from fgrlhf.engine.draws import batches, generator
-from fgrlhf.engine.encoding import Encoding, write_encoding
+from fgrlhf.engine.encoding import Encoding
 from fgrlhf.engine.players import Players, inputs_of, load, prepare, prompt_room
 from fgrlhf.engine.run import Run
 from fgrlhf.engine.summary import Ending, command
@@ -213,8 +213,8 @@ def finish(config: Config, players: Players, log: Run, best: dict, check_seconds
     """
     with distributed.gathered(players.policy):
         if log.writes:
-            write_encoding(log.folder / "policy", Encoding(config.template))
-            save_model(players.policy, log.folder / "policy", tokenizer=players.tokenizer)
+            save_model(players.policy, log.folder / "policy", tokenizer=players.tokenizer,
+                       encoding=Encoding(config.template))
     if config.save_critic and players.critic is not None:
         with distributed.gathered(players.critic):
             if log.writes:
@@ -424,8 +424,8 @@ def evaluate(config: Config, players: Players, judge: OracleJudge, log: Run, bes
         if metrics["eval/win_rate"] > best["win_rate"]:
             best |= {"win_rate": metrics["eval/win_rate"], "iteration": iteration}
             if log.writes:
-                write_encoding(log.folder / "best", Encoding(config.template))
-                save_model(players.policy, log.folder / "best", tokenizer=players.tokenizer)
+                save_model(players.policy, log.folder / "best", tokenizer=players.tokenizer,
+                           encoding=Encoding(config.template))
     return metrics
 
 

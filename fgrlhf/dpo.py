@@ -24,7 +24,7 @@ from fgrlhf.engine import distributed
 from fgrlhf.engine.config import Machinery, arg, parse, run
 from fgrlhf.engine.distributed import Sums, microbatches
 from fgrlhf.engine.draws import rows_of_step
-from fgrlhf.engine.encoding import Encoding, check_encoding, write_encoding
+from fgrlhf.engine.encoding import Encoding, check_encoding
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.engine.run import Run
 from fgrlhf.engine.states import TrainableState
@@ -120,9 +120,8 @@ def train(config: Config) -> None:
         log.end_step(step, sums.over_ranks() | {"dpo/gradient_norm": norm}, **state)
     with distributed.gathered(model):
         if log.writes:
-            write_encoding(log.folder / "policy",
-                           Encoding(config.template, config.prompt_tokens, config.normalise))
-            save_model(model, log.folder / "policy", tokenizer=tokenizer)
+            save_model(model, log.folder / "policy", tokenizer=tokenizer, encoding=Encoding(
+                config.template, config.prompt_tokens, config.normalise))
     after = command("eval.py outputs --policy {policy} --prompts PROMPTS --out ANSWERS.json",
                     config.template, policy=log.folder / "policy")
     log.finish({"steps": steps, "records": n, **counts}, Ending("policy by DPO", after))

@@ -40,7 +40,7 @@ from fgrlhf.data.files import read_object, write_atomic
 from fgrlhf.data.records import Edit, Pair
 from fgrlhf.encode import PreferenceIds, span_types
 from fgrlhf.engine import lora
-from fgrlhf.engine.encoding import Encoding, write_encoding
+from fgrlhf.engine.encoding import Encoding
 from fgrlhf.engine.places import refuse_run_folder
 from fgrlhf.evaluate import Judged
 from fgrlhf.layouts.pickles import open_pickle
@@ -278,9 +278,7 @@ def save_reward(model: RewardModel, path: str | Path, tokenizer: Tokenizer,
     encoding: how the records of the training became ids, for `check_encoding`.
     """
     folder = Path(path)
-    if encoding is not None:
-        write_encoding(folder, encoding)
-    save_model(model.trunk, folder, tokenizer=tokenizer)
+    save_model(model.trunk, folder, tokenizer=tokenizer, encoding=encoding)
     own = {name: value.detach() for name, value in [*model.named_parameters(),
                                                     *model.named_buffers()]
            if not name.startswith("trunk.")}

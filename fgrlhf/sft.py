@@ -26,7 +26,7 @@ from fgrlhf.engine import distributed
 from fgrlhf.engine.config import Machinery, arg, parse, run
 from fgrlhf.engine.distributed import Sums, microbatches
 from fgrlhf.engine.draws import rows_of_step
-from fgrlhf.engine.encoding import Encoding, write_encoding
+from fgrlhf.engine.encoding import Encoding
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.engine.run import Run
 from fgrlhf.engine.states import TrainableState
@@ -134,8 +134,8 @@ def train(config: Config) -> None:
                      **state)
     with distributed.gathered(model):
         if log.writes:
-            write_encoding(log.folder / "policy", Encoding(config.template, config.prompt_tokens))
-            save_model(model, log.folder / "policy", tokenizer=tokenizer)
+            save_model(model, log.folder / "policy", tokenizer=tokenizer,
+                       encoding=Encoding(config.template, config.prompt_tokens))
     after = command("train_rm.py --kind token --data EDITS --model {policy} --out OUT",
                     config.template, policy=log.folder / "policy")
     log.finish({"steps": steps, "records": len(prompts), **counts}, Ending("policy by SFT", after))
