@@ -26,7 +26,6 @@ folder (metrics, states, signals), `microbatches` cuts a minibatch for memory an
 """
 
 import sys
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -173,7 +172,9 @@ def train(config: Config) -> None:
     players = load(config, device)
     if log.writes:
         accuracy.warn(config.reward, accuracy.recorded(config.reward))
-    check_seconds = check_rules(config, players)
+    check_seconds = 0.0
+    if not config.skip_checks:                              # samples 8 responses, tries every rule
+        check_seconds = startup.require(startup.subject(config, players), config.seed)
     players = prepare(config, players)
     learning, state = players.learning(), players.state()
     best = {"win_rate": -1.0, "iteration": 0} | log.restore(**state)
@@ -196,14 +197,6 @@ def train(config: Config) -> None:
         log.end_step(iteration, metrics, best, **state)
 
     finish(config, players, log, best if judge else {}, check_seconds)
-
-
-def check_rules(config: Config, players: Players) -> float:
-    """Samples a few responses and tries every rule on them. Returns the seconds that this took."""
-    started = time.perf_counter()
-    if not config.skip_checks:
-        startup.require(startup.subject(config, players), config.seed)
-    return time.perf_counter() - started
 
 
 def finish(config: Config, players: Players, log: Run, best: dict, check_seconds: float) -> None:
