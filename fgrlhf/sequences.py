@@ -59,18 +59,16 @@ class Located(NamedTuple):
     target: Tensor              # [N] the id of the token
 
 
-def pack(prompts: list[list[int]], responses: list[list[int]], pad_id: int = 0,
-         device=None) -> Sequences:
-    """Concatenates the ids of each row and pads on the right.
+def pack(prompts: list[list[int]], responses: list[list[int]], device=None) -> Sequences:
+    """Concatenates the ids of each row and pads on the right, with 0: no mask reads the id.
 
-    No mask reads `pad_id`, so any id will do. Raises ValueError for a row without a prompt or
-    without a response.
+    Raises ValueError for a row without a prompt or without a response.
     """
     if empty := [i for i, (p, r) in enumerate(zip(prompts, responses)) if not p or not r]:
         raise ValueError("pack: expected a prompt and a response of at least one token, "
                          f"row {empty[0]} has none")
     rows = [torch.tensor(p + r) for p, r in zip(prompts, responses)]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return Sequences(tokens.to(device), torch.tensor([len(p) for p in prompts], device=device),
                      torch.tensor([len(r) for r in responses], device=device))
 

@@ -173,8 +173,8 @@ def test_rule_3_rollouts_are_scored_by_their_ids_not_by_their_text(tmp_path):
 
 def test_rule_4_pad_and_eos_ids_inside_a_response_are_tokens_like_any_other():
     prompts, responses = [[1, 0, 5], [1]], [[0, EOS, 0, EOS], [0]]
-    for pad_id in (0, EOS, 9):
-        batch = pack(prompts, responses, pad_id)
+    batch = pack(prompts, responses)
+    for batch in (batch, with_garbage(batch)):
         assert batch.response_mask.tolist() == [[True] * 4, [True, False, False, False]]
     model, policy = reward_model(), llama()
     assert model.token_rewards(batch)[0].count_nonzero() == 4
