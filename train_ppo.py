@@ -199,30 +199,6 @@ def train(config: Config) -> None:
     finish(config, players, log, best if judge else {}, check_seconds)
 
 
-def finish(config: Config, players: Players, log: Run, best: dict, check_seconds: float) -> None:
-    """Saves the policy, says what came out and what is next, and names signs of trouble.
-
-    best: the best dev win rate and its iteration, {} for a run without dev prompts.
-    """
-    with distributed.gathered(players.policy):
-        if log.writes:
-            save_model(players.policy, log.folder / "policy", tokenizer=players.tokenizer,
-                       encoding=Encoding(config.template))
-    if config.save_critic and players.critic is not None:
-        with distributed.gathered(players.critic):
-            if log.writes:
-                save_reward(players.critic, log.folder / "critic", players.tokenizer)
-    chosen = best and {"best_iteration": best["iteration"], "best_dev_win_rate": best["win_rate"]}
-    after = command("eval.py outputs --policy {policy} --prompts PROMPTS --out ANSWERS.json",
-                    config.template, policy=log.folder / ("best" if best else "policy"))
-    log.finish({"iterations": config.iterations, "episodes": config.iterations * config.rollouts,
-                "startup_checks": "skipped" if config.skip_checks else "passed",
-                "check_seconds": round(check_seconds, 3), **chosen},
-               Ending(f"policy by {config.method} PPO", after))
-    for sign in signs.signs_of_run(log.folder) if log.writes else ():
-        print(f"sign of trouble: {sign}", file=sys.stderr)
-
-
 def make_experience(config: Config, players: Players, iteration: int) -> tuple[Rollout, Batch]:
     """Steps 1 to 4: responses, their scores, equations (5) and (6)."""
     # 1. sample a batch of responses
@@ -420,6 +396,30 @@ def evaluate(config: Config, players: Players, judge: OracleJudge, log: Run, bes
                 save_model(players.policy, log.folder / "best", tokenizer=players.tokenizer,
                            encoding=Encoding(config.template))
     return metrics
+
+
+def finish(config: Config, players: Players, log: Run, best: dict, check_seconds: float) -> None:
+    """Saves the policy, says what came out and what is next, and names signs of trouble.
+
+    best: the best dev win rate and its iteration, {} for a run without dev prompts.
+    """
+    with distributed.gathered(players.policy):
+        if log.writes:
+            save_model(players.policy, log.folder / "policy", tokenizer=players.tokenizer,
+                       encoding=Encoding(config.template))
+    if config.save_critic and players.critic is not None:
+        with distributed.gathered(players.critic):
+            if log.writes:
+                save_reward(players.critic, log.folder / "critic", players.tokenizer)
+    chosen = best and {"best_iteration": best["iteration"], "best_dev_win_rate": best["win_rate"]}
+    after = command("eval.py outputs --policy {policy} --prompts PROMPTS --out ANSWERS.json",
+                    config.template, policy=log.folder / ("best" if best else "policy"))
+    log.finish({"iterations": config.iterations, "episodes": config.iterations * config.rollouts,
+                "startup_checks": "skipped" if config.skip_checks else "passed",
+                "check_seconds": round(check_seconds, 3), **chosen},
+               Ending(f"policy by {config.method} PPO", after))
+    for sign in signs.signs_of_run(log.folder) if log.writes else ():
+        print(f"sign of trouble: {sign}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def loss_of(config: Config, model: RewardModel, part: PreferenceBatch,
                       "rm/accuracy": (out.margin > 0).sum() / pairs}
 
 
-def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: Run | FoldRun,
+def fit(config: Config, model: RewardModel, examples: list[PreferenceIds], log: Run | FoldRun,
         name: str) -> None:
     """The training loop. `name` tells folds apart in the progress bar."""
     if config.shuffle_labels is not None:
@@ -215,7 +215,7 @@ def cross_validate(config: Config, records: list, examples: list[PreferenceIds],
         inside = [i for i in range(len(records)) if i not in set(held_out)]
         model = new_model(config, device, frozen)
         if not config.likelihood:
-            fit(model, [examples[i] for i in inside], config, FoldRun(log),
+            fit(config, model, [examples[i] for i in inside], FoldRun(log),
                 f"fold {k + 1}/{config.folds}")
         with distributed.gathered(model):
             judged.append(judge(model, held_out))
@@ -287,7 +287,7 @@ def train(config: Config) -> None:
         return
     model = new_model(config, device, frozen)
     if not config.likelihood:
-        fit(model, examples, config, log, f"reward model, {config.kind}")
+        fit(config, model, examples, log, f"reward model, {config.kind}")
     with distributed.gathered(model):
         model.calibrate([pack([p.prompt], [p.rejected], device=device)
                          for p in examples[:CALIBRATION_RECORDS]])

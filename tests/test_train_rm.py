@@ -25,7 +25,7 @@ def test_cross_validate_judges_every_record_once_by_a_model_that_never_saw_it(mo
     """Ten records in three folds; the second call a fold is on records trained on ("train_...")."""
     trained, judged = [], []
     monkeypatch.setattr(train_rm, "new_model", lambda config, device, frozen: torch.nn.Identity())
-    monkeypatch.setattr(train_rm, "fit", lambda model, examples, *rest: trained.append(examples))
+    monkeypatch.setattr(train_rm, "fit", lambda config, model, examples, *rest: trained.append(examples))
     monkeypatch.setattr(train_rm, "judge_preferences",
                         lambda model, records, examples, tokenizer: judged.append(records) or [])
     monkeypatch.setattr(train_rm, "reward_table", lambda judged: {})
@@ -107,7 +107,7 @@ def test_shuffle_labels_swaps_about_half_the_records_and_only_in_training(monkey
     model = SimpleNamespace(trunk=SimpleNamespace(), device="cpu", named_parameters=lambda: [
         ("head", torch.nn.Parameter(torch.ones(2)))])
     with pytest.raises(ZeroDivisionError):
-        train_rm.fit(model, pairs, config, log, "shuffled")
+        train_rm.fit(config, model, pairs, log, "shuffled")
     swapped = [p.rejected == pair.chosen for p, pair in zip(seen, pairs)]
     assert 35 <= sum(swapped) <= 65
     assert all(p == (pair.swapped() if s else pair) for p, pair, s in zip(seen, pairs, swapped))
