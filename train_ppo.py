@@ -82,9 +82,9 @@ class Config(ReadingRecords, Machinery):                # and --template, --seed
     standardise: str = arg("rms", choices=("rms", "mean-std", "none"),
                            help="fine-grained, rloo, grpo: how advantages are standardised per "
                            "batch")
-    reward_eos: bool = arg(True, help="fine-grained: no: EOS gets the reward 0, the average over "
-                           "the reward model's training responses. A reward model that has seen "
-                           "shorter edits pays for every EOS")
+    reward_eos: bool = arg(True, help="fine-grained: reward EOS like any token. Without, EOS gets "
+                           "0, the average over the reward model's training responses: a reward "
+                           "model that has seen shorter edits pays for every EOS")
     missing_eos_penalty: float = arg(0.0, least=0, help="taken off the reward of the last token "
                                      "of a response without EOS")
     mask_truncated: bool = arg(False, help="a response without EOS takes no part in the update: "

@@ -77,9 +77,9 @@ class Config(ReadingResponses, Machinery):
     loss: str = arg("ours", choices=tuple(LOSSES), help="token: how the rewards are trained")
     reduce: str | None = arg(None, choices=MARGINS, help="margin: sum or mean over U1, sum over U1 "
                              "by the response's length (share), or mean over all tokens (response)")
-    u0: str | None = arg(None, choices=U0_TERMS, help="loss on unchanged tokens: 'difference' is "
-                         "squared, 'anchor' pulls their rewards to 0, 'kept' rewards them like "
-                         "edited-in tokens")
+    u0: str | None = arg(None, choices=U0_TERMS, help="loss on unchanged tokens: 'difference' "
+                         "pulls the two rewards of a pair together, 'anchor' pulls both to 0, "
+                         "'kept' rewards both like edited-in tokens")
     u0_weight: float | None = arg(None, least=0, help="lambda, the weight of the loss on unchanged "
                                   "tokens")
     token_weight: float | None = arg(None, least=0, help="w, the weight of the logistic loss per "

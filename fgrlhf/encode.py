@@ -185,7 +185,7 @@ class Encoder:
                 prompt, chosen[:room], rejected[:room],
                 plus=inside(credit.edited), minus=inside(credit.original),
                 unchanged=[(j, i) for i, j in credit.pairs if max(i, j) < room], change=change,
-                removed=tuple(inside(gap_credit(alignment, at_gaps=False).original)))
+                removed=tuple(inside(i for i, out in enumerate(alignment.original_changed) if out)))
             if ids.chosen == ids.rejected:
                 self.counts["equal_in_tokens"] += 1
             elif not (ids.plus or ids.minus):

@@ -115,7 +115,10 @@ def lay_out(prompts: list[list[int]], max_new_tokens: int, context: int,
 @torch.inference_mode()
 def sample_by_step(policy: LLaMA, tokens: Tensor, lengths: Tensor, uniform: Tensor, eos_id: int,
                    temperature: float) -> Rollout:
-    """The loop of `sample`. Rows leave the batch when their response ends."""
+    """The loop of `sample`. Rows leave the batch when their response ends.
+
+    tokens [B, S] and lengths [B] are those of `lay_out`; uniform [B, T] float64 in [0, 1).
+    """
     (B, T), longest, device = uniform.shape, int(lengths.max()), tokens.device
     wide = torch.promote_types(policy.head.dtype, torch.float32)
     with torch.inference_mode(False):       # these results are used later, in backward passes

@@ -25,7 +25,7 @@ def test_cross_validate_judges_every_record_once_by_a_model_that_never_saw_it(mo
     """Ten records in three folds; the second call a fold is on records trained on ("train_...")."""
     trained, judged = [], []
     monkeypatch.setattr(train_rm, "new_model", lambda config, device, frozen: torch.nn.Identity())
-    monkeypatch.setattr(train_rm, "fit", lambda config, model, examples, *rest: trained.append(examples))
+    monkeypatch.setattr(train_rm, "fit", lambda config, model, some, *rest: trained.append(some))
     monkeypatch.setattr(train_rm, "judge_preferences",
                         lambda model, records, examples, tokenizer: judged.append(records) or [])
     monkeypatch.setattr(train_rm, "reward_table", lambda judged: {})
