@@ -130,10 +130,7 @@ class Config(ReadingRecords, Machinery):                # and --template, --seed
 
 
 class Batch(NamedTuple):
-    """One iteration's responses with everything that the update needs.
-
-    All tensors but the sequences are [B, T].
-    """
+    """One iteration's responses with all that the update needs: [B, T], except the sequences."""
 
     sequences: Sequences
     mask: Tensor                        # True on response tokens that are updated: all, except

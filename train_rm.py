@@ -208,7 +208,8 @@ def cross_validate(config: Config, records: list, examples: list[PreferenceIds],
     fits those at all is the first question about a poor figure.
     """
     order = torch.randperm(len(records), generator=generator(config.seed, "folds")).tolist()
-    folds, judged, fitted = [order[k::config.folds] for k in range(config.folds)], [], []
+    folds = [order[k::config.folds] for k in range(config.folds)]
+    judged, fitted, tables = [], [], []
     judge = lambda model, rows: judge_preferences(model, [records[i] for i in rows],
                                                   [examples[i] for i in rows], tokenizer)
     for k, held_out in enumerate(folds):
@@ -220,9 +221,8 @@ def cross_validate(config: Config, records: list, examples: list[PreferenceIds],
         with distributed.gathered(model):
             judged.append(judge(model, held_out))
             fitted.append(judge(model, inside[:len(held_out)]))
-        log.log(k + 1, {f"rm/{name}": value for name, value in
-                        (reward_table(judged[-1]) | training_part(fitted[-1])).items()})
-    tables = [reward_table(fold) | training_part(own) for fold, own in zip(judged, fitted)]
+        tables.append(reward_table(judged[-1]) | training_part(fitted[-1]))
+        log.log(k + 1, {f"rm/{name}": value for name, value in tables[-1].items()})
     whole = reward_table(sum(judged, [])) | training_part(sum(fitted, []))
     values = {name: torch.tensor([float(t[name]) for t in tables if name in t])
               for name in whole if not name.endswith("pairs")}

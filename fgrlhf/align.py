@@ -31,7 +31,7 @@ error spans begin and end.
 import math
 import re
 import unicodedata
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 from fgrlhf.data.fields import UserError
@@ -83,8 +83,9 @@ def align(original_ids: Sequence[Hashable], edited_ids: Sequence[Hashable]) -> A
                         f"align, got {n} and {m}; split or shorten them")
     moves = cheapest_moves(original_ids, edited_ids)        # step 1
     pairs, edits = _best_path(moves, m)                     # steps 2 and 3
-    return Alignment(_all_but((i for i, _ in pairs), n), _all_but((j for _, j in pairs), m),
-                     pairs, edits)
+    paired, edited_paired = {i for i, _ in pairs}, {j for _, j in pairs}
+    return Alignment([i not in paired for i in range(n)],
+                     [j not in edited_paired for j in range(m)], pairs, edits)
 
 
 def gap_credit(alignment: Alignment, at_gaps: bool = True) -> Credit:
@@ -204,14 +205,6 @@ def _follow(first_moves: list[bytearray]) -> tuple[list[Pair], int]:
             pairs.append((i, j))
         i, j = i + STEP[move][0], j + STEP[move][1]
     return pairs[:-1], edits                                # without the match of the two ends
-
-
-def _all_but(paired: Iterable[int], length: int) -> list[bool]:
-    """[length] True except at the positions `paired`."""
-    result = [True] * length
-    for i in paired:
-        result[i] = False
-    return result
 
 
 # ----- words: not in the paper --------------------------------------------------------------------

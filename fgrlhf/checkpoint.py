@@ -153,9 +153,8 @@ def load_adapted(path: str | Path, device: str | torch.device = "cpu",
 def load_to_train(path: str | Path, device: str | torch.device, dtype: torch.dtype | None,
                   lora_rank: int, seed: int, trunks: dict[Path, LLaMA] | None = None) -> LLaMA:
     """Reads the model that training starts from, with adapters when `lora_rank` is above 0."""
-    if lora_rank:
-        return load_adapted(path, device, dtype, lora_rank, seed, trunks)
-    return load_model(path, device, dtype)
+    return (load_adapted(path, device, dtype, lora_rank, seed, trunks) if lora_rank else
+            load_model(path, device, dtype))
 
 
 def _check(path: str | Path, expected: dict[str, Tensor], tensors: dict[str, Stored]) -> None:

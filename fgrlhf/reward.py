@@ -237,13 +237,12 @@ def judge_preferences(model: RewardModel, records: list[Edit | Pair],
     judged = []
     for record, pair in zip(tqdm(records, desc="evaluate", leave=False), examples):
         both = pack([pair.prompt] * 2, [pair.chosen, pair.rejected], device=model.device)
-        if model.kind == "sequence":
-            lengths = (len(pair.chosen), len(pair.rejected))
+        if model.kind == "token":
+            judged.append(judge_tokens(record, pair, model.token_rewards(both), model.response,
+                                       tokenizer))
+        else:
             judged.append(Judged(record.id, *model.sequence_rewards(both).tolist(), pair.change,
-                                 lengths=lengths, response="last"))
-            continue
-        judged.append(judge_tokens(record, pair, model.token_rewards(both), model.response,
-                                   tokenizer))
+                                 lengths=(len(pair.chosen), len(pair.rejected)), response="last"))
     return judged
 
 

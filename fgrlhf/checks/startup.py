@@ -146,10 +146,7 @@ def run_all(s: Subject, seed: int = 0) -> Iterator[tuple[str, Check]]:
 
 
 def require(s: Subject, seed: int = 0, file=None) -> float:
-    """Runs every check, one line each to `file` (stderr), and returns the seconds that this took.
-
-    A failure raises UserError.
-    """
+    """Prints every check to `file` (stderr). Returns the seconds; a failure raises UserError."""
     started = time.perf_counter()
     for name, check in run_all(s, seed):
         print(f"{'pass' if check.passed else 'FAIL'}  {name:24}  {check.number}",
