@@ -95,14 +95,6 @@ def loss_of(model: LLaMA, sequences: Sequences, tokens: int | None = None) -> to
     return linear_cross_entropy.fused(hidden, model.head, at.target, denominator=tokens).loss
 
 
-def read_examples(config: Config, encoder: Encoder) -> tuple[list[list[int]], list[list[int]]]:
-    """Returns the ids of the prompts and of the responses."""
-    records = read_demonstrations(config.data, config.on_bad_record)[:config.limit]
-    prompts, responses = zip(*each(records, encoder.demonstration, config.on_bad_record,
-                                   config.data))
-    return prompts, responses
-
-
 def train(config: Config) -> None:
     device = distributed.start(distributed.pick_device(config.device))
     tokenizer = start_tokenizer(config)
@@ -111,7 +103,9 @@ def train(config: Config) -> None:
     model = start_model(config, tokenizer.vocab_size, device)
     encoder = Encoder(tokenizer, model.config.max_seq_len, config.template, config.prompt_tokens,
                       config.cut_responses)
-    prompts, responses = read_examples(config, encoder)
+    records = read_demonstrations(config.data, config.on_bad_record)[:config.limit]
+    prompts, responses = zip(*each(records, encoder.demonstration, config.on_bad_record,
+                                   config.data))
     counts = encoder.counted(config.data) if log.writes else {}
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
     steps = config.epochs * -(-len(prompts) // config.batch)
