@@ -103,9 +103,9 @@ def train(config: Config) -> None:
     model = start_model(config, tokenizer.vocab_size, device)
     encoder = Encoder(tokenizer, model.config.max_seq_len, config.template, config.prompt_tokens,
                       config.cut_responses)
-    records = read_demonstrations(config.data, config.on_bad_record)[:config.limit]
-    prompts, responses = zip(*each(records, encoder.demonstration, config.on_bad_record,
-                                   config.data))
+    prompts, responses = zip(*each(
+        read_demonstrations(config.data, config.on_bad_record)[:config.limit],
+        encoder.demonstration, config.on_bad_record, config.data))
     counts = encoder.counted(config.data) if log.writes else {}
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
     steps = config.epochs * -(-len(prompts) // config.batch)

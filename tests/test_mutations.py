@@ -148,9 +148,9 @@ MUTATIONS = [
              lambda f: lambda logits, *rest: f(logits.clamp(min=-1), *rest),
              "check: sampling = scoring"),
     # 3. prompt and response are tokenised separately
-    Mutation(3, "prompt and response tokenised jointly", "fgrlhf.encode.Encoder.response", joint_ids,
-             "test_rules.test_rule_3_the_prompts_ids_stay_a_prefix_where_joint_tokenisation_"
-             "would_merge", {"tmp_path": ...}),
+    Mutation(3, "prompt and response tokenised jointly", "fgrlhf.encode.Encoder.response",
+             joint_ids, "test_rules.test_rule_3_the_prompts_ids_stay_a_prefix_where_joint_"
+             "tokenisation_would_merge", {"tmp_path": ...}),
     # 4. masks come from lengths; EOS is an action
     Mutation(4, "padding counted by the mask", "fgrlhf.sequences.Sequences.response_mask",
              response_mask(+1), "check: masks"),
