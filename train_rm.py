@@ -168,9 +168,8 @@ def new_model(config: Config, device: torch.device,
               frozen: FrozenStates | None = None) -> RewardModel:
     """Builds the reward model to train, or the control that is not trained."""
     torch.manual_seed(config.seed)                                  # the head's initialisation
-    dtype = getattr(torch, config.dtype)
-    trunk = frozen.trunk if frozen else load_to_train(config.model, device, dtype,
-                                                      config.lora_rank, config.seed)
+    trunk = frozen.trunk if frozen else load_to_train(
+        config.model, device, getattr(torch, config.dtype), config.lora_rank, config.seed)
     response = "mean" if config.reduce in ("share", "response") else "sum"          # equation (1)
     if config.likelihood:
         return controls.LikelihoodReward(trunk, response)

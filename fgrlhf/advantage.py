@@ -53,9 +53,7 @@ def standardise(x: Tensor, mask: Tensor, how: str, eps: float = 1e-6) -> Tensor:
     count = mask.sum().clamp(min=1)
     if how == "mean-std":
         x = torch.where(mask, x - x.sum() / count, 0.0)
-    if how == "none":
-        return x
-    return x / ((x.square().sum() / count).sqrt() + eps)
+    return x if how == "none" else x / ((x.square().sum() / count).sqrt() + eps)
 
 
 # ----- options of the reward: not in the paper ----------------------------------------------------
