@@ -26,7 +26,6 @@ folder (metrics, states, signals), `microbatches` cuts a minibatch for memory an
 """
 
 import sys
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -45,7 +44,7 @@ from fgrlhf.engine import distributed
 from fgrlhf.engine.config import Machinery, arg, parse, run
 from fgrlhf.engine.distributed import Sums, microbatches
 from fgrlhf.engine.draws import batches, generator
-from fgrlhf.engine.encoding import Encoding, write_encoding
+from fgrlhf.engine.encoding import Encoding
 from fgrlhf.engine.players import Players, inputs_of, load, prepare, prompt_room
 from fgrlhf.engine.run import Run
 from fgrlhf.engine.summary import Ending, command
@@ -83,9 +82,9 @@ class Config(ReadingRecords, Machinery):                # and --template, --seed
     standardise: str = arg("rms", choices=("rms", "mean-std", "none"),
                            help="fine-grained, rloo, grpo: how advantages are standardised per "
                            "batch")
-    reward_eos: bool = arg(True, help="fine-grained: no: EOS gets the reward 0, the average over "
-                           "the reward model's training responses. A reward model that has seen "
-                           "shorter edits pays for every EOS")
+    reward_eos: bool = arg(True, help="fine-grained: reward EOS like any token. Without, EOS gets "
+                           "0, the average over the reward model's training responses: a reward "
+                           "model that has seen shorter edits pays for every EOS")
     missing_eos_penalty: float = arg(0.0, least=0, help="taken off the reward of the last token "
                                      "of a response without EOS")
     mask_truncated: bool = arg(False, help="a response without EOS takes no part in the update: "
@@ -131,14 +130,11 @@ class Config(ReadingRecords, Machinery):                # and --template, --seed
 
 
 class Batch(NamedTuple):
-    """One iteration's responses with everything that the update needs.
-
-    All tensors but the sequences are [B, T].
-    """
+    """One iteration's responses with all that the update needs: [B, T], except the sequences."""
 
     sequences: Sequences
-    mask: Tensor                        # True where response token t exists and takes part in
-                                        # the update (--mask-truncated)
+    mask: Tensor                        # True on response tokens that are updated: all, except
+                                        # with --mask-truncated
     logp_old: Tensor
     logp_ref: Tensor
     rewards: Tensor                     # calibrated, before the KL is taken off
@@ -171,67 +167,33 @@ def train(config: Config) -> None:
               keep_last=config.keep_last)
     judge = dev_judge(config, tokenizer)
     players = load(config, device)
-    policy = players.policy
     if log.writes:
         accuracy.warn(config.reward, accuracy.recorded(config.reward))
-    started = time.perf_counter()
+    check_seconds = 0.0
     if not config.skip_checks:                              # samples 8 responses, tries every rule
-        startup.require(startup.subject(config, players), config.seed)
-    check_seconds = time.perf_counter() - started
+        check_seconds = startup.require(startup.subject(config, players), config.seed)
     players = prepare(config, players)
-    learning, parts = players.learning(), players.parts()
-    best = {"win_rate": -1.0, "iteration": 0} | log.restore(**parts)
+    learning, state = players.learning(), players.state()
+    best = {"win_rate": -1.0, "iteration": 0} | log.restore(**state)
 
     for iteration in log.steps(config.iterations, config.method):
-        # steps 1 to 4
-        rollout, batch = make_experience(config, players, iteration)
+        rollout, batch = make_experience(config, players, iteration)        # steps 1 to 4
         with log.guard(iteration, learning, **batch.tensors()):     # stops at NaN and infinity
-            statistics = rollout_metrics(rollout, batch.logp_ref, batch.rewards)
-            if config.exact_kl:
-                with log.untimed(), distributed.gathered(policy, players.ref, device=device):
-                    statistics["rollout/kl_exact"] = exact_kl_of(
-                        policy, players.ref, batch.sequences, config.temperature, config.exact_kl,
-                        config.microbatch)
+            statistics = measure(config, players, rollout, batch, log)
             if iteration == 1:                  # the policy is still the reference
                 check_first_ratio(batch.logp_ref, batch.logp_old)
-            # step 5
-            metrics = update(config, players, batch, iteration) | statistics
+            metrics = update(config, players, batch, iteration) | statistics        # step 5
         # step 6
         metrics["rollout/episodes"] = iteration * config.rollouts
         if judge and evaluates(config, iteration):
-            with log.untimed():
-                metrics |= evaluate(config, players, judge, log, best, iteration)
+            metrics |= evaluate(config, players, judge, log, best, iteration)
         if config.save_samples:
             log.append("samples.jsonl", {"step": iteration, "responses": samples_of(
                 rollout, batch.logp_ref, batch.rewards, players.tokenizer,
                 prompts_of(config, len(players.prompts), iteration))})
-        log.end_step(iteration, metrics, best, **parts)
+        log.end_step(iteration, metrics, best, **state)
 
     finish(config, players, log, best if judge else {}, check_seconds)
-
-
-def finish(config: Config, players: Players, log: Run, best: dict, check_seconds: float) -> None:
-    """Saves the policy, says what came out and what is next, and names signs of trouble.
-
-    best: the best dev win rate and its iteration, {} for a run without dev prompts.
-    """
-    with distributed.gathered(players.policy):
-        if log.writes:
-            write_encoding(log.folder / "policy", Encoding(config.template))
-            save_model(players.policy, log.folder / "policy", tokenizer=players.tokenizer)
-    if config.save_critic and players.critic is not None:
-        with distributed.gathered(players.critic):
-            if log.writes:
-                save_reward(players.critic, log.folder / "critic", players.tokenizer)
-    chosen = best and {"best_iteration": best["iteration"], "best_dev_win_rate": best["win_rate"]}
-    after = command("eval.py outputs --policy {policy} --prompts PROMPTS --out ANSWERS.json",
-                    config.template, policy=log.folder / ("best" if best else "policy"))
-    log.finish({"iterations": config.iterations, "episodes": config.iterations * config.rollouts,
-                "startup_checks": "skipped" if config.skip_checks else "passed",
-                "check_seconds": round(check_seconds, 3), **chosen},
-               Ending(f"policy by {config.method} PPO", after))
-    for sign in signs.signs_of_run(log.folder) if log.writes else ():
-        print(f"sign of trouble: {sign}", file=sys.stderr)
 
 
 def make_experience(config: Config, players: Players, iteration: int) -> tuple[Rollout, Batch]:
@@ -254,14 +216,15 @@ def make_experience(config: Config, players: Players, iteration: int) -> tuple[R
     rewards = scorer.rewards(players.reward_model)          # calibrated
     if not config.reward_eos:
         rewards = without_eos(rewards, sequences, players.tokenizer.eos_id)
-    rewards = penalise_missing_eos(rewards, sequences, rollout.truncated,
-                                   config.missing_eos_penalty)
+    if config.missing_eos_penalty:
+        rewards = penalise_missing_eos(rewards, sequences, rollout.truncated,
+                                       config.missing_eos_penalty)
     # 3. equation (5): the reward of each token minus beta times its KL
     penalised = penalise_kl(rewards, logp_old, logp_ref, mask, config.beta)
-    # 4. advantages
+    # 4. advantages: equation (6), or what the rivals have in its place
     values = returns = None
     if config.method == "fine-grained":
-        # equation (6); with gamma 0, the paper's, reward_to_go returns its input
+        # with gamma 0, the paper's, reward_to_go returns its input
         advantages = reward_to_go(penalised, mask, config.gamma)
         advantages = standardise(advantages, updated_mask, config.standardise)
     elif config.method in GROUPED:
@@ -278,6 +241,19 @@ def make_experience(config: Config, players: Players, iteration: int) -> tuple[R
                           returns)
 
 
+def measure(config: Config, players: Players, rollout: Rollout, batch: Batch,
+            log: Run) -> dict[str, float]:
+    """Returns the metrics of the responses, before the update."""
+    statistics = rollout_metrics(rollout, batch.logp_ref, batch.rewards)
+    if config.exact_kl:
+        with log.untimed(), distributed.gathered(players.policy, players.ref,
+                                                 device=batch.mask.device):
+            statistics["rollout/kl_exact"] = exact_kl_of(
+                players.policy, players.ref, batch.sequences, config.temperature, config.exact_kl,
+                config.microbatch)
+    return statistics
+
+
 def update(config: Config, players: Players, batch: Batch, iteration: int) -> dict[str, float]:
     """Step 5: epochs of minibatch updates by equation (7), and of the critic for rlhf.
 
@@ -292,6 +268,7 @@ def update(config: Config, players: Players, batch: Batch, iteration: int) -> di
             for part, weight in microbatches(rows, config.microbatch,
                                              partial(by_length, batch.sequences)):
                 b = batch.rows(part)            # weight is 1, or 0 for a rank that has no rows left
+                # equation (7)
                 out = policy_loss(players.policy, b.sequences, b.logp_old, b.advantages,
                                   config.clip_eps, config.temperature, tokens)
                 if epoch == 0 and number == 0:
@@ -305,8 +282,7 @@ def update(config: Config, players: Players, batch: Batch, iteration: int) -> di
                     (weight * loss).backward()
                     sums.add(weight, {"ppo/value_loss": loss})
             minibatch = sums.over_ranks()
-            for name, value in minibatch.items():
-                epoch_sums[name] = epoch_sums.get(name, 0.0) + value
+            epoch_sums = {name: epoch_sums.get(name, 0.0) + minibatch[name] for name in minibatch}
             metrics = {name: value / (number + 1) for name, value in epoch_sums.items()}
             for name, optimizer in players.optimizers.items():
                 metrics[f"ppo/gradient_norm_{name}"] = optimizer.step()     # clips, steps, clears
@@ -407,16 +383,40 @@ def evaluates(config: Config, iteration: int) -> bool:
 def evaluate(config: Config, players: Players, judge: OracleJudge, log: Run, best: dict,
              iteration: int) -> dict[str, float]:
     """Judges the dev answers. If the policy is the best so far, updates `best` and OUT/best."""
-    with distributed.gathered(players.policy):
+    with log.untimed(), distributed.gathered(players.policy):
         outputs = answers(players.policy, players.tokenizer, judge.prompts, config.template,
                           config.max_new_tokens, config.temperature, config.seed, purpose="dev")
         metrics = judge.compare(outputs)
         if metrics["eval/win_rate"] > best["win_rate"]:
             best |= {"win_rate": metrics["eval/win_rate"], "iteration": iteration}
             if log.writes:
-                write_encoding(log.folder / "best", Encoding(config.template))
-                save_model(players.policy, log.folder / "best", tokenizer=players.tokenizer)
+                save_model(players.policy, log.folder / "best", tokenizer=players.tokenizer,
+                           encoding=Encoding(config.template))
     return metrics
+
+
+def finish(config: Config, players: Players, log: Run, best: dict, check_seconds: float) -> None:
+    """Saves the policy, says what came out and what is next, and names signs of trouble.
+
+    best: the best dev win rate and its iteration, {} for a run without dev prompts.
+    """
+    with distributed.gathered(players.policy):
+        if log.writes:
+            save_model(players.policy, log.folder / "policy", tokenizer=players.tokenizer,
+                       encoding=Encoding(config.template))
+    if config.save_critic and players.critic is not None:
+        with distributed.gathered(players.critic):
+            if log.writes:
+                save_reward(players.critic, log.folder / "critic", players.tokenizer)
+    chosen = best and {"best_iteration": best["iteration"], "best_dev_win_rate": best["win_rate"]}
+    after = command("eval.py outputs --policy {policy} --prompts PROMPTS --out ANSWERS.json",
+                    config.template, policy=log.folder / ("best" if best else "policy"))
+    log.finish({"iterations": config.iterations, "episodes": config.iterations * config.rollouts,
+                "startup_checks": "skipped" if config.skip_checks else "passed",
+                "check_seconds": round(check_seconds, 3), **chosen},
+               Ending(f"policy by {config.method} PPO", after))
+    for sign in signs.signs_of_run(log.folder) if log.writes else ():
+        print(f"sign of trouble: {sign}", file=sys.stderr)
 
 
 if __name__ == "__main__":

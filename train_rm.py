@@ -36,18 +36,18 @@ import torch
 from torch import Tensor
 
 from fgrlhf import controls
-from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer
+from fgrlhf.checkpoint import load_model, load_to_train, load_tokenizer
 from fgrlhf.checks import accuracy
 from fgrlhf.data.fields import UserError
 from fgrlhf.encode import (
     HIDDEN, UNITS, Encoder, PreferenceIds, ReadingResponses, read_encoded)
 from fgrlhf.engine import distributed
 from fgrlhf.engine.config import Machinery, arg, parse, run
-from fgrlhf.engine.distributed import Sums, in_order, microbatches
-from fgrlhf.engine.draws import bucketed_batches, generator
+from fgrlhf.engine.distributed import Sums, microbatches
+from fgrlhf.engine.draws import generator, rows_of_step
 from fgrlhf.engine.encoding import Encoding, check_encoding
 from fgrlhf.engine.optimizer import Optimizer
-from fgrlhf.engine.run import Run
+from fgrlhf.engine.run import FoldRun, Run
 from fgrlhf.engine.states import TrainableState
 from fgrlhf.engine.summary import Ending, command
 from fgrlhf.evaluate import Judged, reward_intervals, reward_table
@@ -58,10 +58,10 @@ from fgrlhf.sequences import pack
 from fgrlhf.templates import check_template
 from kernels.token_preference import MARGINS, U0_TERMS, Options
 
-
-LOSSES = {"ours": Options("sum", "anchor", 0.02, 1.0), "paper": Options("response"),
-          "paper-u1": Options("share"), "sum": Options("sum", "difference", 1.0),
-          "tlcr": Options("sum", "anchor", 0.02, 1.0, pair_weight=0.0)}
+OURS = Options(reduce="sum", u0="anchor", u0_weight=0.02, token_weight=1.0)
+LOSSES = {"ours": OURS, "paper": Options(reduce="response"), "paper-u1": Options(reduce="share"),
+          "sum": Options(reduce="sum", u0="difference", u0_weight=1.0),
+          "tlcr": OURS._replace(pair_weight=0.0)}
 CALIBRATION_RECORDS = 512       # the rewards of their rejected responses become mean 0, deviation 1
 
 
@@ -77,9 +77,9 @@ class Config(ReadingResponses, Machinery):
     loss: str = arg("ours", choices=tuple(LOSSES), help="token: how the rewards are trained")
     reduce: str | None = arg(None, choices=MARGINS, help="margin: sum or mean over U1, sum over U1 "
                              "by the response's length (share), or mean over all tokens (response)")
-    u0: str | None = arg(None, choices=U0_TERMS, help="loss on unchanged tokens: 'difference' is "
-                         "squared, 'anchor' pulls their rewards to 0, 'kept' rewards them like "
-                         "edited-in tokens")
+    u0: str | None = arg(None, choices=U0_TERMS, help="loss on unchanged tokens: 'difference' "
+                         "pulls the two rewards of a pair together, 'anchor' pulls both to 0, "
+                         "'kept' rewards both like edited-in tokens")
     u0_weight: float | None = arg(None, least=0, help="lambda, the weight of the loss on unchanged "
                                   "tokens")
     token_weight: float | None = arg(None, least=0, help="w, the weight of the logistic loss per "
@@ -129,54 +129,47 @@ def loss_of(config: Config, model: RewardModel, part: PreferenceBatch,
     """
     pairs = len(whole.plus)
     if config.kind == "sequence":
-        loss, margins = sequence_loss(model, part, pairs)
+        loss, margins = sequence_loss(model, part, pairs)                       # (2)
         return loss, {"rm/accuracy": (margins > 0).sum() / pairs}
     options = Options(config.reduce, config.u0, config.u0_weight, config.token_weight,
                       config.pair_weight)
-    out = token_loss(model, part, options, whole.totals())
+    out = token_loss(model, part, options, whole.totals())                      # (3), (4)
     return out.loss, {"rm/bt": out.bt, "rm/u0": out.u0, "rm/token": out.token,
                       "rm/accuracy": (out.margin > 0).sum() / pairs}
 
 
-def fit(model: RewardModel, examples: list[PreferenceIds], config: Config, log: Run,
+def fit(config: Config, model: RewardModel, examples: list[PreferenceIds], log: Run | FoldRun,
         name: str) -> None:
     """The training loop. `name` tells folds apart in the progress bar."""
     if config.shuffle_labels is not None:
         coins = torch.rand(len(examples), generator=generator(config.shuffle_labels, "labels"))
         examples = [p.swapped() if coin < 0.5 else p for p, coin in zip(examples, coins)]
     lengths = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in examples]
-    per_epoch = -(-len(examples) // config.batch)
-    steps = config.epochs * per_epoch
+    steps = config.epochs * -(-len(examples) // config.batch)
     model.trunk.activation_checkpointing = config.checkpoint_activations
     distributed.shard(model)
     optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr,
                           head_lr=config.head_lr)
-    parts = {"model": TrainableState(model), "optimizer": optimizer}
-    resumable = config.folds == 0
-    if resumable:
-        log.restore(**parts)
-    for step in (log.steps if resumable else log.progress)(steps, name):
-        epoch, cursor = divmod(step - 1, per_epoch)
-        rows = bucketed_batches(lengths, config.batch, config.seed, epoch)[cursor]
+    state = {"model": TrainableState(model), "optimizer": optimizer}
+    log.restore(**state)
+    for step in log.steps(steps, name):
+        rows = rows_of_step(lengths, config.batch, config.seed, step)
         batch, sums = PreferenceBatch.of([examples[i] for i in rows], model.device), Sums()
         with log.guard(step, {"model": model}, records=torch.tensor(rows), **batch.tensors()):
-            for part, weight in microbatches(list(range(len(rows))), config.microbatch, in_order):
+            for part, weight in microbatches(range(len(rows)), config.microbatch):
                 loss, terms = loss_of(config, model, batch.rows(part), batch)
                 sums.add(weight, terms | {"rm/loss": loss})
                 (weight * loss).backward()
             norm = optimizer.step()
-        metrics = sums.over_ranks() | {"rm/gradient_norm": norm}
-        log.end_step(step, metrics, **parts) if resumable else log.show(metrics)
+        log.end_step(step, sums.over_ranks() | {"rm/gradient_norm": norm}, **state)
 
 
 def new_model(config: Config, device: torch.device,
               frozen: FrozenStates | None = None) -> RewardModel:
     """Builds the reward model to train, or the control that is not trained."""
     torch.manual_seed(config.seed)                                  # the head's initialisation
-    dtype = getattr(torch, config.dtype)
-    trunk = (frozen.trunk if frozen else
-             load_adapted(config.model, device, dtype, config.lora_rank, config.seed)
-             if config.lora_rank else load_model(config.model, device, dtype))
+    trunk = frozen.trunk if frozen else load_to_train(
+        config.model, device, getattr(torch, config.dtype), config.lora_rank, config.seed)
     response = "mean" if config.reduce in ("share", "response") else "sum"          # equation (1)
     if config.likelihood:
         return controls.LikelihoodReward(trunk, response)
@@ -214,20 +207,21 @@ def cross_validate(config: Config, records: list, examples: list[PreferenceIds],
     fits those at all is the first question about a poor figure.
     """
     order = torch.randperm(len(records), generator=generator(config.seed, "folds")).tolist()
-    folds, judged, fitted = [order[k::config.folds] for k in range(config.folds)], [], []
+    folds = [order[k::config.folds] for k in range(config.folds)]
+    judged, fitted, tables = [], [], []
     judge = lambda model, rows: judge_preferences(model, [records[i] for i in rows],
                                                   [examples[i] for i in rows], tokenizer)
     for k, held_out in enumerate(folds):
         inside = [i for i in range(len(records)) if i not in set(held_out)]
         model = new_model(config, device, frozen)
         if not config.likelihood:
-            fit(model, [examples[i] for i in inside], config, log, f"fold {k + 1}/{config.folds}")
+            fit(config, model, [examples[i] for i in inside], FoldRun(log),
+                f"fold {k + 1}/{config.folds}")
         with distributed.gathered(model):
             judged.append(judge(model, held_out))
             fitted.append(judge(model, inside[:len(held_out)]))
-        log.log(k + 1, {f"rm/{name}": value for name, value in
-                        (reward_table(judged[-1]) | training_part(fitted[-1])).items()})
-    tables = [reward_table(fold) | training_part(own) for fold, own in zip(judged, fitted)]
+        tables.append(reward_table(judged[-1]) | training_part(fitted[-1]))
+        log.log(k + 1, {f"rm/{name}": value for name, value in tables[-1].items()})
     whole = reward_table(sum(judged, [])) | training_part(sum(fitted, []))
     values = {name: torch.tensor([float(t[name]) for t in tables if name in t])
               for name in whole if not name.endswith("pairs")}
@@ -292,7 +286,7 @@ def train(config: Config) -> None:
         return
     model = new_model(config, device, frozen)
     if not config.likelihood:
-        fit(model, examples, config, log, f"reward model, {config.kind}")
+        fit(config, model, examples, log, f"reward model, {config.kind}")
     with distributed.gathered(model):
         model.calibrate([pack([p.prompt], [p.rejected], device=device)
                          for p in examples[:CALIBRATION_RECORDS]])

@@ -27,6 +27,37 @@ def penalise_kl(rewards: Tensor, logp_old: Tensor, logp_ref: Tensor, mask: Tenso
     return torch.where(mask, rewards - beta * (logp_old - logp_ref), 0.0)
 
 
+def reward_to_go(penalised: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """G_t = r~_t + gamma G_{t+1} over the response, [B, T] -> [B, T].
+
+    The paper's reading is gamma = 0: the return of a token is r~_t, the token's own reward.
+    """
+    returns = torch.where(mask, penalised, 0.0)
+    for t in reversed(range(penalised.shape[1] - 1)):
+        returns[:, t] += gamma * returns[:, t + 1]
+    return returns
+
+
+def standardise(x: Tensor, mask: Tensor, how: str, eps: float = 1e-6) -> Tensor:
+    """Equation (6): the only standardisation of advantages, over all real tokens of the batch.
+
+        rms       x / (rms + eps)              keeps the sign of r~_t; the default of train_ppo.py
+        mean-std  (x - mean) / (std + eps)     population std, so that one token gives 0, not NaN
+        none      x
+
+    x, mask [B, T] -> [B, T]. An empty mask gives zeros. Raises ValueError for any other `how`.
+    """
+    if how not in ("mean-std", "rms", "none"):
+        raise ValueError(f"how: expected mean-std, rms or none, got {how!r}")
+    x = torch.where(mask, x, 0.0)
+    count = mask.sum().clamp(min=1)
+    if how == "mean-std":
+        x = torch.where(mask, x - x.sum() / count, 0.0)
+    return x if how == "none" else x / ((x.square().sum() / count).sqrt() + eps)
+
+
+# ----- options of the reward: not in the paper ----------------------------------------------------
+
 def without_eos(rewards: Tensor, sequences: Sequences, eos_id: int) -> Tensor:
     """r_t with 0 at EOS, [B, T] -> [B, T].
 
@@ -52,34 +83,3 @@ def penalise_missing_eos(rewards: Tensor, sequences: Sequences, truncated: Tenso
     row = truncated.nonzero()[:, 0]
     last = sequences.response_lengths[row] - 1
     return rewards.index_put((row, last), rewards[row, last] - penalty)
-
-
-def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """G_t = r_t + gamma G_{t+1} over the response, [B, T] -> [B, T].
-
-    The paper's reading is gamma = 0: the return of a token is the token's own reward.
-    """
-    returns = torch.where(mask, rewards, 0.0)
-    for t in reversed(range(rewards.shape[1] - 1)):
-        returns[:, t] += gamma * returns[:, t + 1]
-    return returns
-
-
-def standardise(x: Tensor, mask: Tensor, how: str, eps: float = 1e-6) -> Tensor:
-    """Equation (6): the only standardisation of advantages, over all real tokens of the batch.
-
-        rms       x / (rms + eps)              keeps the sign of r~_t; the default of train_ppo.py
-        mean-std  (x - mean) / (std + eps)     population std, so that one token gives 0, not NaN
-        none      x
-
-    x, mask [B, T] -> [B, T]. An empty mask gives zeros. Raises ValueError for any other `how`.
-    """
-    if how not in ("mean-std", "rms", "none"):
-        raise ValueError(f"how: expected mean-std, rms or none, got {how!r}")
-    x = torch.where(mask, x, 0.0)
-    count = mask.sum().clamp(min=1)
-    if how == "mean-std":
-        x = torch.where(mask, x - x.sum() / count, 0.0)
-    if how == "none":
-        return x
-    return x / ((x.square().sum() / count).sqrt() + eps)

@@ -23,14 +23,15 @@ A match is an unchanged pair; everything else has changed.
 Speed: Myers' bit-vectors give the moves of all cheapest paths. Each row of the table takes a dozen
 operations on whole integers. Steps 2 and 3 then visit only cells on such paths.
 
-`align_words` is not in the paper. It applies the same steps to words, where human error spans begin
-and end. `gap_credit` finds the tokens to credit where an edit only inserted or only deleted.
+`gap_credit` finds the tokens to credit where an edit only inserted or only deleted. `align_words`,
+the second half of this file, is not in the paper. It applies the same steps to words, where human
+error spans begin and end.
 """
 
 import math
 import re
 import unicodedata
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 from fgrlhf.data.fields import UserError
@@ -40,13 +41,6 @@ STEP = ((1, 1), (1, 1), (1, 0), (0, 1))                     # what each move add
 NEVER = 1 << 62                                             # above the cost of any path
 MOST_CELLS = 1 << 28                                        # 16,384 tokens against 16,384
 MOST_VISITED = 1 << 22                                      # of these, visited one by one
-MOST_WORD_PAIRS = 1 << 20                                   # the same for words: 5 seconds
-
-# Letters of scripts without blanks between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese.
-UNSPACED = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-            "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff")
-MARKS = "".join(c for c in map(chr, range(0xe00, 0x1800)) if unicodedata.category(c)[0] == "M")
-WORD = re.compile(f"[{UNSPACED}][{MARKS}]*|[^\\s{UNSPACED}]+")
 
 Span = Pair = tuple[int, int]
 
@@ -72,12 +66,6 @@ class Moves(NamedTuple):
     insert: list[int]                   # [n + 1] within row i
 
 
-class _Word(NamedTuple):
-    key: str | None                     # None: the end of the text
-    start: int
-    end: int
-
-
 def align(original_ids: Sequence[Hashable], edited_ids: Sequence[Hashable]) -> Alignment:
     """Aligns two sequences of token ids, or of anything hashable. Either side may be empty.
 
@@ -93,45 +81,11 @@ def align(original_ids: Sequence[Hashable], edited_ids: Sequence[Hashable]) -> A
     if n * m > MOST_CELLS:
         raise UserError(f"expected two texts of at most {math.isqrt(MOST_CELLS)} tokens each to "
                         f"align, got {n} and {m}; split or shorten them")
-    moves = cheapest_moves(original_ids, edited_ids)       # step 1
-    pairs, edits = _best_path(moves, len(edited_ids))      # steps 2 and 3
-    return Alignment(_all_but((i for i, _ in pairs), len(original_ids)),
-                     _all_but((j for _, j in pairs), len(edited_ids)), pairs, edits)
-
-
-def align_words(original_text: str, edited_text: str, original_spans: Sequence[Span],
-                edited_spans: Sequence[Span]) -> Alignment:
-    """Aligns words instead of tokens, then projects the result to tokens ("pieces").
-
-    original_spans [n], edited_spans [m]: the half-open ranges of characters of the pieces
-    (`Tokenizer.spans`).
-
-    A word is a stretch without whitespace, and a single character of a script that writes no
-    blanks (Chinese, Japanese, Thai, ...). Two words match when they are equal in lower case,
-    without the punctuation at either end ("The" and "the,"; a word of punctuation only is compared
-    whole). The cost is 1 for each deleted and each inserted word, and 2 for each run, so that a
-    single common word ("the") does not split a rewritten passage. There is no substitution. Steps
-    1-3 then apply.
-
-    A piece belongs to the words that it overlaps. A piece that overlaps no word (a blank, EOS)
-    belongs to the next word; what follows the last word never changes. A piece is changed if one of
-    its words is. The pieces of matched words are unchanged even if case or punctuation differ. They
-    are paired where `align` matches their texts in lower case; the other pieces are in no pair.
-    Raises ValueError when a span exceeds its text, and UserError when the texts are too long.
-    """
-    words, edited_words = _words(original_text), _words(edited_text)
-    matches, edits = _best_words([word.key for word in words], [word.key for word in edited_words])
-    changed, pieces = _project(original_spans, words, {i for i, _ in matches})
-    edited_changed, edited_pieces = _project(edited_spans, edited_words, {j for _, j in matches})
-    pairs = []
-    for i, j in matches:
-        here, there = pieces[i], edited_pieces[j]
-        surfaces = [_surface(original_text, original_spans[p]) for p in here]
-        edited_surfaces = [_surface(edited_text, edited_spans[q]) for q in there]
-        alike = (zip(here, there) if surfaces == edited_surfaces else
-                 ((here[p], there[q]) for p, q in align(surfaces, edited_surfaces).pairs))
-        pairs += [(p, q) for p, q in alike if not changed[p] and not edited_changed[q]]
-    return Alignment(changed, edited_changed, pairs, edits)
+    moves = cheapest_moves(original_ids, edited_ids)        # step 1
+    pairs, edits = _best_path(moves, m)                     # steps 2 and 3
+    paired, edited_paired = {i for i, _ in pairs}, {j for _, j in pairs}
+    return Alignment([i not in paired for i in range(n)],
+                     [j not in edited_paired for j in range(m)], pairs, edits)
 
 
 def gap_credit(alignment: Alignment, at_gaps: bool = True) -> Credit:
@@ -199,9 +153,9 @@ def _best_path(moves: Moves, m: int) -> tuple[list[Pair], int]:
 
     Returns (its matches, its number of edits). The rows are filled from the end back to (0, 0). For
     each cell that can reach the end a row holds the best continuation outside a run and the best
-    inside a run, as 4 * runs + first move. The smaller number is then the better continuation, and
-    of equally good ones the preferred. A match of the two ends, from (n, m) to (n + 1, m + 1),
-    closes every path. Only the first moves of the rows below are kept, one byte per cell.
+    inside a run, as 4 * runs + first move (& ~3 takes the move away). The smaller number is then
+    the better continuation, and of equally good ones the preferred. A match of the two ends, from
+    (n, m) to (n + 1, m + 1), closes every path. Only the first moves of the rows below are kept.
     """
     n, visited, run = len(moves.match), 0, 4
     matches = [*moves.match, 2 << m]
@@ -251,6 +205,57 @@ def _follow(first_moves: list[bytearray]) -> tuple[list[Pair], int]:
             pairs.append((i, j))
         i, j = i + STEP[move][0], j + STEP[move][1]
     return pairs[:-1], edits                                # without the match of the two ends
+
+
+# ----- words: not in the paper --------------------------------------------------------------------
+
+MOST_WORD_PAIRS = 1 << 20                                   # equal on both sides: 5 seconds
+# Letters of scripts without blanks between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese.
+UNSPACED = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+            "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff")
+MARKS = "".join(c for c in map(chr, range(0xe00, 0x1800)) if unicodedata.category(c)[0] == "M")
+WORD = re.compile(f"[{UNSPACED}][{MARKS}]*|[^\\s{UNSPACED}]+")
+
+
+class _Word(NamedTuple):
+    key: str | None                     # None: the end of the text
+    start: int
+    end: int
+
+
+def align_words(original_text: str, edited_text: str, original_spans: Sequence[Span],
+                edited_spans: Sequence[Span]) -> Alignment:
+    """Aligns words instead of tokens, then projects the result to tokens ("pieces").
+
+    original_spans [n], edited_spans [m]: the half-open ranges of characters of the pieces
+    (`Tokenizer.spans`).
+
+    A word is a stretch without whitespace, and a single character of a script that writes no
+    blanks (Chinese, Japanese, Thai, ...). Two words match when they are equal in lower case,
+    without the punctuation at either end ("The" and "the,"; a word of punctuation only is compared
+    whole). The cost is 1 for each deleted and each inserted word, and 2 for each run, so that a
+    single common word ("the") does not split a rewritten passage. There is no substitution. Steps
+    1-3 then apply.
+
+    A piece belongs to the words that it overlaps. A piece that overlaps no word (a blank, EOS)
+    belongs to the next word; what follows the last word never changes. A piece is changed if one of
+    its words is. The pieces of matched words are unchanged even if case or punctuation differ. They
+    are paired where `align` matches their texts in lower case; the other pieces are in no pair.
+    Raises ValueError when a span exceeds its text, and UserError when the texts are too long.
+    """
+    words, edited_words = _words(original_text), _words(edited_text)
+    matches, edits = _best_words([word.key for word in words], [word.key for word in edited_words])
+    changed, pieces = _project(original_spans, words, {i for i, _ in matches})
+    edited_changed, edited_pieces = _project(edited_spans, edited_words, {j for _, j in matches})
+    pairs = []
+    for i, j in matches:
+        here, there = pieces[i], edited_pieces[j]
+        surfaces = [_surface(original_text, original_spans[p]) for p in here]
+        edited_surfaces = [_surface(edited_text, edited_spans[q]) for q in there]
+        alike = (zip(here, there) if surfaces == edited_surfaces else
+                 ((here[p], there[q]) for p, q in align(surfaces, edited_surfaces).pairs))
+        pairs += [(p, q) for p, q in alike if not changed[p] and not edited_changed[q]]
+    return Alignment(changed, edited_changed, pairs, edits)
 
 
 def _best_words(a: list[str | None], b: list[str | None]) -> tuple[list[Pair], int]:
@@ -327,14 +332,6 @@ class _Starts:
             k -= k & -k
         same_column = self.of_column.get(j, (-1,))
         return same_column if same_column[0] == found[0] else (found[0], found[1], -found[2])
-
-
-def _all_but(paired: Iterable[int], length: int) -> list[bool]:
-    """[length] True except at the positions `paired`."""
-    result = [True] * length
-    for i in paired:
-        result[i] = False
-    return result
 
 
 def _words(text: str) -> list[_Word]:

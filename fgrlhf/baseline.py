@@ -20,6 +20,8 @@ from fgrlhf.sequences import Sequences, hidden_before, locate, unflatten
 class Critic(nn.Module):
     """V_t: a copy of the reward model, read one position before token t."""
 
+    kind, control, response, confidence = "token", None, "sum", False       # see save_reward
+
     def __init__(self, reward: RewardModel):
         super().__init__()
         self.trunk, self.head = lora.clone(reward.trunk), copy.deepcopy(reward.head)
@@ -37,10 +39,10 @@ class Critic(nn.Module):
 
 def generalised_advantage(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
                           lam: float) -> tuple[Tensor, Tensor]:
-    """GAE: returns (advantages, returns = advantages + values), each [B, T].
+    """GAE of `rewards`, the r~_t of equation (5): returns (advantages, advantages + values = G_t).
 
-    values[:, t] is the critic's estimate before token t is chosen. After the last token the value
-    is 0, also in a truncated response, because the reward model has already judged it.
+    All are [B, T]. values[:, t] is the critic's estimate before token t is chosen. After the last
+    token it is 0, also in a truncated response, because the reward model has already judged it.
     """
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
     advantages = torch.zeros_like(rewards)

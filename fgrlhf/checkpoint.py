@@ -31,7 +31,7 @@ from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import write_atomic
 from fgrlhf.engine import distributed, lora
 from fgrlhf.engine.config import arg, dispatch, run
-from fgrlhf.engine.encoding import read_encoding, write_encoding
+from fgrlhf.engine.encoding import Encoding, read_encoding, write_encoding
 from fgrlhf.engine.places import refuse_run_folder
 from fgrlhf.layouts import meta
 from fgrlhf.layouts.kinds import is_tiktoken
@@ -150,6 +150,13 @@ def load_adapted(path: str | Path, device: str | torch.device = "cpu",
     return model
 
 
+def load_to_train(path: str | Path, device: str | torch.device, dtype: torch.dtype | None,
+                  lora_rank: int, seed: int, trunks: dict[Path, LLaMA] | None = None) -> LLaMA:
+    """Reads the model that training starts from, with adapters when `lora_rank` is above 0."""
+    return (load_adapted(path, device, dtype, lora_rank, seed, trunks) if lora_rank else
+            load_model(path, device, dtype))
+
+
 def _check(path: str | Path, expected: dict[str, Tensor], tensors: dict[str, Stored]) -> None:
     """Raises UserError unless the names and shapes are those expected, in floating point."""
     for name, stored in tensors.items():
@@ -231,17 +238,18 @@ def _is_sentencepiece(file: Path) -> bool:
 
 
 def save_model(model: LLaMA, path: str | Path, layout: str = "meta",
-               tokenizer: AnyTokenizer | None = None) -> None:
+               tokenizer: AnyTokenizer | None = None, encoding: Encoding | None = None) -> None:
     """Writes a model folder. Each file is written atomically, and last the JSON that completes it.
 
     layout "meta" is the project's own; Meta's code can read it once the keys "max_seq_len" and
     "tie_embeddings" are removed. layout "hf" can be read by transformers, vLLM and, when a
     `tokenizer` is given, llama.cpp's converter. The weights keep their dtype, and reading them back
     is bit-exact. The `tokenizer` is written so that it reads back the same: tokenizer.model, or for
-    byte-level BPE tokenizer.json. For an adapted model only the adapters are
-    written, with the path of their trunk. Raises UserError, before anything is written, when the
-    folder holds another checkpoint, which a reader would mix up with this one, when the tokenizer
-    belongs to another model, or when Hugging Face's form of the tokenizer would give other ids.
+    byte-level BPE tokenizer.json. `encoding` says how records became ids in training. For an
+    adapted model only the adapters are written, with the path of their trunk. Raises UserError,
+    before a weight is written, when the folder holds another checkpoint, which a reader would
+    mix up with this one, when the tokenizer belongs to another model, or when Hugging Face's form
+    of the tokenizer would give other ids.
     """
     if layout not in WEIGHTS:
         raise ValueError(f'layout: expected "meta" or "hf", got {layout!r}')
@@ -249,6 +257,8 @@ def save_model(model: LLaMA, path: str | Path, layout: str = "meta",
         _check_fit(tokenizer.path, tokenizer.vocab_size, model.config)
     folder = Path(path)
     _check_other_tokenizer(tokenizer, folder)
+    if encoding is not None:
+        write_encoding(folder, encoding)
     if lora.adapters(model):
         _write_tokenizer(tokenizer, folder, model.config.max_seq_len)
         lora.save(model, folder, model.base)
@@ -341,9 +351,8 @@ def export(config: ExportConfig) -> None:
         raise UserError(f"--out {config.out}: already holds {held.name}; choose an empty folder")
     tokenizer = load_tokenizer(config.model) if config.tokenizer else None
     dtype = config.dtype and getattr(torch, config.dtype)
-    save_model(load_model(config.model, dtype=dtype), config.out, config.layout, tokenizer)
-    if (encoding := read_encoding(config.model)) is not None:
-        write_encoding(config.out, encoding)
+    save_model(load_model(config.model, dtype=dtype), config.out, config.layout, tokenizer,
+               read_encoding(config.model))
     print(f"{config.out}: complete")
 
 

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer, save_model
+from fgrlhf.checkpoint import load_model, load_to_train, load_tokenizer, save_model
 from fgrlhf.encode import Encoder, ReadingResponses, read_encoded
 from fgrlhf.engine import distributed
 from fgrlhf.engine.config import Machinery, arg, parse, run
-from fgrlhf.engine.distributed import Sums, in_order, microbatches
-from fgrlhf.engine.draws import bucketed_batches
-from fgrlhf.engine.encoding import Encoding, check_encoding, write_encoding
+from fgrlhf.engine.distributed import Sums, microbatches
+from fgrlhf.engine.draws import rows_of_step
+from fgrlhf.engine.encoding import Encoding, check_encoding
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.engine.run import Run
 from fgrlhf.engine.states import TrainableState
@@ -74,8 +74,7 @@ def reference_logp(model: LLaMA, sequences: Sequences, group: int = 64) -> Tenso
     """Returns log ref(y | x) of each row, [rows], on the CPU."""
     result = torch.zeros(len(sequences.tokens))
     for rows in by_length(sequences, list(range(len(result))), group):
-        part = sequences.rows(rows)
-        part = Sequences(*(x.to(model.head.device) for x in part))
+        part = sequences.rows(rows).to(model.head.device)
         result[rows] = score(model, part).sum(-1).float().cpu()
     return result
 
@@ -91,41 +90,38 @@ def train(config: Config) -> None:
                       config.cut_responses)
     _, pairs = read_encoded(config.data, encoder, config.normalise, config.limit,
                             config.on_bad_record)
-    counts, n = encoder.counted(config.data) if log.writes else {}, len(pairs)
+    counts = encoder.counted(config.data) if log.writes else {}
+    n = len(pairs)
     both = pack([p.prompt for p in pairs] * 2,
                 [p.chosen for p in pairs] + [p.rejected for p in pairs])    # 2n rows, on the CPU
     reference = reference_logp(start, both)
-    model = load_adapted(config.model, device, dtype, config.lora_rank, config.seed) \
-        if config.lora_rank else start
+    model = start if not config.lora_rank else load_to_train(config.model, device, dtype,
+                                                             config.lora_rank, config.seed)
     lengths = torch.stack(both.lengths.chunk(2)).amax(0).tolist()
-    per_epoch = -(-n // config.batch)
-    steps = config.epochs * per_epoch
+    steps = config.epochs * -(-n // config.batch)
     model.activation_checkpointing = config.checkpoint_activations
     distributed.shard(model)
     optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr)
-    parts = {"model": TrainableState(model), "optimizer": optimizer}
-    log.restore(**parts)
+    state = {"model": TrainableState(model), "optimizer": optimizer}
+    log.restore(**state)
     for step in log.steps(steps, "dpo"):
-        epoch, cursor = divmod(step - 1, per_epoch)
-        rows = torch.tensor(bucketed_batches(lengths, config.batch, config.seed, epoch)[cursor])
-        rows = torch.cat([rows, n + rows])                      # both sides of each pair
-        batch, B, sums = both.rows(rows), len(rows) // 2, Sums()
-        batch = Sequences(*(x.to(device) for x in batch))
-        refs, tokens = reference[rows].to(device), int(batch.response_lengths[:B].sum())
+        chosen = torch.tensor(rows_of_step(lengths, config.batch, config.seed, step))
+        B, rows = len(chosen), torch.cat([chosen, n + chosen])  # both sides of each pair
+        batch, refs, sums = both.rows(rows).to(device), reference[rows].to(device), Sums()
+        tokens = int(batch.response_lengths[:B].sum())          # of the chosen sides
         with log.guard(step, {"model": model}, reference=refs, **batch._asdict()):
-            for part, weight in microbatches(list(range(B)), config.microbatch, in_order):
+            for part, weight in microbatches(range(B), config.microbatch):
                 sides = torch.cat([part, B + part])
                 loss, margins = loss_of(model, batch.rows(sides), refs[sides.to(device)],
                                         config.beta, config.sft_weight, B, tokens)
                 sums.add(weight, {"dpo/loss": loss, "dpo/accuracy": (margins > 0).sum() / B})
                 (weight * loss).backward()
             norm = optimizer.step()
-        log.end_step(step, sums.over_ranks() | {"dpo/gradient_norm": norm}, **parts)
+        log.end_step(step, sums.over_ranks() | {"dpo/gradient_norm": norm}, **state)
     with distributed.gathered(model):
         if log.writes:
-            write_encoding(log.folder / "policy",
-                           Encoding(config.template, config.prompt_tokens, config.normalise))
-            save_model(model, log.folder / "policy", tokenizer=tokenizer)
+            save_model(model, log.folder / "policy", tokenizer=tokenizer, encoding=Encoding(
+                config.template, config.prompt_tokens, config.normalise))
     after = command("eval.py outputs --policy {policy} --prompts PROMPTS --out ANSWERS.json",
                     config.template, policy=log.folder / "policy")
     log.finish({"steps": steps, "records": n, **counts}, Ending("policy by DPO", after))

@@ -1,8 +1,8 @@
 """Records to token ids (paper, section 2.1): prompt and response in ids, and U0 / U1 of an edit.
 
-Prompt and response are tokenised separately and their ids are concatenated (rule 3). Joint
-tokenisation would merge pieces across the boundary and break the prompt as a prefix. The prompt
-begins with BOS. The response ends with EOS, which is an action like any other token.
+Prompt and response are tokenised separately and their ids are concatenated (rule 3 of the ten in
+fgrlhf/README.md). Joint tokenisation would merge pieces across the boundary and break the prompt as
+a prefix. The prompt begins with BOS. The response ends with EOS, an action like any other token.
 
 A response that does not fit the context is refused, or cut and counted. A cut response has no EOS,
 like a truncated one. Both sides of an edit are aligned before they are cut.
@@ -30,7 +30,7 @@ from fgrlhf.tokenizer import Tokenizer
 
 UNITS = ("token", "word")
 HIDDEN = ("nothing", "prompt", "ends", "both")
-COUNTED = {                                                         # by Encoder
+COUNTED = {                     # what an Encoder counts, and how `counted` says it
     "prompts_cut": "prompts lost their beginning (--prompt-tokens)",
     "responses_cut": "responses lost their end and EOS (--cut-responses)",
     "responses_changed_by_tokenizer": "responses lost blanks or characters in the tokenizer",
@@ -38,8 +38,6 @@ COUNTED = {                                                         # by Encoder
     "without_changed_token": "records without a changed token",
 }
 
-
-# ----- prompts ------------------------------------------------------------------------------------
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingRecords:
@@ -61,6 +59,8 @@ class ReadingResponses(ReadingRecords):
                               "(default: refuse it)")
 
 
+# ----- prompts ------------------------------------------------------------------------------------
+
 def encode_prompt(tokenizer: Tokenizer, record, template: str, limit: int) -> list[int]:
     """Returns the ids of the prompt of a record, BOS first where the tokenizer wants it.
 
@@ -81,11 +81,6 @@ def _encode_whole(tokenizer: Tokenizer, record, template: str) -> list[int]:
                         "begins without BOS, got a text without a token; repair the text, or "
                         "choose another --template")
     return ids
-
-
-def encode_response(tokenizer: Tokenizer, text: str, prompt: list[int], context: int) -> list[int]:
-    """Returns the ids of a finished response, EOS included, cut to the room the prompt leaves."""
-    return tokenizer.encode(text, eos=True)[:max(0, context - len(prompt))]
 
 
 # ----- preferences --------------------------------------------------------------------------------
@@ -175,32 +170,30 @@ class Encoder:
         because the policy chose that token there. An early EOS is thus charged with an omission.
         """
         with self._counting():
-            return self._preference(record)
+            prompt, (better, worse) = self.prompt(record), two_sides(record)
+            if self.hides_ends:
+                better, worse = (text.rstrip().removesuffix(".") for text in (better, worse))
+            chosen, rejected = self._whole(better), self._whole(worse)
+            try:
+                alignment, change = self.align_by_unit(worse, better, rejected, chosen)
+            except UserError as error:
+                raise UserError(f"record {record.id!r}: {error}") from None
+            credit = gap_credit(alignment, self.credit_gap)
+            room = self._room(record, prompt, [chosen, rejected])
+            inside = lambda positions: [t for t in positions if t < room]
+            ids = PreferenceIds(
+                prompt, chosen[:room], rejected[:room],
+                plus=inside(credit.edited), minus=inside(credit.original),
+                unchanged=[(j, i) for i, j in credit.pairs if max(i, j) < room], change=change,
+                removed=tuple(inside(i for i, out in enumerate(alignment.original_changed) if out)))
+            if ids.chosen == ids.rejected:
+                self.counts["equal_in_tokens"] += 1
+            elif not (ids.plus or ids.minus):
+                self.counts["without_changed_token"] += 1
+            return ids
 
-    def _preference(self, record: Edit | Pair) -> PreferenceIds:
-        prompt, (better, worse) = self.prompt(record), two_sides(record)
-        if self.hides_ends:
-            better, worse = (text.rstrip().removesuffix(".") for text in (better, worse))
-        chosen, rejected = self._whole(better), self._whole(worse)
-        try:
-            alignment, change = self.align(worse, better, rejected, chosen)
-        except UserError as error:
-            raise UserError(f"record {record.id!r}: {error}") from None
-        credit = gap_credit(alignment, self.credit_gap)
-        room = self._room(record, prompt, [chosen, rejected])
-        inside = lambda positions: [t for t in positions if t < room]
-        ids = PreferenceIds(prompt, chosen[:room], rejected[:room], inside(credit.edited),
-                            inside(credit.original),
-                            [(j, i) for i, j in credit.pairs if max(i, j) < room], change,
-                            tuple(inside(gap_credit(alignment, False).original)))
-        if ids.chosen == ids.rejected:
-            self.counts["equal_in_tokens"] += 1
-        elif not (ids.plus or ids.minus):
-            self.counts["without_changed_token"] += 1
-        return ids
-
-    def align(self, worse: str, better: str, rejected: list[int],
-              chosen: list[int]) -> tuple[Alignment, float]:
+    def align_by_unit(self, worse: str, better: str, rejected: list[int],
+                      chosen: list[int]) -> tuple[Alignment, float]:
         """Returns the alignment by tokens or words, and token edit distance / longer side."""
         alignment = align(rejected, chosen)
         change = alignment.distance / max(len(rejected), len(chosen), 1)
@@ -222,6 +215,7 @@ class Encoder:
             raise
 
     def _whole(self, text: str) -> list[int]:
+        """Returns all ids of a response, before any cut."""
         ids = self.tokenizer.encode(text, eos=not self.hides_ends)
         self.counts["responses_changed_by_tokenizer"] += self.tokenizer.decode(ids) != text
         return ids

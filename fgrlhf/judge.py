@@ -26,7 +26,7 @@ from fgrlhf.model import LLaMA
 from fgrlhf.prompts import same_prompts
 from fgrlhf.reward import RewardModel
 from fgrlhf.rollout import sample
-from fgrlhf.sequences import Sequences, by_length, pack
+from fgrlhf.sequences import by_length, pack
 from fgrlhf.templates import end_of_turn, find_template, shows_context
 from fgrlhf.tokenizer import Tokenizer
 
@@ -136,7 +136,7 @@ def rewards_of(model: RewardModel, tokenizer: Tokenizer, encoding: Encoding,
     shared = same_prompts(batch.tokens, batch.prompt_lengths, int(batch.lengths.sum())) is not None
     groups = by_length(batch, list(range(len(different))), TOGETHER if shared else 1)
     for group in tqdm(groups, desc="judge", leave=False):
-        part = Sequences(*(x.to(model.device) for x in batch.rows(group)))
+        part = batch.rows(group).to(model.device)
         found |= zip((different[i] for i in group.tolist()), model.sequence_rewards(part).tolist())
     rewards = [found[row] for row in rows]
     if not all(map(math.isfinite, rewards)):

@@ -153,7 +153,7 @@ class KVCache:
         return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
 
     def mask(self, T: int, key_mask: Tensor | None, like: Tensor) -> Tensor | None:
-        """Returns the `attention_mask` for T more tokens."""
+        """Returns the `attention_mask` for T more tokens. engine/graph.py has another form."""
         return attention_mask(self.length, T, key_mask, like)
 
     def part(self, rows: slice) -> "KVCache":
@@ -194,9 +194,8 @@ class RMSNorm(nn.Module):
 def rotary_table(positions: Tensor, config: LLaMAConfig, dtype: torch.dtype) -> Tensor:
     """exp(i position f_j), f_j = theta^(-2j/K), of each pair j: [B or 1, T, 1, K/2], complex64.
 
-    It is complex128 for float64. `config.rope_scaling` changes the frequencies f_j. `positions` is
-    [B or 1, T] int64. The table is computed in each pass and not stored, so a model
-    on the meta device needs none.
+    positions [B or 1, T] int64. The table is complex128 for float64. `config.rope_scaling` changes
+    the frequencies f_j. Each pass computes the table, so a model on the meta device needs none.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     K = config.head_dim
@@ -218,8 +217,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(K) + mask) v for a few queries against a long cache.
+def attention_to_cache(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(K) + mask) v for a few new queries against a long cache (decoding).
 
     q [B, H, T, K], k and v [B, G, S, K], mask [B or 1, 1, T, S] or None -> [B, H, T, K]. The H/G
     queries of a group are the rows of one matmul, so keys and values are read once, without a copy.
@@ -235,8 +234,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(K) + mask) v by PyTorch's kernel, for about as many queries as keys.
 
-    Shapes as in `attend`. A mask of dtype bool is True where a query sees a key. None is the causal
-    rule, with T = S.
+    Shapes as in `attention_to_cache`. A mask of dtype bool is True where a query sees a key. None
+    is the causal rule, with T = S.
     """
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                           enable_gqa=k.shape[1] != q.shape[1])
@@ -335,8 +334,8 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)        # [B, H, T, K]
         if cache is not None:
             k, v = cache.append(layer, k, v)                                     # [B, G, S, K]
-        if k.shape[2] > q.shape[2]:                                              # decoding
-            y = attend(q, k, v, mask)
+        if k.shape[2] > q.shape[2]:
+            y = attention_to_cache(q, k, v, mask)
         else:
             y = attention(q, k, v, mask)
         return self.wo(y.transpose(1, 2).flatten(2))                             # [B, T, D]
@@ -411,7 +410,8 @@ class LLaMA(nn.Module):
 
         layers: compute only the first N blocks, and return h_N without the last norm.
         """
-        if lengths is not None and not (positions is key_mask is cache is padding is None):
+        others = (positions, key_mask, cache, padding)
+        if lengths is not None and any(x is not None for x in others):
             raise ValueError("lengths: expected without positions, key_mask, cache and padding")
         start, T = cache.length if cache is not None else 0, tokens.shape[1]
         if lengths is not None and int(lengths.min()) < T:

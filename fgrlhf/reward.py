@@ -40,7 +40,7 @@ from fgrlhf.data.files import read_object, write_atomic
 from fgrlhf.data.records import Edit, Pair
 from fgrlhf.encode import PreferenceIds, span_types
 from fgrlhf.engine import lora
-from fgrlhf.engine.encoding import Encoding, write_encoding
+from fgrlhf.engine.encoding import Encoding
 from fgrlhf.engine.places import refuse_run_folder
 from fgrlhf.evaluate import Judged
 from fgrlhf.layouts.pickles import open_pickle
@@ -54,6 +54,7 @@ from kernels.token_preference import Lengths, Options, Preference, Totals, Uncha
 
 KINDS = ("token", "sequence")
 RESPONSES = ("sum", "mean")
+DESCRIPTION = ("kind", "control", "response", "confidence", "layer")    # a model's reward.json
 
 
 class RewardModel(nn.Module):
@@ -67,6 +68,8 @@ class RewardModel(nn.Module):
     responses (kind "sequence"). confidence: PPO gets 2 sigmoid(r_t) - 1 in [-1, 1] in place of r_t,
     divided by its scale only, because 0 means "neither right nor wrong" (TLCR's form).
     """
+
+    control: str | None = None          # the name of a model of controls.py
 
     def __init__(self, trunk: LLaMA, kind: str, response: str = "sum", confidence: bool = False,
                  layer: int | None = None):
@@ -129,6 +132,7 @@ class RewardModel(nn.Module):
         return torch.where(last, calibrated[:, None], 0.0)
 
     def _for_ppo(self, rewards: Tensor) -> Tensor:
+        """r_t, or 2 sigmoid(r_t) - 1 with `confidence`."""
         return 2 * rewards.sigmoid() - 1 if self.confidence else rewards
 
     @torch.no_grad()
@@ -139,7 +143,7 @@ class RewardModel(nn.Module):
                                               for s in samples]))
         else:
             values = torch.cat([self.sequence_rewards(s) for s in samples])
-        self.mean.copy_(values.mean() * (not self.confidence))
+        self.mean.copy_(values.mean() * (not self.confidence))          # 0 with `confidence`
         self.scale.copy_(values.std(correction=0).clamp(min=1e-6))
 
 
@@ -176,7 +180,7 @@ class PreferenceBatch(NamedTuple):
 
     def totals(self) -> Totals:
         """The numbers that equation (4) divides by; a microbatch uses those of its minibatch."""
-        return token_preference.totals(self.plus, self.minus, self.unchanged)
+        return token_preference.totals_of(self.plus, self.minus, self.unchanged)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name."""
@@ -221,6 +225,8 @@ def sequence_loss(model: RewardModel, batch: PreferenceBatch,
     return -F.logsigmoid(margins).sum() / (pairs or len(margins)), margins.detach()
 
 
+# ----- evaluation ---------------------------------------------------------------------------------
+
 @torch.no_grad()
 def judge_preferences(model: RewardModel, records: list[Edit | Pair],
                       examples: list[PreferenceIds], tokenizer: Tokenizer) -> list[Judged]:
@@ -231,13 +237,12 @@ def judge_preferences(model: RewardModel, records: list[Edit | Pair],
     judged = []
     for record, pair in zip(tqdm(records, desc="evaluate", leave=False), examples):
         both = pack([pair.prompt] * 2, [pair.chosen, pair.rejected], device=model.device)
-        if model.kind == "sequence":
-            lengths = (len(pair.chosen), len(pair.rejected))
+        if model.kind == "token":
+            judged.append(judge_tokens(record, pair, model.token_rewards(both), model.response,
+                                       tokenizer))
+        else:
             judged.append(Judged(record.id, *model.sequence_rewards(both).tolist(), pair.change,
-                                 lengths=lengths, response="last"))
-            continue
-        judged.append(judge_tokens(record, pair, model.token_rewards(both), model.response,
-                                   tokenizer))
+                                 lengths=(len(pair.chosen), len(pair.rejected)), response="last"))
     return judged
 
 
@@ -249,15 +254,15 @@ def judge_tokens(record: Edit | Pair, pair: PreferenceIds, token_rewards: Tensor
     R is their "sum" or their "mean", equation (1).
     """
     lengths = (len(pair.chosen), len(pair.rejected))
-    rewards, types, drift, removed = [], [], [], []
     R = response_rewards(token_rewards, torch.tensor(lengths, device=token_rewards.device),
                          response)
+    rewards, types, drift, removed = [], [], [], []
     if isinstance(record, Edit):
         n = lengths[1] - (pair.rejected[-1] == tokenizer.eos_id)                # without EOS
         rewards, removed = token_rewards[1, :n].tolist(), [t in pair.removed for t in range(n)]
-    if isinstance(record, Edit) and record.spans is not None:
-        types = span_types(tokenizer, record.original, record.spans)[:n]
-        drift = [(token_rewards[0, i] - token_rewards[1, j]).item() for i, j in pair.unchanged]
+        if record.spans is not None:
+            types = span_types(tokenizer, record.original, record.spans)[:n]
+            drift = [(token_rewards[0, i] - token_rewards[1, j]).item() for i, j in pair.unchanged]
     return Judged(record.id, *R.tolist(), pair.change, rewards, types, lengths, drift, response,
                   removed)
 
@@ -269,22 +274,15 @@ def save_reward(model: RewardModel, path: str | Path, tokenizer: Tokenizer,
     """Writes a model folder with `reward_head.pt` and, last, `reward.json`.
 
     A critic (baseline.py), which has the same parts, is written as a token-level model.
-
     encoding: how the records of the training became ids, for `check_encoding`.
     """
     folder = Path(path)
-    if encoding is not None:
-        write_encoding(folder, encoding)
-    save_model(model.trunk, folder, tokenizer=tokenizer)
+    save_model(model.trunk, folder, tokenizer=tokenizer, encoding=encoding)
     own = {name: value.detach() for name, value in [*model.named_parameters(),
                                                     *model.named_buffers()]
            if not name.startswith("trunk.")}
     write_atomic(folder / "reward_head.pt", lambda file: torch.save(own, file))
-    description = {"kind": getattr(model, "kind", "token"),
-                   "control": getattr(model, "control", None),
-                   "response": getattr(model, "response", "sum"),
-                   "confidence": getattr(model, "confidence", False),
-                   "layer": model.layer}
+    description = {name: getattr(model, name) for name in DESCRIPTION}
     write_atomic(folder / "reward.json", (json.dumps(description) + "\n").encode())
 
 
@@ -316,9 +314,7 @@ def load_reward(path: str | Path, device="cpu", dtype=None,
 
 
 def describe_reward(path: str | Path) -> dict[str, str | bool | int | None]:
-    """Reads kind, response, confidence and layer of a reward model, and its control or None.
-
-    controls.py has the controls.
+    """Reads the DESCRIPTION of a reward model: what its constructor needs besides the trunk.
 
     Raises UserError when the folder holds no reward model, or `reward.json` is damaged.
     """
@@ -328,8 +324,7 @@ def describe_reward(path: str | Path) -> dict[str, str | bool | int | None]:
         raise UserError(f"{path}: expected a reward model folder (with reward.json), "
                         "as train_rm.py writes")
     found = read_object(file, "copy the folder again")
-    names = ("kind", "control", "response", "confidence", "layer")
-    about = {name: found.get(name) for name in names}
+    about = {name: found.get(name) for name in DESCRIPTION}
     about["response"] = about["response"] or "sum"              # an older folder
     about["confidence"] = about["confidence"] or False
     if (about["kind"] not in KINDS or about["control"] not in (None, "logp", "likelihood")

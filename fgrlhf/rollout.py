@@ -33,8 +33,7 @@ class Rollout(NamedTuple):
     truncated: Tensor           # [B] bool, True where the token limit came before EOS
 
     def to(self, device) -> "Rollout":
-        sequences = Sequences(*(part.to(device) for part in self.sequences))
-        return Rollout(sequences, self.logp_old.to(device), self.truncated.to(device))
+        return Rollout(*(part.to(device) for part in self))
 
 
 @torch.no_grad()
@@ -116,7 +115,10 @@ def lay_out(prompts: list[list[int]], max_new_tokens: int, context: int,
 @torch.inference_mode()
 def sample_by_step(policy: LLaMA, tokens: Tensor, lengths: Tensor, uniform: Tensor, eos_id: int,
                    temperature: float) -> Rollout:
-    """The loop of `sample`. Rows leave the batch when their response ends."""
+    """The loop of `sample`. Rows leave the batch when their response ends.
+
+    tokens [B, S] and lengths [B] are those of `lay_out`; uniform [B, T] float64 in [0, 1).
+    """
     (B, T), longest, device = uniform.shape, int(lengths.max()), tokens.device
     wide = torch.promote_types(policy.head.dtype, torch.float32)
     with torch.inference_mode(False):       # these results are used later, in backward passes
@@ -131,20 +133,20 @@ def sample_by_step(policy: LLaMA, tokens: Tensor, lengths: Tensor, uniform: Tens
     for t in range(T):
         logits = logits_of(hidden, policy.head).to(wide)                                    # [b, V]
         token, logp = choose(logits, uniform[alive, t], temperature)                        # [b]
-        at = lengths[alive] + t
-        tokens[alive, at] = token
+        position = lengths[alive] + t
+        tokens[alive, position] = token
         logp_old[alive, t] = logp
         ended = token == eos_id
         if ended.any():
             response_lengths[alive[ended]] = t + 1
             truncated[alive[ended]] = False
             left = compact(~ended)
-            alive, token, at = alive[left], token[left], at[left]
+            alive, token, position = alive[left], token[left], position[left]
             cache.keep(left)
         if len(alive) == 0 or t == T - 1:
             break
         real = real_slots(lengths[alive], longest, longest + t + 1) if ragged else None
-        hidden = policy.hidden(token[:, None], at[:, None], real, cache)[:, 0]
+        hidden = policy.hidden(token[:, None], position[:, None], real, cache)[:, 0]
     sequences = Sequences(tokens, lengths, response_lengths).rows(slice(None))
     return Rollout(sequences, logp_old[:, :int(response_lengths.max())], truncated)
 
@@ -220,8 +222,8 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor,
 def inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the first token whose cumulative probability exceeds u, and its logp, [b] each.
 
-    logits [b, V], u [b] float64 in [0, 1). One power per logit gives both results. The base is 2,
-    because 2^x costs a third of e^x on a CPU.
+    logits [b, V], uniform [b]: u, float64 in [0, 1). One power per logit gives both results. The
+    base is 2, because 2^x costs a third of e^x on a CPU.
     """
     bits = logits / LN2
     bits -= bits.amax(-1, keepdim=True)

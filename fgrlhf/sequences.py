@@ -46,6 +46,9 @@ class Sequences(NamedTuple):
         chosen = Sequences(*(part[index] for part in self))
         return chosen._replace(tokens=chosen.tokens[:, :int(chosen.lengths.max())])
 
+    def to(self, device) -> "Sequences":
+        return Sequences(*(part.to(device) for part in self))
+
 
 class Located(NamedTuple):
     """The places of the N real response tokens of a batch, row after row."""
@@ -56,24 +59,22 @@ class Located(NamedTuple):
     target: Tensor              # [N] the id of the token
 
 
-def pack(prompts: list[list[int]], responses: list[list[int]], pad_id: int = 0,
-         device=None) -> Sequences:
-    """Concatenates the ids of each row and pads on the right.
+def pack(prompts: list[list[int]], responses: list[list[int]], device=None) -> Sequences:
+    """Concatenates the ids of each row and pads on the right, with 0: no mask reads the id.
 
-    No mask reads `pad_id`, so any id will do. Raises ValueError for a row without a prompt or
-    without a response.
+    Raises ValueError for a row without a prompt or without a response.
     """
     if empty := [i for i, (p, r) in enumerate(zip(prompts, responses)) if not p or not r]:
         raise ValueError("pack: expected a prompt and a response of at least one token, "
                          f"row {empty[0]} has none")
     rows = [torch.tensor(p + r) for p, r in zip(prompts, responses)]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return Sequences(tokens.to(device), torch.tensor([len(p) for p in prompts], device=device),
                      torch.tensor([len(r) for r in responses], device=device))
 
 
 def locate(sequences: Sequences) -> Located:
-    """Finds the real response tokens. Everything that is read per token is gathered with them."""
+    """Finds the real response tokens: for x [B, S, ..], x[at.row, at.position] is [N, ..]."""
     row, t = sequences.response_mask.nonzero(as_tuple=True)
     position = sequences.prompt_lengths[row] + t
     return Located(row, t, position, sequences.tokens[row, position])
@@ -96,8 +97,8 @@ def hidden_of(model: LLaMA, sequences: Sequences, layers: int | None = None,
               spare: int = 0) -> Tensor:
     """[B, S, D]: the hidden states of whole rows. Prompts that rows share are computed once.
 
-    layers: of the first N blocks only, see `LLaMA.hidden`. spare: this many tokens at the end of
-    each row need no hidden state; whole rows are computed without them.
+    layers: of the first N blocks only, see `LLaMA.hidden`. spare: so many tokens at the end of each
+    row need no hidden state; rows that share no prompt are computed without them.
     """
     tokens, lengths = sequences.tokens, sequences.lengths
     first = same_prompts(tokens, sequences.prompt_lengths, int(lengths.sum()))
@@ -119,7 +120,7 @@ def hidden_before(model: LLaMA, sequences: Sequences, at: Located,
                   layers: int | None = None) -> Tensor:
     """[N, D]: the hidden state one position before each response token, which predicts the token.
 
-    The last token of a row predicts nothing.
+    The last token of a row predicts nothing, so it needs no hidden state.
     """
     return hidden_of(model, sequences, layers, spare=1)[at.row, at.position - 1]
 

@@ -17,16 +17,16 @@ from dataclasses import dataclass
 import torch
 
 from fgrlhf.checkpoint import (
-    AnyTokenizer, load_adapted, load_model, load_tokenizer, open_tokenizer, save_model)
+    AnyTokenizer, load_to_train, load_tokenizer, open_tokenizer, save_model)
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import each
 from fgrlhf.data.readers import read_demonstrations
 from fgrlhf.encode import Encoder, ReadingResponses
 from fgrlhf.engine import distributed
 from fgrlhf.engine.config import Machinery, arg, parse, run
-from fgrlhf.engine.distributed import Sums, in_order, microbatches
-from fgrlhf.engine.draws import bucketed_batches
-from fgrlhf.engine.encoding import Encoding, write_encoding
+from fgrlhf.engine.distributed import Sums, microbatches
+from fgrlhf.engine.draws import rows_of_step
+from fgrlhf.engine.encoding import Encoding
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.engine.run import Run
 from fgrlhf.engine.states import TrainableState
@@ -82,9 +82,7 @@ def start_model(config: Config, vocab_size: int, device: torch.device) -> LLaMA:
         context = config.context or PRESETS[config.init].max_seq_len
         return build(PRESETS[config.init], config.seed, vocab_size=vocab_size,
                      max_seq_len=context).to(device, dtype)
-    if config.lora_rank:
-        return load_adapted(config.model, device, dtype, config.lora_rank, config.seed)
-    return load_model(config.model, device, dtype)
+    return load_to_train(config.model, device, dtype, config.lora_rank, config.seed)
 
 
 def loss_of(model: LLaMA, sequences: Sequences, tokens: int | None = None) -> torch.Tensor:
@@ -97,14 +95,6 @@ def loss_of(model: LLaMA, sequences: Sequences, tokens: int | None = None) -> to
     return linear_cross_entropy.fused(hidden, model.head, at.target, denominator=tokens).loss
 
 
-def read_examples(config: Config, encoder: Encoder) -> tuple[list[list[int]], list[list[int]]]:
-    """Returns the ids of the prompts and of the responses."""
-    records = read_demonstrations(config.data, config.on_bad_record)[:config.limit]
-    prompts, responses = zip(*each(records, encoder.demonstration, config.on_bad_record,
-                                   config.data))
-    return prompts, responses
-
-
 def train(config: Config) -> None:
     device = distributed.start(distributed.pick_device(config.device))
     tokenizer = start_tokenizer(config)
@@ -113,33 +103,33 @@ def train(config: Config) -> None:
     model = start_model(config, tokenizer.vocab_size, device)
     encoder = Encoder(tokenizer, model.config.max_seq_len, config.template, config.prompt_tokens,
                       config.cut_responses)
-    prompts, responses = read_examples(config, encoder)
+    prompts, responses = zip(*each(
+        read_demonstrations(config.data, config.on_bad_record)[:config.limit],
+        encoder.demonstration, config.on_bad_record, config.data))
     counts = encoder.counted(config.data) if log.writes else {}
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
-    per_epoch = -(-len(prompts) // config.batch)
-    steps = config.epochs * per_epoch
+    steps = config.epochs * -(-len(prompts) // config.batch)
     model.activation_checkpointing = config.checkpoint_activations
     distributed.shard(model)
     optimizer = Optimizer(model, config.lr, config.warmup, steps, config.muon_lr)
-    parts = {"model": TrainableState(model), "optimizer": optimizer}
-    log.restore(**parts)
+    state = {"model": TrainableState(model), "optimizer": optimizer}
+    log.restore(**state)
     for step in log.steps(steps, "sft"):
-        epoch, cursor = divmod(step - 1, per_epoch)
-        rows = bucketed_batches(lengths, config.batch, config.seed, epoch)[cursor]
+        rows = rows_of_step(lengths, config.batch, config.seed, step)
         batch = pack([prompts[i] for i in rows], [responses[i] for i in rows], device=device)
         tokens, sums = int(batch.response_lengths.sum()), Sums()
         with log.guard(step, {"model": model}, **batch._asdict()):
-            for part, weight in microbatches(list(range(len(rows))), config.microbatch, in_order):
+            for part, weight in microbatches(range(len(rows)), config.microbatch):
                 loss = loss_of(model, batch.rows(part), tokens)
                 sums.add(weight, {"sft/loss": loss})
                 (weight * loss).backward()
             norm = optimizer.step()
         log.end_step(step, sums.over_ranks() | {"sft/gradient_norm": norm, "sft/tokens": tokens},
-                     **parts)
+                     **state)
     with distributed.gathered(model):
         if log.writes:
-            write_encoding(log.folder / "policy", Encoding(config.template, config.prompt_tokens))
-            save_model(model, log.folder / "policy", tokenizer=tokenizer)
+            save_model(model, log.folder / "policy", tokenizer=tokenizer,
+                       encoding=Encoding(config.template, config.prompt_tokens))
     after = command("train_rm.py --kind token --data EDITS --model {policy} --out OUT",
                     config.template, policy=log.folder / "policy")
     log.finish({"steps": steps, "records": len(prompts), **counts}, Ending("policy by SFT", after))

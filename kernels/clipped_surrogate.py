@@ -30,7 +30,12 @@ class Surrogate(NamedTuple):
 
 def reference(logp: Tensor, logp_old: Tensor, advantages: Tensor, clip_eps: float,
               mask: Tensor | None = None, denominator: float | None = None) -> Surrogate:
-    """Computes the same as `fused`, in the plain form."""
+    """The clipped loss (7) and its statistics, in plain lines.
+
+    logp, logp_old (nats), advantages: tensors of one shape. mask: the same shape, True on response
+    tokens, None for all. clip_eps > 0. denominator: the response tokens of the whole minibatch,
+    None for those of this mask. Loss and gradient are 0 when every token is masked.
+    """
     mask = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
     denominator = max(int(mask.sum()), 1) if denominator is None else denominator
     # A masked entry may hold anything. It is replaced before the arithmetic: 0 * inf is not 0.
@@ -44,12 +49,9 @@ def reference(logp: Tensor, logp_old: Tensor, advantages: Tensor, clip_eps: floa
 
 def fused(logp: Tensor, logp_old: Tensor, advantages: Tensor, clip_eps: float,
           mask: Tensor | None = None, denominator: float | None = None) -> Surrogate:
-    """The clipped loss (7) and its statistics. Only `logp` gets a gradient.
+    """Computes the same as `reference`, with the gradient in closed form. Only `logp` gets one.
 
-    logp, logp_old (nats), advantages: tensors of one shape. mask: the same shape, True on response
-    tokens, None for all. clip_eps > 0. denominator: the response tokens of the whole minibatch,
-    None for those of this mask. Loss and gradient are 0 when every token is masked. Raises
-    ValueError when the shapes differ.
+    Raises ValueError when the shapes differ.
     """
     for name, x in (("logp_old", logp_old), ("advantages", advantages), ("mask", mask)):
         if x is not None and x.shape != logp.shape:

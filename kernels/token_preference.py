@@ -1,18 +1,18 @@
 """The loss of the token-level reward model on minimal edits: equation (4) (paper, section 2.2).
 
-    s_b  = sum_U1+ r_t - sum_U1- r_t                        "sum": margin of pair b, changed tokens
+(3) s_b  = sum_U1+ r_t - sum_U1- r_t                        "sum": margin of pair b, changed tokens
            mean_U1+ r_t - mean_U1- r_t                      "mean"
            1/T+ sum_U1+ r_t - 1/T- sum_U1- r_t              "share": T the tokens of a side
            1/T+ sum_t r_t+ - 1/T- sum_t r_t-                "response": R(x, y+) - R(x, y-), all
                                                             tokens, equation (1)
     L_bt = p/P sum_b -log sigmoid(s_b)                      P pairs with at least one changed token
-    L_u0 = lambda/M sum_U0 (r_i+ - r_j-)^2                  "difference", the paper's; M pairings
+    L_u0 = lambda/M sum_U0 (r_i+ - r_j-)^2                  "difference"; M pairings
            lambda/2M sum_U0 (r_i+)^2 + (r_j-)^2             "anchor" pulls their rewards to 0
            lambda/2M sum_U0 -log sigmoid(r_i+) - log sigmoid(r_j-)    "kept" rewards them like the
                                                             tokens that the editor wrote
     L_token = w/K ( sum_U1+ -log sigmoid(r_t) + sum_U1- -log sigmoid(-r_t) )   K tokens of U1; each
                                                             changed token by itself, off at w = 0
-    loss = L_bt + L_u0 + L_token
+(4) loss = L_bt + L_u0 + L_token
 
 U1+ / U1- are the changed tokens of the chosen / rejected response, U0 the unchanged ones in pairs.
 The paper's loss is L_bt with "response", and nothing else (p = 1, lambda = w = 0); "share" is its
@@ -26,9 +26,8 @@ form on U1, which leaves out U0. Gradients, each on the tokens of its own set an
     dL_token/dr+ = -w sigmoid(-r) / K       dL_token/dr- = w sigmoid(r) / K
 
 An empty side (a pure insertion or deletion) counts 0 in s_b. A pair without a changed token is left
-out of L_bt. An empty set makes its term 0. The means are over the pairs, tokens
-and pairings of the whole minibatch (`Totals`). In L_bt every pair has the same weight, long
-or short.
+out of L_bt. An empty set makes its term 0. The means are over the pairs, tokens and pairings of the
+whole minibatch (`Totals`). In L_bt every pair has the same weight, long or short.
 
 Cost: no matmul. The rewards are read once, and their gradients, of the same size, are kept for the
 backward pass.
@@ -87,7 +86,7 @@ class Preference(NamedTuple):
     margin: Tensor                # [B] s_b
 
 
-def totals(plus_mask: Tensor, minus_mask: Tensor, unchanged: Unchanged) -> Totals:
+def totals_of(plus_mask: Tensor, minus_mask: Tensor, unchanged: Unchanged) -> Totals:
     """The totals of this batch, at least 1 each."""
     pairs = (plus_mask.any(-1) | minus_mask.any(-1)).sum()
     return Totals(max(int(pairs), 1), max(int(plus_mask.sum() + minus_mask.sum()), 1),
@@ -96,52 +95,55 @@ def totals(plus_mask: Tensor, minus_mask: Tensor, unchanged: Unchanged) -> Total
 
 def reference(rewards_chosen: Tensor, rewards_rejected: Tensor, plus_mask: Tensor,
               minus_mask: Tensor, unchanged: Unchanged, lengths: Lengths,
-              options: Options = Options(), divisors: Totals | None = None) -> Preference:
-    """Computes the same as `fused`, in the plain form."""
-    by = totals(plus_mask, minus_mask, unchanged) if divisors is None else divisors
+              options: Options = Options(), totals: Totals | None = None) -> Preference:
+    """The loss (4) of B pairs, and its terms, in plain lines.
+
+    rewards_chosen [B, T1], rewards_rejected [B, T2]: the reward of each token at its own position,
+    in any floating dtype. plus_mask [B, T1], minus_mask [B, T2] bool: True on U1+ and U1-. lengths:
+    the tokens of each response, at least 1. Padding may hold anything. totals: those of the whole
+    minibatch, None for those of this batch.
+    """
+    totals = totals or totals_of(plus_mask, minus_mask, unchanged)
     chosen, rejected = upcast(rewards_chosen), upcast(rewards_rejected)
-    sides = []
-    for r, mask, T in ((chosen, plus_mask, lengths.chosen), (rejected, minus_mask,
-                                                              lengths.rejected)):
-        whole = torch.arange(r.shape[1], device=r.device) < T[:, None]                  # [B, T]
-        side = torch.where(whole if options.reduce == "response" else mask, r, 0.0).sum(-1)
-        count = {"sum": 1, "mean": mask.sum(-1).clamp(min=1), "share": T, "response": T}
-        sides.append(side / count[options.reduce])
-    margin = sides[0] - sides[1]                                                        # (3)
+
+    def side(r: Tensor, mask: Tensor, T: Tensor) -> Tensor:                             # [B]
+        if options.reduce == "response":
+            mask = torch.arange(r.shape[1], device=r.device) < T[:, None]               # all tokens
+        by = {"sum": 1, "mean": mask.sum(-1).clamp(min=1), "share": T, "response": T}
+        return torch.where(mask, r, 0.0).sum(-1) / by[options.reduce]
+    margin = (side(chosen, plus_mask, lengths.chosen)
+              - side(rejected, minus_mask, lengths.rejected))                           # (3)
     changed = plus_mask.any(-1) | minus_mask.any(-1)
-    bt = softplus(-margin)[changed].sum() * (options.pair_weight / by.pairs)
+    bt = softplus(-margin)[changed].sum()                           # softplus(-s) = -log sigmoid(s)
+    bt = options.pair_weight / totals.pairs * bt
     plus_u0 = chosen[unchanged.pair, unchanged.chosen]                                  # [M]
     minus_u0 = rejected[unchanged.pair, unchanged.rejected]
     u0 = {"difference": (plus_u0 - minus_u0) ** 2, "anchor": (plus_u0 ** 2 + minus_u0 ** 2) / 2,
           "kept": (softplus(-plus_u0) + softplus(-minus_u0)) / 2}[options.u0]
-    u0 = options.u0_weight * u0.sum() / by.unchanged
+    u0 = options.u0_weight * u0.sum() / totals.unchanged
     token = softplus(-chosen[plus_mask]).sum() + softplus(rejected[minus_mask]).sum()
-    token = options.token_weight * token / by.changed
+    token = options.token_weight * token / totals.changed
     return Preference(bt + u0 + token, *(x.detach() for x in (bt, u0, token, margin)))
 
 
 def fused(rewards_chosen: Tensor, rewards_rejected: Tensor, plus_mask: Tensor, minus_mask: Tensor,
           unchanged: Unchanged, lengths: Lengths, options: Options = Options(),
-          divisors: Totals | None = None) -> Preference:
-    """The loss (4) of B pairs, and its terms. Both rewards get gradients.
+          totals: Totals | None = None) -> Preference:
+    """Computes the same as `reference`, with the gradients of both rewards in closed form.
 
-    rewards_chosen [B, T1], rewards_rejected [B, T2]: the reward of each token at its own position,
-    in any floating dtype. plus_mask [B, T1], minus_mask [B, T2] bool: True on U1+ and U1-.
-    lengths: the tokens of each response, at least 1. Padding may hold anything. divisors: the
-    totals of the whole minibatch, None for those of this batch. A second backward call (with
-    retain_graph) works. Raises
-    ValueError when shapes differ or an option is unknown.
+    A second backward call (with retain_graph) works. Raises ValueError when shapes differ or an
+    option is unknown.
     """
     check(rewards_chosen, rewards_rejected, plus_mask, minus_mask, unchanged, lengths, options)
-    by = totals(plus_mask, minus_mask, unchanged) if divisors is None else divisors
+    totals = totals or totals_of(plus_mask, minus_mask, unchanged)
     return Preference(*_TokenPreference.apply(rewards_chosen, rewards_rejected, plus_mask,
-                                              minus_mask, unchanged, lengths, options, by))
+                                              minus_mask, unchanged, lengths, options, totals))
 
 
 class _TokenPreference(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rewards_chosen, rewards_rejected, plus_mask, minus_mask, unchanged, lengths,
-                options, by):
+                options, totals):
         margin, token, grads, margin_slopes = 0.0, 0.0, [], []
         for sign, rewards, mask, T in ((1, rewards_chosen, plus_mask, lengths.chosen),
                                        (-1, rewards_rejected, minus_mask, lengths.rejected)):
@@ -151,17 +153,17 @@ class _TokenPreference(torch.autograd.Function):
             margin_slopes.append(slope)
             r = torch.where(mask, sign * wide_rewards, 0.0)                             # [B, T]
             token = token + (softplus(-r) * mask).sum()
-            grads.append(torch.sigmoid(-r) * mask * (-sign * options.token_weight / by.changed))
-        token = token * (options.token_weight / by.changed)
+            grads.append(torch.sigmoid(-r) * mask * (-sign * options.token_weight / totals.changed))
+        token = token * (options.token_weight / totals.changed)
         changed = plus_mask.any(-1) | minus_mask.any(-1)
-        bt_scale = options.pair_weight / by.pairs
+        bt_scale = options.pair_weight / totals.pairs
         bt = (softplus(-margin) * changed).sum() * bt_scale         # softplus(-s) = -log sigmoid(s)
         pull = (torch.sigmoid(-margin) * changed)[:, None] * -bt_scale                  # dL_bt/ds
         grads = [g.addcmul_(pull, slope) for g, slope in zip(grads, margin_slopes)]
 
         at = ((unchanged.pair, unchanged.chosen), (unchanged.pair, unchanged.rejected))
         kept, other = upcast(rewards_chosen[at[0]]), upcast(rewards_rejected[at[1]])    # [M]
-        scale = options.u0_weight / by.unchanged
+        scale = options.u0_weight / totals.unchanged
         if options.u0 == "difference":
             d = kept - other
             u0, slopes = d.square().sum() * scale, (2 * scale * d, -2 * scale * d)

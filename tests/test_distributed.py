@@ -174,7 +174,7 @@ def test_microbatches_and_ranges_cover_every_row_once_on_any_number_of_ranks(mon
             monkeypatch.setattr(distributed, "rank", lambda: rank)
             most = math.ceil(math.ceil(5 / count) / 2)                  # what the ranks agree on
             monkeypatch.setattr(distributed, "largest", lambda number: most)
-            parts = list(distributed.microbatches([5, 1, 4, 2, 9], 2, distributed.in_order))
+            parts = list(distributed.microbatches([5, 1, 4, 2, 9], 2))
             seen += [row for rows, weight in parts if weight == 1 for row in rows.tolist()]
             assert all(rows.tolist() == [5] for rows, weight in parts if weight == 0)
             lengths.append(len(parts))

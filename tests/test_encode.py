@@ -9,7 +9,7 @@ from fgrlhf import sft
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.records import Demonstration, Edit, Pair, Prompt, Span, write_jsonl
 from fgrlhf.encode import (
-    COUNTED, HIDDEN, Encoder, encode_prompt, encode_response, read_encoded, span_types)
+    COUNTED, HIDDEN, Encoder, encode_prompt, read_encoded, span_types)
 from fgrlhf.engine.config import parse
 from fgrlhf.tokenizer import Tokenizer, train
 from tests.small import ppo_folder
@@ -72,12 +72,14 @@ def test_a_prompt_without_a_token_is_refused_by_name(tmp_path):
     assert Encoder(found, 64, "{prompt}").prompt(Prompt("p", "\x04a")) == found.encode("a")
 
 
-def test_encode_response_ends_with_eos_unless_the_context_cuts_it(tokenizer):
-    text = "the bear is big"
-    full = encode_response(tokenizer, text, [1] * 10, 64)
-    assert full[-1] == tokenizer.eos_id and tokenizer.decode(full) == text
-    assert encode_response(tokenizer, text, [1] * 10, 10 + len(full) - 1) == full[:-1]
-    assert encode_response(tokenizer, "", [1], 64) == [tokenizer.eos_id]
+def test_a_response_ends_with_eos_unless_the_context_cuts_it(tokenizer):
+    def response(text, context):
+        encoder = Encoder(tokenizer, context, "plain", cut_responses=True)
+        return encoder.response(Prompt("p", "x"), text, [1] * 10)
+    full = response("the bear is big", 64)
+    assert full[-1] == tokenizer.eos_id and tokenizer.decode(full) == "the bear is big"
+    assert response("the bear is big", 10 + len(full) - 1) == full[:-1]
+    assert response("", 64) == [tokenizer.eos_id]
 
 
 @pytest.mark.parametrize("unit", ["token", "word"])

@@ -171,16 +171,16 @@ def test_padding_changes_nothing(garbage, options):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_microbatches_add_up_to_the_minibatch(options):
     chosen, rejected, plus, minus, u0, lengths = problem()
-    divisors = token_preference.totals(plus, minus, u0)
-    assert divisors == Totals(int((plus.any(1) | minus.any(1)).sum()),
-                              int(plus.sum() + minus.sum()), len(u0.pair))
+    totals = token_preference.totals_of(plus, minus, u0)
+    assert totals == Totals(int((plus.any(1) | minus.any(1)).sum()),
+                            int(plus.sum() + minus.sum()), len(u0.pair))
     whole = token_preference.fused(chosen, rejected, plus, minus, u0, lengths, options)
     parts = 0.0
     for s in (slice(0, 2), slice(2, 5)):
         inside = (u0.pair >= s.start) & (u0.pair < s.stop)
         part = Unchanged(u0.pair[inside] - s.start, u0.chosen[inside], u0.rejected[inside])
         parts += token_preference.fused(chosen[s], rejected[s], plus[s], minus[s], part,
-                                        Lengths(*(T[s] for T in lengths)), options, divisors).loss
+                                        Lengths(*(T[s] for T in lengths)), options, totals).loss
     torch.testing.assert_close(parts, whole.loss)
 
 

@@ -65,8 +65,8 @@ def stripped_too_far(original):
 
 
 def joint_ids(original):
-    return lambda tokenizer, text, prompt, context: tokenizer.encode(
-        tokenizer.decode(prompt) + text, bos=True, eos=True)[len(prompt):][:context - len(prompt)]
+    return lambda self, record, text, prompt: self.tokenizer.encode(
+        self.tokenizer.decode(prompt) + text, bos=True, eos=True)[len(prompt):]
 
 
 def response_mask(shift: int):
@@ -148,9 +148,9 @@ MUTATIONS = [
              lambda f: lambda logits, *rest: f(logits.clamp(min=-1), *rest),
              "check: sampling = scoring"),
     # 3. prompt and response are tokenised separately
-    Mutation(3, "prompt and response tokenised jointly", "fgrlhf.encode.encode_response", joint_ids,
-             "test_rules.test_rule_3_the_prompts_ids_stay_a_prefix_where_joint_tokenisation_"
-             "would_merge", {"tmp_path": ...}),
+    Mutation(3, "prompt and response tokenised jointly", "fgrlhf.encode.Encoder.response",
+             joint_ids, "test_rules.test_rule_3_the_prompts_ids_stay_a_prefix_where_joint_"
+             "tokenisation_would_merge", {"tmp_path": ...}),
     # 4. masks come from lengths; EOS is an action
     Mutation(4, "padding counted by the mask", "fgrlhf.sequences.Sequences.response_mask",
              response_mask(+1), "check: masks"),

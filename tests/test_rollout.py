@@ -25,10 +25,10 @@ def responses(rollout) -> list[list[int]]:
 # ----- batches ------------------------------------------------------------------------------------
 
 def test_pack_concatenates_ids_and_pads_on_the_right():
-    packed = pack([[1, 5], [1]], [[7, 2], [8, 9, 2]], pad_id=3)
+    packed = pack([[1, 5], [1]], [[7, 2], [8, 9, 2]])
     assert packed.tokens.tolist() == [[1, 5, 7, 2], [1, 8, 9, 2]]
-    packed = pack([[1, 5, 6], [1]], [[7, 2], [8]], pad_id=3)
-    assert packed.tokens.tolist() == [[1, 5, 6, 7, 2], [1, 8, 3, 3, 3]]
+    packed = pack([[1, 5, 6], [1]], [[7, 2], [8]])
+    assert packed.tokens.tolist() == [[1, 5, 6, 7, 2], [1, 8, 0, 0, 0]]
     assert packed.prompt_lengths.tolist() == [3, 1] and packed.response_lengths.tolist() == [2, 1]
     assert packed.response_mask.tolist() == [[True, True], [True, False]]
 

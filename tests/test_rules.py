@@ -18,7 +18,7 @@ from fgrlhf.baseline import Critic, value_loss
 from fgrlhf.checkpoint import save_model
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.records import Demonstration, Edit, write_jsonl
-from fgrlhf.encode import PreferenceIds, encode_prompt, encode_response
+from fgrlhf.encode import Encoder, PreferenceIds
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.engine.players import Players
 from fgrlhf.engine.states import load_state, save_state
@@ -150,8 +150,7 @@ def test_rule_3_the_prompts_ids_stay_a_prefix_where_joint_tokenisation_would_mer
     tokenizer = train(["say ->> end", "no ->> end"] * 20, 280, tmp_path / "t.model")
     record = Demonstration("d", "say", "> end")
     text = render_prompt(record, "plain")
-    prompt = encode_prompt(tokenizer, record, "plain", 64)
-    response = encode_response(tokenizer, record.output, prompt, 64)
+    prompt, response = Encoder(tokenizer, 64, "plain").demonstration(record)
     joint = tokenizer.encode(text + record.output, bos=True, eos=True)
     assert joint[:len(prompt)] != prompt                                         # the trap is there
     batch = pack([prompt], [response])
@@ -174,8 +173,8 @@ def test_rule_3_rollouts_are_scored_by_their_ids_not_by_their_text(tmp_path):
 
 def test_rule_4_pad_and_eos_ids_inside_a_response_are_tokens_like_any_other():
     prompts, responses = [[1, 0, 5], [1]], [[0, EOS, 0, EOS], [0]]
-    for pad_id in (0, EOS, 9):
-        batch = pack(prompts, responses, pad_id)
+    batch = pack(prompts, responses)
+    for batch in (batch, with_garbage(batch)):
         assert batch.response_mask.tolist() == [[True] * 4, [True, False, False, False]]
     model, policy = reward_model(), llama()
     assert model.token_rewards(batch)[0].count_nonzero() == 4

@@ -14,7 +14,8 @@ from torch import nn
 
 from fgrlhf.data.fields import UserError
 from fgrlhf.engine.distributed import pick_device
-from fgrlhf.engine.draws import batches, bucketed_batches, generator, random_ids
+from fgrlhf.engine.draws import (
+    batches, bucketed_batches, generator, random_ids, rows_of_step)
 from fgrlhf.engine.optimizer import Optimizer
 from fgrlhf.engine.run import Run
 from fgrlhf.engine.states import load_state
@@ -76,6 +77,12 @@ def test_bucketed_batches_hold_every_index_once_and_hardly_any_padding():
     assert padding(found) < 0.2 * padding(batches(500, 8, 0, 0))
     means = [sum(lengths[i] for i in b) / len(b) for b in found[:16]]
     assert means != sorted(means)                                         # not the short ones first
+
+
+def test_rows_of_step_goes_through_one_pass_after_another():
+    lengths = [5, 1, 3, 2, 4]
+    passes = [bucketed_batches(lengths, 2, 7, epoch) for epoch in (0, 1)]
+    assert [rows_of_step(lengths, 2, 7, step) for step in range(1, 7)] == passes[0] + passes[1]
 
 
 # ----- the optimizer ------------------------------------------------------------------------------

@@ -317,8 +317,8 @@ def test_flags_that_contradict_one_another_are_refused(changes, flag, folder, tm
 def test_first_three_steps_are_the_same_through_fused_and_reference_kernels(
         method, kind, folder, tmp_path, monkeypatch):
     """In float64: policies agree to 1e-9, every logged number to the digits it is written in."""
-    load, read_reward = players.load_model, players.load_reward
-    monkeypatch.setattr(players, "load_model", lambda *a, **k: load(*a, **k).double())
+    load, read_reward = players.load_to_train, players.load_reward
+    monkeypatch.setattr(players, "load_to_train", lambda *a, **k: load(*a, **k).double())
     monkeypatch.setattr(players, "load_reward", lambda *a, **k: read_reward(*a, **k).double())
     logs, policies = [], []
     for form in ("fused", "reference"):
@@ -328,12 +328,12 @@ def test_first_three_steps_are_the_same_through_fused_and_reference_kernels(
         train_ppo.train(config(folder, out=str(out), method=method, reward=str(folder / kind),
                                iterations=3))
         logs.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
-        policies.append(load(out / "policy", "cpu", torch.float64).state_dict())
+        policies.append(load_model(out / "policy", "cpu", torch.float64).state_dict())
     assert len(logs[0]) == len(logs[1]) == 3
     for fused, reference in zip(*logs):
         assert fused == pytest.approx(reference, abs=1e-6)       # metrics are written to 7 digits
     moved = 0.0
-    start = load(folder / "policy", "cpu", torch.float64).state_dict()
+    start = load_model(folder / "policy", "cpu", torch.float64).state_dict()
     for name, weight in policies[0].items():
         assert (weight - policies[1][name]).abs().max() < 1e-9
         moved = max(moved, (weight - start[name]).abs().max().item())

@@ -25,14 +25,14 @@ def test_cross_validate_judges_every_record_once_by_a_model_that_never_saw_it(mo
     """Ten records in three folds; the second call a fold is on records trained on ("train_...")."""
     trained, judged = [], []
     monkeypatch.setattr(train_rm, "new_model", lambda config, device, frozen: torch.nn.Identity())
-    monkeypatch.setattr(train_rm, "fit", lambda model, examples, *rest: trained.append(examples))
+    monkeypatch.setattr(train_rm, "fit", lambda config, model, some, *rest: trained.append(some))
     monkeypatch.setattr(train_rm, "judge_preferences",
                         lambda model, records, examples, tokenizer: judged.append(records) or [])
     monkeypatch.setattr(train_rm, "reward_table", lambda judged: {})
     records = list(range(10))
     config = train_rm.Config(data="", model="", out="", folds=3)
-    train_rm.cross_validate(config, records, records, None,
-                            SimpleNamespace(log=lambda *line: None), "cpu")
+    log = SimpleNamespace(log=lambda *line: None, progress=None, guard=None)
+    train_rm.cross_validate(config, records, records, None, log, "cpu")
     held_out, fitted = judged[0::2], judged[1::2]
     assert sorted(sum(held_out, [])) == records and len(trained) == 3
     for inside, outside, again in zip(trained, held_out, fitted):
@@ -99,15 +99,15 @@ def test_head_lr_is_the_rate_of_the_head_and_lr_that_of_the_trunk(root, tmp_path
 def test_shuffle_labels_swaps_about_half_the_records_and_only_in_training(monkeypatch):
     pairs = [PreferenceIds([1], [5, i + 6], [5, 2], [1], [1], [(0, 0)]) for i in range(100)]
     seen = []
-    monkeypatch.setattr(train_rm, "bucketed_batches", lambda *sizes: [list(range(100))])
+    monkeypatch.setattr(train_rm, "rows_of_step", lambda *sizes: list(range(100)))
     monkeypatch.setattr(train_rm.PreferenceBatch, "of",
                         lambda examples, device: seen.extend(examples) or 1 / 0)
-    log = SimpleNamespace(writes=False, progress=lambda total, name: range(1, total + 1))
+    log = SimpleNamespace(restore=lambda **state: {}, steps=lambda total, name: [1])
     config = train_rm.Config(data="", model="", out="", folds=2, shuffle_labels=0, epochs=1)
     model = SimpleNamespace(trunk=SimpleNamespace(), device="cpu", named_parameters=lambda: [
         ("head", torch.nn.Parameter(torch.ones(2)))])
     with pytest.raises(ZeroDivisionError):
-        train_rm.fit(model, pairs, config, log, "shuffled")
+        train_rm.fit(config, model, pairs, log, "shuffled")
     swapped = [p.rejected == pair.chosen for p, pair in zip(seen, pairs)]
     assert 35 <= sum(swapped) <= 65
     assert all(p == (pair.swapped() if s else pair) for p, pair, s in zip(seen, pairs, swapped))

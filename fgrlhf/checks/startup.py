@@ -10,6 +10,7 @@ scoring" therefore get log-probabilities that were scored again.
 """
 
 import sys
+import time
 from collections.abc import Iterator
 
 import torch
@@ -144,11 +145,13 @@ def run_all(s: Subject, seed: int = 0) -> Iterator[tuple[str, Check]]:
         yield name, check(s, rollout)
 
 
-def require(s: Subject, seed: int = 0, file=None) -> None:
-    """Runs every check, one line each to `file` (stderr). A failure raises UserError."""
+def require(s: Subject, seed: int = 0, file=None) -> float:
+    """Prints every check to `file` (stderr). Returns the seconds; a failure raises UserError."""
+    started = time.perf_counter()
     for name, check in run_all(s, seed):
         print(f"{'pass' if check.passed else 'FAIL'}  {name:24}  {check.number}",
               file=file or sys.stderr)
         if not check.passed:
             raise UserError(f"startup check failed: {name}: {check.number}; {check.advice} "
                             "(--skip-checks starts without the checks)")
+    return time.perf_counter() - started

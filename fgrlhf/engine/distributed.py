@@ -24,7 +24,7 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -170,13 +170,19 @@ def rank_range(count: int) -> tuple[int, int]:
     return count * rank() // size(), count * (rank() + 1) // size()
 
 
-def rank_rows(rows: list[int]) -> list[int]:
+def rank_rows(rows: Sequence[int]) -> Sequence[int]:
     """Returns this rank's rows: every N-th, so that a list sorted by length stays balanced."""
     return rows[rank()::size()]
 
 
-def microbatches(rows: list[int], most: int,
-                 group: Callable[[list[int], int], list[Tensor]]) -> Iterator[tuple[Tensor, float]]:
+def in_order(rows: Sequence[int], most: int) -> list[Tensor]:
+    """Cuts rows into groups of at most `most` (0: one group), in the given order."""
+    step = most or max(1, len(rows))
+    return [torch.tensor(rows[i:i + step]) for i in range(0, len(rows), step)]
+
+
+def microbatches(rows: Sequence[int], most: int,
+                 group: Callable[..., list[Tensor]] = in_order) -> Iterator[tuple[Tensor, float]]:
     """Yields this rank's microbatches of a minibatch, each with the weight of its loss.
 
     `group(rows, most)` cuts rows into groups of at most `most` (0: one group). A forward pass of
@@ -189,12 +195,6 @@ def microbatches(rows: list[int], most: int,
             yield own[number], 1.0
         else:
             yield group(rows[:1], 1)[0], 0.0
-
-
-def in_order(rows: list[int], most: int) -> list[Tensor]:
-    """Cuts rows into groups of at most `most` (0: one group), in the given order."""
-    step = most or max(1, len(rows))
-    return [torch.tensor(rows[i:i + step]) for i in range(0, len(rows), step)]
 
 
 # ----- numbers ------------------------------------------------------------------------------------

@@ -41,3 +41,9 @@ def bucketed_batches(lengths: list[int], size: int, seed: int, epoch: int) -> li
         result += [window[i:i + size] for i in range(0, len(window), size)]
     order = torch.randperm(len(result), generator=generator(seed, "batches", epoch)).tolist()
     return [result[i] for i in order]
+
+
+def rows_of_step(lengths: list[int], size: int, seed: int, step: int) -> list[int]:
+    """Returns the batch of a step, from 1, in passes over all sequences (`bucketed_batches`)."""
+    epoch, cursor = divmod(step - 1, -(-len(lengths) // size))
+    return bucketed_batches(lengths, size, seed, epoch)[cursor]

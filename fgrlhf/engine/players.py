@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fgrlhf.baseline import Critic
-from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer
+from fgrlhf.checkpoint import load_model, load_to_train, load_tokenizer
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import each
 from fgrlhf.data.readers import read_prompts
@@ -42,7 +42,7 @@ class Players(NamedTuple):
         """The models that learn, by name."""
         return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
 
-    def parts(self) -> dict:
+    def state(self) -> dict:
         """The parts of a training state, by name."""
         return {name: TrainableState(model) for name, model in self.learning().items()} | {
             f"optimizer_{name}": optimizer for name, optimizer in self.optimizers.items()}
@@ -108,12 +108,9 @@ def load(config, device: torch.device) -> Players:
 
     dtype = getattr(torch, config.dtype)
     trunks = {} if config.lora_rank else None           # one trunk, shared by all models of the run
-
-    def read_policy() -> LLaMA:
-        if config.lora_rank:
-            return load_adapted(config.policy, device, dtype, config.lora_rank, config.seed, trunks)
-        return load_model(config.policy, device, dtype)
-    policy, ref = read_policy(), read_policy().requires_grad_(False)
+    policy, ref = (load_to_train(config.policy, device, dtype, config.lora_rank, config.seed,
+                                 trunks) for _ in range(2))
+    ref.requires_grad_(False)
     reward_model = own or load_reward(config.reward, device, dtype, trunks).requires_grad_(False)
     critic = None
     if config.method == "rlhf":

@@ -205,6 +205,15 @@ class Run(OutputFolder):
             print(last_lines(self.folder, ending, summary), file=sys.stderr)
 
 
+class FoldRun:
+    """The training of one fold. It shows its progress, and saves and logs nothing."""
+
+    def __init__(self, run: Run):
+        self.steps, self.guard = run.progress, run.guard
+        self.restore = lambda **parts: {}
+        self.end_step = lambda step, metrics, **parts: run.show(metrics)
+
+
 def _json(record: dict, indent: int | None = None) -> str:
     """Returns a flat record as JSON, which has no NaN and no infinity: they become null."""
     plain = {name: None if isinstance(value, float) and not math.isfinite(value) else value

@@ -182,8 +182,8 @@ def explain_record(record: Edit | Pair, tokenizer: Tokenizer, reward: RewardMode
                       settings.credit_gap)
     ids, (better, worse) = encoder.preference(record), two_sides(record)
     encoder.counted(f"record {record.id!r}")
-    aligned, _ = encoder.align(worse, better, *(tokenizer.encode(text, eos=True)
-                                                for text in (worse, better)))
+    aligned, _ = encoder.align_by_unit(worse, better, *(tokenizer.encode(text, eos=True)
+                                                        for text in (worse, better)))
     pairs = [(i, j) for i, j in aligned.pairs if i < len(ids.rejected) and j < len(ids.chosen)]
     sequences = pack([ids.prompt] * 2, [ids.chosen, ids.rejected], device=reward.device)
     with torch.no_grad():
