@@ -13,8 +13,7 @@ MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
 LAYER = "20"                    # of 30, chosen on folds of train, see REWARDS.md
 TEST = 160                      # prompts of val
 LONGEST = "48"                  # tokens of an answer
-# Of all policies. PPO's rates are the better of 5e-5 and 1.5e-4 on dev prompts; the rest has one
-# setting.
+# Two rates of each system but SFT were tried on dev prompts, see TUNING.md.
 SFT = ("--lr", "3e-5", "--muon-lr", "0", "--warmup", "5")
 PPO = ("--iterations", "16", "--rollouts", "32", "--epochs", "1", "--minibatches", "2",
        "--lr-decay", "--warmup", "3", "--save-samples", "--save-every", "4", "--keep", "1")
