@@ -45,7 +45,7 @@ def test_the_warning_is_one_line_with_both_numbers_and_the_section(capsys, monke
     warn("runs/rm/reward", 0.6249)
     [line] = warnings(capsys)
     assert line.startswith("warning: runs/rm/reward: this reward model is right on 62.5% of the")
-    assert "below about 65% PPO gained little" in line
+    assert "below about 65% most PPO runs gained little" in line
     assert 'STUDY.md, "How right must a reward model be?")' in line
 
 

@@ -24,7 +24,7 @@ def warn(reward: str | Path, accuracy: float | None) -> None:
     if accuracy is None or not accuracy < ACCURACY_NEEDED:          # NaN is not known either
         return
     print(f"warning: {reward}: this reward model is right on {100 * accuracy:.1f}% of the held-out "
-          f"pairs; below about {100 * ACCURACY_NEEDED:.0f}% PPO gained little; annotate "
+          f"pairs; below about {100 * ACCURACY_NEEDED:.0f}% most PPO runs gained little; annotate "
           f"more, or with less noise (fgrlhf/reproduce/STUDY.md, \"{SECTION}\")", file=sys.stderr)
 
 
