@@ -180,7 +180,7 @@ def all_flags() -> set[str]:
 
 OTHERS = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--help",  # torchrun
           "--clock", "--repeats", "--json", "--device", "--profile", "--matmuls", "--work",
-          "--width", "--only"}                                              # the benchmarks' own
+          "--width", "--only", "--peers"}                                   # the benchmarks' own
 
 
 @pytest.mark.parametrize("page", TEXTS)
