@@ -97,7 +97,7 @@ def test_of_two_trainers_that_start_together_one_trains_and_one_is_refused(folde
 def test_a_folder_with_an_unfinished_run_is_refused_before_models_are_read(
         folder, tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    for module, name in ((sft, "load_model"), (train_rm, "load_model"), (train_ppo, "load")):
+    for module, name in ((sft, "load_to_train"), (train_rm, "load_to_train"), (train_ppo, "load")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a model was read"))
     common = {"out": str(tmp_path)}
     model = {"data": str(folder / "edits.jsonl"), "model": str(folder / "policy")}
