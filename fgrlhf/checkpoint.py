@@ -161,7 +161,7 @@ def _check(path: str | Path, expected: dict[str, Tensor], tensors: dict[str, Sto
     """Raises UserError unless the names and shapes are those expected, in floating point."""
     for name, stored in tensors.items():
         if name not in expected:
-            raise UserError(f"{stored.place}: unknown; the sizes beside it describe a LLaMA "
+            raise UserError(f"{stored.place}: unknown; the checkpoint's sizes describe a LLaMA "
                             "without it")
     for name, parameter in expected.items():
         if name not in tensors:

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node N -m tests.ranks FOLDER OUT whole|die|resume...
 
-`whole` leaves beside each run, in OUT-part, what a run stopped after step STOP would have left; the
+`whole` leaves next to each run, in OUT-part, what a run that stopped after step STOP leaves; the
 folder of a `resume...` is a copy of such a one, of any number of ranks.
 """
 

@@ -202,7 +202,7 @@ def more_rivals(seed: Seed) -> None:
 def mechanism(seed: Seed) -> None:
     """Adds the command that compares token rewards and GAE with measured advantages.
 
-    The critic learns beside a policy that does not move (learning rate 0).
+    The critic is trained with a policy that does not move (learning rate 0).
     """
     seed.ppo("rlhf-critic", "rm-sequence", *seed.rlhf, "--lr", "0", "--save-critic", test=False)
     rewards = ("rm-token", "rm-paper", "rm-token-sum", "rm-tlcr", "rm-token-pairs")
