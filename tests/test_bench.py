@@ -171,9 +171,10 @@ def test_main_prints_the_table_of_shared_prompts(monkeypatch, capsys):
     assert "edit, training, whole rows" in out and "alignment" not in out
 
 
-def test_every_row_of_the_peers_is_run_by_us_and_by_the_floor(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_row_of_the_peers_is_run_by_us_and_by_the_floor(dtype, monkeypatch):
     monkeypatch.setitem(peers.PRESETS, "SmolLM2-135M", SMALL)
-    assert all(peers.seconds_of(side, name, time.perf_counter) > 0
+    assert all(peers.seconds_of(side, name, dtype, time.perf_counter) > 0
                for side in ("ours", "matmuls") for name in peers.WORK)
 
 
@@ -190,7 +191,7 @@ def test_peer_table_takes_ratios_within_a_round(monkeypatch, capsys):
     monkeypatch.setattr(peers.subprocess, "run", lambda command, **_: SimpleNamespace(
         returncode=0, stdout=f"a warning\n{next(took)}\n"))
     monkeypatch.setattr(peers, "find_spec", lambda name: name)
-    options = SimpleNamespace(peers=[], repeats=2, threads=1, clock="cpu")
+    options = SimpleNamespace(peers=[], repeats=2, threads=1, clock="cpu", dtype="float32")
     rows = peers.peer_table(options)["peers"]
     assert rows.keys() == set(peers.WORK)
     options.peers = ["scoring"]
@@ -202,17 +203,23 @@ def test_peer_table_takes_ratios_within_a_round(monkeypatch, capsys):
 
 @pytest.mark.parametrize("flag", ["profile", "peers"])
 def test_tables_of_a_cpus_time_are_refused_for_another_device(flag):
-    options = SimpleNamespace(profile=False, peers=None, device="cuda:0")
-    bench.check_device(options)
+    options = SimpleNamespace(profile=False, peers=None, device="cuda:0", dtype="float32")
+    bench.check_flags(options)
     setattr(options, flag, {"profile": True, "peers": []}[flag])
     with pytest.raises(UserError, match=f"--{flag}: expected --device cpu, got cuda:0; "):
-        bench.check_device(options)
+        bench.check_flags(options)
     options.device = "cpu"
-    bench.check_device(options)
+    bench.check_flags(options)
+
+
+def test_dtype_is_refused_where_no_table_has_it(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench", "--dtype", "bfloat16"])
+    with pytest.raises(UserError, match="--dtype bfloat16: expected --peers; "):
+        bench.main()
 
 
 def test_peer_table_says_what_is_missing_and_what_failed(monkeypatch):
-    options = SimpleNamespace(peers=[], repeats=1, threads=1, clock="cpu")
+    options = SimpleNamespace(peers=[], repeats=1, threads=1, clock="cpu", dtype="float32")
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--peers: expected an environment with transformers"):
         peers.peer_table(options)

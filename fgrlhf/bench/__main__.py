@@ -6,6 +6,7 @@
     python -m fgrlhf.bench --device cuda --json loop.json
     python -m fgrlhf.bench --shared-prompts --clock cpu --repeats 5
     python -m fgrlhf.bench --peers --clock cpu --repeats 3
+    python -m fgrlhf.bench --peers "training step" --dtype bfloat16 --clock cpu --repeats 3
 
 work.py describes the rows, shared.py those of --shared-prompts, peers.py those of --peers. The
 floor of a row is its matmuls only, one after the other, into buffers that exist already (floor.py).
@@ -24,7 +25,7 @@ from fgrlhf.bench.peers import SIDES, WORK, peer_table, seconds_of
 from fgrlhf.bench.profiling import print_profile
 from fgrlhf.bench.work import MODELS, ROWS, V
 from fgrlhf.data.fields import UserError
-from fgrlhf.engine.config import OneLineParser, run
+from fgrlhf.engine.config import DTYPES, OneLineParser, run
 from fgrlhf.engine.distributed import pick_device
 from fgrlhf.presets import PRESETS
 from kernels import timing
@@ -113,14 +114,17 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--peer-of", nargs=2, metavar=("SIDE", "ROW"),
                         help=f"print only the seconds of one row of --peers, by one side "
                         f"({', '.join(SIDES)})")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of --peers")
     parser.add_argument("--profile", action="store_true",
                         help="print where the time of each row goes instead of ratios")
     timing.add_flags(parser, repeats=7)
     return parser.parse_args()
 
 
-def check_device(options) -> None:
-    """Raises UserError for a table of a CPU's time with another --device."""
+def check_flags(options) -> None:
+    """Raises UserError for a flag that the tables asked for would ignore."""
+    if options.dtype != "float32" and options.peers is None and not options.peer_of:
+        raise UserError(f"--dtype {options.dtype}: expected --peers; other tables are in float32")
     for name, reason in (("profile", "the parts are those of a CPU's time"),
                          ("peers", "both sides run on the CPU")):
         if getattr(options, name) not in (False, None) and not options.device.startswith("cpu"):
@@ -130,10 +134,10 @@ def check_device(options) -> None:
 def main() -> None:
     options = parse_flags()
     options.device = str(pick_device(options.device))
-    check_device(options)
+    check_flags(options)
     torch.set_num_threads(options.threads)
     if options.peer_of:
-        print(seconds_of(*options.peer_of, timing.clock_of(options)))
+        print(seconds_of(*options.peer_of, getattr(torch, options.dtype), timing.clock_of(options)))
         return
     keep_freed()                                        # as the training scripts do
     if options.peak_of:

@@ -1,6 +1,6 @@
 """Times the same work by this project and by transformers, where that is installed.
 
-Both sides have a random LLaMA of SmolLM2-135M's sizes, in float32:
+Both sides have a random LLaMA of SmolLM2-135M's sizes, in float32 or in --dtype:
 
     training step     4 rows of 256 tokens: cross-entropy, backward, clipping, Adam
     scoring           the log-probabilities of the same tokens, without gradient
@@ -36,9 +36,10 @@ from kernels.memory import keep_freed
 WORK = ("training step", "scoring", "generation", "decoding")
 
 
-def ours(config: LLaMAConfig) -> dict[str, Callable]:
+def ours(config: LLaMAConfig, dtype: torch.dtype) -> dict[str, Callable]:
     keep_freed()
-    model, texts = build(config), torch.tensor(random_ids([257] * 4, config.vocab_size))
+    model = build(config).to(dtype)
+    texts = torch.tensor(random_ids([257] * 4, config.vocab_size))
     ones = torch.ones(len(texts), dtype=torch.long)
     sequences, optimizer = Sequences(texts, ones, 256 * ones), Optimizer(model, 0.0)
 
@@ -53,13 +54,13 @@ def ours(config: LLaMAConfig) -> dict[str, Callable]:
     return dict(zip(WORK, (training, scoring, drawn(32, 32, 32), drawn(1, 8, 64))))
 
 
-def theirs(config: LLaMAConfig) -> dict[str, Callable]:
+def theirs(config: LLaMAConfig, dtype: torch.dtype) -> dict[str, Callable]:
     from transformers import LlamaConfig, LlamaForCausalLM
     sizes = {"hidden_size": config.dim, "intermediate_size": config.ffn_dim,
              "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
              "num_key_value_heads": config.n_kv_heads, "vocab_size": config.vocab_size,
              "max_position_embeddings": config.max_seq_len, "tie_word_embeddings": True}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="sdpa"))
+    model = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="sdpa")).to(dtype)
     texts = torch.tensor(random_ids([257] * 4, config.vocab_size))
     before, after = texts[:, :-1], texts[:, 1:].contiguous()
     optimizer = torch.optim.AdamW(model.parameters(), 0.0, fused=True)
@@ -82,13 +83,13 @@ def theirs(config: LLaMAConfig) -> dict[str, Callable]:
     return dict(zip(WORK, (training, scoring, drawn(32, 32, 32), drawn(1, 8, 64))))
 
 
-def kept(config: LLaMAConfig) -> dict[str, Callable]:
+def kept(config: LLaMAConfig, dtype: torch.dtype) -> dict[str, Callable]:
     keep_freed()
-    return theirs(config)
+    return theirs(config, dtype)
 
 
-def matmuls(config: LLaMAConfig) -> dict[str, Callable]:
-    model = build(config)
+def matmuls(config: LLaMAConfig, dtype: torch.dtype) -> dict[str, Callable]:
+    model = build(config).to(dtype)
     training, scoring, generation, decoding = floors = [Floor(model) for _ in WORK]
     for floor, gradient in ((training, True), (scoring, False)):
         floor.trunk([256] * 4, gradient)
@@ -107,7 +108,7 @@ def check_installed() -> None:
         raise UserError("--peers: expected an environment with transformers; install it there")
 
 
-def seconds_of(side: str, name: str, clock: Callable[[], float]) -> float:
+def seconds_of(side: str, name: str, dtype: torch.dtype, clock: Callable[[], float]) -> float:
     """Returns the time of the second call of the work. The first one warms up.
 
     Raises UserError for another side than SIDES or another row than WORK.
@@ -117,7 +118,7 @@ def seconds_of(side: str, name: str, clock: Callable[[], float]) -> float:
                         f"{', '.join(WORK)}, got {show(side)} and {show(name)}")
     if side in ("transformers", "memory kept"):
         check_installed()
-    run = SIDES[side](PRESETS["SmolLM2-135M"])[name]
+    run = SIDES[side](PRESETS["SmolLM2-135M"], dtype)[name]
     run()
     start = clock()
     run()
@@ -138,7 +139,8 @@ def peer_table(options) -> dict:
         for _ in range(options.repeats):
             for side, found in times.items():
                 command = [sys.executable, "-m", "fgrlhf.bench", "--peer-of", side, name,
-                           "--threads", str(options.threads), "--clock", options.clock]
+                           "--dtype", options.dtype, "--threads", str(options.threads),
+                           "--clock", options.clock]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     last = (done.stderr.strip() or "no message").splitlines()[-1]
