@@ -10,7 +10,7 @@ import pytest
 
 from fgrlhf.data import records
 from fgrlhf.data.fields import UserError
-from fgrlhf.reproduce import study, study_results
+from fgrlhf.reproduce import __main__ as reproduce, study, study_results
 from fgrlhf.reproduce.__main__ import Config, check_flags, main, show
 from fgrlhf.reproduce.chart import Curve, line_chart
 from fgrlhf.reproduce.pipeline import Stage
@@ -23,7 +23,7 @@ from tests.test_readme import config_of
 
 def stages_of(only: str | None = None) -> dict[str, Stage]:
     seed = Seed(3, Path("out/seed3"), "cpu")
-    study.plan(seed, only)
+    study.plan(seed, study.chosen(only))
     return {stage.name.removeprefix("seed3."): stage for stage in seed.stages}
 
 
@@ -94,7 +94,7 @@ def test_sizes_multiply_every_learning_rate_by_the_widths():
 
 def test_the_whole_study_has_every_stage_once_after_its_needs_and_with_flags_that_exist():
     seed, before, tried = Seed(3, Path("out/seed3"), "cpu"), set(), set()
-    study.plan(seed)
+    study.plan(seed, study.chosen(None))
     for stage in seed.stages:
         assert stage.name not in before and set(stage.needs) <= before, stage.name
         before.add(stage.name)
@@ -111,6 +111,17 @@ def test_flags_of_the_study_are_refused_elsewhere_and_an_unknown_knob_is_named()
         check_flags(Config(out="x", profile="study", only="colour"))
     with pytest.raises(UserError, match="--only and --redraw: expected --profile study"):
         check_flags(Config(out="x", only="held-out"))
+
+
+def test_results_list_the_commands_of_every_knob_in_the_folder(tmp_path, monkeypatch):
+    """The folder has the knobs of an earlier call, miss, and of this one, style."""
+    monkeypatch.setattr(reproduce, "run_stages", lambda *_: None)
+    monkeypatch.setattr(reproduce, "show", lambda *_: None)
+    monkeypatch.setattr(reproduce, "collected", lambda *_: {"knobs": {"miss": {}, "style": {}}})
+    reproduce.main(Config(out=str(tmp_path), profile="study", only="style"))
+    commands = json.loads((tmp_path / "results.json").read_text())["commands"]
+    assert any("--miss 0.5" in c for c in commands) and any("--style 0.5" in c for c in commands)
+    assert len(commands) == len(set(commands))
 
 
 # ----- figures ------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ once, at the end. The same command continues an interrupted call where it stoppe
 import json
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from fgrlhf.real.files import check_data
 from fgrlhf.real.prompts import EVIDENCE, prompt_arg
 from fgrlhf.reproduce import study, study_results
 from fgrlhf.reproduce.figures import write_figures
-from fgrlhf.reproduce.pipeline import HOME, run_stages
+from fgrlhf.reproduce.pipeline import HOME, Stage, run_stages
 from fgrlhf.reproduce.report import text_table, write_report
 from fgrlhf.reproduce.results import collect
 from fgrlhf.reproduce.stages import PROFILES, Seed, start
@@ -137,30 +138,43 @@ def check_flags(config: Config) -> None:
         raise UserError("--only and --redraw: expected --profile study")
 
 
+def planned(config: Config, knobs: Iterable[str] = ()) -> list[Seed]:
+    """Returns the seeds with all stages of the profile. knobs: those of a study."""
+    seeds = [Seed(number, Path(config.out) / f"seed{number}", config.device, config.dtype,
+                  config.lora_rank)
+             for number in range(config.first_seed, config.first_seed + config.seeds)]
+    for seed in seeds:
+        if config.profile == "real":
+            real.plan(seed, config.data, config.prompt)
+        elif config.profile == "study":
+            study.plan(seed, knobs)
+        else:
+            start(seed)
+            PROFILES[config.profile](seed)
+    return seeds
+
+
+def stages_of(seeds: list[Seed]) -> list[Stage]:
+    """Returns the stages of all seeds, in order."""
+    return [stage for seed in seeds for stage in seed.stages]
+
+
 def main(config: Config) -> None:
     check_flags(config)
     out, started = Path(config.out), time.perf_counter()
     if config.redraw:
         show(out, read_object(out / "results.json"))
         return
-    seeds = [Seed(number, out / f"seed{number}", config.device, config.dtype, config.lora_rank)
-             for number in range(config.first_seed, config.first_seed + config.seeds)]
-    for seed in seeds:
-        if config.profile == "real":
-            real.plan(seed, config.data, config.prompt)
-        elif config.profile == "study":
-            study.plan(seed, config.only)
-        else:
-            start(seed)
-            PROFILES[config.profile](seed)
-    stages = [stage for seed in seeds for stage in seed.stages]
-    run_stages(stages, out, config.workers)
-    results = collected(config, seeds) | {
+    seeds = planned(config, study.chosen(config.only) if config.profile == "study" else ())
+    run_stages(stages_of(seeds), out, config.workers)
+    results = collected(config, seeds)
+    done = stages_of(planned(config, results.get("knobs", ())))     # also of earlier --only
+    results |= {
         "command": command_of(config),
         "commit": commit(),
         "machine": f"{os.cpu_count()} CPU cores, torch {torch.__version__}, device {config.device}",
         "seconds": wall_seconds(out, time.perf_counter() - started),
-        "commands": [stage.text for stage in stages]}
+        "commands": [stage.text for stage in done]}
     examples = results.pop("examples", {})
     text = json.dumps(results, indent=1, allow_nan=False)
     write_atomic(out / "results.json", (text + "\n").encode())

@@ -14,6 +14,7 @@ only with one another. STUDY.md has the questions and the commands.
 """
 
 import copy
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -121,11 +122,12 @@ def point(folder: Path, name: str, value: str) -> Point:
     return Point(folder.with_name(f"{folder.name}-{name}-{value}"), "", spec)
 
 
-def plan(seed: Seed, only: str | None = None) -> None:
-    """Adds the stages of one seed: what all steps share, then every step of the knobs."""
+def plan(seed: Seed, names: Iterable[str]) -> None:
+    """Adds the stages of one seed: what all steps share, then every step of the named knobs."""
     start(seed, ANSWERED)
     add_step(seed, "")
-    for name, knob in chosen(only).items():
+    for name in names:
+        knob = KNOBS[name]
         for value in knob.steps:
             if value == knob.default:
                 continue
