@@ -320,6 +320,18 @@ def test_systems_table_has_rates_of_all_summaries_together_and_changes_against_s
     assert table["rlhf"]["metrics"]["words_change"]["interval"] == [-0.5, -0.5]    # of either
 
 
+def test_an_empty_summary_loses_whatever_its_reward_and_ties_with_another_one(tmp_path):
+    write_judged(tmp_path, {"sft": rows([0] * 3, [1] * 3, [5, 5, 0], [1.0, 1.0, 1.0]),
+                            "rlhf": rows([0] * 3, [1] * 3, [0, 5, 0], [9.0, 0.0, 9.0])})
+    tests = {name: [results.judged(tmp_path, name)] for name in ("sft", "rlhf")}
+    table = results.systems_table(tests | dict.fromkeys(results.ORDER[2:], tests["rlhf"]))
+    own = {name: cell["mean"] for name, cell in table["rlhf"]["metrics"].items()}
+    assert own["win_rate"] == pytest.approx(0.5 / 3) and own["empty"] == pytest.approx(2 / 3)
+    assert own["win_rate_by_reward"] == pytest.approx(2 / 3)
+    said = results.reading(table)[1]
+    assert "66.7% of the samples" in said and "it would win 66.7% and 66.7%" in said
+
+
 def test_interval_of_a_mean_is_that_of_the_central_limit():
     """1.96 standard errors of the mean of 400 summaries."""
     values = np.random.default_rng(0).normal(3.0, 2.0, 400)
@@ -389,7 +401,7 @@ def test_results_and_report_of_a_whole_run(folder, tmp_path):
     found = results.collect([seed])
     assert found["systems"]["rlhf"]["metrics"]["win_rate"]["mean"] == 0.5
     assert found["systems"]["annotators"]["metrics"]["made_up"]["mean"] == 0.5
-    assert len(found["reading"]) == 6 and "-0%" not in text_table(found)
+    assert len(found["reading"]) == 6 and found["signs"] == [] and "-0%" not in text_table(found)
     curves = {(c["metric"], c["system"]): c for c in found["curves"]}
     assert curves["made_up", "rlhf"]["x_kl"] == [0.5] and curves["judge", "rlhf"]["y"] == [1.5]
     assert curves["kl_k1", "rlhf"]["y"] == [0.5]

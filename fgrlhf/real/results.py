@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fgrlhf.checkpoint import load_tokenizer
+from fgrlhf.checks.signs import signs_of_run
 from fgrlhf.data.files import read_object
 from fgrlhf.data.readers import read_edits, read_outputs
 from fgrlhf.encode import Encoder
@@ -49,7 +50,7 @@ NOTES = [
     "the policies often are not. A summary without names makes nothing up.",
     "The judge is a sequence-level reward model on edits of other summaries, which no other model "
     "has seen. It is of the same form as the reward model of PPO-RLHF, and it takes an answer that "
-    "was cut off for a whole one.",
+    "was cut off for a whole one. It likes empty summaries; they count as lost.",
     "Reward models are linear probes on layer 20 of the pretrained model. In fine-grained PPO, EOS "
     "gets no reward (--no-reward-eos); in PPO-RLHF, a response without EOS loses 3 "
     "(--missing-eos-penalty). Two learning rates of PPO were tried, on other prompts; all else has "
@@ -64,6 +65,7 @@ STATISTICS: dict[str, Callable[[Rows], float]] = {
     if rows["named"].sum() else math.nan,
     "named": lambda rows: rows["named"].mean(),
     "cut_off": lambda rows: (rows["tokens"] >= int(LONGEST)).mean(),
+    "empty": lambda rows: (rows["words"] == 0).mean(),
     "words": lambda rows: rows["words"].mean(),
     "copied": lambda rows: rows["copied"].mean()}
 
@@ -75,14 +77,20 @@ def rows_of(found: list[dict]) -> Rows:
 
 
 def judged(folder: Path, system: str) -> dict[str, Rows]:
-    """Returns the figures of a system's test answers, by decoding. `win` is against SFT's."""
+    """Returns the figures of a system's test answers, by decoding. Wins are against SFT's.
+
+    An empty summary loses, or ties with another empty one, because the judge likes empty summaries.
+    `win_by_reward` is what the judge says by itself.
+    """
     found, start = (read_object(folder / f"judged/{name}.json")["answers"]
                     for name in (system, "sft"))
     result = {}
     for decoding in DECODINGS:
         rows, first = rows_of(found[f"{system}-{decoding}"]), rows_of(start[f"sft-{decoding}"])
-        wins = compare((-rows["reward"]).tolist(), (-first["reward"]).tolist())
-        result[decoding] = rows | {"win": np.array(wins)}
+        costs = [[-one["reward"], np.where(one["words"] == 0, np.inf, -one["reward"])]
+                 for one in (rows, first)]
+        by_reward, wins = (np.array(compare(a.tolist(), b.tolist())) for a, b in zip(*costs))
+        result[decoding] = rows | {"win": wins, "win_by_reward": by_reward}
     return result
 
 
@@ -118,6 +126,8 @@ def systems_table(tests: dict[str, list[dict[str, Rows]]]) -> dict:
             if system == "sft":
                 continue
             metrics["win_rate" + end] = estimate(own, lambda rows: rows["win"].mean())
+            metrics["win_rate_by_reward" + end] = estimate(
+                own, lambda rows: rows["win_by_reward"].mean())
             for name in CHANGES:
                 metrics[f"{name}_change{end}"] = estimate(
                     both, lambda ours, sft, of=STATISTICS[name]: change(of(ours), of(sft)))
@@ -213,6 +223,12 @@ def reading(systems: dict) -> list[str]:
             f"{pairs['made_up_rate']}; words by {pairs['words']}. By the judge it wins {wins[0]} "
             f"of the samples and {wins[1]} of the greedy summaries against SFT, a tie counting "
             "one half.")
+        empty, by_reward = ([100 * metrics[name + end]["mean"] for end in DECODINGS.values()]
+                            for name in ("empty", "win_rate_by_reward"))
+        if any(empty):
+            said[-1] += (" {:.1f}% of the samples and {:.1f}% of the greedy ones are empty, which "
+                         "counts as lost; by the judge's reward it would win {:.1f}% and {:.1f}%."
+                         ).format(*empty, *by_reward)
     return said
 
 
@@ -254,6 +270,8 @@ def collect(folders: list[Path], prompt: str = EVIDENCE) -> dict:
     return {"profile": "real", "seeds": [seed_of(folder) for folder in folders],
             "notes": [NOTES[0], described(prompt), *NOTES[1:]], "reading": reading(systems),
             "systems": systems | published_table(folders[0]),
+            "signs": [f"{SYSTEMS[system][0]}, seed {seed_of(folder)}: {sign}" for system in POLICIES
+                      for folder in folders for sign in signs_of_run(folder / system)],
             "reward_models": reward_models(folders),
             "tables": probe_tables(folders[0]) + analysis_tables(folders[0]),
             "comparisons": comparisons(tests), "examples": examples(folders[0]),

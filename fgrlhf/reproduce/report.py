@@ -151,7 +151,7 @@ def _summaries(systems: dict[str, dict]) -> Html | None:
                 f"{decoding} summaries: names and numbers that the article does not have, per "
                 "summary and per name or number; names and numbers in all; summaries with any "
                 "that is made up; words; pairs of neighbouring words that the article has too; "
-                "summaries as long as the limit, most of which are cut off.",
+                "summaries as long as the limit, most of which are cut off; empty summaries.",
                 ["system", *(c.header for c in shown)], _by_role(some, rows)))
     return section("Made-up facts", tables) if tables else None
 
