@@ -26,8 +26,9 @@ REWARDS = {"rm-paper": ("--loss", "paper"), "rm-ours": ("--epochs", "20"),
            "rm-sequence": ("--kind", "sequence")}
 TOKEN_LEVEL = ("rm-paper", "rm-ours")
 PUBLISHED = ("candidates", "annotators")
-POLICIES = {"fine-grained-paper": ("rm-paper", (*TOKENS, "--lr", "5e-5")),
-            "fine-grained": ("rm-ours", (*TOKENS, "--lr", "1.5e-4")), "rlhf": ("rm-sequence", RLHF)}
+POLICIES = {"rlhf": ("rm-sequence", RLHF),
+            "fine-grained-paper": ("rm-paper", (*TOKENS, "--lr", "5e-5")),
+            "fine-grained": ("rm-ours", (*TOKENS, "--lr", "1.5e-4"))}
 
 
 def plan(seed: Seed, data: str, prompt: str = EVIDENCE) -> None:
@@ -48,15 +49,14 @@ def plan(seed: Seed, data: str, prompt: str = EVIDENCE) -> None:
     trained = ("--template", "plain", "--seed", seed.seed, "--resume")
     seed.add("sft", "-m", "fgrlhf.sft", "--data", seed.at("data/train-summaries.jsonl"),
              "--model", MODEL, *SFT, "--out", seed.at("sft"), *trained, needs=("model", "data"))
+    # The longest runs come first, so that two cores are busy to the end.
+    _imitate(seed, "dpo-sft", "fgrlhf.dpo", DPO, trained)
     for name, (reward, method) in POLICIES.items():
         seed.add(name, "train_ppo.py", *method, "--policy", seed.at("sft/policy"), "--reward",
                  seed.at(f"{reward}/reward"), "--prompts", seed.at("data/train-prompts.jsonl"),
                  "--max-new-tokens", LONGEST, *PPO, "--out", seed.at(name), *trained,
                  needs=("sft", reward))
-    for name, module, options in (("imitation", "fgrlhf.sft", (*SFT, "--epochs", "2")),
-                                  ("dpo-sft", "fgrlhf.dpo", DPO)):
-        seed.add(name, "-m", module, "--data", seed.at("data/train-edits.jsonl"), "--model",
-                 seed.at("sft/policy"), *options, "--out", seed.at(name), *trained, needs=("sft",))
+    _imitate(seed, "imitation", "fgrlhf.sft", (*SFT, "--epochs", "2"), trained)
     for name in ("sft", *POLICIES, "imitation", "dpo-sft"):
         _test(seed, name)
     published = ",".join(seed.at(f"data/{name}.json") for name in PUBLISHED)
@@ -78,6 +78,12 @@ def _reward_models(seed: Seed) -> None:
                  "--hidden-states", seed.at("states.pt"), "--intervals", "300",
                  "--seed", seed.seed, "--resume", *options, "--out", seed.at(name), needs=needs)
         needs = ("rm-paper",)
+
+
+def _imitate(seed: Seed, name: str, module: str, options: tuple, trained: tuple) -> None:
+    """Adds a policy that learns from the edits without a reward model."""
+    seed.add(name, "-m", module, "--data", seed.at("data/train-edits.jsonl"), "--model",
+             seed.at("sft/policy"), *options, "--out", seed.at(name), *trained, needs=("sft",))
 
 
 def _test(seed: Seed, name: str) -> None:
