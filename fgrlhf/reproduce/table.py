@@ -37,7 +37,7 @@ SUMMARIES = (Column("made_up", "made up", 1, 2),
              Column("made_up_rate", "per name %", 100, 0, False),
              Column("named", "names", 1, 2, False), Column("made_up_any", "any %", 100, 0, False),
              Column("words", "words", 1, 1, False), Column("copied", "copied %", 100, 0, False),
-             Column("cut_off", "cut off %", 100, 0, False),
+             Column("cut_off", "cut %", 100, 0, False),
              Column("empty", "empty %", 100, 0, False))
 GREEDY_SUMMARIES = tuple(c._replace(metric=f"{c.metric}_greedy") for c in SUMMARIES)
 REWARD_MODELS = (Column("edit_accuracy", "edit pairs %", 100, 1),
@@ -109,7 +109,7 @@ def measured(rows: dict[str, dict], columns: Sequence[Column]) -> dict[str, dict
     return {name: row for name, row in rows.items() if present({name: row}, columns)}
 
 
-def text_table(results: dict, width: int = 104) -> str:
+def text_table(results: dict, width: int = 108) -> str:
     """Writes systems, reward models, differences, speed and the paper's figures as aligned text.
 
     Below the systems are the sentences of results["reading"].
