@@ -22,7 +22,8 @@ TOKENS = ("--method", "fine-grained", "--beta", "0.5", "--no-reward-eos")
 # PPO-RLHF learnt not to end without the penalty and, with a beta of 0.2, to write nothing.
 RLHF = ("--method", "rlhf", "--lr", "1.5e-4", "--value-lr", "1.5e-4", "--beta", "0.5",
         "--missing-eos-penalty", "3")
-DPO = ("--sft-weight", "1", "--beta", "0.1", "--epochs", "1", "--lr", "3e-5", "--warmup", "5")
+DPO = ("--sft-weight", "1", "--beta", "0.1", "--epochs", "1", "--lr", "3e-5", "--warmup", "5",
+       "--microbatch", "8")
 REWARDS = {"rm-paper": ("--loss", "paper"), "rm-ours": ("--epochs", "20"),
            "rm-sequence": ("--kind", "sequence")}
 TOKEN_LEVEL = ("rm-paper", "rm-ours")
