@@ -20,8 +20,8 @@ Logits are held in bits, z / ln 2, because on a CPU 2^x costs a third of e^x; th
 factor at no cost. Reductions are in float32 or wider; float64 stays float64.
 
 Cost: 3 matmuls of 2 N D V operations (1 without gradient). Memory: the gradients and one chunk of
-logits. In half precision also this chunk and grad_head in float32, because a sum over chunks must
-not be rounded after each chunk.
+logits. In half precision also as many logits in float32 as are exponentiated at a time and, if
+there are several chunks, grad_head in float32, because a sum must not be rounded after each chunk.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 LN2 = 0.6931471805599453          # nats per bit
-CHUNK = 256                       # the fewest tokens per chunk
+CHUNK = 256, 1024                 # the fewest tokens per chunk: in float32 and float64, in half
 LOGITS = 11 * 2**17, 2**28        # logits per chunk: 5.5 MiB of float32 on a CPU, 1 GiB elsewhere
 PAD = 16                          # unused logits after each row whose bytes are a multiple of 4096:
                                   # otherwise a column uses few sets of the cache (3 of 50 ms)
@@ -108,18 +108,18 @@ def gradients(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float,
     logp = hidden.new_empty(n, dtype=wide(hidden))
     entropy = torch.empty_like(logp) if needs[0] else None
     grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else None
-    grad_head = head.new_empty(head.shape, dtype=wide(head)) if needs[1] else None
+    one_chunk = n <= most_tokens(len(head), head.dtype, head.device.type)
+    summed = head.dtype if one_chunk else wide(head)
+    grad_head = head.new_empty(head.shape, dtype=summed) if needs[1] else None
     if needs[1] and n == 0:
         grad_head.zero_()
     for rows, bits in chunks(hidden, head, temperature):
-        h, y = hidden[rows], targets[rows, None]
-        chosen = bits.gather(-1, y)                                                     # [n, 1]
-        top, total = exponentiate_(bits)                                                # [n, 1]
+        h = hidden[rows]
+        chosen, top, total = exponentiate_(bits, targets[rows, None])                   # [n, 1]
         torch.mul(chosen - top - total.log2(), LN2, out=logp[rows, None])
         g = slope(rows, logp[rows])[:, None] / -temperature                             # [n, 1]
-        bits.scatter_add_(-1, y, -total)                                                # q total
-        if bits.dtype != head.dtype:                # `total` may exceed the range of float16
-            bits, total = (bits / total).to(head.dtype), torch.ones_like(total)
+        if bits.dtype != logp.dtype:                                                    # bits is q
+            total = torch.ones_like(total)
         g = g / total
         if needs[1]:                                # grad hidden overwrites g h afterwards
             scaled = torch.mul(h, g, out=grad_hidden[rows]) if needs[0] else (h * g).to(head.dtype)
@@ -145,7 +145,7 @@ def add_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 def chunks(hidden: Tensor, head: Tensor, temperature: float):
     """Yields (rows, logits [n, V] in bits) for slices of the tokens, all in the same buffer."""
     n, v = len(hidden), len(head)
-    most = max(CHUNK, LOGITS[hidden.device.type != "cpu"] // v)
+    most = most_tokens(v, hidden.dtype, hidden.device.type)
     size = -(-n // max(1, -(-n // most)))
     buffer = hidden.new_empty(size, v + PAD * (v % 1024 == 0))[:, :v]
     columns = COLUMNS if hidden.device.type == "cpu" else v
@@ -154,7 +154,12 @@ def chunks(hidden: Tensor, head: Tensor, temperature: float):
         bits = buffer[:rows.stop - start]
         for part, words in zip(bits.split(columns, 1), head.split(columns)):
             logits_(part, hidden[rows], words, temperature)
-        yield rows, bits.to(wide(bits))
+        yield rows, bits
+
+
+def most_tokens(v: int, dtype: torch.dtype, device: str) -> int:
+    """The most tokens of a chunk, for v words and a type of device such as "cpu"."""
+    return max(CHUNK[dtype.itemsize < 4], LOGITS[device != "cpu"] // v)
 
 
 def logits_(out: Tensor, hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
@@ -162,17 +167,28 @@ def logits_(out: Tensor, hidden: Tensor, head: Tensor, temperature: float) -> Te
     return torch.addmm(out, hidden, head.T, beta=0, alpha=1 / (temperature * LN2), out=out)
 
 
-def exponentiate_(bits: Tensor) -> tuple[Tensor, Tensor]:
-    """Turns bits [n, V] into 2^(bits - top) in place, as many rows at a time as fit the cache.
+def exponentiate_(bits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turns bits [n, V] into q in place, times `total` unless they are in half precision.
 
-    Returns the largest logit of each row, `top`, and the sum of each new row, `total`, [n, 1] each.
+    Returns the logit of each target, the largest logit, `top`, and the sum of 2^(bits - top),
+    `total`, [n, 1] each, in float32 or wider. As many rows at a time as fit the cache. Times
+    `total`, q saves a division of [n, V], but it might exceed the range of float16.
     """
-    top, total = (bits.new_empty(len(bits), 1) for _ in range(2))
+    dtype = wide(bits)
+    columns = chosen, top, total = [bits.new_empty(len(bits), 1, dtype=dtype) for _ in range(3)]
     size = max(1, CACHED // bits.shape[1]) if bits.device.type == "cpu" else max(1, len(bits))
-    for x, x_top, x_total in zip(bits.split(size), top.split(size), total.split(size)):
+    half = bits.dtype != dtype
+    buffer = bits.new_empty(min(size, len(bits)), bits.shape[1], dtype=dtype) if half else None
+    for out, y, *parts in zip(*(x.split(size) for x in (bits, targets, *columns))):
+        x = buffer[:len(out)].copy_(out) if half else out
+        x_chosen, x_top, x_total = parts
+        torch.gather(x, -1, y, out=x_chosen)
         torch.amax(x, -1, keepdim=True, out=x_top)
         torch.sum(x.sub_(x_top).exp2_(), -1, keepdim=True, out=x_total)
-    return top, total
+        x.scatter_add_(-1, y, -x_total)
+        if half:
+            out.copy_(x.div_(x_total))
+    return chosen, top, total
 
 
 def wide(x: Tensor) -> torch.dtype:

@@ -31,7 +31,7 @@ from fgrlhf.plan import memory
 from fgrlhf.presets import PRESETS
 from fgrlhf.rollout import PREFILL
 from kernels.linear_logp import TILE, TILE_ROWS
-from kernels.three_matmuls import CHUNK, LOGITS
+from kernels.three_matmuls import CACHED, most_tokens
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,12 @@ def held(sizes: LLaMAConfig, config: Config) -> dict[str, int]:
 
 
 def chunk_bytes(sizes: LLaMAConfig, config: Config, tokens: int) -> int:
-    """Returns the bytes of one chunk of logits in the loss, its float32 copy included."""
-    c, V = getattr(torch, config.dtype).itemsize, sizes.vocab_size
-    most = max(CHUNK, LOGITS[config.device != "cpu"] // V)
+    """Returns the bytes of one chunk of logits in the loss, with those in float32 at a time."""
+    dtype, V = getattr(torch, config.dtype), sizes.vocab_size
+    most = most_tokens(V, dtype, config.device)
     rows = -(-tokens // -(-tokens // most))                             # chunks of similar size
-    return rows * V * (c if c == 4 else c + 4 + c)
+    cached = rows * V if config.device != "cpu" else min(rows * V, CACHED)
+    return rows * V * dtype.itemsize + (4 * cached if dtype.itemsize < 4 else 0)
 
 
 def passing(sizes: LLaMAConfig, config: Config) -> dict[str, dict[str, int]]:
@@ -89,7 +90,8 @@ def passing(sizes: LLaMAConfig, config: Config) -> dict[str, dict[str, int]]:
     tile *= min(V, TILE[config.device != "cpu"] // tile) * (c if c == 4 else c + 4)
     gradients = 4 * own * (2 if config.method == "rlhf" else 1)
     chunk = chunk_bytes(sizes, config, b * config.response)
-    head = 0 if lora else (4 + (c < 4) * c) * V * D
+    several = b * config.response > most_tokens(V, getattr(torch, config.dtype), config.device)
+    head = 0 if lora else (c + 4 * (several and c < 4)) * V * D     # a sum of chunks is in float32
     again = b * S * memory.block_bytes(sizes, c) * config.checkpoint_activations
     ends = V * D * (1 if sizes.tie_embeddings else 2)                   # embedding and head
     return {

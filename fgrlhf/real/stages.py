@@ -13,14 +13,14 @@ MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
 LAYER = "20"                    # of 30, chosen on folds of train, see REWARDS.md
 TEST = 160                      # prompts of val
 LONGEST = "48"                  # tokens of an answer
-# Two rates of each system but SFT were tried on dev prompts, and four settings of PPO-RLHF, see
+# Two rates of each system but SFT were tried on dev prompts, and five settings of PPO-RLHF, see
 # TUNING.md.
 SFT = ("--lr", "3e-5", "--muon-lr", "0", "--warmup", "5")
 PPO = ("--iterations", "16", "--rollouts", "32", "--epochs", "1", "--minibatches", "2",
        "--lr-decay", "--warmup", "3", "--save-samples", "--save-every", "4", "--keep", "1")
 TOKENS = ("--method", "fine-grained", "--beta", "0.5", "--no-reward-eos")
-# PPO-RLHF learnt not to end without the penalty and, with a beta of 0.2, to write nothing.
-RLHF = ("--method", "rlhf", "--lr", "1.5e-4", "--value-lr", "1.5e-4", "--beta", "0.5",
+# PPO-RLHF learnt not to end without the penalty and, with a smaller beta, to write nothing.
+RLHF = ("--method", "rlhf", "--lr", "1.5e-4", "--value-lr", "1.5e-4", "--beta", "1",
         "--missing-eos-penalty", "3")
 DPO = ("--sft-weight", "1", "--beta", "0.1", "--epochs", "1", "--lr", "3e-5", "--warmup", "5",
        "--microbatch", "8")
