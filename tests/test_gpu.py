@@ -178,8 +178,9 @@ def test_kernels_pass_and_a_wrong_kernel_does_not(place, monkeypatch):
         "PPO loss, float32"]
 
 
-def test_several_chunks_gives_several_chunks():
-    hidden, head = torch.ones(700, 4), torch.ones(500, 4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_chunks_gives_several_chunks(dtype):
+    hidden, head = torch.ones(700, 4, dtype=dtype), torch.ones(500, 4, dtype=dtype)
     count = lambda: len(list(gpu_kernels.three_matmuls.chunks(hidden, head, 1.0)))
     with gpu_kernels.several_chunks():
         assert count() == 3

@@ -104,12 +104,16 @@ def error_of(found: list[Tensor], exact: list[Tensor]) -> float:
 @contextlib.contextmanager
 def several_chunks():
     """A block in which the kernels use small chunks and tiles, so that there are several."""
-    before = three_matmuls.LOGITS, linear_logp.TILE, exact_kl.TILE
-    three_matmuls.LOGITS, linear_logp.TILE, exact_kl.TILE = (2**15,) * 2, (2**16,) * 2, (2**16,) * 2
+    small = ((three_matmuls, "CHUNK", 256), (three_matmuls, "LOGITS", 2**15),
+             (linear_logp, "TILE", 2**16), (exact_kl, "TILE", 2**16))
+    before = [getattr(module, name) for module, name, _ in small]
+    for module, name, size in small:
+        setattr(module, name, (size, size))
     try:
         yield
     finally:
-        three_matmuls.LOGITS, linear_logp.TILE, exact_kl.TILE = before
+        for (module, name, _), value in zip(small, before):
+            setattr(module, name, value)
 
 
 def spread(n: int, d: int, v: int, device: torch.device) -> float:
