@@ -57,7 +57,8 @@ NAMES = list(losses("fused"))
 def chunking(request, monkeypatch):
     """First the shipped sizes, then chunks and tiles so small that every boundary is crossed."""
     if request.param == "small pieces":
-        for name, value in (("CHUNK", (3, 3)), ("LOGITS", (40, 40)), ("COLUMNS", 4), ("CACHED", 30)):
+        for name, value in (("CHUNK", (3, 3)), ("LOGITS", (40, 40)), ("COLUMNS", 4),
+                            ("CACHED", 30)):
             monkeypatch.setattr(three_matmuls, name, value)
         for module in (linear_logp, exact_kl):
             monkeypatch.setattr(module, "TILE", (40, 40))

@@ -53,8 +53,8 @@ NOTES = [
     "was cut off for a whole one. It likes empty summaries; they count as lost.",
     "Reward models are linear probes on layer 20 of the pretrained model. In fine-grained PPO, EOS "
     "gets no reward (--no-reward-eos); in PPO-RLHF, a response without EOS loses 3 "
-    "(--missing-eos-penalty). Two learning rates of PPO were tried, on other prompts; all else has "
-    "one setting.",
+    "(--missing-eos-penalty). Two learning rates of each system but SFT were tried, and three "
+    "rates and three betas of PPO-RLHF; all else has one setting.",
     "With one seed the intervals are over the articles, for this one training run of each system. "
     "With several seeds they are over seeds, for these articles."]
 
