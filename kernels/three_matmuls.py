@@ -168,11 +168,11 @@ def logits_(out: Tensor, hidden: Tensor, head: Tensor, temperature: float) -> Te
 
 
 def exponentiate_(bits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Turns bits [n, V] into q in place, times `total` unless they are in half precision.
+    """Turns bits [n, V] in place into `total` times q, and those in half precision into q.
 
-    Returns the logit of each target, the largest logit, `top`, and the sum of 2^(bits - top),
-    `total`, [n, 1] each, in float32 or wider. As many rows at a time as fit the cache. Times
-    `total`, q saves a division of [n, V], but it might exceed the range of float16.
+    Returns the logit of each target, the largest logit of each row, `top`, and the sum of
+    2^(bits - top), `total`: [n, 1] each, in float32 or wider. Works on as many rows at a time as
+    fit the cache. `total` times q needs no division, but may exceed the range of float16.
     """
     dtype = wide(bits)
     columns = chosen, top, total = [bits.new_empty(len(bits), 1, dtype=dtype) for _ in range(3)]

@@ -341,3 +341,21 @@ def test_fused_refuses_shapes_that_do_not_fit():
         linear_logp.fused(hidden, head, y, 0)
     with pytest.raises(ValueError, match="hidden_ref, head_ref: expected N, V = 7, 5"):
         exact_kl.fused(hidden, head, hidden, head[:4])
+
+
+def test_head_gradient_of_many_chunks_is_as_exact_as_that_of_one_in_half_precision(monkeypatch):
+    """64 chunks whose sums were rounded to bfloat16 each time would be several times worse."""
+    draw = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(n, 16, generator=draw).bfloat16() for n in (512, 40))
+    targets = torch.randint(40, (512,), generator=draw)
+
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        weight = head.to(dtype, copy=True).requires_grad_()
+        linear_cross_entropy.fused(hidden.to(dtype), weight, targets).loss.backward()
+        return weight.grad.double()
+    exact = gradient(torch.float64)
+    error = lambda: (gradient(torch.bfloat16) - exact).norm()
+    whole = error()
+    monkeypatch.setattr(three_matmuls, "CHUNK", (8, 8))
+    monkeypatch.setattr(three_matmuls, "LOGITS", (0, 0))
+    assert error() < 2 * whole
