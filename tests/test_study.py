@@ -14,7 +14,7 @@ from fgrlhf.reproduce import __main__ as reproduce, study, study_results
 from fgrlhf.reproduce.__main__ import Config, check_flags, main, show
 from fgrlhf.reproduce.chart import Curve, line_chart
 from fgrlhf.reproduce.pipeline import Stage
-from fgrlhf.reproduce.stages import Seed
+from fgrlhf.reproduce.stages import RATES, Seed
 from fgrlhf.reproduce.study_report import accuracies, positions, study_text
 from fgrlhf.simulate.world import World
 from fgrlhf.engine.config import parser
@@ -79,17 +79,38 @@ def test_sizes_multiply_every_learning_rate_by_the_widths():
     stages = stages_of("size")
     found = 0
     for name, stage in stages.items():
-        if name.startswith("seed3-size-") and any(w in study.RATES for w in stage.command[:2]):
+        if name.startswith("seed3-size-") and any(w in RATES for w in stage.command[:2]):
             factor = 2 if "size-0.1." in name else 0.5 if "size-1.6." in name else 0.25
             usual = rates(stages[name.rsplit(".", 1)[1]])
             assert rates(stage) == pytest.approx({k: v * factor for k, v in usual.items()}), name
-            assert set(usual) >= set(study.RATES[next(w for w in stage.command[:2]
-                                                      if w in study.RATES)])
+            assert set(usual) >= set(RATES[next(w for w in stage.command[:2] if w in RATES)])
             found += 1
     assert found == 3 * (1 + 3 + 3 + 2)
     assert "--init tiny-384" in stages["seed3-size-6.5.sft"].text
     assert study.point(Path("out/seed3"), "size", "6.5").world == "3"
     assert "size" not in study.chosen(None) and "size" in study.chosen("size")
+
+
+def test_rates_multiplies_the_rates_of_everything_but_sft_and_preset_those_of_all():
+    config = Config(out="out", profile="study", only="rates", preset="tiny-192", first_seed=3)
+    usual = {stage.name: stage for stage in reproduce.planned(
+        Config(out="out", profile="study", only="rates", first_seed=3), ["rates"])[0].stages}
+    halved = {stage.name: stage for stage in reproduce.planned(config, ["rates"])[0].stages}
+    trained = [name for name, s in usual.items() if any(w in RATES for w in s.command[:2])]
+    assert len(trained) == 1 + 4 * (3 + 3 + 2) and list(halved) == list(usual)
+    for name in trained:
+        of_tiny = rates(usual[name])
+        assert rates(halved[name]) == pytest.approx({k: v / 2 for k, v in of_tiny.items()})
+        step, tag, factor = name.rpartition("-rates-")
+        if tag:
+            of_step_1 = rates(usual[step])
+            assert of_tiny == pytest.approx({k: v * float(factor) for k, v in of_step_1.items()})
+    assert "--init tiny-192" in halved["seed3.sft"].text
+    assert "--preset tiny-192" in reproduce.command_of(config)
+    for bad in (Config(out="x", profile="real", data="x", preset="tiny-48"),
+                Config(out="x", profile="study", only="size", preset="tiny-48")):
+        with pytest.raises(UserError, match="--preset: expected no --profile real"):
+            check_flags(bad)
 
 
 def test_the_whole_study_has_every_stage_once_after_its_needs_and_with_flags_that_exist():

@@ -40,7 +40,7 @@ from fgrlhf.reproduce.figures import write_figures
 from fgrlhf.reproduce.pipeline import HOME, Stage, run_stages
 from fgrlhf.reproduce.report import text_table, write_report
 from fgrlhf.reproduce.results import collect
-from fgrlhf.reproduce.stages import PROFILES, Seed, start
+from fgrlhf.reproduce.stages import PROFILES, Seed, multiply_rates, rate_factor, start
 from fgrlhf.reproduce.study_report import study_text
 
 
@@ -57,6 +57,9 @@ class Config:
                        "OUT/figures again from OUT/results.json")
     data: str | None = arg(None, help="real: folder with DeFacto's train.jsonl and val.jsonl")
     prompt: str = prompt_arg("real: ")
+    preset: str = arg(Seed.init, choices=tuple(study.PRESET.values()),
+                      help="size of all models, but not of profile real; the learning rates are "
+                           "multiplied by the width of tiny over that of the preset")
     seeds: int = arg(1, least=1, help="number of seeds; each seed has its own world")
     first_seed: int = arg(0, help="the first seed")
     device: str = arg("cpu", help="device of every stage; the published figures are from CPUs")
@@ -101,8 +104,10 @@ def command_of(config: Config) -> str:
     data = f" --data {config.data}" if config.data else ""
     only = f" --only {config.only}" if config.only else ""
     prompt = f" --prompt {config.prompt}" if config.prompt != EVIDENCE else ""
-    return (f"python -m fgrlhf.reproduce --profile {config.profile}{data}{prompt}{only} --seeds "
-            f"{config.seeds} --first-seed {config.first_seed} --out {config.out}{dtype}{lora}")
+    preset = f" --preset {config.preset}" if config.preset != Seed.init else ""
+    return (f"python -m fgrlhf.reproduce --profile {config.profile}{data}{prompt}{only}{preset} "
+            f"--seeds {config.seeds} --first-seed {config.first_seed} --out {config.out}{dtype}"
+            f"{lora}")
 
 
 def commit() -> str | None:
@@ -126,6 +131,8 @@ def commit() -> str | None:
 def check_flags(config: Config) -> None:
     """Refuses now what the first stage would refuse later."""
     pick_device(config.device)
+    if config.preset != Seed.init and (config.profile == "real" or config.only == "size"):
+        raise UserError("--preset: expected no --profile real and no --only size")
     if config.profile == "real":
         check_data(config.data)
         if config.lora_rank:
@@ -144,6 +151,7 @@ def planned(config: Config, knobs: Iterable[str] = ()) -> list[Seed]:
                   config.lora_rank)
              for number in range(config.first_seed, config.first_seed + config.seeds)]
     for seed in seeds:
+        seed.init = config.preset
         if config.profile == "real":
             real.plan(seed, config.data, config.prompt)
         elif config.profile == "study":
@@ -151,6 +159,8 @@ def planned(config: Config, knobs: Iterable[str] = ()) -> list[Seed]:
         else:
             start(seed)
             PROFILES[config.profile](seed)
+        factor = rate_factor(seed.init)
+        seed.stages = [multiply_rates(stage, factor) for stage in seed.stages]
     return seeds
 
 

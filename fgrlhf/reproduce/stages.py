@@ -6,8 +6,10 @@ whose two answers have the same number of errors are not annotated, because nobo
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+from fgrlhf.presets import PRESETS
 from fgrlhf.reproduce.pipeline import Stage
 
 
@@ -30,6 +32,10 @@ IMPERFECT = ("--miss", "0.3", "--needless", "0.1")
 # The learning rates with --lora-rank; SETTINGS.md says which were tried.
 LORA = {"token": ("--lr", "1e-2"), "sequence": ("--lr", "3e-3"), "method": ("--lr", "5e-3"),
         "rlhf": ("--lr", "2.5e-3", "--value-lr", "2.5e-3"), "imitation": ("--lr", "8e-3")}
+# The learning rates of the training scripts, where no option gives another.
+RATES = {"fgrlhf.sft": {"--lr": 5e-3, "--muon-lr": 1e-2}, "fgrlhf.dpo": {"--lr": 1e-3},
+         "train_rm.py": {"--lr": 3e-3, "--muon-lr": 5e-3},
+         "train_ppo.py": {"--lr": 1.2e-3, "--value-lr": 6e-4}}
 # The grids of the sweep. A system that was best at the edge of the first six got more points.
 SIX = [(beta, lr) for beta in ("0.2", "0.5", "1.0") for lr in ("6e-4", "1.2e-3")]
 LOWER = [("0.1", "6e-4"), ("0.2", "3e-4")]
@@ -129,6 +135,28 @@ class Seed:
         """Adds the sampled and the greedy answers of a policy to the test prompts."""
         self.outputs(f"{system}-test", policy, "test", "--seed", "7", "--greedy-out",
                      self.at(f"outputs/{system}-test-greedy.json"), needs=(need,))
+
+
+def rate_factor(preset: str) -> float:
+    """Returns the factor of all learning rates for a preset: the width of tiny over its width.
+
+    All rates were chosen for tiny. A step of Adam, and here of Muon, changes each weight by as much
+    at every width, while what the weights of a row do to a hidden state adds up over the width.
+    """
+    return PRESETS["tiny"].dim / PRESETS[preset].dim
+
+
+def multiply_rates(stage: Stage, factor: float) -> Stage:
+    """Multiplies every learning rate of a stage by a factor."""
+    script = next((word for word in stage.command[:2] if word in RATES), None)
+    if script is None or factor == 1:
+        return stage
+    words = list(stage.command)
+    for flag, rate in RATES[script].items():
+        if flag in words:                                           # the last one counts
+            rate = float(words[len(words) - words[::-1].index(flag)])
+        words += [flag, f"{rate * factor:g}"]
+    return replace(stage, command=tuple(words))
 
 
 def start(seed: Seed) -> None:

@@ -15,14 +15,11 @@ only with one another. STUDY.md has the questions and the commands.
 
 import copy
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from fgrlhf.data.fields import UserError
-from fgrlhf.presets import PRESETS
-from fgrlhf.reproduce.pipeline import Stage
-from fgrlhf.reproduce.stages import DPO, IMITATION, Seed, begin
+from fgrlhf.reproduce.stages import DPO, IMITATION, Seed, begin, multiply_rates, rate_factor
 
 ANNOTATIONS = 400               # annotated prompts of each step
 ANSWERED = 5000                 # prompts with two answers: enough when most of them are left out
@@ -40,11 +37,12 @@ class Knob(NamedTuple):
     axis: str                           # what the numbers of `steps` are
     steps: tuple[str, ...]
     default: str                        # the step that changes nothing
-    flag: str = ""                      # of `fgrlhf.simulate annotate`; "": the world has the knob
+    flag: str = ""                      # of `fgrlhf.simulate annotate`, or LR; "": of the world
     edits_only: bool = False            # labels stay as they are, and so does PPO-RLHF
 
 
 SHARES = ("0", "0.25", "0.5", "1")
+LR = "--lr"                             # the knob multiplies the learning rates
 KNOBS = {
     "held-out": Knob("Facts that no edit mentions", "share of facts and sums that the annotators "
                      "never see", ("0", "0.1", "0.2", "0.4"), "0", "--unseen"),
@@ -75,13 +73,11 @@ KNOBS = {
     "coupled": Knob("Errors that spread", "share of lands and units where an error makes later "
                     "items wrong", SHARES, "0"),
     "size": Knob("Model size", "million parameters", ("0.1", "0.4", "1.6", "6.5"), "0.4"),
+    "rates": Knob("Learning rates", "factor of every learning rate but that of SFT",
+                  ("0.25", "0.5", "1", "2"), "1", LR),
 }
 PRESET = {"0.1": "tiny-48", "0.4": "tiny", "1.6": "tiny-192", "6.5": "tiny-384"}
-APART = ("size",)                       # a night of its own, only by --only
-# The learning rates of the training scripts, where no option gives another.
-RATES = {"fgrlhf.sft": {"--lr": 5e-3, "--muon-lr": 1e-2}, "fgrlhf.dpo": {"--lr": 1e-3},
-         "train_rm.py": {"--lr": 3e-3, "--muon-lr": 5e-3},
-         "train_ppo.py": {"--lr": 1.2e-3, "--value-lr": 6e-4}}
+APART = ("size", "rates")               # only by --only
 
 
 class Point(NamedTuple):
@@ -132,6 +128,12 @@ def plan(seed: Seed, names: Iterable[str]) -> None:
             if value == knob.default:
                 continue
             at = point(seed.folder, name, value)
+            if knob.flag == LR:
+                before = len(seed.stages)
+                add_step(seed, at.tag)
+                seed.stages[before:] = [multiply_rates(stage, float(value))
+                                        for stage in seed.stages[before:]]
+                continue
             if knob.flag:
                 add_step(seed, at.tag, knob.flag, value, edits_only=knob.edits_only)
                 continue
@@ -142,25 +144,8 @@ def plan(seed: Seed, names: Iterable[str]) -> None:
             other.init = PRESET[value] if name == "size" else seed.init
             start(other, FEW_ANSWERED)
             add_step(other, "")
-            seed.stages += [with_rates(stage, other.init) for stage in other.stages]
-
-
-def with_rates(stage: Stage, preset: str) -> Stage:
-    """Multiplies every learning rate of a stage by tiny's width over the width of the preset.
-
-    All rates were chosen for tiny. A step of Adam, and here of Muon, changes each weight by as much
-    at every width, while what the weights of a row do to a hidden state adds up over the width.
-    """
-    factor = PRESETS["tiny"].dim / PRESETS[preset].dim
-    script = next((word for word in stage.command[:2] if word in RATES), None)
-    if script is None or factor == 1:
-        return stage
-    words = list(stage.command)
-    for flag, rate in RATES[script].items():
-        if flag in words:                                           # the last one counts
-            rate = float(words[len(words) - words[::-1].index(flag)])
-        words += [flag, f"{rate * factor:g}"]
-    return replace(stage, command=tuple(words))
+            factor = rate_factor(other.init) if name == "size" else 1
+            seed.stages += [multiply_rates(stage, factor) for stage in other.stages]
 
 
 def start(seed: Seed, answered: int) -> None:
