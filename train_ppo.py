@@ -6,8 +6,8 @@ r"""Fine-grained PPO (the paper, section 2.2) and the PPO-RLHF it is compared wi
         --reward runs/rm-sequence/reward --prompts train.jsonl --out runs/rlhf
 
 The fine-grained method deletes four things from PPO: the critic, its loss, GAE, and the reward at
-the end of the response. The reward of each token minus beta times its KL is its advantage. One
-iteration:
+the end of the response. The reward of each token minus beta times its KL is, once standardised, its
+advantage. One iteration:
 
     1. sample a batch of responses, keeping log pi_old of every token
     2. score them once, by the reference and by the reward model
@@ -20,9 +20,8 @@ With --dev-prompts, --dev-reference and --world, the oracle of the built-in worl
 answers with fixed answers (those of the SFT policy), and OUT/best is the policy with the best dev
 win rate. OUT/policy is the last policy. --resume continues a stopped run.
 
-The machinery behind the algorithm (fgrlhf/engine): `Players` holds the models, `Run` the output
-folder (metrics, states, signals), `microbatches` cuts a minibatch for memory and for several ranks,
-`Sums` adds up what is logged, `generator` and `batches` draw as functions of the seed.
+The machinery behind the algorithm (fgrlhf/engine) is that of fgrlhf/sft.py, and `Players` holds the
+models.
 """
 
 import sys
@@ -43,7 +42,7 @@ from fgrlhf.encode import ReadingRecords, encode_prompt
 from fgrlhf.engine import distributed
 from fgrlhf.engine.config import Machinery, arg, parse, run
 from fgrlhf.engine.distributed import Sums, microbatches
-from fgrlhf.engine.draws import batches, generator
+from fgrlhf.engine.draws import generator, permutation
 from fgrlhf.engine.encoding import Encoding
 from fgrlhf.engine.players import Players, inputs_of, load, prepare, prompt_room
 from fgrlhf.engine.run import Run
@@ -55,7 +54,7 @@ from fgrlhf.own_reward import is_own
 from fgrlhf.ppo import (
     check_first_ratio, exact_kl_of, policy_loss, rollout_metrics, samples_of)
 from fgrlhf.reward import save_reward
-from fgrlhf.rollout import Rollout, sample_shared
+from fgrlhf.rollout import Rollout, sample_on_ranks
 from fgrlhf.sequences import Scorer, Sequences, by_length
 from fgrlhf.simulate.oracle import OracleJudge
 from fgrlhf.simulate.world import world_arg
@@ -83,8 +82,8 @@ class Config(ReadingRecords, Machinery):                # and --template, --seed
                            help="fine-grained, rloo, grpo: how advantages are standardised per "
                            "batch")
     reward_eos: bool = arg(True, help="fine-grained: reward EOS like any token. Without, EOS gets "
-                           "0, the average over the reward model's training responses: a reward "
-                           "model that has seen shorter edits pays for every EOS")
+                           "0, the average over rejected training responses: a reward model that "
+                           "has seen shorter edits pays for every EOS")
     missing_eos_penalty: float = arg(0.0, least=0, help="taken off the reward of the last token "
                                      "of a response without EOS")
     mask_truncated: bool = arg(False, help="a response without EOS takes no part in the update: "
@@ -106,8 +105,8 @@ class Config(ReadingRecords, Machinery):                # and --template, --seed
     dev_reference: str | None = arg(None, help="the reference's outputs on the dev prompts")
     world: int | str | None = world_arg("seed of the built-in world whose oracle judges dev "
                                         "answers", None)
-    eval_every: int = arg(5, least=1, help="iterations between dev evaluations; every second one "
-                          "at first, up to twice this number")
+    eval_every: int = arg(5, least=1, help="iterations between dev evaluations; also after "
+                          "iterations 2, 4, ... up to twice this number")
     save_critic: bool = arg(False, help="rlhf: keep the critic in OUT/critic")
     save_samples: bool = arg(False, help="keep the responses of every iteration, with their "
                              "rewards and KL, in OUT/samples.jsonl")
@@ -143,23 +142,24 @@ class Batch(NamedTuple):
     returns: Tensor | None
 
     def rows(self, index: Tensor) -> "Batch":
-        """The selected rows, with the padding cut to the longest of them."""
+        """Returns the selected rows, with the padding cut to the longest of them."""
         sequences = self.sequences.rows(index)
         T = int(sequences.response_lengths.max())
         per_token = self[1:]                                # every field but the sequences
         return Batch(sequences, *(None if x is None else x[index, :T] for x in per_token))
 
     def updated_rows(self) -> list[int]:
-        """The rows that take part in the update: all, except with --mask-truncated."""
+        """Returns the rows that take part in the update: all, except with --mask-truncated."""
         return self.mask.any(-1).nonzero()[:, 0].tolist()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by name."""
+        """Returns every tensor by name."""
         named = self._asdict() | self.sequences._asdict()
         return {name: x for name, x in named.items() if isinstance(x, Tensor)}
 
 
 def train(config: Config) -> None:
+    """Trains the policy: loads the models, repeats steps 1 to 6, saves."""
     device = distributed.start(distributed.pick_device(config.device))
     check_flags(config)
     tokenizer = load_tokenizer(config.policy)
@@ -170,7 +170,7 @@ def train(config: Config) -> None:
     if log.writes:
         accuracy.warn(config.reward, accuracy.recorded(config.reward))
     check_seconds = 0.0
-    if not config.skip_checks:                              # samples 8 responses, tries every rule
+    if not config.skip_checks:                  # samples some responses, tries rules 1, 2, 4, 5, 6
         check_seconds = startup.require(startup.subject(config, players), config.seed)
     players = prepare(config, players)
     learning, state = players.learning(), players.state()
@@ -181,7 +181,8 @@ def train(config: Config) -> None:
         with log.guard(iteration, learning, **batch.tensors()):     # stops at NaN and infinity
             statistics = measure(config, players, rollout, batch, log)
             if iteration == 1:                  # the policy is still the reference
-                check_first_ratio(batch.logp_ref, batch.logp_old)
+                check_first_ratio(batch.logp_ref, batch.logp_old, what="KL in iteration 1",
+                                  cause="the reference is not the policy as it starts")
             metrics = update(config, players, batch, iteration) | statistics        # step 5
         # step 6
         metrics["rollout/episodes"] = iteration * config.rollouts
@@ -197,12 +198,12 @@ def train(config: Config) -> None:
 
 
 def make_experience(config: Config, players: Players, iteration: int) -> tuple[Rollout, Batch]:
-    """Steps 1 to 4: responses, their scores, equations (5) and (6)."""
+    """Takes steps 1 to 4: responses, their scores, equations (5) and (6)."""
     # 1. sample a batch of responses
     prompts = [players.prompts[i] for i in prompts_of(config, len(players.prompts), iteration)]
-    rollout = sample_shared(players.policy, prompts, players.tokenizer.eos_id,
-                            config.max_new_tokens, config.temperature,
-                            generator(config.seed, "rollout", iteration), config.decode_batch)
+    rollout = sample_on_ranks(players.policy, prompts, players.tokenizer.eos_id,
+                              config.max_new_tokens, config.temperature,
+                              generator(config.seed, "rollout", iteration), config.decode_batch)
     # 2. score them once
     sequences, mask = rollout.sequences, rollout.sequences.response_mask
     updated_mask = mask & ~rollout.truncated[:, None] if config.mask_truncated else mask
@@ -221,22 +222,20 @@ def make_experience(config: Config, players: Players, iteration: int) -> tuple[R
                                        config.missing_eos_penalty)
     # 3. equation (5): the reward of each token minus beta times its KL
     penalised = penalise_kl(rewards, logp_old, logp_ref, mask, config.beta)
-    # 4. advantages: equation (6), or what the rivals have in its place
+    # 4. the advantage of each token, then equation (6)
     values = returns = None
     if config.method == "fine-grained":
-        # with gamma 0, the paper's, reward_to_go returns its input
-        advantages = reward_to_go(penalised, mask, config.gamma)
-        advantages = standardise(advantages, updated_mask, config.standardise)
+        advantages = reward_to_go(penalised, mask, config.gamma)    # gamma 0, the paper's: r~_t
     elif config.method in GROUPED:
         # a rival: one advantage per response
         advantages = group_advantage(penalised, mask, config.group, config.method)
-        advantages = standardise(advantages, updated_mask, config.standardise)
     else:
         # the baseline: GAE with the values of the critic
         values = scorer.values(players.critic)
         advantages, returns = generalised_advantage(penalised, values, mask, config.gamma,
                                                     config.gae_lambda)
-        advantages = standardise(advantages, updated_mask, "mean-std")
+    how = "mean-std" if config.method == "rlhf" else config.standardise
+    advantages = standardise(advantages, updated_mask, how)
     return rollout, Batch(sequences, updated_mask, logp_old, logp_ref, rewards, advantages, values,
                           returns)
 
@@ -255,15 +254,15 @@ def measure(config: Config, players: Players, rollout: Rollout, batch: Batch,
 
 
 def update(config: Config, players: Players, batch: Batch, iteration: int) -> dict[str, float]:
-    """Step 5: epochs of minibatch updates by equation (7), and of the critic for rlhf.
+    """Takes step 5: epochs of minibatch updates by equation (7), and of the critic for rlhf.
 
     Returns the means of the last epoch's statistics and the last gradient norms.
     """
     updated, metrics = batch.updated_rows(), {}
     masked = {"ppo/masked": len(batch.mask) - len(updated)} if config.mask_truncated else {}
     for epoch in range(config.epochs):
-        epoch_sums: dict[str, float] = {}
-        for number, rows in enumerate(minibatches(config, iteration, epoch, updated)):
+        done: list[dict[str, float]] = []       # the statistics of each minibatch of the epoch
+        for rows in minibatches(config, iteration, epoch, updated):
             tokens, sums = int(batch.mask[rows].sum()), Sums()
             for part, weight in microbatches(rows, config.microbatch,
                                              partial(by_length, batch.sequences)):
@@ -271,8 +270,8 @@ def update(config: Config, players: Players, batch: Batch, iteration: int) -> di
                 # equation (7)
                 out = policy_loss(players.policy, b.sequences, b.logp_old, b.advantages,
                                   config.clip_eps, config.temperature, tokens)
-                if epoch == 0 and number == 0:
-                    check_first_ratio(out.logp, b.logp_old[b.mask])
+                if epoch == 0 and not done:
+                    check_first_ratio(out.logp, b.logp_old[b.sequences.response_mask])
                 (weight * out.loss).backward()
                 sums.add(weight, {"ppo/loss": out.loss, "ppo/clip_fraction": out.clip_fraction,
                                   "ppo/kl_k3": out.kl_k3, "ppo/entropy": out.entropy})
@@ -281,45 +280,41 @@ def update(config: Config, players: Players, batch: Batch, iteration: int) -> di
                                       config.value_clip, tokens)
                     (weight * loss).backward()
                     sums.add(weight, {"ppo/value_loss": loss})
-            minibatch = sums.over_ranks()
-            epoch_sums = {name: epoch_sums.get(name, 0.0) + minibatch[name] for name in minibatch}
-            metrics = {name: value / (number + 1) for name, value in epoch_sums.items()}
+            done.append(sums.over_ranks())
+            metrics = {name: sum(one[name] for one in done) / len(done) for name in done[0]}
             for name, optimizer in players.optimizers.items():
                 metrics[f"ppo/gradient_norm_{name}"] = optimizer.step()     # clips, steps, clears
-            if config.max_kl and minibatch["ppo/kl_k3"] > config.max_kl:
+            if config.max_kl and done[-1]["ppo/kl_k3"] > config.max_kl:
                 return metrics | masked | {"ppo/stopped_early": 1.0}
     return metrics | masked
 
 
 def prompts_of(config: Config, count: int, iteration: int) -> list[int]:
-    """The prompts of an iteration, from shuffled passes over all `count` prompts.
+    """Returns the prompts of an iteration, from shuffled passes over all `count` prompts.
 
     With rloo and grpo each prompt comes --group times in a row.
     """
-    rows, group = [], config.group if config.method in GROUPED else 1
+    group = config.group if config.method in GROUPED else 1
     prompts = config.rollouts // group
-    for k in range((iteration - 1) * prompts, iteration * prompts):
-        prompt_pass, cursor = divmod(k, count)
-        if not rows or cursor == 0:
-            order = batches(count, count, config.seed, prompt_pass)[0]
-        rows += [order[cursor]] * group
-    return rows
+    drawn = range((iteration - 1) * prompts, iteration * prompts)       # counted over iterations
+    passes = {k: permutation(count, config.seed, k) for k in {i // count for i in drawn}}
+    return [passes[i // count][i % count] for i in drawn for _ in range(group)]
 
 
 def minibatches(config: Config, iteration: int, epoch: int, updated: list[int]) -> list[list[int]]:
-    """The rows of each update of one epoch, in parts of equal size up to one row.
+    """Returns the rows of each update of one epoch, in parts of equal size up to one row.
 
     updated: the rows that take part. With fewer rows than --minibatches there are fewer updates.
     """
     B, parts = len(updated), config.minibatches
-    order = batches(B, B, config.seed, iteration * config.epochs + epoch)[0] if B else []
+    order = permutation(B, config.seed, iteration * config.epochs + epoch)
     cut = [order[B * i // parts:B * (i + 1) // parts] for i in range(parts)]
     return [[updated[i] for i in part] for part in cut if part]
 
 
 def scored_together(config: Config, sequences: Sequences, iteration: int,
                     updated_mask: Tensor) -> list[Tensor]:
-    """This rank's rows, in the groups that share a forward pass when they are scored.
+    """Returns this rank's rows, in the groups that share a forward pass when they are scored.
 
     updated_mask [B, T]: True on tokens that take part in the update.
 
@@ -361,7 +356,7 @@ def check_flags(config: Config) -> None:
 
 
 def dev_judge(config: Config, tokenizer: Tokenizer) -> OracleJudge | None:
-    """The judge of dev answers, or None. Dev prompts that are too long are refused here."""
+    """Returns the judge of dev answers, or None. Refuses dev prompts that are too long."""
     if config.dev_prompts is None:
         return None
     judge = OracleJudge.load(config.world, config.dev_prompts, config.dev_reference)

@@ -9,11 +9,11 @@ how it is trained; equation numbers are those of fgrlhf/reward.py:
 
     paper       Bradley-Terry on R, the mean of the rewards of all tokens: (1), (2)
     paper-u1    the same with the changed tokens only, divided by the length of the response
-    ours        (3), (4): the sum over the changed tokens, whose rewards also go up or down one by
-                one, while the rewards of unchanged tokens are held near 0
+    ours        (3), (4): the sum over the changed tokens. Each of them also has a logistic loss of
+                its own, and the rewards of unchanged tokens are held near 0
     sum         (3) and the squared difference over U0: our first reading of the paper
-    tlcr        a rival's (TLCR, Yoon et al. 2024): each changed token is classified separately,
-                with p = sigmoid(r_t), and PPO gets the reward 2 p - 1
+    tlcr        a rival's (TLCR, Yoon et al. 2024): ours without the margin. Each changed token is
+                classified separately, q = sigmoid(r_t), and PPO gets the reward (2 q - 1) / scale
 
 --reduce, --u0, --u0-weight, --token-weight and --pair-weight change one part of the loss.
 
@@ -140,7 +140,7 @@ def loss_of(config: Config, model: RewardModel, part: PreferenceBatch,
 
 def fit(config: Config, model: RewardModel, examples: list[PreferenceIds], log: Run | FoldRun,
         name: str) -> None:
-    """The training loop. `name` tells folds apart in the progress bar."""
+    """Trains the model. `name` tells folds apart in the progress bar."""
     if config.shuffle_labels is not None:
         coins = torch.rand(len(examples), generator=generator(config.shuffle_labels, "labels"))
         examples = [p.swapped() if coin < 0.5 else p for p, coin in zip(examples, coins)]
@@ -170,16 +170,19 @@ def new_model(config: Config, device: torch.device,
     torch.manual_seed(config.seed)                                  # the head's initialisation
     trunk = frozen.trunk if frozen else load_to_train(
         config.model, device, getattr(torch, config.dtype), config.lora_rank, config.seed)
-    response = "mean" if config.reduce in ("share", "response") else "sum"          # equation (1)
+    # equation (1): R is a mean only when the margin is divided by the length of the response
+    response = "mean" if config.reduce in ("share", "response") else "sum"
     if config.likelihood:
         return controls.LikelihoodReward(trunk, response)
     if config.logp_feature:
         return controls.LogpReward(trunk, response)
     model = RewardModel(trunk, config.kind, response, config.loss == "tlcr", config.layer)
     model.frozen = frozen
-    unread = [] if config.layer is None else [*trunk.layers[config.layer:], trunk.norm]
-    for part in [trunk] if frozen else unread:
-        part.requires_grad_(False)
+    if frozen is not None:
+        trunk.requires_grad_(False)                                 # only the head learns
+    elif config.layer is not None:
+        for part in (*trunk.layers[config.layer:], trunk.norm):     # the head never reads these
+            part.requires_grad_(False)
     return model
 
 
@@ -203,8 +206,8 @@ def cross_validate(config: Config, records: list, examples: list[PreferenceIds],
                    frozen: FrozenStates | None = None) -> dict[str, float]:
     """Trains K models and judges each on its own fold. Returns the table, and spreads over folds.
 
-    Each model is also judged on as many of the records it was trained on ("train_..."). Whether it
-    fits those at all is the first question about a poor figure.
+    Each model is also judged on as many of the records that it was trained on ("train_..."). When
+    those figures are low too, the model underfits.
     """
     order = torch.randperm(len(records), generator=generator(config.seed, "folds")).tolist()
     folds = [order[k::config.folds] for k in range(config.folds)]
@@ -231,7 +234,7 @@ def cross_validate(config: Config, records: list, examples: list[PreferenceIds],
 
 
 def training_part(judged: list[Judged]) -> dict[str, float]:
-    """The main entries of the table, for records that were trained on."""
+    """Returns the main entries of the table, for records that were trained on."""
     table = reward_table(judged)
     names = ("pair_accuracy", "pair_accuracy_per_token", "pair_accuracy_sum", "token_auc",
              "token_auc_within", "edit_auc_within")
@@ -255,6 +258,7 @@ def check_flags(config: Config) -> None:
 
 
 def train(config: Config) -> None:
+    """Trains and evaluates one reward model, or one per fold."""
     check_flags(config)
     device = distributed.start(distributed.pick_device(config.device))
     if config.freeze and distributed.size() > 1:

@@ -25,5 +25,7 @@ def commands() -> Iterator[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    for command, line in commands():
-        print(f"{command:34}{line}")
+    listed = list(commands())
+    width = max(len(command) for command, _ in listed) + 2
+    for command, line in listed:
+        print(f"{command:{width}}{line}")

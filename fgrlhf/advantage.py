@@ -15,7 +15,7 @@ from fgrlhf.sequences import Sequences, locate
 
 def penalise_kl(rewards: Tensor, logp_old: Tensor, logp_ref: Tensor, mask: Tensor,
                 beta: float) -> Tensor:
-    """Equation (5): r_t - beta (logp_old_t - logp_ref_t), in units of reward.
+    """Returns (5), r_t - beta (logp_old_t - logp_ref_t), in units of reward.
 
     rewards, logp_old, logp_ref [B, T] (nats), mask [B, T] bool -> [B, T]. beta is the price of one
     nat of KL. Raises ValueError when the shapes differ.
@@ -28,7 +28,7 @@ def penalise_kl(rewards: Tensor, logp_old: Tensor, logp_ref: Tensor, mask: Tenso
 
 
 def reward_to_go(penalised: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """G_t = r~_t + gamma G_{t+1} over the response, [B, T] -> [B, T].
+    """Returns G_t = r~_t + gamma G_{t+1} over the response, [B, T] -> [B, T].
 
     The paper's reading is gamma = 0: the return of a token is r~_t, the token's own reward.
     """
@@ -39,7 +39,7 @@ def reward_to_go(penalised: Tensor, mask: Tensor, gamma: float) -> Tensor:
 
 
 def standardise(x: Tensor, mask: Tensor, how: str, eps: float = 1e-6) -> Tensor:
-    """Equation (6): the only standardisation of advantages, over all real tokens of the batch.
+    """Returns (6): the only standardisation of advantages, over all real tokens of the batch.
 
         rms       x / (rms + eps)              keeps the sign of r~_t; the default of train_ppo.py
         mean-std  (x - mean) / (std + eps)     population std, so that one token gives 0, not NaN
@@ -59,10 +59,11 @@ def standardise(x: Tensor, mask: Tensor, how: str, eps: float = 1e-6) -> Tensor:
 # ----- options of the reward: not in the paper ----------------------------------------------------
 
 def without_eos(rewards: Tensor, sequences: Sequences, eos_id: int) -> Tensor:
-    """r_t with 0 at EOS, [B, T] -> [B, T].
+    """Returns r_t with 0 at EOS, [B, T] -> [B, T].
 
     Calibrated rewards have the mean 0 over the rejected responses of the reward model's training,
-    so EOS gets their average, whatever it follows. Where edits are shorter than their originals, a
+    so EOS gets their average, whatever it follows. (With the loss tlcr, 0 means neither right nor
+    wrong.) Where edits are shorter than their originals, a
     reward model learns a high reward for every EOS, behind good and bad responses alike, and a
     policy gets it most often by short responses. When the rewards of the other tokens have risen
     above 0, an EOS of 0 is below their average.
@@ -74,7 +75,7 @@ def without_eos(rewards: Tensor, sequences: Sequences, eos_id: int) -> Tensor:
 
 def penalise_missing_eos(rewards: Tensor, sequences: Sequences, truncated: Tensor,
                          penalty: float) -> Tensor:
-    """r_t less `penalty` at the last token of each truncated response, [B, T] -> [B, T].
+    """Subtracts `penalty` at the last token of each truncated response, [B, T] -> [B, T].
 
     truncated [B] bool: the response has no EOS. A sequence-level reward model has learnt from the
     last tokens of finished responses only; what it says in the middle of a sentence is no judgement

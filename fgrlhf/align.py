@@ -1,6 +1,6 @@
 """Aligns a minimal edit with its original, token by token (paper, section 2.1): U0 and U1.
 
-    y- original (i of n tokens), y+ edited (j of m)     ->     U1-, U1+ changed,  U0 unchanged pairs
+    y- original (i of n tokens), y+ edited (j of m)     ->     changed tokens and unchanged pairs
 
 The alignment is a path from (0, 0) to (n, m) by four moves:
 
@@ -23,9 +23,9 @@ A match is an unchanged pair; everything else has changed.
 Speed: Myers' bit-vectors give the moves of all cheapest paths. Each row of the table takes a dozen
 operations on whole integers. Steps 2 and 3 then visit only cells on such paths.
 
-`gap_credit` finds the tokens to credit where an edit only inserted or only deleted. `align_words`,
-the second half of this file, is not in the paper. It applies the same steps to words, where human
-error spans begin and end.
+`gap_credit` makes U1-, U1+ and U0 of them: it also credits a token where an edit only inserted or
+only deleted. `align_words`, the second half of this file, is not in the paper. It applies the same
+steps to words, where human error spans begin and end.
 """
 
 import math
@@ -46,9 +46,9 @@ Span = Pair = tuple[int, int]
 
 
 class Alignment(NamedTuple):
-    original_changed: list[bool]        # [n] True in U1-
-    edited_changed: list[bool]          # [m] True in U1+
-    pairs: list[Pair]                   # U0: unchanged (i, j), both increasing
+    original_changed: list[bool]        # [n] the edit took the token out
+    edited_changed: list[bool]          # [m] the edit put the token in
+    pairs: list[Pair]                   # unchanged (i, j), both increasing
     distance: int                       # edits: of tokens in `align`, of words in `align_words`
 
 
@@ -60,7 +60,7 @@ class Credit(NamedTuple):
 
 class Moves(NamedTuple):
     """The moves of a path: bit j of entry i is the move from row i that ENTERS column j."""
-    match: list[int]                    # [n] to row i + 1, as are the next two
+    match: list[int]                    # [n] from row i to row i + 1, like the next two
     substitute: list[int]
     delete: list[int]
     insert: list[int]                   # [n + 1] within row i

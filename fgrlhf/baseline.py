@@ -1,10 +1,11 @@
 """The baseline PPO-RLHF has what the method deletes: a critic, GAE and the value loss.
 
     V_t     the critic's estimate of the return before token t is chosen
-    GAE     d_t = r~_t + gamma V_{t+1} - V_t,   A_t = d_t + gamma lambda A_{t+1},   G_t = A_t + V_t
+    GAE     d_t = r~_t + gamma V_{t+1} - V_t,   A_t = d_t + gamma lam A_{t+1},   G_t = A_t + V_t
     L_V     1/2 mean over tokens of max((V_t - G_t)^2, (clip(V_t, V_old_t +- eps_V) - G_t)^2)
 
-GAE: Schulman et al. 2016 (arXiv 1506.02438). The baseline of the paper's section 3.1.
+lam is --gae-lambda. GAE: Schulman et al. 2016 (arXiv 1506.02438). The baseline is that of the
+paper's section 3.1.
 """
 
 import copy
@@ -42,7 +43,8 @@ def generalised_advantage(rewards: Tensor, values: Tensor, mask: Tensor, gamma: 
     """GAE of `rewards`, the r~_t of equation (5): returns (advantages, advantages + values = G_t).
 
     All are [B, T]. values[:, t] is the critic's estimate before token t is chosen. After the last
-    token it is 0, also in a truncated response, because the reward model has already judged it.
+    token the value is 0, also in a truncated response, because the reward model has already judged
+    the whole response.
     """
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
     advantages = torch.zeros_like(rewards)

@@ -1,10 +1,11 @@
 r"""DPO, a rival without a reward model and without sampling (Rafailov et al. 2023).
 
-    R(x, y) = beta (log pi(y | x) - log ref(y | x))                 of a whole response
-    L = -mean over pairs of log sigmoid(R(x, y+) - R(x, y-))
+    R_DPO(x, y) = beta (log pi(y | x) - log ref(y | x))             of a whole response
+    L = -mean over pairs of log sigmoid(R_DPO(x, y+) - R_DPO(x, y-))
         - w * mean over tokens of y+ of log pi(y_t | x, y_<t)       w: --sft-weight, 0 is DPO
 
-Policy and reference start from --model. On minimal edits y+ is the edit and y- its original; w > 0
+This beta is DPO's own, not the KL coefficient of equation (5). Policy and reference start from
+--model. On minimal edits y+ is the edit and y- its original; w > 0
 also imitates the edit, as the rival "DPO + SFT".
 
     python -m fgrlhf.dpo --data edits.jsonl --model runs/sft/policy --sft-weight 1 --out runs/dpo

@@ -2,7 +2,8 @@
 
 Prompt and response are tokenised separately and their ids are concatenated (rule 3 of the ten in
 fgrlhf/README.md). Joint tokenisation would merge pieces across the boundary and break the prompt as
-a prefix. The prompt begins with BOS. The response ends with EOS, an action like any other token.
+a prefix. The prompt begins with BOS, where the tokenizer adds one. The response ends with EOS, an
+action like any other token.
 
 A response that does not fit the context is refused, or cut and counted. A cut response has no EOS,
 like a truncated one. Both sides of an edit are aligned before they are cut.
@@ -64,7 +65,7 @@ class ReadingResponses(ReadingRecords):
 def encode_prompt(tokenizer: Tokenizer, record, template: str, limit: int) -> list[int]:
     """Returns the ids of the prompt of a record, BOS first where the tokenizer wants it.
 
-    Raises UserError, which names the record, for no id and for more than `limit` ids.
+    Raises UserError, which names the record, when the prompt has no token or more than `limit`.
     """
     ids = _encode_whole(tokenizer, record, template)
     if len(ids) > limit:
@@ -86,19 +87,22 @@ def _encode_whole(tokenizer: Tokenizer, record, template: str) -> list[int]:
 # ----- preferences --------------------------------------------------------------------------------
 
 class PreferenceIds(NamedTuple):
-    """One preference in ids, with the sets of equation (3). EOS ends a response that is not cut."""
+    """One preference in ids, with the sets of equation (3).
+
+    EOS ends both responses, unless a response is cut or `hide` leaves the ends out.
+    """
 
     prompt: list[int]
-    chosen: list[int]                           # y+ with EOS
-    rejected: list[int]                         # y- with EOS
+    chosen: list[int]                           # y+
+    rejected: list[int]                         # y-
     plus: list[int]                             # U1+, gap credit included: indices into chosen
     minus: list[int]                            # U1-, gap credit included: indices into rejected
     unchanged: list[tuple[int, int]]            # U0: (index into chosen, index into rejected)
     change: float = 0.0                         # token edit distance / length of the longer side
-    removed: tuple[int, ...] = ()               # U1- without gap credit: what the editor took out
+    removed: tuple[int, ...] = ()               # the tokens of y- that the editor took out
 
     def swapped(self) -> "PreferenceIds":
-        """Returns the opposite preference. `removed` stays empty, because nobody edited it so."""
+        """Returns the opposite preference. `removed` is empty: no editor made the opposite edit."""
         return PreferenceIds(self.prompt, self.rejected, self.chosen, self.minus, self.plus,
                              [(j, i) for i, j in self.unchanged], self.change)
 
@@ -118,7 +122,8 @@ class Encoder:
     template's text. prompt_tokens: the record's text in a longer prompt loses its beginning; None
     refuses a prompt that leaves no room for a response. cut_responses: a response that does not fit
     loses its end; False refuses it. unit, credit_gap: see `preference`. hide: one of HIDDEN, see
-    above. Every method raises UserError with the record's id.
+    above. `prompt`, `response`, `demonstration` and `preference` raise UserError with the record's
+    id.
     """
 
     tokenizer: Tokenizer
@@ -152,7 +157,7 @@ class Encoder:
         return ids
 
     def response(self, record, text: str, prompt: list[int]) -> list[int]:
-        """Returns the ids of a response, EOS included, which fit behind `prompt`."""
+        """Returns the ids of a response that fit behind `prompt`, with EOS unless it is cut."""
         ids = self._whole(text)
         return ids[:self._room(record, prompt, [ids])]
 
@@ -166,8 +171,10 @@ class Encoder:
         """Aligns the two sides of a record, token by token or word by word, and cuts them to fit.
 
         A pure insertion changes no token of the rejected side, and a pure deletion no token of the
-        chosen side. With `credit_gap` the unchanged token right behind the gap is credited instead,
-        because the policy chose that token there. An early EOS is thus charged with an omission.
+        chosen side. With `credit_gap` the unchanged token right behind the gap is credited instead.
+        After an insertion it is a token of y-, which the policy wrote in place of the missing text:
+        an early EOS is charged with an omission. After a deletion it is the token of y+ that
+        follows at once.
         """
         with self._counting():
             prompt, (better, worse) = self.prompt(record), two_sides(record)
@@ -184,7 +191,8 @@ class Encoder:
             ids = PreferenceIds(
                 prompt, chosen[:room], rejected[:room],
                 plus=inside(credit.edited), minus=inside(credit.original),
-                unchanged=[(j, i) for i, j in credit.pairs if max(i, j) < room], change=change,
+                unchanged=[(j, i) for i, j in credit.pairs if max(i, j) < room],      # y+ first
+                change=change,
                 removed=tuple(inside(i for i, out in enumerate(alignment.original_changed) if out)))
             if ids.chosen == ids.rejected:
                 self.counts["equal_in_tokens"] += 1

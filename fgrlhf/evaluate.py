@@ -93,7 +93,7 @@ def over_seeds(values: Sequence[float], more: int | None = None) -> Interval:
 
 
 def t_quantile(degrees: int) -> float:
-    """The 97.5% quantile of Student's t. Beyond the table, Fisher's expansion is right to 0.002."""
+    """The 97.5% quantile of Student's t. Beyond the table, Fisher's expansion is right to 0.003."""
     if degrees <= len(T_QUANTILE):
         return T_QUANTILE[degrees - 1]
     z = Z_QUANTILE
@@ -175,7 +175,7 @@ class Judged(NamedTuple):
     rewards: list[float] = []           # r_t of the rejected response, EOS left out
     types: list[str] = []               # the type of the error span that holds the token, or ""
     lengths: tuple[int, int] | None = None      # tokens of y+ and y-
-    drift: list[float] = []             # r_i+ - r_j- of each pair of U0
+    drift: list[float] = []             # r_j+ - r_i- of each pair of U0
     response: str = "sum"               # R: "sum" or "mean" of r_t, or "last" (sequence-level)
     removed: list[bool] = []            # the editor took the token out (an edit only)
 
@@ -189,7 +189,7 @@ def reward_table(judged: Sequence[Judged], minimal: float = 0.4) -> dict[str, fl
         pair_accuracy_shorter       the length-only baseline: the shorter side wins
         token_auc, position_auc     by -r_t, and by the position of the token only: tokens inside a
                                     span against the other tokens
-        edit_auc, edit_position_auc the same for the tokens of y- that the editor took out, U1-
+        edit_auc, edit_position_auc the same for the tokens of y- that the editor took out
         ..._within                  the mean of the AUC inside each response
         token_auc/TYPE              spans of one type against the tokens outside any span
         token_auc_matched           tokens inside a span against near tokens of the same response
@@ -198,10 +198,10 @@ def reward_table(judged: Sequence[Judged], minimal: float = 0.4) -> dict[str, fl
         minimal/...                 the preferences whose share of changed tokens is below `minimal`
         equal_length/...            those whose sides differ by at most one token in length
         r_errors, r_behind, r_elsewhere     mean r_t on tokens inside a span, on tokens behind the
-                                    first span, and on the others; 0 is the mean over all, 1 the
-                                    standard deviation
-        u0_drift                    root mean square of r_i+ - r_j- over U0, in the same unit: the
-                                    core assumption says 0
+                                    first span, and on the others; 0 is the mean over the rejected
+                                    responses with a span, 1 their standard deviation
+        u0_drift                    root mean square of r_j+ - r_i- over U0 of the edits, divided by
+                                    the standard deviation of their r_t: the core assumption says 0
 
     Entries that need lengths, spans or an edit are absent without them, and so is an AUC without
     tokens of both classes. Raises FloatingPointError for a reward that is not finite.
@@ -291,17 +291,18 @@ def _by_type(judged: Sequence[Judged]) -> dict[str, float]:
 
 def _places(judged: Sequence[Judged]) -> dict[str, float]:
     """Returns the entries r_errors to u0_drift of `reward_table`, in standard deviations."""
+    edits, found = [j for j in judged if j.drift], {}
+    if edits and (spread := np.std([r for j in edits for r in j.rewards])):
+        drift = np.square([d for j in edits for d in j.drift])
+        found["u0_drift"] = float(np.sqrt(np.mean(drift)) / spread)
     spanned = [j for j in judged if any(j.types)]
     rewards = np.array([r for j in spanned for r in j.rewards])
     if all(all(j.types) for j in spanned) or not (spread := np.std(rewards)):
-        return {}
+        return found
     groups = {"r_errors": [], "r_behind": [], "r_elsewhere": []}
     for j in spanned:
         first = next(t for t, kind in enumerate(j.types) if kind)
         for t, (r, kind) in enumerate(zip(j.rewards, j.types)):
             groups["r_errors" if kind else "r_behind" if t > first else "r_elsewhere"].append(r)
-    found = {name: float((np.mean(some) - rewards.mean()) / spread)
-             for name, some in groups.items() if some}
-    if drift := [d for j in spanned for d in j.drift]:
-        found["u0_drift"] = float(np.sqrt(np.mean(np.square(drift))) / spread)
-    return found
+    return {name: float((np.mean(some) - rewards.mean()) / spread)
+            for name, some in groups.items() if some} | found

@@ -250,13 +250,13 @@ def attention_mask(start: int, T: int, key_mask: Tensor | None, like: Tensor) ->
     """
     if key_mask is None and (start == 0 or T == 1):
         return None
-    hidden = torch.ones(T, start + T, dtype=torch.bool, device=like.device)
+    blocked = torch.ones(T, start + T, dtype=torch.bool, device=like.device)
     if key_mask is None:
-        hidden = hidden.triu(start + 1)[None]                                    # [1, T, S]
+        blocked = blocked.triu(start + 1)[None]                                  # [1, T, S]
     else:
-        itself = hidden.tril(start).triu(start)
-        hidden = hidden.triu(start + 1) | ~(key_mask[:, None] | itself)          # [B, T, S]
-    return like.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None]
+        itself = blocked.tril(start).triu(start)
+        blocked = blocked.triu(start + 1) | ~(key_mask[:, None] | itself)        # [B, T, S]
+    return like.new_zeros(blocked.shape).masked_fill_(blocked, float("-inf"))[:, None]
 
 
 class Padding:
@@ -324,6 +324,11 @@ class Attention(nn.Module):
         self.wo = nn.Linear(width, D, bias=False)
 
     def forward(self, x, rotary, mask, padding, cache, layer) -> Tensor:
+        """x [B, T, D], or [1, N, D] with `padding` -> the same shape.
+
+        rotary [B or 1, T, 1, K/2]: see `rotary_table`. mask [B or 1, 1, T, S] or None: see
+        `attention_mask`. layer: the number of this block, its place in the cache.
+        """
         H, G, K = self.config.n_heads, self.config.n_kv_heads, self.config.head_dim
         B, T, _ = x.shape                                                        # 1, N if stripped
         q = rotate(self.wq(x).view(B, T, H, K), rotary)
@@ -399,14 +404,14 @@ class LLaMA(nn.Module):
                padding: Padding | None = None) -> Tensor:
         """Returns the final hidden states [B, T, D], after the last norm. Logits: hidden @ head.T.
 
-        tokens [B, T] int64. With a `cache` they continue its `length` filled slots and are stored
-        there; S = length + T (without a cache S = T). positions [B or 1, T] int64, by default
-        length..S-1 in each row. key_mask [B, S] bool is True where a slot holds a real token, by
-        default everywhere.
+        tokens [B, T] int64. With a `cache` the tokens follow its `length` filled slots, and their
+        keys and values are stored; S = length + T (without a cache S = T). positions [B or 1, T]
+        int64, by default length..S-1 in each row. key_mask [B, S] bool is True where a slot holds a
+        real token, by default everywhere.
 
-        lengths [B] int64, given without the other three: tokens behind them are padding. Only
-        attention computes it, and its hidden states are 0. `padding` in their place describes rows
-        that share prompts (prompts.py).
+        lengths [B] int64, given without the other three: tokens behind them are padding. Padding
+        costs only attention, and its hidden states come back as 0. `padding` in place of `lengths`
+        describes rows that share prompts (prompts.py).
 
         layers: compute only the first N blocks, and return h_N without the last norm.
         """

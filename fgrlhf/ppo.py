@@ -39,17 +39,18 @@ def policy_loss(policy: LLaMA, sequences: Sequences, logp_old: Tensor, advantage
                             advantages[at.row, at.t], clip_eps, temperature, denominator)
 
 
-def check_first_ratio(logp: Tensor, logp_old: Tensor, tolerance: float = 1e-3) -> float:
-    """Rule 2: before the first update the ratio is 1, or sampling and scoring disagree.
+def check_first_ratio(logp: Tensor, logp_old: Tensor, tolerance: float = 1e-3,
+                      what: str = "ratio on the first minibatch",
+                      cause: str = "sampling and scoring compute different functions (temperature, "
+                      "precision, padding or dropout)") -> float:
+    """Checks rule 2: before the first update the ratio is 1, or sampling and scoring disagree.
 
     Returns the largest |log ratio|. Raises FloatingPointError when it exceeds `tolerance` nats.
     """
     worst = (logp - logp_old).abs().max().item()
     if not worst <= tolerance:
-        raise FloatingPointError(
-            f"ratio on the first minibatch: expected |log ratio| <= {tolerance}, got {worst:.3g}; "
-            "sampling and scoring compute different functions (temperature, precision, padding or "
-            "dropout)")
+        raise FloatingPointError(f"{what}: expected |log ratio| <= {tolerance}, got {worst:.3g}; "
+                                 f"{cause}")
     return worst
 
 
@@ -66,9 +67,10 @@ def kl_estimates(logp: Tensor, logp_ref: Tensor, mask: Tensor) -> dict[str, floa
 @torch.no_grad()
 def exact_kl_of(policy: LLaMA, ref: LLaMA, sequences: Sequences, temperature: float, responses: int,
                 microbatch: int) -> float:
-    """KL(policy || ref) over the whole vocabulary, nats per token, on the first few responses.
+    """Returns KL(policy || ref) over the whole vocabulary, nats per token, on some responses.
 
-    This costs two forward passes over those responses (kernels/exact_kl.py).
+    responses: of how many, from the first. This costs two forward passes over them
+    (kernels/exact_kl.py).
     """
     total, count = 0.0, 0
     rows = list(range(min(responses, len(sequences.tokens))))
@@ -82,7 +84,7 @@ def exact_kl_of(policy: LLaMA, ref: LLaMA, sequences: Sequences, temperature: fl
 
 
 def rollout_metrics(rollout: Rollout, logp_ref: Tensor, rewards: Tensor) -> dict[str, float]:
-    """The metrics under rollout/: KL in nats per token, calibrated reward, lengths in tokens.
+    """Returns the metrics rollout/...: KL in nats per token, calibrated reward, lengths in tokens.
 
     logp_ref, rewards are [B, T]; the KL has not been taken off the rewards. All responses count.
     """
@@ -99,7 +101,7 @@ def rollout_metrics(rollout: Rollout, logp_ref: Tensor, rewards: Tensor) -> dict
 
 def samples_of(rollout: Rollout, logp_ref: Tensor, rewards: Tensor, tokenizer: Tokenizer,
                prompts: list[int]) -> list[dict]:
-    """The responses of an iteration as text, with their KL in nats and their summed reward.
+    """Returns the responses of an iteration as text, with their KL in nats and summed reward.
 
     logp_ref, rewards [B, T]. prompts [B]: the number of each prompt among those that are used,
     from 0.

@@ -11,13 +11,14 @@ The paper's loss is -log of (2), with the mean in (1). Our loss has the sum in (
 changed tokens into the margin. For an edit y+ of y-,
 
     (3)        s = sum_U1+ r_t - sum_U1- r_t
-               sum_t r_t+ - sum_t r_t- = s + sum_U0 (r_i+ - r_j-)
+               sum_t r_t+ - sum_t r_t- = s + sum_U0 (r_j+ - r_i-) + rest
 
-The core assumption: the unchanged tokens U0 are worth the same on both sides, so the last sum is 0
-and (2) becomes sigmoid(s). Our equation (4) is -log sigmoid(s), a term that makes the assumption
-hold, and a term for each changed token. `token_loss` has both losses, `sequence_loss` trains the
-sequence model by (2). All start from the SFT model, with a head at Normal(0, 1/sqrt(D+1)) (Stiennon
-et al. 2020).
+The core assumption: the unchanged tokens U0 are worth the same on both sides, so their sum is 0 and
+(2) becomes sigmoid(s). (The rest are the partners of tokens that only the gap rule credits; without
+--credit-gap there are none.) Our equation (4) is -log sigmoid(s), a term that pulls the rewards of
+U0 to 0, and a term for each changed token. `token_loss` computes the paper's loss or ours,
+`sequence_loss` is (2) for the sequence model. Both kinds of model start from the SFT model, with a
+head at Normal(0, 1/sqrt(D+1)) (Stiennon et al. 2020).
 
 PPO gets calibrated rewards, (r - mean) / scale, so that the KL coefficient beta means the same for
 every reward model. `calibrate` measures mean and scale once: train_rm.py calls it on rejected
@@ -96,17 +97,17 @@ class RewardModel(nn.Module):
         return self.mean.device
 
     def hidden(self, sequences: Sequences, at: Located) -> Tensor:
-        """h_t^(N) [N, D] of the located tokens."""
+        """Returns h_t^(N) [N, D] of the located tokens."""
         if self.frozen is not None:
             return self.frozen(sequences, at)
         return hidden_at(self.trunk, sequences, at, self.layer)
 
     def head_value(self, hidden: Tensor) -> Tensor:
-        """v . h + b, [N, D] -> [N] float32."""
-        return self.head(hidden.to(self.head.weight.dtype))[:, 0].float()
+        """Returns v . h + b, [N, D] -> [N] in the dtype of the head, float32 or wider."""
+        return self.head(hidden.to(self.head.weight.dtype))[:, 0]
 
     def token_rewards(self, sequences: Sequences) -> Tensor:
-        """r_t [B, T] of a token model on its own scale, 0 in the padding."""
+        """Returns r_t [B, T] of a token model on its own scale, 0 in the padding."""
         if self.kind != "token":
             raise ValueError("token_rewards: expected a token-level reward model, "
                              "got a sequence-level one")
@@ -114,14 +115,14 @@ class RewardModel(nn.Module):
         return unflatten(self.head_value(self.hidden(sequences, at)), at, sequences)
 
     def sequence_rewards(self, sequences: Sequences) -> Tensor:
-        """R(x, y) [B] on its own scale: equation (1), or the head's value at the last token."""
+        """Returns R(x, y) [B] on its own scale: (1), or the head's value at the last token."""
         if self.kind == "token":
             return response_rewards(self.token_rewards(sequences), sequences.response_lengths,
                                     self.response)
         return self.head_value(self.hidden(sequences, locate_last(sequences)))
 
     def ppo_rewards(self, sequences: Sequences) -> Tensor:
-        """Calibrated rewards for PPO, [B, T]: one per token, or all of R on the last token."""
+        """Returns calibrated rewards [B, T]: one per token, or all of R on the last token."""
         mask = sequences.response_mask
         if self.kind == "token":
             rewards = self._for_ppo(self.token_rewards(sequences))
@@ -260,9 +261,9 @@ def judge_tokens(record: Edit | Pair, pair: PreferenceIds, token_rewards: Tensor
     if isinstance(record, Edit):
         n = lengths[1] - (pair.rejected[-1] == tokenizer.eos_id)                # without EOS
         rewards, removed = token_rewards[1, :n].tolist(), [t in pair.removed for t in range(n)]
+        drift = [(token_rewards[0, j] - token_rewards[1, i]).item() for j, i in pair.unchanged]
         if record.spans is not None:
             types = span_types(tokenizer, record.original, record.spans)[:n]
-            drift = [(token_rewards[0, i] - token_rewards[1, j]).item() for i, j in pair.unchanged]
     return Judged(record.id, *R.tolist(), pair.change, rewards, types, lengths, drift, response,
                   removed)
 

@@ -2,8 +2,8 @@
 
     u_t uniform in [0, 1)     token t = the first token whose cumulative probability exceeds u_t
 
-`sample` samples one batch, `sample_shared` a share of the prompts on each rank. `sample_by_step` is
-the loop; a GPU replays its own form of the loop as one graph (engine/graph.py).
+`sample` samples one batch, `sample_on_ranks` a share of it on each rank. `sample_by_step` is the
+loop; a GPU replays its own form of the loop as one graph (engine/graph.py).
 
 The distribution is softmax(logits / temperature), without top-k or top-p: those would make sampling
 and scoring two different distributions (rule 2). sequences.py states the index convention.
@@ -41,12 +41,13 @@ def sample(policy: LLaMA, prompts: list[list[int]], eos_id: int, max_new_tokens:
            temperature: float = 1.0, generator: torch.Generator | None = None) -> Rollout:
     """Samples one response to each prompt, by inverse CDF from one uniform number per (row, step).
 
-    The uniforms are drawn up front for the whole batch. A response therefore does not depend on
-    which rows share its batch, or on when they end. Temperature 0 is greedy; its logp is that of
+    The uniforms are drawn up front for the whole batch. A response therefore depends on its prompt
+    and its row number, not on the other rows or on when they end, as long as the longest prompt
+    leaves room for `max_new_tokens` in the context. Temperature 0 is greedy; its logp is that of
     temperature 1.
 
-    prompts: B lists of at least one id. T is the longest response, at most `max_new_tokens`. A
-    response is `truncated` when it has no EOS by then or at the end of the context.
+    prompts: B lists of at least one id. T is the longest response: `max_new_tokens`, or for all
+    rows what the longest prompt leaves. A response without EOS by then is `truncated`.
     """
     device = policy.head.device
     tokens, lengths = lay_out(prompts, max_new_tokens, policy.config.max_seq_len, device)
@@ -60,11 +61,12 @@ def sample(policy: LLaMA, prompts: list[list[int]], eos_id: int, max_new_tokens:
 
 
 @torch.no_grad()
-def sample_shared(policy: LLaMA, prompts: list[list[int]], eos_id: int, max_new_tokens: int,
-                  temperature: float, generator: torch.Generator, at_once: int = 0) -> Rollout:
+def sample_on_ranks(policy: LLaMA, prompts: list[list[int]], eos_id: int, max_new_tokens: int,
+                    temperature: float, generator: torch.Generator, at_once: int = 0) -> Rollout:
     """Like `sample`, but each rank samples its own prompts, `at_once` of them at a time (0: all).
 
-    The responses are the same for any number of ranks, and every rank returns all of them.
+    Every rank returns all responses. They are the same for any number of ranks and any `at_once`,
+    as long as all prompts leave room for `max_new_tokens` in the context.
     """
     start, stop = distributed.rank_range(len(prompts))
     at_once = at_once or max(1, stop - start)

@@ -95,7 +95,7 @@ def unflatten(values: Tensor, at: Located, sequences: Sequences) -> Tensor:
 
 def hidden_of(model: LLaMA, sequences: Sequences, layers: int | None = None,
               spare: int = 0) -> Tensor:
-    """[B, S, D]: the hidden states of whole rows. Prompts that rows share are computed once.
+    """Returns the hidden states [B, S, D] of whole rows. Shared prompts are computed once.
 
     layers: of the first N blocks only, see `LLaMA.hidden`. spare: so many tokens at the end of each
     row need no hidden state; rows that share no prompt are computed without them.
@@ -112,13 +112,13 @@ def hidden_of(model: LLaMA, sequences: Sequences, layers: int | None = None,
 
 def hidden_at(model: LLaMA, sequences: Sequences, at: Located,
               layers: int | None = None) -> Tensor:
-    """[N, D]: the hidden state at each located token, which has seen the token. Rewards use it."""
+    """Returns the hidden state at each located token [N, D], which has seen it. Rewards use it."""
     return hidden_of(model, sequences, layers)[at.row, at.position]
 
 
 def hidden_before(model: LLaMA, sequences: Sequences, at: Located,
                   layers: int | None = None) -> Tensor:
-    """[N, D]: the hidden state one position before each response token, which predicts the token.
+    """Returns the hidden state one position before each token, [N, D], which predicts the token.
 
     The last token of a row predicts nothing, so it needs no hidden state.
     """
@@ -128,11 +128,12 @@ def hidden_before(model: LLaMA, sequences: Sequences, at: Located,
 def score(model: LLaMA, sequences: Sequences, temperature: float = 1.0) -> Tensor:
     """Scores every response token: logp [B, T] in nats, 0 in the padding. Differentiable.
 
-        logp[:, t] = log softmax(hidden[:, t - 1] head^T / temperature)[token t]
+        logp[b, t] = log softmax(hidden[b, P + t - 1] head^T / temperature)[token t]
 
-    `temperature` is the temperature of sampling. The reference model is scored by this function;
-    the update computes the same logp inside its loss kernel, and check_first_ratio compares the
-    two. Logits exist for response positions only, one chunk at a time.
+    P is the length of the prompt of row b: the position before token t predicts it. `temperature`
+    is the temperature of sampling. The reference model is scored by this function; the update
+    computes the same logp inside its loss kernel, and check_first_ratio compares the two. Logits
+    exist for response positions only, one chunk at a time.
     """
     at = locate(sequences)
     hidden = hidden_before(model, sequences, at)                                 # [N, D]

@@ -10,6 +10,13 @@ The records may be demonstrations, minimal edits (the edited side is imitated), 
     python -m fgrlhf.sft --data edits.jsonl --model runs/sft/policy --out runs/imitation
 
 OUT/policy is the model folder.
+
+All training loops of the project share this machinery (fgrlhf/engine). `Run` is the output folder:
+metrics, states for --resume, and `guard`, which stops at NaN before the step is taken.
+`TrainableState` is what a state keeps of a model. `rows_of_step` draws the batch of a step from the
+seed. `microbatches` cuts the batch for memory and for several ranks; its weight is 1, or 0 on a
+rank that has no rows left. `Sums` adds up what is logged. `Optimizer` has Muon for the matrices of
+the trunk (Jordan et al. 2024) and Adam for everything else.
 """
 
 from dataclasses import dataclass
@@ -86,7 +93,7 @@ def start_model(config: Config, vocab_size: int, device: torch.device) -> LLaMA:
 
 
 def loss_of(model: LLaMA, sequences: Sequences, tokens: int | None = None) -> torch.Tensor:
-    """The negative log-likelihood of the response tokens, in nats.
+    """Returns the negative log-likelihood of the response tokens, in nats.
 
     It is a sum over the batch divided by `tokens`, by default the number of its response tokens.
     """
@@ -96,6 +103,7 @@ def loss_of(model: LLaMA, sequences: Sequences, tokens: int | None = None) -> to
 
 
 def train(config: Config) -> None:
+    """Trains the model on the responses and saves it in OUT/policy."""
     device = distributed.start(distributed.pick_device(config.device))
     tokenizer = start_tokenizer(config)
     check_template(tokenizer, config.template, trains=True)

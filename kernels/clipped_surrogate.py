@@ -9,7 +9,7 @@ rho_t < 1 - eps). M is the number of response tokens of the whole minibatch, so 
 microbatches add up.
 
 Cost: no matmul. Each of the N numbers is read once, and one gradient per token is kept for the
-backward pass. Autograd through the reference keeps six tensors of N numbers.
+backward pass. Autograd through the reference keeps four tensors of N numbers and a mask.
 """
 
 from typing import NamedTuple
@@ -33,7 +33,7 @@ def reference(logp: Tensor, logp_old: Tensor, advantages: Tensor, clip_eps: floa
     """The clipped loss (7) and its statistics, in plain lines.
 
     logp, logp_old (nats), advantages: tensors of one shape. mask: the same shape, True on response
-    tokens, None for all. clip_eps > 0. denominator: the response tokens of the whole minibatch,
+    tokens, None for all. clip_eps >= 0. denominator: the response tokens of the whole minibatch,
     None for those of this mask. Loss and gradient are 0 when every token is masked.
     """
     mask = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask

@@ -53,7 +53,7 @@ def fused(hidden: Tensor, head: Tensor, targets: Tensor, logp_old: Tensor, advan
     """The clipped loss (7) of N response tokens. hidden and head get gradients.
 
     hidden [N, D], head [V, D]: of one floating dtype. targets [N] int64. logp_old [N] in nats.
-    advantages [N]. clip_eps > 0. temperature > 0: the temperature of sampling. denominator: the
+    advantages [N]. clip_eps >= 0. temperature > 0: the temperature of sampling. denominator: the
     response tokens of the whole minibatch, None for N. Loss and gradients are 0 when N = 0.
 
     The first backward call costs nothing; a second (with retain_graph) computes the gradients

@@ -1,4 +1,4 @@
-"""The loss of the token-level reward model on minimal edits: equation (4) (paper, section 2.2).
+"""The losses of the token-level reward model on minimal edits, (4): the paper's, and ours.
 
 (3) s_b  = sum_U1+ r_t - sum_U1- r_t                        "sum": margin of pair b, changed tokens
            mean_U1+ r_t - mean_U1- r_t                      "mean"
@@ -6,23 +6,24 @@
            1/T+ sum_t r_t+ - 1/T- sum_t r_t-                "response": R(x, y+) - R(x, y-), all
                                                             tokens, equation (1)
     L_bt = p/P sum_b -log sigmoid(s_b)                      P pairs with at least one changed token
-    L_u0 = lambda/M sum_U0 (r_i+ - r_j-)^2                  "difference"; M pairings
-           lambda/2M sum_U0 (r_i+)^2 + (r_j-)^2             "anchor" pulls their rewards to 0
-           lambda/2M sum_U0 -log sigmoid(r_i+) - log sigmoid(r_j-)    "kept" rewards them like the
-                                                            tokens that the editor wrote
+    L_u0 = lambda/M sum_U0 (r_j+ - r_i-)^2                  "difference"; M pairings
+           lambda/(2M) sum_U0 ((r_j+)^2 + (r_i-)^2)         "anchor" pulls their rewards to 0
+           lambda/(2M) sum_U0 (-log sigmoid(r_j+) - log sigmoid(r_i-))   "kept" rewards them like
+                                                            the tokens that the editor wrote
     L_token = w/K ( sum_U1+ -log sigmoid(r_t) + sum_U1- -log sigmoid(-r_t) )   K tokens of U1; each
                                                             changed token by itself, off at w = 0
 (4) loss = L_bt + L_u0 + L_token
 
-U1+ / U1- are the changed tokens of the chosen / rejected response, U0 the unchanged ones in pairs.
-The paper's loss is L_bt with "response", and nothing else (p = 1, lambda = w = 0); "share" is its
-form on U1, which leaves out U0. Gradients, each on the tokens of its own set and 0 elsewhere:
+U1+ / U1- are the changed tokens of the chosen / rejected response, and those that align.gap_credit
+adds; U0 are the unchanged ones in pairs (i of y-, j of y+). The paper's loss is L_bt with
+"response", -log of equation (2), and nothing else (p = 1, lambda = w = 0); "share" is its form on
+U1, which leaves out U0. Gradients, each on the tokens of its own set and 0 elsewhere:
 
     dL_bt/dr+ = -p sigmoid(-s_b) / P      dL_bt/dr- = p sigmoid(-s_b) / P    (/ |U1| for "mean",
                                                             / T for "share" and "response")
-    dL_u0/dr+ = 2 lambda d / M            dL_u0/dr- = -2 lambda d / M        d = r_i+ - r_j-
-                lambda r_i+ / M                       lambda r_j- / M        for "anchor"
-                -lambda sigmoid(-r_i+) / 2M           -lambda sigmoid(-r_j-) / 2M    for "kept"
+    dL_u0/dr+ = 2 lambda d / M            dL_u0/dr- = -2 lambda d / M        d = r_j+ - r_i-
+                lambda r_j+ / M                       lambda r_i- / M        for "anchor"
+                -lambda sigmoid(-r_j+) / (2M)         -lambda sigmoid(-r_i-) / (2M)  for "kept"
     dL_token/dr+ = -w sigmoid(-r) / K       dL_token/dr- = w sigmoid(r) / K
 
 An empty side (a pure insertion or deletion) counts 0 in s_b. A pair without a changed token is left
@@ -162,17 +163,17 @@ class _TokenPreference(torch.autograd.Function):
         grads = [g.addcmul_(pull, slope) for g, slope in zip(grads, margin_slopes)]
 
         at = ((unchanged.pair, unchanged.chosen), (unchanged.pair, unchanged.rejected))
-        kept, other = upcast(rewards_chosen[at[0]]), upcast(rewards_rejected[at[1]])    # [M]
+        plus_u0, minus_u0 = upcast(rewards_chosen[at[0]]), upcast(rewards_rejected[at[1]])  # [M]
         scale = options.u0_weight / totals.unchanged
         if options.u0 == "difference":
-            d = kept - other
+            d = plus_u0 - minus_u0
             u0, slopes = d.square().sum() * scale, (2 * scale * d, -2 * scale * d)
         elif options.u0 == "kept":
-            u0 = (softplus(-kept) + softplus(-other)).sum() * (scale / 2)
-            slopes = (torch.sigmoid(-kept) * (-scale / 2), torch.sigmoid(-other) * (-scale / 2))
+            u0 = (softplus(-plus_u0) + softplus(-minus_u0)).sum() * (scale / 2)
+            slopes = tuple(torch.sigmoid(-r) * (-scale / 2) for r in (plus_u0, minus_u0))
         else:
-            u0 = (kept.square() + other.square()).sum() * (scale / 2)
-            slopes = (scale * kept, scale * other)
+            u0 = (plus_u0.square() + minus_u0.square()).sum() * (scale / 2)
+            slopes = (scale * plus_u0, scale * minus_u0)
         for g, where, slope in zip(grads, at, slopes):
             g.index_put_(where, slope, accumulate=True)
 

@@ -42,7 +42,7 @@ def peak() -> int:
 
 def iteration(config: train_ppo.Config, players: Players, number: int) -> dict[str, int]:
     """Runs one iteration. Returns the peak of each phase."""
-    peaks, sample = {}, train_ppo.sample_shared
+    peaks, sample = {}, train_ppo.sample_on_ranks
 
     def watched(*arguments):
         reset_peak()
@@ -50,9 +50,9 @@ def iteration(config: train_ppo.Config, players: Players, number: int) -> dict[s
         peaks["rollout"] = peak()
         reset_peak()
         return rollout
-    train_ppo.sample_shared = watched
+    train_ppo.sample_on_ranks = watched
     _, batch = train_ppo.make_experience(config, players, number)
-    train_ppo.sample_shared = sample
+    train_ppo.sample_on_ranks = sample
     peaks["scoring"] = peak()
     reset_peak()
     train_ppo.update(config, players, batch, number)

@@ -17,7 +17,7 @@ import torch
 
 from fgrlhf.data.records import Edit, write_jsonl
 from fgrlhf.engine import distributed, shards
-from fgrlhf.rollout import sample, sample_shared
+from fgrlhf.rollout import sample, sample_on_ranks
 from tests import ranks
 from tests.processes import ROOT
 from tests.small import ids, llama, ppo_folder
@@ -193,11 +193,11 @@ def test_sums_add_up_with_their_weights_and_refuse_what_is_not_finite():
 
 
 @pytest.mark.parametrize("at_once", [0, 1, 3, 100])
-def test_sample_shared_draws_the_same_whatever_is_decoded_at_once(at_once):
+def test_sample_on_ranks_draws_the_same_whatever_is_decoded_at_once(at_once):
     policy, prompts = llama(), [ids(1 + 2 * i % 5, i) for i in range(7)]
     draw = lambda function, *more: function(policy, prompts, 2, 12, 0.9,
                                             torch.Generator().manual_seed(1), *more)
-    whole, parts = draw(sample), draw(sample_shared, at_once)
+    whole, parts = draw(sample), draw(sample_on_ranks, at_once)
     assert all(torch.equal(a, b) for a, b in zip(whole.sequences, parts.sequences))
     torch.testing.assert_close(whole.logp_old, parts.logp_old, atol=1e-5, rtol=0)
     assert torch.equal(whole.truncated, parts.truncated)

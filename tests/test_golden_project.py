@@ -300,6 +300,5 @@ def test_the_project_passes_every_fixture(folder, dtype):
     verdicts = [v for v in check(folder) if not v.case.startswith("tokenizer")]
     assert len(verdicts) == len(cases) > 25
     assert [v for v in verdicts if v.verdict != "pass"] == []
-    if dtype == torch.float64:              # only rewards are float32
-        loose = {v.case for v in verdicts if v.relative > 1e-12}
-        assert loose == {"token-rewards"}
+    if dtype == torch.float64:
+        assert max(v.relative for v in verdicts) < 1e-12

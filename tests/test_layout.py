@@ -19,8 +19,8 @@ FILES = sorted([*ROOT.glob("fgrlhf/**/*.py"), *ROOT.glob("kernels/*.py"),
 MODULES = [path for path in FILES if path.name != "__init__.py"]
 METHOD = [path for path in ROOT.glob("fgrlhf/*.py") if not path.name.startswith("__")]
 # A reader of the method may skip these folders: no file of the method imports from them.
-ROOMS = ("bench", "checks", "collect", "compare", "explain", "golden", "plan", "reproduce",
-         "simulate")
+ROOMS = ("bench", "checks", "collect", "compare", "explain", "golden", "plan", "real",
+         "reproduce", "simulate")
 
 
 def name_of(path: Path) -> str:

@@ -24,9 +24,14 @@ def random_ids(lengths: list[int], vocab_size: int) -> list[list[int]]:
     return [torch.randint(3, vocab_size, (n,), generator=draw).tolist() for n in lengths]
 
 
+def permutation(count: int, seed: int, epoch: int) -> list[int]:
+    """Returns range(count) in a random order, another one for each epoch."""
+    return torch.randperm(count, generator=generator(seed, "order", epoch)).tolist()
+
+
 def batches(count: int, size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Cuts a seeded permutation of range(count) into batches of `size`; the last may be shorter."""
-    order = torch.randperm(count, generator=generator(seed, "order", epoch)).tolist()
+    """Cuts a `permutation` into batches of `size`; the last may be shorter."""
+    order = permutation(count, seed, epoch)
     return [order[i:i + size] for i in range(0, count, size)]
 
 

@@ -35,7 +35,7 @@ class Players(NamedTuple):
     ref: LLaMA                          # the policy as it starts, frozen
     reward_model: RewardModel | OwnReward       # frozen
     critic: Critic | None               # only for method rlhf
-    prompts: list[list[int]]            # ids, BOS first
+    prompts: list[list[int]]            # ids, BOS first where the tokenizer adds one
     optimizers: dict[str, Optimizer]    # "policy" and, for rlhf, "critic"; see `prepare`
 
     def learning(self) -> dict[str, nn.Module]:

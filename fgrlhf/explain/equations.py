@@ -11,10 +11,10 @@ from fgrlhf.explain.explained import Explained, Loss, Side, minus_log_sigmoid, s
 TERMS = 6                                           # a longer sum is not written out
 
 # The loss of one pair of U0, by its name in kernels/token_preference.py: the divisor besides M, the
-# formula, the value for (r_i+, r_j-).
-U0 = {"difference": (1, "(r_i+ - r_j-)^2", lambda plus, minus: (plus - minus) ** 2),
-      "anchor": (2, "(r_i+)^2 + (r_j-)^2", lambda plus, minus: plus ** 2 + minus ** 2),
-      "kept": (2, "-log sigmoid(r_i+) - log sigmoid(r_j-)",
+# formula, the value for (r_j+, r_i-).
+U0 = {"difference": (1, "(r_j+ - r_i-)^2", lambda plus, minus: (plus - minus) ** 2),
+      "anchor": (2, "((r_j+)^2 + (r_i-)^2)", lambda plus, minus: plus ** 2 + minus ** 2),
+      "kept": (2, "(-log sigmoid(r_j+) - log sigmoid(r_i-))",
                lambda plus, minus: minus_log_sigmoid(plus) + minus_log_sigmoid(minus))}
 
 
@@ -68,7 +68,7 @@ def preference_lines(explained: Explained) -> list[Line]:
     lines.append(Line("(3)", "s", f"{how} over U1+  -  {how} over U1-",
                       f"{show(sums[0])} - ({show(sums[1])})", show(margin)))
     kept = sum(plus.rewards[j] - minus.rewards[i] for i, j in explained.pairs)
-    lines.append(Line("(3)", "over U0, r_i+ - r_j- (core assumption: 0)", "", "", show(kept)))
+    lines.append(Line("(3)", "over U0, r_j+ - r_i- (core assumption: 0)", "", "", show(kept)))
     if any(name == "" for side in (plus, minus) for name in side.sets):
         loose = plus.total - minus.total - kept - (sum(plus.changed()) - sum(minus.changed()))
         lines.append(Line("(3)", "tokens in no set (paired with a U1^ token)", "", "", show(loose)))
@@ -90,7 +90,7 @@ def _loss_lines(explained: Explained, loss: Loss, equation: str) -> list[Line]:
     M, changed = max(len(explained.pairs), 1), plus.changed() + minus.changed()
     divisor, formula, term = U0[options.u0]
     unchanged = sum(term(plus.rewards[j], minus.rewards[i]) for i, j in explained.pairs)
-    u0 = (f"lambda / {divisor if divisor > 1 else ''}M * sum over U0 of {formula}",
+    u0 = (f"lambda / {f'({divisor}M)' if divisor > 1 else 'M'} * sum over U0 of {formula}",
           f"{options.u0_weight:g} / {divisor * M} * {show(unchanged)}")
     bt = f"-log sigmoid({show(loss.margin)})" if changed else "no changed token"
     s = "R(y+) - R(y-), R the mean" if options.reduce == "response" else "s"

@@ -74,8 +74,8 @@ def sequence_loss() -> Case:
 def cases() -> list[Case]:
     common = ("Inputs: rewards [B, T]; plus_mask, minus_mask: True on U1+, U1-; unchanged [M, 3]: "
               "U0 as (pair, chosen, rejected); lengths [B, 2]: tokens of the chosen and of the "
-              "rejected side, in front of the padding. plus_mask and r_i+ belong to "
-              "rewards_chosen, minus_mask and r_j- to rewards_rejected. margin [B] = "
+              "rejected side, in front of the padding. plus_mask and r_j+ belong to "
+              "rewards_chosen, minus_mask and r_i- to rewards_rejected. margin [B] = "
               "sum_U1+ r - sum_U1- r{}; an empty side counts 0. margin has every pair; bt = mean "
               "of -log sigmoid(margin) over the pairs with a True in one of their masks. Means "
               "are over the whole batch. ")
@@ -89,17 +89,17 @@ def cases() -> list[Case]:
         token_loss("token-loss-share", "(2), on U1", common.format(
                    ", each sum divided by the length of its side") + paper,
                    {"reduce": "share", "u0": "difference", "u0_weight": 0.0, "token_weight": 0.0}),
-        token_loss("token-loss", "(4)", common.format("") + "u0 = u0_weight mean_U0 (r_i+ - "
-                   "r_j-)^2. token = 0. loss = bt + u0, with gradients to both rewards.",
+        token_loss("token-loss", "(4)", common.format("") + "u0 = u0_weight mean_U0 (r_j+ - "
+                   "r_i-)^2. token = 0. loss = bt + u0, with gradients to both rewards.",
                    {"reduce": "sum", "u0": "difference", "u0_weight": 0.5, "token_weight": 0.0}),
         token_loss("token-loss-per-token", "(4), variant", common.format(
-                   " with means in place of both sums") + "u0 = u0_weight / 2 mean_U0 (r_i+^2 + "
-                   "r_j-^2). token = token_weight times the mean over all tokens of U1 of -log "
+                   " with means in place of both sums") + "u0 = u0_weight / 2 mean_U0 (r_j+^2 + "
+                   "r_i-^2). token = token_weight times the mean over all tokens of U1 of -log "
                    "sigmoid(r_t) on U1+ and -log sigmoid(-r_t) on U1-. loss = bt + u0 + token, "
                    "with gradients to both rewards.",
                    {"reduce": "mean", "u0": "anchor", "u0_weight": 0.25, "token_weight": 1.5}),
         token_loss("token-loss-kept", "(4), variant", common.format("") + "u0 = u0_weight / 2 "
-                   "mean_U0 (-log sigmoid(r_i+) - log sigmoid(r_j-)): unchanged tokens are "
+                   "mean_U0 (-log sigmoid(r_j+) - log sigmoid(r_i-)): unchanged tokens are "
                    "rewarded like those that the editor wrote. token = token_weight times the "
                    "mean over all tokens of U1 of -log sigmoid(r_t) on U1+ and -log "
                    "sigmoid(-r_t) on U1-. loss = bt + u0 + token, with gradients to both rewards.",

@@ -43,7 +43,7 @@ def ticks(values: Sequence[float], count: int = 5) -> list[float]:
 
 
 def spread(positions: Sequence[float], gap: float, high: float) -> list[float]:
-    """Moves positions down, then up from `high`, until any two are `gap` apart, in their order."""
+    """Moves positions until any two are at least `gap` apart, in their order and below `high`."""
     order = sorted(range(len(positions)), key=lambda i: positions[i])
     placed, floor, ceiling = list(positions), -math.inf, high
     for i in order:
@@ -76,14 +76,15 @@ def line_chart(curves: Sequence[Curve], name: str, x_label: str, reference: floa
                x_names: dict[float, str] | None = None, alone: float | None = None) -> Html:
     """Draws curves over a common x axis, once for wide and once for narrow screens.
 
-    The style sheet shows the drawing that fits.
+    The style sheet shows the drawing that fits. The wide one has the name of each system at the end
+    of its curve. The narrow one, for a phone, has a legend below. Several curves with the same
+    label are the seeds of one system: they are thin lines, and a thick line is their mean.
 
-    The wide form has the name of each system at the end of its curve, the narrow form (for a phone)
-    has a legend below. Several curves with the same label are drawn thin, with their mean; with
-    `bands` the range between the lowest and the highest of them is shaded instead. `x_names`: the
-    names of the ticks of the x axis, in place of round numbers.
-    `reference`: a level to compare with, drawn as a dotted line. `name` begins the text that a
-    screen reader reads. `alone`: returns only the SVG of the wide form, in this width.
+    name             begins the text that a screen reader reads
+    reference        a level to compare with, drawn as a dotted line
+    bands            shades the range from the lowest to the highest seed, in place of thin lines
+    x_names          names of the ticks of the x axis, in place of round numbers
+    alone            returns only the SVG of the wide drawing, in this width
     """
     groups = grouped(curves)
     shown = [curve for seeds in groups.values() for curve in seeds]
