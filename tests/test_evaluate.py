@@ -216,6 +216,8 @@ def test_reward_table_says_where_rewards_are_low_and_how_far_unchanged_tokens_dr
     assert table["r_behind"] == pytest.approx(1 / spread)
     assert table["r_elsewhere"] == pytest.approx(2 / spread)
     assert table["u0_drift"] == pytest.approx(math.sqrt(2.5) / spread)
+    plain = reward_table([judged[0]._replace(types=[])])            # an edit without error spans
+    assert plain["u0_drift"] == table["u0_drift"] and "r_errors" not in plain
 
 
 def test_reward_table_has_no_auc_without_spans():
