@@ -46,18 +46,20 @@ PER_PIECE = ("tok_embeddings.weight", "output.weight")          # matrices with 
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu",
-               dtype: torch.dtype | None = None) -> LLaMA:
+               dtype: torch.dtype | None = None, reward: bool = False) -> LLaMA:
     """Reads the model in a folder, or in a GGUF or llama2.c file, in any layout.
 
     A folder of adapters gives the adapters merged with their trunk. `device` may be "meta". With
     dtype None the model keeps the dtype of the stored embedding; that of a GGUF file is float32
     unless it is BF16. Rows of the embedding beyond the tokenizer's pieces are in `added_rows`, and
     one line on stderr says so. Raises UserError with the file and the tensor for anything that is
-    missing, unknown, truncated, not finite or of the wrong shape, and when the tokenizer is that of
-    another model.
+    missing, unknown, truncated, not finite or of the wrong shape, when the tokenizer is that of
+    another model, and for a reward model, of which only `reward` reads the trunk.
     """
+    if not reward:
+        refuse_reward_model(path)
     if lora.is_folder(path):
-        adapted = load_adapted(path, device, dtype)
+        adapted = load_adapted(path, device, dtype, reward=reward)
         merged = lora.merge(adapted)
         merged.added_rows = adapted.added_rows
         return merged
@@ -82,6 +84,13 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
               "pieces of the tokenizer; they are kept and saved again, but never sampled",
               file=sys.stderr)
     return model
+
+
+def refuse_reward_model(path: str | Path) -> None:
+    """Raises UserError for the folder of a reward model, where a language model is expected."""
+    if (Path(path) / "reward.json").exists():
+        raise UserError(f"{path}: expected a language model, got a reward model; give the policy "
+                        "that it was trained from, or another one")
 
 
 def _count_pieces(path: str | Path, config: LLaMAConfig) -> int:
@@ -122,12 +131,15 @@ def _check_fit(file: Path, pieces: int, config: LLaMAConfig) -> None:
 
 def load_adapted(path: str | Path, device: str | torch.device = "cpu",
                  dtype: torch.dtype | None = None, rank: int | None = None, seed: int = 0,
-                 trunks: dict[Path, LLaMA] | None = None) -> LLaMA:
+                 trunks: dict[Path, LLaMA] | None = None, reward: bool = False) -> LLaMA:
     """Reads a LLaMA with adapters: those in the folder, or new ones of `rank` over its weights.
 
     `trunks` holds the trunks read so far, by folder; models that are loaded with the same dict
-    share them. Raises UserError when the folder's adapters have another rank, or are damaged.
+    share them. Raises UserError when the folder's adapters have another rank, or are damaged, and
+    for a reward model, as `load_model` does.
     """
+    if not reward:
+        refuse_reward_model(path)
     fresh, trunks = not lora.is_folder(path), {} if trunks is None else trunks
     if not fresh:
         about = lora.describe(path)
@@ -257,16 +269,17 @@ def save_model(model: LLaMA, path: str | Path, layout: str = "meta",
         _check_fit(tokenizer.path, tokenizer.vocab_size, model.config)
     folder = Path(path)
     _check_other_tokenizer(tokenizer, folder)
-    if encoding is not None:
-        write_encoding(folder, encoding)
-    if lora.adapters(model):
-        _write_tokenizer(tokenizer, folder, model.config.max_seq_len)
-        lora.save(model, folder, model.base)
-        return
-    own = folder / ("consolidated.00.pth" if layout == "meta" else "model.safetensors")
+    own = None if lora.adapters(model) else folder / (
+        "consolidated.00.pth" if layout == "meta" else "model.safetensors")
     for other in weight_files(folder, "meta") + weight_files(folder, "hf"):
         if other != own:
             raise UserError(f"{folder}: already holds {other.name}; choose an empty folder")
+    if encoding is not None:
+        write_encoding(folder, encoding)
+    if own is None:
+        _write_tokenizer(tokenizer, folder, model.config.max_seq_len)
+        lora.save(model, folder, model.base)
+        return
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     for name, rows in model.added_rows.items():
         parameters[name] = torch.cat([parameters[name], rows.to(parameters[name])])
@@ -344,9 +357,6 @@ class ExportConfig:
 
 def export(config: ExportConfig) -> None:
     """Writes a model folder in another layout. encoding.json, if there is one, goes along."""
-    if (Path(config.model) / "reward.json").exists():
-        raise UserError(f"--model {config.model}: expected a language model, got a reward model, "
-                        "whose head no other program can read; choose a policy")
     for held in weight_files(Path(config.out), "meta") + weight_files(Path(config.out), "hf"):
         raise UserError(f"--out {config.out}: already holds {held.name}; choose an empty folder")
     tokenizer = load_tokenizer(config.model) if config.tokenizer else None

@@ -296,9 +296,9 @@ def load_reward(path: str | Path, device="cpu", dtype=None,
     """
     description = describe_reward(path)
     if trunks is not None and lora.is_folder(path):
-        trunk = load_adapted(path, device, dtype, trunks=trunks)
+        trunk = load_adapted(path, device, dtype, trunks=trunks, reward=True)
     else:
-        trunk = load_model(path, device, dtype)
+        trunk = load_model(path, device, dtype, reward=True)
     file = Path(path) / "reward_head.pt"
     own = open_pickle(file)
     for name, tensor in own.items():

@@ -21,6 +21,7 @@ from fgrlhf.checkpoint import load_adapted, load_model, load_tokenizer, save_mod
 from fgrlhf.data.fields import UserError
 from fgrlhf.engine import config as configuration, lora
 from fgrlhf.engine.distributed import pick_device
+from fgrlhf.engine.encoding import Encoding
 from fgrlhf.engine.places import relocated
 from fgrlhf.engine.run import Run
 from fgrlhf.explain.__main__ import start_of
@@ -120,6 +121,54 @@ def test_a_run_does_not_write_over_its_inputs(tmp_path):
 
 
 # ----- copies, and other machines -----------------------------------------------------------------
+
+def test_a_folder_with_somebody_elses_files_is_refused_and_nothing_in_it_changes(folder, tmp_path):
+    """A model of another program, a model without its run, and a model folder itself."""
+    hf, only, model = tmp_path / "hf", tmp_path / "only", tmp_path / "model"
+    hf.mkdir()
+    (hf / "config.json").write_text('{"model_type": "llama"}')
+    shutil.copytree(folder / "policy", only / "policy")
+    shutil.copytree(folder / "policy", model)
+    for out, said in ((hf, "hf/config.json: expected the settings of a run, got a file of another"),
+                      (only, "holds policy, but no run that wrote it"),
+                      (model, "holds params.json, but no run that wrote it")):
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        for resume in (False, True):
+            with pytest.raises(UserError, match=said):
+                Run(Config(str(out), resume=resume))
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_adapters_are_not_written_over_another_model(folder, tmp_path):
+    shutil.copytree(folder / "policy", tmp_path / "model")
+    names = sorted(path.name for path in (tmp_path / "model").iterdir())
+    adapted = load_adapted(folder / "policy", rank=2)
+    with pytest.raises(UserError, match="already holds consolidated.00.pth; choose an empty"):
+        save_model(adapted, tmp_path / "model", tokenizer=load_tokenizer(folder / "policy"),
+                   encoding=Encoding("alpaca"))
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == names
+
+
+def test_temporary_files_of_a_killed_process_go_when_its_run_goes_on(tmp_path):
+    run = Run(Config(str(tmp_path)))
+    run.open()
+    (tmp_path / "policy").mkdir()
+    left = [tmp_path / ".state-000002.pt.123.tmp", tmp_path / "policy/.params.json.123.tmp"]
+    for path in left:
+        path.write_bytes(b"half")
+    (tmp_path / "notes.tmp").write_text("mine")
+    run.unlock()
+    Run(Config(str(tmp_path), resume=True)).restore()
+    assert not any(path.exists() for path in left) and (tmp_path / "notes.tmp").exists()
+
+
+def test_a_pipe_cannot_be_resumed_from(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="--data .*pipe: expected a file, got a pipe, which"):
+        Run(Config(str(tmp_path / "out"), data=str(tmp_path / "pipe"), resume=True), "",
+            ("data",))
+    Run(Config(str(tmp_path / "out"), data=str(tmp_path / "pipe")), "", ("data",))
+
 
 def test_relocated_finds_the_neighbour_of_a_folder_that_was_copied(tmp_path, monkeypatch):
     for name in ("old/sft", "old/rm", "new/sft", "new/rm", "lonely/rm"):

@@ -230,6 +230,30 @@ def test_run_resumes_from_the_start_when_killed_before_the_first_state(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
+def test_run_killed_before_its_first_state_is_not_resumed_with_other_settings(tmp_path):
+    run = Run(Config(str(tmp_path)))
+    run.log(1, {"a": 1.0})
+    run.unlock()
+    with pytest.raises(UserError, match="config.json: --resume needs the same --lr: the run was "
+                                        "started with 0.1, got 0.5"):
+        Run(Config(str(tmp_path), lr=0.5, resume=True))
+
+
+def test_run_has_a_state_after_its_last_step_until_it_is_finished(tmp_path):
+    """A failure of what comes after the last step costs no training."""
+    part = layers()
+    run = Run(Config(str(tmp_path)))
+    run.restore(model=part)
+    for step in run.steps(3, "x"):                      # --save-every 2
+        run.end_step(step, {"a": 1.0}, model=part)
+    run.unlock()
+    again = Run(Config(str(tmp_path), resume=True))
+    again.restore(model=part)
+    assert again.step == 3 and list(again.steps(3, "x")) == []
+    again.finish({})
+    assert not list(tmp_path.glob("state-*"))
+
+
 def test_run_refuses_to_resume_with_other_settings_or_another_tokenizer(tmp_path):
     run = Run(Config(str(tmp_path)), "hash")
     run.log(1, {})

@@ -324,7 +324,8 @@ def test_a_broken_pair_is_named_by_its_own_line(world, policy, reward, run, tmp_
 # ----- killed and resumed -------------------------------------------------------------------------
 
 def weights(folder: Path) -> dict[str, bytes]:
-    return {n: p.detach().numpy().tobytes() for n, p in load_model(folder).named_parameters()}
+    parameters = load_model(folder, reward=True).named_parameters()
+    return {name: p.detach().numpy().tobytes() for name, p in parameters}
 
 
 @pytest.mark.parametrize("script, kill", [("sft", 6), ("sft", 1), ("train_rm", 8),

@@ -44,11 +44,17 @@ class OutputFolder:
         self.folder, self.config, self.keep_last = Path(config.out), config, keep_last
         self.writes = distributed.rank() == 0                   # of several ranks, one writes
         self.state, self.seconds, self.opened = None, 0.0, False
-        self.inputs = {name: states.fingerprint(getattr(config, name)) for name in inputs
-                       if getattr(config, name) is not None} | {"tokenizer": tokenizer_hash}
+        given = {name: getattr(config, name) for name in inputs if getattr(config, name)}
+        for name, path in given.items() if config.resume else ():
+            if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+                raise UserError(f"--{name.replace('_', '-')} {path}: expected a file, got a pipe, "
+                                "which --resume cannot read again; write it to a file first")
+        self.inputs = {name: states.fingerprint(path) for name, path in given.items()}
+        self.inputs["tokenizer"] = tokenizer_hash
         self.inputs |= {file.name: states.fingerprint(file) for file in files}
-        self._refuse_other_run()
         self._refuse_bad_place()
+        self._refuse_other_files()
+        self._refuse_other_run()
         if config.resume:
             self._find_state()
 
@@ -71,6 +77,9 @@ class OutputFolder:
             return
         self._lock()
         self._refuse_other_run()                        # another process may have been faster
+        for folder in (self.folder, *(self.folder / name for name in MODELS)):
+            for left in folder.glob(".*.tmp"):          # of a process that was killed
+                left.unlink()
         for name in LOGS if self.config.resume else ():
             self._drop_lines_after(self.step, self.folder / name)
         (self.folder / "done.json").unlink(missing_ok=True)     # a finished run that goes on
@@ -101,6 +110,19 @@ class OutputFolder:
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise UserError(f"--out {self.folder}: not writable ({there} is no folder in which you "
                             "may write); choose another path")
+
+    def _refuse_other_files(self) -> None:
+        """Refuses a folder with a model, or with settings, that no run of this project wrote."""
+        config, advice = self.folder / "config.json", "choose another --out"
+        if config.exists():
+            if not {"out", "resume"} <= set(read_object(config, advice)):
+                raise UserError(f"{config}: expected the settings of a run, got a file of another "
+                                f"program, perhaps of a model; {advice}")
+            return
+        for name in (*MODELS, "params.json"):
+            if (self.folder / name).exists():
+                raise UserError(f"--out {self.folder}: holds {name}, but no run that wrote it; "
+                                f"{advice}")
 
     def _refuse_other_run(self) -> None:
         """Refuses a folder that holds another run. Its own finished run ends the program.
@@ -147,12 +169,18 @@ class OutputFolder:
         """Reads the newest state, if there is one, and compares it with this run."""
         found = states.newest(self.folder)
         if found is None:
-            return
-        path, self.state = found
-        before, now = self._older_settings(json.loads(self.state["config"])), self._settings()
-        if (field := self._other_setting(before, before, now)) is not None:
+            path, saved = self.folder / "config.json", {}
+            if path.exists():                           # it was killed before its first state
+                saved = read_object(path)
+        else:
+            path, self.state = found
+            saved = json.loads(self.state["config"])
+        before, now = self._older_settings(saved), self._settings()
+        if saved and (field := self._other_setting(before, before, now)) is not None:
             raise UserError(f"{path}: --resume needs the same --{field.replace('_', '-')}: the run "
                             f"was started with {before[field]!r}, got {now.get(field)!r}")
+        if found is None:
+            return
         self._check_inputs(self.state["inputs"], path)
         self.seconds = self.state["seconds"]
         was, here = self.state["machine"], self._machine()
@@ -202,10 +230,10 @@ class OutputFolder:
     @staticmethod
     def _drop_lines_after(step: int, path: Path) -> None:
         """Removes the lines that were written after `step`, and a line that was cut off."""
-        if not path.exists():
-            return
-        lines = [line for line in path.read_bytes().splitlines(keepends=True)
-                 if line.endswith(b"\n")]
+        if not path.exists() and (step == 0 or path.name == "samples.jsonl"):
+            return                                      # --save-samples is an option
+        data = path.read_bytes() if path.exists() else b""
+        lines = [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
         try:
             kept = [line for line in lines if json.loads(line)["step"] <= step]
         except (ValueError, KeyError, TypeError, RecursionError):

@@ -12,7 +12,8 @@
 Every random draw is a function of (seed, purpose, step), see draws.py. Resuming therefore needs
 only the models, the optimizers and the step, and is bit-exact on one device. Ctrl-C and SIGTERM let
 the step end, save, and print the command that continues. SIGKILL loses the steps since the last
-state; the resumed run computes them again.
+state; the resumed run computes them again. There is a state after the last step too, so --resume
+repeats only the evaluation at the end and the saving of the model.
 """
 
 import contextlib
@@ -107,7 +108,7 @@ class Run(OutputFolder):
         self.log(step, metrics)
         self.show(metrics)
         self.stopped_by = distributed.largest(self.stopped_by)      # a signal to one rank stops all
-        due = self.keep_last if step == self.total else step % self.config.save_every == 0
+        due = step == self.total or step % self.config.save_every == 0
         if self.stopped_by or due:
             self.save(step, extra, **parts)
         if self.stopped_by:
