@@ -347,6 +347,11 @@ def check_flags(config: Config) -> None:
                         "a response that takes no part in the update cannot pay a penalty")
     if not config.temperature > 0:
         raise UserError(f"--temperature {config.temperature}: expected a number above 0")
+    for name in ("gamma", "gae_lambda"):
+        if getattr(config, name) > 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected 0 to 1")
+    if config.save_critic and config.method != "rlhf":
+        raise UserError("--save-critic: expected --method rlhf, which has a critic")
     missing = [config.dev_prompts is None, config.dev_reference is None, config.world is None]
     if any(missing) and not all(missing):
         raise UserError("--dev-prompts, --dev-reference and --world: expected all three or none")

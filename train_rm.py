@@ -110,7 +110,7 @@ class Config(ReadingResponses, Machinery):
                          "held-out figures; 0: no intervals")
     folds: int = arg(0, least=0, help="K-fold cross-validation over --data; 0 trains one model")
     normalise: bool = arg(False, help="first collapse runs of whitespace in edits")
-    limit: int | None = arg(None, least=1, help="use only the first N records")
+    limit: int | None = arg(None, least=1, help="use only the first N records of --data")
     microbatch: int = arg(0, least=0, help="pairs per forward pass; changes memory, not results; "
                           "0: the whole batch")
 
@@ -245,6 +245,17 @@ def check_flags(config: Config) -> None:
     """Refuses flags that do not go together, before anything is read."""
     if config.kind != "token" and (config.logp_feature or config.likelihood):
         raise UserError("--logp-feature and --likelihood: expected --kind token")
+    if config.logp_feature and config.likelihood:
+        raise UserError("--logp-feature and --likelihood: expected one of them")
+    if config.kind == "sequence" and config.loss != "ours":
+        raise UserError(f"--loss {config.loss}: expected --kind token; the sequence-level model is "
+                        "trained by Bradley-Terry, equation (2)")
+    if config.folds and (config.eval_edits or config.eval_pairs):
+        raise UserError("--folds: expected without --eval-edits and --eval-pairs, because each fold "
+                        "is judged on the records that it leaves out")
+    if config.intervals and not (config.folds or config.eval_edits or config.eval_pairs):
+        raise UserError("--intervals: expected with --folds, --eval-edits or --eval-pairs, because "
+                        "there are no held-out figures without them")
     if (config.layer or config.freeze) and (config.logp_feature or config.likelihood):
         raise UserError("--layer and --freeze: expected without --logp-feature and --likelihood")
     if config.freeze and config.lora_rank:
@@ -271,13 +282,13 @@ def train(config: Config) -> None:
     if config.layer and config.layer > sizes.n_layers:
         raise UserError(f"--layer {config.layer}: expected 1 to {sizes.n_layers}, the blocks of "
                         f"{config.model}")
-    def read(path: str) -> tuple[list, list[PreferenceIds], dict[str, int]]:
+    def read(path: str, limit: int | None = None) -> tuple[list, list[PreferenceIds], dict]:
         encoder = Encoder(tokenizer, sizes.max_seq_len, config.template, config.prompt_tokens,
                           config.cut_responses, config.unit, config.credit_gap, config.hide)
-        records, examples = read_encoded(path, encoder, config.normalise, config.limit,
+        records, examples = read_encoded(path, encoder, config.normalise, limit,
                                          config.on_bad_record)
         return records, examples, encoder.counted(path) if log.writes else {}
-    records, examples, counts = read(config.data)
+    records, examples, counts = read(config.data, config.limit)
     if config.folds == 1 or config.folds > len(records):
         raise UserError(f"--folds {config.folds}: expected 0, or 2 to {len(records)} (the records)")
     held_out = {name: read(path) for name, path in

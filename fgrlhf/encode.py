@@ -62,7 +62,8 @@ class ReadingResponses(ReadingRecords):
 
 # ----- prompts ------------------------------------------------------------------------------------
 
-def encode_prompt(tokenizer: Tokenizer, record, template: str, limit: int) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, record, template: str, limit: int,
+                  advice: str = "shorten it or use a model with a longer context") -> list[int]:
     """Returns the ids of the prompt of a record, BOS first where the tokenizer wants it.
 
     Raises UserError, which names the record, when the prompt has no token or more than `limit`.
@@ -70,7 +71,7 @@ def encode_prompt(tokenizer: Tokenizer, record, template: str, limit: int) -> li
     ids = _encode_whole(tokenizer, record, template)
     if len(ids) > limit:
         raise UserError(f"record {record.id!r}: prompt: expected at most {limit} tokens, "
-                        f"got {len(ids)}; shorten it or use a model with a longer context")
+                        f"got {len(ids)}; {advice}")
     return ids
 
 
@@ -148,7 +149,9 @@ class Encoder:
         if self.hide in ("prompt", "both"):                         # the template is left
             record = replace(record, prompt="", input=None, context=())
         if self.prompt_tokens is None:
-            return encode_prompt(self.tokenizer, record, self.template, self.context - 1)
+            return encode_prompt(self.tokenizer, record, self.template, self.context - 1,
+                                 "shorten it, pass --prompt-tokens, or use a model with a longer "
+                                 "context")
         limit = min(self.context - 1, self.prompt_tokens)
         ids = _encode_whole(self.tokenizer, record, self.template)
         if len(ids) > limit:

@@ -70,6 +70,8 @@ def start_tokenizer(config: Config) -> AnyTokenizer:
     if (config.model is None) == (config.init is None):
         raise UserError("expected exactly one of --model DIR and --init PRESET")
     if config.model is not None:
+        if config.tokenizer is not None or config.context is not None:
+            raise UserError("--tokenizer and --context: expected with --init; --model has its own")
         return load_tokenizer(config.model)
     if config.lora_rank:
         raise UserError("--lora-rank: expected --model DIR; adapters need trained weights")

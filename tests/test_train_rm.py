@@ -58,6 +58,13 @@ def trained(root, out, *more: str):
     return model.head.weight.detach(), model, json.loads((out / "done.json").read_text())
 
 
+def test_limit_cuts_the_training_data_only_and_the_model_is_no_language_model(root, tmp_path):
+    _, _, done = trained(root, tmp_path / "out", "--limit", "4")
+    assert done["records"] == 4 < done["edits/pairs"]
+    with pytest.raises(UserError, match="expected a language model, got a reward model"):
+        load_model(tmp_path / "out/reward")
+
+
 @pytest.mark.parametrize("kind", ["token", "sequence"])
 def test_freeze_trains_only_the_head_and_as_without_kept_states(kind, root, tmp_path, monkeypatch):
     flags = ("--freeze", "--layer", "1", "--kind", kind)
@@ -118,6 +125,9 @@ def test_shuffle_labels_swaps_about_half_the_records_and_only_in_training(monkey
     (("--freeze", "--lora-rank", "2"), "--freeze: expected without --lora-rank"),
     (("--freeze", "--head-lr", "1e-3"), "--head-lr: expected without --freeze"),
     (("--hidden-states", "x.pt"), "--hidden-states: expected with --freeze"),
+    (("--logp-feature", "--likelihood"), "--logp-feature and --likelihood: expected one of them"),
+    (("--kind", "sequence", "--loss", "tlcr"), "--loss tlcr: expected --kind token"),
+    (("--folds", "3"), "--folds: expected without --eval-edits"),
     (("--layer", "1", "--likelihood"), "--layer and --freeze: expected without")])
 def test_flags_that_do_not_go_together_are_refused(flags, expected, root, tmp_path):
     with pytest.raises(UserError, match=expected):

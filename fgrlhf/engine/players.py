@@ -72,10 +72,11 @@ def prompt_room(config) -> int:
 
 def check_reward(config, tokenizer: Tokenizer) -> None:
     """Refuses a reward model with another tokenizer, or of another kind than the method needs."""
+    kind = describe_reward(config.reward)["kind"]
     if load_tokenizer(config.reward).sha256 != tokenizer.sha256:
         raise UserError(f"--reward {config.reward}: its tokenizer is not the one of "
                         f"--policy {config.policy}; train both from one SFT model")
-    if config.method == "fine-grained" and describe_reward(config.reward)["kind"] != "token":
+    if config.method == "fine-grained" and kind != "token":
         raise UserError(f"--reward {config.reward}: expected a token-level reward model for "
                         "--method fine-grained, got a sequence-level one; see train_rm.py --kind")
 
