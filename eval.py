@@ -28,6 +28,7 @@ AlpacaEval's length_controlled_winrate is not computed; avg_length is there to c
 
 import json
 import sys
+from collections import Counter
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +57,7 @@ from fgrlhf.encode import (
 from fgrlhf.engine.config import Computation, arg, dispatch, run
 from fgrlhf.engine.distributed import pick_device
 from fgrlhf.engine.encoding import Encoding, check_encoding
+from fgrlhf.engine.places import refuse_outputs
 from fgrlhf.evaluate import Judged, constant, reward_intervals, reward_table, win_rates
 from fgrlhf.explain.answers import show as side_by_side
 from fgrlhf.judge import answers, best_of, by_reward, preferences_of
@@ -65,6 +67,12 @@ from fgrlhf.simulate.oracle import by_oracle
 from fgrlhf.simulate.world import World, world_arg
 from fgrlhf.templates import check_template, template_arg
 from fgrlhf.tokenizer import Tokenizer
+
+# The flags of win-rate that a judge needs, and those that it can use.
+NEEDED = {"oracle": ("outputs", "reference", "world"), "reward": ("outputs", "reference", "reward"),
+          "llm": ("outputs", "reference", "model", "judgements"),
+          "human": ("outputs", "reference", "judgements"), "annotations": ("annotations",)}
+USED = NEEDED | {"human": (*NEEDED["human"], "limit", "judges")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,17 +137,22 @@ class AnswersConfig:
 
 
 def outputs(config: OutputsConfig) -> dict:
-    device, wanted = pick_device(config.device), [(config.out, config.temperature)]
+    device, out = pick_device(config.device), Path(config.out)
+    wanted = [("--out", config.out, config.temperature)]
     if config.greedy_out:
-        if Path(config.greedy_out).resolve() == Path(config.out).resolve():
-            raise UserError(f"--greedy-out {config.greedy_out}: expected another file than --out")
-        wanted.append((config.greedy_out, 0.0))
-    out = Path(config.out)
+        wanted.append(("--greedy-out", config.greedy_out, 0.0))
     for temperature in filter(None, config.temperatures.split(",")):
-        wanted.append((str(out.with_stem(f"{out.stem}-{temperature}")), positive(temperature)))
+        file = out.parent / f"{out.stem}-{temperature}{out.suffix}"
+        wanted.append(("--temperatures", str(file), positive(temperature)))
     if (config.best_of > 1) != (config.reward is not None):
         raise UserError("--best-of and --reward: expected both, and N at least 2, or neither")
+    if config.best_of > 1 and config.temperature == 0:
+        raise UserError(f"--best-of {config.best_of} --temperature 0: expected a temperature above "
+                        "0, because greedy answers to a prompt are all the same; leave one out")
     prompts = read_prompts(config.prompts, config.on_bad_record)[:config.limit]
+    refuse_outputs([(flag, path) for flag, path, _ in wanted],
+                   [("--policy", config.policy), ("--prompts", config.prompts),
+                    ("--reward", config.reward)])
     context = load_model(config.policy, device="meta").config.max_seq_len    # reads no weights
     if config.max_new_tokens > context - 2:                         # BOS and a token of the prompt
         raise UserError(f"--max-new-tokens {config.max_new_tokens}: expected at most "
@@ -151,17 +164,20 @@ def outputs(config: OutputsConfig) -> dict:
     fitting = lambda prompt: encode_prompt(tokenizer, prompt, config.template,
                                            context - config.max_new_tokens) and prompt
     prompts = each(prompts, fitting, config.on_bad_record, config.prompts)
-    policy = load_model(config.policy, device, getattr(torch, config.dtype))
+    policy, counts = load_model(config.policy, device, getattr(torch, config.dtype)), Counter()
     ask = lambda temperature, purpose="answers": answers(
         policy, tokenizer, prompts, config.template, config.max_new_tokens, temperature,
-        config.seed, str(config.policy), config.batch, purpose)
-    for path, temperature in wanted:
+        config.seed, str(config.policy), config.batch, purpose, counts)
+    for _, path, temperature in wanted:
         found = ask(temperature)
-        if config.reward:
+        if config.reward and temperature:
             tries = [found, *(ask(temperature, f"try {k}") for k in range(2, config.best_of + 1))]
             found = best_of(*reward_model_of(config, device), tries)
         write_outputs(path, found)
-    return {"outputs": len(prompts), "out": [path for path, _ in wanted]}
+    if cut := counts["cut"]:
+        print(f"{cut} of {counts['answers']} sampled answers are cut at --max-new-tokens "
+              f"{config.max_new_tokens}, before they end", file=sys.stderr)
+    return {"outputs": len(prompts), "out": [path for _, path, _ in wanted]}
 
 
 def positive(text: str) -> float:
@@ -180,13 +196,19 @@ def reward_model_of(config, device: torch.device) -> tuple[RewardModel, Tokenize
             load_tokenizer(config.reward), encoding or Encoding(config.template))
 
 
+def cache_of(judgements: str | Path) -> Path:
+    """Returns the file in which the answers of a language model are kept."""
+    path = Path(judgements)
+    return path.with_name(path.stem + ".cache.jsonl")
+
+
 def asked_llm(config: WinRateConfig, system: list[Output],
               reference: list[Output]) -> list[float | None]:
     """The preferences of a language model. Its judgements go to --judgements."""
     path = Path(config.judgements)
     refuse_judgements_of_people(path)
     asking = Client(config)
-    asking.cache = Cache(path.with_name(path.stem + ".cache.jsonl"))
+    asking.cache = Cache(cache_of(path))
     with closing(asking.cache):
         judged = by_llm(asking, system, reference)
     if all(annotation.preference is None for annotation in judged):
@@ -218,14 +240,18 @@ def preferences(config: WinRateConfig) -> tuple[list[float | None], list[str], d
 
 
 def win_rate(config: WinRateConfig) -> dict:
-    needed = {"oracle": ("outputs", "reference", "world"),
-              "reward": ("outputs", "reference", "reward"),
-              "llm": ("outputs", "reference", "model", "judgements"),
-              "human": ("outputs", "reference", "judgements"),
-              "annotations": ("annotations",)}[config.judge]
-    for name in needed:
+    for name in NEEDED[config.judge]:
         if getattr(config, name) is None:
             raise UserError(f"--judge {config.judge}: expected --{name} too")
+    for name in dict.fromkeys(name for names in USED.values() for name in names):
+        if name not in USED[config.judge] and getattr(config, name) != getattr(WinRateConfig, name):
+            users = " or ".join(judge for judge, names in USED.items() if name in names)
+            raise UserError(f"--{name}: expected --judge {users}, got --judge {config.judge}, "
+                            "which does not use it; leave it out")
+    if config.judgements:
+        files = [config.judgements, *[str(cache_of(config.judgements))] * (config.judge == "llm")]
+        refuse_outputs([("--judgements", file) for file in files],
+                       [("--outputs", config.outputs), ("--reference", config.reference)])
     found, texts, people = preferences(config)
     people_judge = config.judge == "human"
     if people_judge and not any(preference is not None for preference in found):
@@ -284,6 +310,9 @@ def judge_scores(path: str, records: list[Edit | Pair], examples: list[Preferenc
         sides = [torch.tensor(side, dtype=torch.float64) for side in (found.chosen, found.rejected)]
         judged.append(judge_tokens(record, pair, pad_sequence(sides, batch_first=True), "mean",
                                    tokenizer))
+    if other := scores.keys() - {record.id for record in records}:
+        print(f"{path}: {len(other)} of {len(scores)} ids are not those of a judged record, such "
+              f"as {show(min(other))}; their scores are not used", file=sys.stderr)
     return judged
 
 

@@ -251,8 +251,8 @@ def check_flags(config: Config) -> None:
         raise UserError(f"--loss {config.loss}: expected --kind token; the sequence-level model is "
                         "trained by Bradley-Terry, equation (2)")
     if config.folds and (config.eval_edits or config.eval_pairs):
-        raise UserError("--folds: expected without --eval-edits and --eval-pairs, because each fold "
-                        "is judged on the records that it leaves out")
+        raise UserError("--folds: expected without --eval-edits and --eval-pairs, because each "
+                        "fold is judged on the records that it leaves out")
     if config.intervals and not (config.folds or config.eval_edits or config.eval_pairs):
         raise UserError("--intervals: expected with --folds, --eval-edits or --eval-pairs, because "
                         "there are no held-out figures without them")

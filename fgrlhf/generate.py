@@ -169,7 +169,7 @@ def generate(config: Config) -> None:
     generator = torch.Generator()
     generator.manual_seed(config.seed) if config.seed is not None else generator.seed()
     sys.stdout.reconfigure(encoding="utf-8")
-    start = time.perf_counter()
+    start, cut = time.perf_counter(), 0
     for first in range(0, len(prompts), config.batch):
         batch = prompts[first:first + config.batch]
         steps = continue_batch(model, batch, stop_ids, config.max_new_tokens, config.temperature,
@@ -177,12 +177,15 @@ def generate(config: Config) -> None:
         if len(batch) > 1:                              # texts are printed one after the other
             steps = list(steps)
         for row, prompt in enumerate(batch):
-            added = (step[row] for step in steps if step[row] is not None)
+            made = []
+            added = (made.append(id) or id for step in steps if (id := step[row]) is not None)
             shown = prompt if template is None else []          # with a template only the answer
             for text in tokenizer.stream(itertools.chain(shown, added)):
                 print(text, end="", flush=True)
             print(flush=True)
-    print(f"{len(prompts)} texts in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+            cut += len(made) == min(config.max_new_tokens, model.config.max_seq_len - len(prompt))
+    ending = f", {cut} cut at --max-new-tokens or at the end of the context" if cut else ""
+    print(f"{len(prompts)} texts in {time.perf_counter() - start:.1f} s{ending}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import sys
+from collections import Counter
 
 import torch
 from tqdm import tqdm
@@ -35,10 +36,12 @@ TOGETHER = 16                       # answers per forward pass where they share 
 
 def answers(policy: LLaMA, tokenizer: Tokenizer, prompts: list[Prompt], template: str,
             max_new_tokens: int, temperature: float, seed: int, name: str = "policy",
-            batch: int = 256, purpose: str = "answers") -> list[Output]:
+            batch: int = 256, purpose: str = "answers",
+            counts: Counter | None = None) -> list[Output]:
     """Answers each prompt once, in batches of similar length. Temperature 0 is greedy.
 
-    An answer ends at EOS, or before the control token that ends a turn of the template.
+    An answer ends at EOS, or before the control token that ends a turn of the template. `counts`
+    counts the "answers", and those that are "cut" at `max_new_tokens` before they end.
 
     Answers that are compared must not share random numbers: give another seed or another purpose.
     Raises FloatingPointError when the policy's log-probabilities are not finite.
@@ -60,7 +63,11 @@ def answers(policy: LLaMA, tokenizer: Tokenizer, prompts: list[Prompt], template
             response = tokens[row, prompt_lengths[row]:prompt_lengths[row] + lengths[row]].tolist()
             if end in response:                                     # a turn that ends without EOS
                 response = response[:response.index(end)]
+            elif counts is not None:
+                counts["cut"] += bool(rollout.truncated[row])
             texts[i] = tokenizer.decode(response).strip()
+    if counts is not None:
+        counts["answers"] += len(prompts)
     return [answer_to(prompt, text, name) for prompt, text in zip(prompts, texts)]
 
 
@@ -102,16 +109,22 @@ def encode_outputs(model: RewardModel, tokenizer: Tokenizer, encoding: Encoding,
                    outputs: list[Output]) -> tuple[list[list[int]], list[list[int]]]:
     """Returns the ids of the prompts and of the answers, as `encoding` made ids in training.
 
-    stderr says how many answers are cut, because they do not fit the model's context.
+    stderr says how many prompts lost their beginning, as in training, and how many answers are
+    cut, because they do not fit the model's context.
     """
     context = model.trunk.config.max_seq_len
     encoder = Encoder(tokenizer, context, encoding.template, encoding.prompt_tokens, True)
     text_of = lambda text: normalise_whitespace(text)[0] if encoding.normalise else text
-    prompts, answers = [], []
+    ids, prompts, answers = {}, [], []
     for output in outputs:
         record = prompt_of(output, encoding.template)
-        prompts.append(encoder.prompt(record))
+        if record not in ids:                       # several answers share a prompt
+            ids[record] = encoder.prompt(record)
+        prompts.append(ids[record])
         answers.append(encoder.response(record, text_of(output.output), prompts[-1]))
+    if cut := encoder.counts["prompts_cut"]:
+        print(f"{cut} of {len(ids)} prompts lost their beginning, because the reward model was "
+              f"trained with --prompt-tokens {encoding.prompt_tokens}", file=sys.stderr)
     if cut := encoder.counts["responses_cut"]:
         print(f"{cut} of {len(outputs)} answers do not fit the reward model's context of {context} "
               "tokens and are judged by their beginning", file=sys.stderr)
@@ -164,8 +177,8 @@ def by_reward(model: RewardModel, tokenizer: Tokenizer, encoding: Encoding, syst
 
     Prompts and answers become ids by `encoding`, as the records did that the model was trained on.
     An answer that does not fit the model's context is judged by its beginning. Two different
-    answers of which the model sees the same beginning give None. stderr says how many answers are
-    cut, and when the model is constant.
+    answers of which the model sees the same beginning give None. stderr says how many prompts and
+    answers are cut, and when the model is constant.
     """
     check_same_prompts(system, reference, encoding.template)
     n = len(system)

@@ -59,6 +59,20 @@ def test_flags_that_cannot_be_compared_are_refused_in_a_line(tmp_path):
             advantages.main(parse(advantages.Config, argv=flags + more))
 
 
+def test_an_out_that_is_an_input_or_a_folder_is_refused_before_any_work(tmp_path, monkeypatch):
+    folder = ppo_folder(tmp_path)
+    monkeypatch.setattr(advantages, "load_model", None)
+    for out, said in ((f"{folder}/prompts.jsonl", "got the path of --prompts"),
+                      (f"{folder}/sequence/reward.json", "got a path inside --rewards .*sequence;"),
+                      (f"{folder}/policy/new.json", "got a path inside --policy"),
+                      (f"{folder}", "got a folder")):
+        with pytest.raises(UserError, match=f"--out {out}: expected a file of its own, {said}"):
+            advantages.main(parse(advantages.Config, argv=[
+                "--world", "3", "--policy", f"{folder}/policy", "--prompts",
+                f"{folder}/prompts.jsonl", "--out", out, "--rewards",
+                f"{folder}/token,{folder}/sequence"]))
+
+
 def test_compare_of_the_measurement_itself_is_perfect_and_of_its_negative_is_not():
     rng = np.random.default_rng(0)
     measured, places = rng.normal(size=300), np.array(advantages.PLACES * 100)

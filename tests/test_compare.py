@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -263,11 +264,27 @@ def test_a_last_line_that_was_cut_off_is_left_out_of_an_unfinished_run_only(tmp_
     (["a={0}", "a={1}"], "a: expected runs of different seeds, got seed 0 in .*one and in .*two"),
     (["={0}"], "expected NAME=DIR"), ([f"{'n' * 41}={{0}}"], "expected NAME=DIR with a NAME of at"),
     (["{0}", "--csv", "{0}/metrics.jsonl"], "--csv .*: expected a file of its own"),
+    (["{0}", "{1}", "--csv", "{1}/reward/reward.json"], "--csv .*: expected a file of its own, got "
+                                                        "a path inside the run .*two;"),
     (["{0}", "--csv", "x", "--html", "x"], "--csv x: expected a file of its own")])
 def test_bad_words_are_refused(tmp_path, words, pattern):
     one, two = (write(tmp_path / name, win_rates(0.5)) for name in ("one", "two"))
     with pytest.raises(UserError, match=pattern):
         main(parse(Config, argv=[word.format(one, two) for word in words]))
+
+
+def test_a_table_into_a_pipe_or_into_stdout_is_refused_by_the_name_that_was_given(tmp_path):
+    """stdout has the tables for people, so a reader of the CSV could not tell the two apart."""
+    one = write(tmp_path / "one", win_rates(0.5))
+    reader, writer = os.pipe()
+    with pytest.raises(UserError, match=f"^--csv /dev/fd/{writer}: expected .* got a pipe or a "
+                                        "device; choose the path of a file"):
+        main(parse(Config, argv=[one, "--csv", f"/dev/fd/{writer}"]))
+    os.close(reader), os.close(writer)
+    done = processes.run(tmp_path, "fgrlhf.compare", one, "--csv", "/dev/stdout")
+    assert done.status == 2 and done.out == ""
+    assert done.err == ("error: --csv /dev/stdout: expected a file of its own, got the file to "
+                        "which stdout goes; choose another path\n")
 
 
 def test_the_command_ends_with_status_2_when_a_file_cannot_be_written(tmp_path):

@@ -277,7 +277,8 @@ def folders(tmp_path_factory, tokenizer, reward):
         {"reduce": "sum", "u0": "anchor", "u0_weight": 0.02, "token_weight": 1.0, "epochs": 3,
          "model": str(root / "sft/policy")}))
     (root / "ppo/config.json").write_text(json.dumps(
-        {"beta": 0.5, "lr": 0.03, "policy": str(root / "sft/policy"), "iterations": 2}))
+        {"method": "fine-grained", "beta": 0.5, "lr": 0.03, "policy": str(root / "sft/policy"),
+         "iterations": 2}))
     write_jsonl(root / "edits.jsonl", [SWAP, Edit("same", "x", "a", "a"), GAP])
     return root
 
@@ -302,6 +303,70 @@ def test_explain_without_a_policy_takes_the_reward_models_start_and_kl_is_0(fold
     assert explained.id == "swap" and used["policy"] == used["reference"] == f"{folders}/sft/policy"
     assert explained.update.kl == [0.0] * len(explained.rejected.pieces)
     assert explained.update.settings == UpdateSettings()               # not SFT's learning rate
+
+
+@pytest.mark.parametrize("run, settings, reference", [
+    ("dpo", {"beta": 0.1, "lr": 9.0, "model": "sft/policy"}, "sft/policy"),
+    ("sft-of-a-preset", {"lr": 9.0, "model": None}, "sft-of-a-preset/policy"),
+    ("elsewhere", None, "elsewhere/policy")])
+def test_explain_of_a_policy_that_ppo_did_not_train_says_what_is_used(run, settings, reference,
+                                                                      folders, tokenizer, capsys):
+    """DPO has a --beta and a --lr too, which are not PPO's."""
+    policy = folders / run / "policy"
+    save_model(model(2), policy, tokenizer=tokenizer)
+    if settings is not None:
+        if settings["model"]:
+            settings = settings | {"model": str(folders / settings["model"])}
+        (policy.parent / "config.json").write_text(json.dumps(settings))
+    explained, used = explain.explain(config(folders, policy=str(policy)))
+    assert used["reference"] == str(folders / reference)
+    assert explained.update.settings == UpdateSettings()
+    assert any(explained.update.kl) == (run == "dpo")
+    assert capsys.readouterr().err.endswith(
+        f"\n{policy}: in the folder above there is no config.json of train_ppo.py, so equations "
+        "(5) to (7) are shown with the default settings of PPO and with the reference "
+        f"{folders / reference}\n")
+
+
+def test_explain_without_a_policy_needs_nothing_but_the_reward_models_start(folders, tmp_path):
+    """The model from which that start was trained is gone, and is not wanted: the KL is 0."""
+    shutil.copytree(folders / "sft", tmp_path / "sft")
+    shutil.copytree(folders / "rm", tmp_path / "rm")
+    (tmp_path / "sft/config.json").write_text(json.dumps({"model": str(tmp_path / "gone")}))
+    run = json.loads((tmp_path / "rm/config.json").read_text())
+    (tmp_path / "rm/config.json").write_text(json.dumps(run | {"model": f"{tmp_path}/sft/policy"}))
+    explained, used = explain.explain(config(folders, reward=str(tmp_path / "rm/reward")))
+    assert used["policy"] == used["reference"] == f"{tmp_path}/sft/policy"
+    assert not any(explained.update.kl)
+    with pytest.raises(UserError, match="the run started from --model .*gone, which is not there"):
+        explain.explain(config(folders, policy=f"{tmp_path}/sft/policy"))
+
+
+def test_explain_of_a_reward_folder_without_its_run_says_that_the_loss_is_not_known(
+        folders, tmp_path, capsys):
+    shutil.copytree(folders / "rm/reward", tmp_path / "reward")
+    explained, _ = explain.explain(config(folders, reward=str(tmp_path / "reward")))
+    assert explained.loss.options == token_preference.Options()
+    assert capsys.readouterr().err.endswith(
+        f"\n{tmp_path}/reward: in the folder above there is no config.json of train_rm.py, so the "
+        "settings of its loss are not known; the loss is shown with the defaults unit token, "
+        "credit_gap True, reduce response, u0 difference, u0_weight 0.0, token_weight 0.0, "
+        "pair_weight 1.0\n")
+    explain.explain(config(folders))
+    assert "config.json" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("html, said", [
+    ("edits.jsonl", "the path of --record;"), ("rm/reward/reward.json", "a path inside --reward"),
+    ("ppo/best/new.html", "a path inside --policy"), ("rm/config.json", "the path of the settings"),
+    ("sft/policy/params.json", "a path inside --reference"), ("ppo", "a folder;"),
+    ("link/page.html", "a path inside --reward")])
+def test_explain_writes_over_none_of_its_inputs(html, said, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(explain, "load_reward", None)                  # before any work
+    (tmp_path / "link").symlink_to(folders / "rm/reward")
+    html = (tmp_path if html.startswith("link") else folders) / html
+    with pytest.raises(UserError, match=f"--html {html}: expected a file of its own, got {said}"):
+        explain.main(config(folders, policy=str(folders / "ppo/best"), html=str(html)))
 
 
 def test_explain_without_any_policy_stops_at_equation_4(folders, tmp_path, tokenizer, reward,
@@ -447,6 +512,39 @@ def test_answers_without_a_reward_model_have_no_rewards(tmp_path, capsys):
                    "-------------------------------\nwords per answer     2.0    2.0\n"
                    f"\n{tmp_path}/page.html\n")
     assert "Token rewards" not in (tmp_path / "page.html").read_text()
+
+
+def test_answers_says_that_it_shows_and_averages_the_first_prompts_only(folders, tmp_path, capsys):
+    prompts = [f"say {n}" for n in range(25)]
+    files = [answered(tmp_path, name, [text] * 25, prompts) for name, text in
+             (("before", "one two"), ("after", "two one"))]
+    page, reward = f"{tmp_path}/page.html", ("--reward", f"{folders}/rm/reward")
+    shown(*files, *reward, "--html", page)
+    out, err = capsys.readouterr()
+    assert re.search(r"^R is higher in after than in before for \d+ of the first 20 of 25 prompts, "
+                     r"equal for \d+\.$", out, re.M)
+    assert "shown are the answers to the first 20 of 25 prompts; --limit changes that\n" in err
+    html = (tmp_path / "page.html").read_text()
+    assert "Over the first 20 of 25 prompts." in html and " of the first 20 of 25 prompts, " in html
+    shown(*files, "--html", page)
+    out, err = capsys.readouterr()
+    assert err == "shown are the answers to the first 20 of 25 prompts; --limit changes that\n"
+    assert "Over the first 20 of 25 prompts." in (tmp_path / "page.html").read_text()
+    shown(*files, *reward, "--limit", "25")
+    out, err = capsys.readouterr()
+    assert " of 25 prompts, equal for " in out and "first" not in out + err
+
+
+def test_answers_refuses_a_page_that_cannot_be_written_before_any_work(folders, tmp_path,
+                                                                       monkeypatch):
+    monkeypatch.setattr("fgrlhf.explain.answers.read_outputs", None)
+    files = [answered(tmp_path, name, ["a", "b"]) for name in ("one", "two")]
+    for html, said in ((f"{folders}/rm/reward/reward.json", "a file of its own, got a path inside "
+                                                            "--reward"),
+                       (f"{tmp_path}", "a file of its own, got a folder"),
+                       (f"{folders}/edits.jsonl/page.html", "cannot be written")):
+        with pytest.raises(UserError, match=f"--html {html}: .*{said}"):
+            shown(*files, "--reward", f"{folders}/rm/reward", "--html", html)
 
 
 def test_answers_refuses_what_it_cannot_compare(tmp_path):

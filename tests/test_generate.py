@@ -131,6 +131,25 @@ def test_generate_continues_each_line_of_a_file(folder, tmp_path, capsysbinary):
                        "--batch", batch) == b"".join(alone)
 
 
+def test_generate_says_how_many_texts_are_cut(folder, model, tmp_path, capsysbinary, monkeypatch):
+    """The context is 32; a text that ends by itself is not cut."""
+    tokenizer = load_tokenizer(folder)
+    (tmp_path / "prompts.txt").write_text("hello\nthere")
+    flags = ("--model", str(folder), "--temperature", "0", "--prompts-file",
+             str(tmp_path / "prompts.txt"), "--max-new-tokens")
+    ends = lambda count: (generate(parse(Config, argv=[*flags, count])),
+                          capsysbinary.readouterr().err.decode().split(" s", 1)[1])[1]
+    for count in ("4", "100"):
+        assert ends(count) == ", 2 cut at --max-new-tokens or at the end of the context\n"
+    prompts = [tokenizer.encode(text, bos=True) for text in ("hello", "there")]
+    one, other = added(load_model(folder), prompts, count=9, temperature=0.0)
+    tokenizer.eos_id = next(id for id in one if id not in other)
+    monkeypatch.setattr("fgrlhf.generate.load_tokenizer", lambda path: tokenizer)
+    assert ends("9") == ", 1 cut at --max-new-tokens or at the end of the context\n"
+    (tmp_path / "prompts.txt").write_text("hello")
+    assert ends("9") == "\n"
+
+
 def test_generate_takes_a_dtype_and_by_default_that_of_the_checkpoint(model, folder, tmp_path,
                                                                       capsysbinary):
     flags = ("--temperature", "0", "--max-new-tokens", "9", "--prompt", "hello")

@@ -25,6 +25,7 @@ from fgrlhf.engine.encoding import Encoding
 from fgrlhf.judge import (
     answers, best_of, by_reward, check_same_prompts, preferences_of, rewards_of)
 from fgrlhf.reward import RewardModel, save_reward
+from fgrlhf.rollout import Rollout
 from fgrlhf.sequences import pack
 from fgrlhf.simulate.oracle import OracleJudge, by_oracle
 from fgrlhf.simulate.world import World
@@ -227,6 +228,25 @@ def test_outputs_without_generator_are_named_after_their_file(tmp_path):
         read_outputs(saved(path, [{"instruction": "q", "output": "x", "generator": 7}]))
 
 
+@pytest.mark.parametrize("judge, flags, said", [
+    ("oracle", ("--world", 0, "--limit", 3), "--limit: expected --judge human, got --judge oracle"),
+    ("reward", ("--reward", "r", "--judgements", "j.jsonl"),
+     "--judgements: expected --judge llm or human, got --judge reward"),
+    ("llm", ("--model", "m", "--judgements", "j", "--judges", 2), "--judges: expected --judge hum"),
+    ("oracle", ("--world", 0, "--reward", "r"), "--reward: expected --judge reward, got"),
+    ("human", ("--judgements", "a.json"), "--judgements a.json: .* the path of --outputs;"),
+    ("llm", ("--model", "m", "--judgements", "b.cache.json"), "--judgements b.cache.json: .*--ref"),
+    ("llm", ("--model", "m", "--judgements", "b.json"),
+     "--judgements b.cache.jsonl: .* the path of --reference;")])
+def test_win_rate_refuses_flags_that_the_judge_does_not_use_and_files_that_are_inputs(
+        judge, flags, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation, "read_outputs", None)
+    reference = "b.cache.json" if "b.cache.json" in flags else "b.cache.jsonl"
+    with pytest.raises(UserError, match=said):
+        win_rate("--judge", judge, "--outputs", "a.json", "--reference", reference, *flags)
+
+
 # ----- recorded judgements ------------------------------------------------------------------------
 
 RECORDED = json.loads((Path(__file__).parent / "fixtures/alpaca_eval.json").read_text())
@@ -324,6 +344,18 @@ def test_by_reward_tells_answers_that_do_not_fit_from_ties(tokenizer, capsys):
     assert found[:3] == [None, 0.5, 0.5] and found[3] in (0, 1)
     assert (f"5 of 8 answers do not fit the reward model's context of {length + 8} tokens"
             in capsys.readouterr().err)
+
+
+def test_by_reward_says_how_many_prompts_lost_their_beginning(tokenizer, capsys):
+    """Both answers to a prompt see the same cut prompt, which counts once."""
+    model = RewardModel(llama(vocab_size=300, max_seq_len=160), "sequence")
+    ours = [*outputs(RIGHT, "No."), Output("It", "is", "m")]
+    theirs = [*outputs("No.", "It"), Output("It", "is", "m")]
+    by_reward(model, tokenizer, Encoding("plain", 8), ours, theirs)
+    assert "1 of 2 prompts lost their beginning, because the reward model was trained with " \
+        "--prompt-tokens 8\n" in capsys.readouterr().err
+    by_reward(model, tokenizer, Encoding("plain", 100), ours, theirs)
+    assert "lost" not in capsys.readouterr().err
 
 
 def test_by_reward_calls_a_constant_model_constant_and_stops_at_nan(tokenizer, capsys):
@@ -524,16 +556,67 @@ def test_outputs_writes_every_temperature_and_the_best_of_n(folder):
     assert (folder / "t-3.json").exists()
     ask(folder / "best.json", "--best-of", 3, "--reward", folder / "reward")
     assert len(read_outputs(folder / "best.json")) == 1
-    for wrong in (("--temperatures", "0.7,hot"), ("--best-of", 2), ("--reward", folder / "reward")):
+    for wrong in (("--temperatures", "0.7,hot"), ("--best-of", 2), ("--reward", folder / "reward"),
+                  ("--best-of", 4, "--reward", folder / "reward", "--temperature", 0)):
         with pytest.raises(UserError, match=f"{wrong[0]}.*: expected"):
             ask(folder / "no.json", *wrong)
 
 
-def test_outputs_refuses_one_file_for_two_kinds_of_answers(folder):
-    with pytest.raises(UserError, match="--greedy-out .*: expected another file than --out"):
-        evaluated("outputs", evaluation.OutputsConfig, "--policy", folder / "policy", "--prompts",
-                  folder / "prompts.jsonl", "--out", folder / "o.json", "--greedy-out",
-                  folder / "policy" / ".." / "o.json")
+@pytest.mark.parametrize("out, more, said", [
+    ("o.json", ("--greedy-out", "policy/../o.json"), "--greedy-out .* the path of --out;"),
+    ("o.json", ("--greedy-out", "o-0.7.json", "--temperatures", "0.7"),
+     "--temperatures .*o-0.7.json: .* the path of --greedy-out;"),
+    ("o.json", ("--temperatures", "0.7,0.5,0.7"), "o-0.7.json: .* the path of --temperatures;"),
+    ("prompts.jsonl", (), "--out .* the path of --prompts;"),
+    ("o.json", ("--greedy-out", "policy/params.json"), "--greedy-out .* a path inside --policy "),
+    ("o.json", ("--greedy-out", "reward/reward.json"), "--greedy-out .* a path inside --reward "),
+    ("policy/../policy/deep/new.json", (), "--out .* a path inside --policy "),
+    (".", ("--temperatures", "1"), "--out .: .* a folder; choose the path of a file")])
+def test_outputs_refuses_files_that_are_not_its_own(out, more, said, folder, monkeypatch):
+    """Two kinds of answers have two files, and no input is written over, before any work."""
+    monkeypatch.setattr(evaluation, "load_model", None)
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match=said) as refusal:
+        evaluated("outputs", evaluation.OutputsConfig, "--policy", "policy", "--prompts",
+                  folder / "prompts.jsonl", "--reward", "reward", "--best-of", 2, "--out", out,
+                  *more)
+    assert ": expected a file of its own, got " in str(refusal.value)
+
+
+def test_outputs_refuses_a_file_that_cannot_be_written_before_any_work(folder, monkeypatch):
+    """A file is in the place of a folder (root could write anywhere else)."""
+    monkeypatch.setattr(evaluation, "load_model", None)
+    for flag, other in (("--out", ()), ("--greedy-out", ("--out", folder / "o.json"))):
+        with pytest.raises(UserError, match=f"{flag} .*/x.json: cannot be written .*edits.jsonl is "
+                                            "no folder in which you may write"):
+            evaluated("outputs", evaluation.OutputsConfig, "--policy", folder / "policy",
+                      "--prompts", folder / "prompts.jsonl", *other,
+                      flag, folder / "edits.jsonl/x.json")
+
+
+def test_outputs_says_how_many_answers_are_cut(folder, tokenizer, monkeypatch, capsys):
+    """Of two answers one has an EOS. An answer also ends where a turn of the template ends."""
+    records.write_jsonl(folder / "two.jsonl", [Prompt("a", "Name it."), Prompt("b", "Name it.")])
+    ended, end = [*tokenizer.encode("It is", eos=True)], tokenizer.encode("No.")[-1]
+    whole = tokenizer.encode("It was")
+    assert end not in whole
+
+    def sample(policy, prompts, *rest):
+        return Rollout(pack(prompts, [ended, whole][:len(prompts)]), torch.zeros(1),
+                       torch.tensor([False, True]))
+    monkeypatch.setattr("fgrlhf.judge.sample", sample)
+    ask = lambda *more: evaluated("outputs", evaluation.OutputsConfig, "--policy",
+                                  folder / "policy", "--prompts", folder / "two.jsonl", "--out",
+                                  folder / "cut.json", "--max-new-tokens", 8, *more)
+    said = "{} sampled answers are cut at --max-new-tokens 8, before they end\n".format
+    assert ask()["outputs"] == 2 and capsys.readouterr().err == said("1 of 2")
+    ask("--temperatures", "0.7", "--greedy-out", folder / "cut-greedy.json")
+    assert capsys.readouterr().err == said("3 of 6")
+    ask("--best-of", 3, "--reward", folder / "reward")
+    assert capsys.readouterr().err.endswith(said("3 of 6"))
+    whole.append(end)
+    monkeypatch.setattr("fgrlhf.judge.end_of_turn", lambda *_: end)
+    assert ask()["outputs"] == 2 and capsys.readouterr().err == ""
 
 
 def test_reward_model_calls_a_constant_model_constant(folder, capsys):
@@ -581,6 +664,19 @@ def test_scores_of_a_file_are_judged_by_their_mean(folder, tokenizer):
     assert table["pair_accuracy_sum"] == pytest.approx(
         sum((a > b) + 0.5 * (a == b) for a, b in sums) / 3)
     assert table["token_auc"] == table["token_auc_within"] == 1.0
+
+
+def test_scores_of_no_record_are_counted(folder, tokenizer, capsys):
+    line = lambda edit, id: {"id": id, **{side: [0.5] * len(tokenizer.encode(text, eos=True))
+                                          for side, text in (("chosen", edit.edited),
+                                                             ("rejected", edit.original))}}
+    lines = [line(edit, edit.id) for edit in EDITS]
+    said = "ids are not those of a judged record"
+    scored(folder, lines)
+    assert said not in capsys.readouterr().err
+    scored(folder, [*lines, line(EDITS[0], "typo"), line(EDITS[0], "x")])
+    assert (f"{folder}/scores.jsonl: 2 of 5 {said}, such as 'typo'; their scores are not used\n"
+            in capsys.readouterr().err)
 
 
 def test_scores_give_the_table_of_the_reward_model_that_made_them(folder, tokenizer):

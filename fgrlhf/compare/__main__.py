@@ -15,18 +15,17 @@ paired by seed.
 
 import csv
 import io
-import os
 import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fgrlhf.compare.page import page
-from fgrlhf.compare.runs import FILES, Group, read_groups
+from fgrlhf.compare.runs import Group, read_groups
 from fgrlhf.compare.tables import as_text, notes, tables
-from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import write_atomic
 from fgrlhf.engine.config import arg, parse, run
+from fgrlhf.engine.places import refuse_outputs
 
 WIDTH = 104                                     # columns of the terminal
 
@@ -51,19 +50,10 @@ def long_form(groups: Sequence[Group]) -> str:
     return text.getvalue()
 
 
-def refuse_to_overwrite(config: Config, groups: Sequence[Group]) -> None:
-    """Refuses an output file that is a file of a run, or the same as the other output file."""
-    taken = {os.path.realpath(os.path.join(one.folder, name)): "a file of a run"
-             for group in groups for one in group.runs for name in FILES}
-    for flag, path in (("--html", config.html), ("--csv", config.csv)):
-        if path and (what := taken.setdefault(os.path.realpath(path), flag)) != flag:
-            raise UserError(f"{flag} {path}: expected a file of its own, got the path of {what}; "
-                            "choose another path")
-
-
 def main(config: Config) -> None:
     groups = read_groups(config.runs)
-    refuse_to_overwrite(config, groups)
+    refuse_outputs([("--html", config.html), ("--csv", config.csv)],
+                   [("the run", one.folder) for group in groups for one in group.runs])
     found, sentences = tables(groups), notes(groups)
     if config.html:
         write_atomic(config.html, page(groups, found, sentences).encode("utf-8", "replace"))

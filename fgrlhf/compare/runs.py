@@ -17,7 +17,6 @@ from fgrlhf.data.files import read_bytes, read_object
 from fgrlhf.data.values import read_values
 
 SCRIPTS = {"ppo": "train_ppo.py", "rm": "train_rm.py", "sft": "fgrlhf.sft", "dpo": "fgrlhf.dpo"}
-FILES = ("config.json", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "done.json")
 LONGEST_NAME = 40                   # characters; charts and tables have room for this
 
 

@@ -1,6 +1,7 @@
-"""Finds model folders: inside the folder of a run, and after a run was copied or moved."""
+"""Finds model folders in runs and where a run was moved to; checks the places of output files."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from fgrlhf.data.fields import UserError
@@ -27,3 +28,39 @@ def relocated(path: str, old: str, new: str | Path) -> str:
         return path
     there = os.path.normpath(os.path.join(new, os.path.relpath(path, old)))
     return there if os.path.exists(there) else path
+
+
+def refuse_outputs(outputs: Iterable[tuple[str, str | None]],
+                   inputs: Iterable[tuple[str, str | None]]) -> None:
+    """Raises UserError for an output file that would destroy something or cannot be written.
+
+    outputs, inputs: (flag, path), where the path is None for a flag that was not given. An output
+    may not be an input file, lie inside an input folder, or be another output or stdout.
+    """
+    taken = [(os.path.realpath(path), name, path) for name, path in inputs if path is not None]
+    for flag, path in outputs:
+        if path is None:
+            continue
+        place, expected = os.path.realpath(path), f"{flag} {path}: expected a file of its own, got"
+        for other, name, given in taken:
+            if place == other:
+                raise UserError(f"{expected} the path of {name}; choose another path")
+            if os.path.isdir(other) and place.startswith(os.path.join(other, "")):
+                raise UserError(f"{expected} a path inside {name} {given}; choose another path")
+        if os.path.exists(path) and not os.path.isfile(path):
+            kind = "a folder" if os.path.isdir(path) else "a pipe or a device"
+            raise UserError(f"{expected} {kind}; choose the path of a file")
+        if _is_stdout(path):
+            raise UserError(f"{expected} the file to which stdout goes; choose another path")
+        folder = next(str(p) for p in Path(place).parents if os.path.exists(p))
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"{flag} {path}: cannot be written ({folder} is no folder in which you "
+                            "may write); choose another path")
+        taken.append((place, flag, path))
+
+
+def _is_stdout(path: str) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(1))
+    except OSError:                                 # there is no such file, or stdout is closed
+        return False

@@ -28,13 +28,18 @@ from fgrlhf.data.readers import read_preferences
 from fgrlhf.data.records import Edit, Pair
 from fgrlhf.engine.config import arg, parse, run
 from fgrlhf.engine.encoding import check_encoding
+from fgrlhf.engine.places import refuse_outputs
 from fgrlhf.engine.states import fingerprint
 from fgrlhf.explain.explained import (
-    Explained, LossSettings, UpdateSettings, explain_record, settings_of)
+    Explained, LossSettings, UpdateSettings, config_of, explain_record, has_settings, settings_of,
+    trained_from)
 from fgrlhf.explain.text import explained_text
 from fgrlhf.reproduce.report import write_report
-from fgrlhf.reward import load_reward
+from fgrlhf.reward import describe_reward, load_reward
 from fgrlhf.templates import template_arg
+
+# The settings of the loss, equation (4).
+LOSS = ("unit", "credit_gap", "reduce", "u0", "u0_weight", "token_weight", "pair_weight")
 
 
 @dataclass(frozen=True)
@@ -53,14 +58,19 @@ class Config:
     html: str | None = arg(None, help="also write an HTML page with the same contents to this file")
 
 
-def find(place: str, normalise: bool) -> Edit | Pair:
-    """Finds the record of "FILE" or "FILE:ID". Both parts may contain colons."""
+def split_place(place: str) -> tuple[str, str]:
+    """Splits "FILE" or "FILE:ID" into file and id. Both parts may contain colons."""
     parts = place.split(":")
     cuts = [k for k in range(len(parts), 0, -1) if Path(":".join(parts[:k])).is_file()]
     if not cuts:
         raise UserError(f"--record {place}: expected FILE or FILE:ID, found no such file; "
                         "check the path")
-    path, wanted = ":".join(parts[:cuts[0]]), ":".join(parts[cuts[0]:])
+    return ":".join(parts[:cuts[0]]), ":".join(parts[cuts[0]:])
+
+
+def find(place: str, normalise: bool) -> Edit | Pair:
+    """Finds the record of "FILE" or "FILE:ID"."""
+    path, wanted = split_place(place)
     records = read_preferences(path, normalise=normalise)
     if not wanted:
         return records[0]
@@ -102,16 +112,13 @@ def policy_folders(config: Config, settings: LossSettings) -> tuple[str, str] | 
             policy = start_of(config.reward, "model", settings.model)
         except UserError as error:
             print(f"without a policy: {error}", file=sys.stderr)
-        if policy is None:
-            return None
-    start = settings_of(UpdateSettings, policy).policy
-    return policy, config.reference or start_of(policy, "policy", start) or policy
+        return policy and (policy, config.reference or policy)
+    return policy, config.reference or start_of(policy, *trained_from(policy)) or policy
 
 
 def explain(config: Config) -> tuple[Explained, dict[str, str]]:
     """Explains the record. Returns the explanation and the folders used, by name."""
-    reward = load_reward(config.reward, "cpu", torch.float32).requires_grad_(False)
-    if reward.kind != "token":
+    if describe_reward(config.reward)["kind"] != "token":
         raise UserError(f"--reward {config.reward}: expected a token-level reward model, got a "
                         "sequence-level one; train one with train_rm.py --kind token")
     settings, tokenizer = settings_of(LossSettings, config.reward), load_tokenizer(config.reward)
@@ -121,14 +128,28 @@ def explain(config: Config) -> tuple[Explained, dict[str, str]]:
     if config.cut_responses:
         settings = settings._replace(cut_responses=True)
     record, used = find(config.record, settings.normalise), {"reward": config.reward}
-    if (folders := policy_folders(config, settings)) is None:
-        return explain_record(record, tokenizer, reward, settings), used
+    folders = policy_folders(config, settings) or ()
     used |= dict(zip(("policy", "reference"), folders))
+    refuse_outputs([("--html", config.html)], [
+        ("--record", split_place(config.record)[0]),
+        *((f"--{name}", folder) for name, folder in used.items()),
+        *(("the settings of a run", config_of(folder)[0]) for folder in used.values())])
+    if not has_settings(LossSettings, config.reward):
+        print(f"{config.reward}: in the folder above there is no config.json of train_rm.py, so "
+              "the settings of its loss are not known; the loss is shown with the defaults "
+              + ", ".join(f"{name} {getattr(settings, name)}" for name in LOSS), file=sys.stderr)
+    reward = load_reward(config.reward, "cpu", torch.float32).requires_grad_(False)
+    if not folders:
+        return explain_record(record, tokenizer, reward, settings), used
     for name, folder in used.items():
         if load_tokenizer(folder).sha256 != tokenizer.sha256:
             raise UserError(f"--{name} {folder}: expected the tokenizer of --reward "
                             f"{config.reward}, got another; choose models of the same run")
         check_encoding(folder, template=settings.template)
+    if config.policy and not has_settings(UpdateSettings, config.policy):
+        print(f"{config.policy}: in the folder above there is no config.json of train_ppo.py, so "
+              "equations (5) to (7) are shown with the default settings of PPO and with the "
+              f"reference {used['reference']}", file=sys.stderr)
     policy, reference = (load_model(folder, "cpu", torch.float32) for folder in folders)
     update = settings_of(UpdateSettings, folders[0])
     return explain_record(record, tokenizer, reward, settings, policy, reference, update), used

@@ -6,7 +6,6 @@ lowest rewards are named, and the HTML page has the reward of every token. The r
 model's own scale.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from statistics import fmean
@@ -17,12 +16,12 @@ import torch
 from fgrlhf.checkpoint import load_tokenizer
 from fgrlhf.compare.page import table_section
 from fgrlhf.compare.tables import Table, as_text
-from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import write_atomic
 from fgrlhf.data.outputs import input_of, joined
 from fgrlhf.data.readers import read_outputs
 from fgrlhf.data.records import Output
 from fgrlhf.engine.encoding import Encoding, check_encoding
+from fgrlhf.engine.places import refuse_outputs
 from fgrlhf.explain.explained import surfaces
 from fgrlhf.explain.text import visible
 from fgrlhf.judge import check_same_prompts, encode_outputs
@@ -46,13 +45,13 @@ class Answer(NamedTuple):
     rewards: list[float] = []
 
 
-def read_answers(files: Sequence[str], template: str, limit: int) -> list[list[Output]]:
-    """Reads the answers of each file to the same first prompts, in the order of the first file."""
+def read_answers(files: Sequence[str], template: str) -> list[list[Output]]:
+    """Reads the answers of each file to the same prompts, in the order of the first file."""
     first = read_outputs(files[0])
     read = [first, *(joined(read_outputs(file), first, (file, files[0])) for file in files[1:])]
     for outputs in read[1:]:
         check_same_prompts(outputs, first, template)
-    return [outputs[:limit] for outputs in read]
+    return read
 
 
 def answers_of(outputs: list[Output], label: str) -> list[Answer]:
@@ -66,10 +65,11 @@ def rewarded(folder: str, encoding: Encoding,
              columns: list[tuple[list[Output], list[Answer]]]) -> list[list[Answer]]:
     """Adds R and the rewards of the tokens, by the reward model in `folder`."""
     model, tokenizer, result = load_reward(folder), load_tokenizer(folder), []
-    for outputs, answers in columns:
+    encoded = zip(*encode_outputs(model, tokenizer, encoding,
+                                  [output for outputs, _ in columns for output in outputs]))
+    for _, answers in columns:
         result.append([])
-        for answer, prompt, ids in zip(answers, *encode_outputs(model, tokenizer, encoding,
-                                                                outputs)):
+        for answer, (prompt, ids) in zip(answers, encoded):
             batch = pack([prompt], [ids], device=model.device)
             if model.kind == "token":
                 found = model.token_rewards(batch)
@@ -88,17 +88,21 @@ def show(files: Sequence[str], labels: Sequence[str], reward: str | None, templa
     labels: a name for each file. reward: the folder of a reward model, or None. Raises UserError
     when the files do not answer the same prompts.
     """
-    if html and os.path.realpath(html) in map(os.path.realpath, files):
-        raise UserError(f"--html {html}: expected a file of its own, got one of the files of "
-                        "answers; choose another path")
+    refuse_outputs([("--html", html)], [("--reward", reward),
+                                        *(("a file of answers", file) for file in files)])
     encoding = Encoding(template)
     if reward:
         encoding = check_encoding(reward, template=template) or encoding
-    read = read_answers(files, encoding.template if reward else "", limit)
+    read = read_answers(files, encoding.template if reward else "")
+    over = f"{len(read[0])} prompts"
+    if len(read[0]) > limit:
+        over = f"the first {limit} of {over}"
+        print(f"shown are the answers to {over}; --limit changes that", file=sys.stderr)
+    read = [outputs[:limit] for outputs in read]
     columns = [answers_of(outputs, label) for outputs, label in zip(read, labels)]
     if reward:
         columns = rewarded(reward, encoding, list(zip(read, columns)))
-    rows, summary, sentences = list(zip(*columns)), means(columns), compared(columns)
+    rows, summary, sentences = list(zip(*columns)), means(columns, over), compared(columns, over)
     width = max(map(len, labels))
     if html:
         write_atomic(html, page(rows, summary, sentences).encode("utf-8", "replace"))
@@ -121,23 +125,26 @@ def lines(one: Answer, width: int) -> str:
     return "\n".join([shown.rstrip()] + [f"{'':{len(start)}}lowest: {named}"] * bool(named))
 
 
-def means(columns: Sequence[Sequence[Answer]]) -> Table:
-    """Returns the mean number of words and the mean R of each file."""
+def means(columns: Sequence[Sequence[Answer]], over: str) -> Table:
+    """Returns the mean number of words and the mean R of each file. over: which prompts."""
     rows = {"words per answer": [f"{fmean(len(one.text.split()) for one in answers):.1f}"
                                  for answers in columns]}
     if columns[0][0].R is not None:
         rows["mean R"] = [f"{fmean(one.R for one in answers):+.3f}" for answers in columns]
-    return Table("Means", f"Over {len(columns[0])} prompts.", [one[0].label for one in columns],
+    return Table("Means", f"Over {over}.", [one[0].label for one in columns],
                  {name: [(text, "") for text in cells] for name, cells in rows.items()})
 
 
-def compared(columns: Sequence[Sequence[Answer]]) -> list[str]:
-    """Returns a sentence about each file but the first: how often its R is higher."""
+def compared(columns: Sequence[Sequence[Answer]], over: str) -> list[str]:
+    """Returns a sentence about each file but the first: how often its R is higher.
+
+    over: which prompts, as "20 prompts" or "the first 20 of 100 prompts".
+    """
     first = columns[0]
     if first[0].R is None:
         return []
     return [f"R is higher in {answers[0].label} than in {first[0].label} for "
-            f"{sum(b.R > a.R for a, b in zip(first, answers))} of {len(first)} prompts, equal for "
+            f"{sum(b.R > a.R for a, b in zip(first, answers))} of {over}, equal for "
             f"{sum(b.R == a.R for a, b in zip(first, answers))}." for answers in columns[1:]]
 
 

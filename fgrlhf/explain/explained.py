@@ -69,6 +69,10 @@ class UpdateSettings(NamedTuple):
     policy: str | None = None           # the reference
 
 
+# The flag that no other training script has than train_rm.py, or than train_ppo.py.
+ONLY_IN = {LossSettings: "u0", UpdateSettings: "method"}
+
+
 class Side(NamedTuple):
     """One response. Each list has one entry per token."""
 
@@ -144,28 +148,51 @@ class Explained(NamedTuple):
     update: Update | None
 
 
+def config_of(folder: str | Path) -> tuple[Path, dict]:
+    """Returns the path and the content of config.json of the run that wrote `folder`.
+
+    The content is {} when there is no such file.
+    """
+    file = Path(folder).resolve().parent / "config.json"
+    return file, read_object(file) if file.is_file() else {}
+
+
+def has_settings(kind: type, folder: str | Path) -> bool:
+    """Tells whether config.json of the run that wrote `folder` has the settings of `kind`."""
+    return ONLY_IN[kind] in config_of(folder)[1]
+
+
+def trained_from(folder: str | Path) -> tuple[str, str | None]:
+    """Returns the flag of the model from which the run that wrote `folder` started, and its path.
+
+    The path is None when config.json names no model.
+    """
+    file, saved = config_of(folder)
+    name = "policy" if ONLY_IN[UpdateSettings] in saved else "model"
+    start, out = (check(str | None, saved.get(n), str(file), n) for n in (name, "out"))
+    if start and out:                                   # the run may have been copied or moved
+        start = relocated(start, out, file.parent)
+    return name, start
+
+
 def settings_of(kind: type, folder: str | Path):
     """Reads the settings, LossSettings or UpdateSettings, of the run that wrote `folder`.
 
     They are in config.json in the folder above, and how records became ids is in the folder itself.
-    Settings that are in neither have their defaults, as for a folder of another kind of run (SFT).
+    Settings that are in neither have their defaults, as for a folder of another kind of run, such
+    as SFT or DPO.
     """
     encoding = read_encoding(folder) if kind is LossSettings else None
     remembered = {} if encoding is None else encoding._asdict()
     if (hidden := remembered.pop("hide", "nothing")) != "nothing":
         raise UserError(f"{folder}: expected a reward model that sees whole records, got a control "
                         f"(--hide {hidden}); train one without --hide")
-    run = Path(folder).resolve().parent
-    file = run / "config.json"
-    saved = read_object(file) if file.is_file() else {}
-    if {LossSettings: "u0", UpdateSettings: "beta"}[kind] not in saved:
+    file, saved = config_of(folder)
+    if ONLY_IN[kind] not in saved:
         return kind(**remembered)
-    name = {LossSettings: "model", UpdateSettings: "policy"}[kind]
-    kinds = get_type_hints(kind) | {"out": str}
+    kinds, (name, start) = get_type_hints(kind), trained_from(folder)
     saved = {n: check(kinds[n], saved[n], str(file), n) for n in kinds if n in saved}
-    if "out" in saved and saved.get(name):              # the run may have been copied or moved
-        saved[name] = relocated(saved[name], saved["out"], run)
-    return kind(**{n: saved[n] for n in kind._fields if n in saved} | remembered)
+    return kind(**saved | {name: start} | remembered)
 
 
 def explain_record(record: Edit | Pair, tokenizer: Tokenizer, reward: RewardModel,

@@ -43,6 +43,7 @@ from fgrlhf.encode import encode_prompt
 from fgrlhf.engine.config import Computation, arg, parse, run
 from fgrlhf.engine.distributed import pick_device
 from fgrlhf.engine.draws import generator
+from fgrlhf.engine.places import refuse_outputs
 from fgrlhf.reward import describe_reward, load_reward
 from fgrlhf.rollout import Rollout, sample
 from fgrlhf.simulate.origin import check_requests
@@ -129,7 +130,11 @@ def compare(estimate: np.ndarray, measured: np.ndarray, places: np.ndarray) -> d
 
 
 def check_flags(config: Config) -> None:
-    """Refuses what cannot be compared, before anything is sampled."""
+    """Refuses what cannot be compared or written, before anything is sampled."""
+    refuse_outputs([("--out", config.out)], [
+        ("--policy", config.policy), ("--prompts", config.prompts), ("--critic", config.critic),
+        ("--critic-reward", config.critic_reward),
+        *(("--rewards", folder) for folder in config.rewards.split(","))])
     if (config.critic is None) != (config.critic_reward is None):
         raise UserError("--critic and --critic-reward: expected both or neither")
     for folder in config.rewards.split(","):
