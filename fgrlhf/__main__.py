@@ -4,8 +4,12 @@
 """
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from fgrlhf.data.fields import UserError
+from fgrlhf.engine.config import run
 
 PACKAGE = Path(__file__).parent
 SCRIPTS = ("train_rm.py", "train_ppo.py", "eval.py")
@@ -24,8 +28,16 @@ def commands() -> Iterator[tuple[str, str]]:
         yield f"python {command}", line
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Prints the list. Raises UserError when the command line has a word."""
+    if sys.argv[1:] not in ([], ["-h"], ["--help"]):
+        raise UserError(f"{sys.argv[1]!r}: expected no word after python -m fgrlhf, which only "
+                        "lists the commands; type a command of its list, as python -m fgrlhf.sft")
     listed = list(commands())
     width = max(len(command) for command, _ in listed) + 2
     for command, line in listed:
         print(f"{command:{width}}{line}")
+
+
+if __name__ == "__main__":
+    run(main)

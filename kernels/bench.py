@@ -180,11 +180,21 @@ def floor_mib(work: str, n: int, d: int, v: int, width: int) -> float:
     return (results + min(n, 256) * v * width) / 2**20
 
 
-def main() -> None:
+def size(text: str) -> str:
+    """An argparse type: returns the text NxDxV, three numbers of at least 1."""
+    numbers = text.split("x")
+    if len(numbers) != 3 or not all(n.isdecimal() and int(n) for n in numbers):
+        raise argparse.ArgumentTypeError(f"expected NxDxV, as 2048x256x4096, got {text!r}")
+    return text
+
+
+def parse_flags() -> argparse.Namespace:
+    """Reads the command line. A bad flag gives one line on stderr, and exit status 2."""
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda why: parser.exit(2, f"error: {why}; see {parser.prog} --help\n")
     parser.add_argument("--sizes", nargs="+", default=["2048x256x4096", "2048x512x32000"],
-                        help="NxDxV: tokens x width x vocabulary")
+                        type=size, help="NxDxV: tokens x width x vocabulary")
     parser.add_argument("--work", nargs="+", default=list(MATMULS), choices=MATMULS,
                         help="the tables to make (default: all)")
     parser.add_argument("--only", nargs="+", default=[],
@@ -193,6 +203,24 @@ def main() -> None:
                         help="of hidden states and head")
     timing.add_flags(parser, repeats=9)
     options = parser.parse_args()
+    for name in ("repeats", "threads"):
+        if getattr(options, name) < 1:
+            parser.error(f"argument --{name}: expected a number of at least 1, got "
+                         f"{getattr(options, name)}")
+    name = options.peak_of
+    if name is not None and name not in variants(options.work[0], [name]):
+        parser.error(f"argument --peak-of: expected a row of {options.work[0]}, got {name!r}")
+    try:
+        torch.zeros(1, device=options.device).item()
+    except Exception as error:                          # each backend raises its own kind
+        reason = str(error).splitlines()[0].split(". ")[0]
+        parser.error(f"argument --device: {options.device} is not usable here ({reason}); give cpu "
+                     "or cuda")
+    return options
+
+
+def main() -> None:
+    options = parse_flags()
     torch.set_num_threads(options.threads)
     timing.use(options.device)
     if not options.peak_of:

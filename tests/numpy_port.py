@@ -679,4 +679,11 @@ def main(folder, dtype=np.float64):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), np.dtype(sys.argv[2] if len(sys.argv) > 2 else "float64"))
+    given = sys.argv[1:]
+    if (len(given) not in (1, 2) or not set(given[1:]) <= {"float64", "float32"}
+            or not (Path(given[0]) / "manifest.json").is_file()):
+        print("error: expected DIR, or DIR float32, with the fixtures in DIR, got "
+              f"{' '.join(given) or 'nothing'}; write them by python -m fgrlhf.golden write DIR",
+              file=sys.stderr)
+        sys.exit(2)
+    main(Path(given[0]), np.dtype(given[1] if given[1:] else "float64"))

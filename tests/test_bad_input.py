@@ -184,6 +184,12 @@ def test_a_context_that_no_model_can_have_is_refused(folder, tmp_path):
                        tmp_path / "out"), r"--context 100000000000: expected at most 2147483648$")
 
 
+@pytest.mark.parametrize("given", [(), ("nope",), ("nope", "float32"), (".", "float16")])
+def test_the_port_refuses_a_folder_without_fixtures_and_another_dtype(given, tmp_path):
+    refused(tmp_path, ("tests/numpy_port.py", *given), "expected DIR, or DIR float32, with the fix"
+            f"tures in DIR, got {' '.join(given) or 'nothing'}; write them by ")
+
+
 @pytest.mark.parametrize("script, flags, pattern", FLAGS)
 def test_flags_that_make_no_sense_are_refused(script, flags, pattern, folder, tmp_path):
     data = tmp_path / "data.jsonl"

@@ -1,6 +1,7 @@
 """The benchmarks: the matmuls of the floor, the ratios, and that every row runs."""
 
 import json
+import re
 import time
 from types import SimpleNamespace
 
@@ -216,6 +217,18 @@ def test_dtype_is_refused_where_no_table_has_it(monkeypatch):
     monkeypatch.setattr("sys.argv", ["bench", "--dtype", "bfloat16"])
     with pytest.raises(UserError, match="--dtype bfloat16: expected --peers; "):
         bench.main()
+
+
+@pytest.mark.parametrize("flag, value, says", [
+    ("--repeats", "0", "at least 1, got 0"), ("--repeats", "-1", "at least 1, got -1"),
+    ("--threads", "0", "at least 1, got 0"), ("--threads", "-3", "at least 1, got -3"),
+    ("--peak-of", "nope", "one of 'training step', .*got 'nope'")])
+def test_a_flag_that_makes_no_sense_is_refused_in_one_line(flag, value, says, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench", flag, value])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(f"error: argument {flag}: expected .*{says}; see .*\n", err)
 
 
 def test_peer_table_says_what_is_missing_and_what_failed(monkeypatch):

@@ -284,6 +284,7 @@ def test_a_bad_tensor_stops_the_step_and_replay_says_where(what, name, place, fo
     assert "--replay" in message and dump["step"] == 2
     line, = [line for line in report if line.startswith(name + " ")]
     assert "NOT FINITE: 1 of" in line and place in line
+    assert report[-1].startswith(f"verdict: {name} not finite. Check the model or function that ")
     assert json.loads(dump["config"])["method"] == "fine-grained"
     assert len((tmp_path / "a/metrics.jsonl").read_text().splitlines()) == 1
 
@@ -293,13 +294,32 @@ def test_a_bad_weight_stops_before_the_optimizer_and_replay_names_it(folder, tmp
     assert re.match("step 2: (ratio on the first minibatch|ppo/loss is nan)", message)
     assert any(re.match(r"policy: weight layers.1.attention.wo.weight: NOT FINITE: 1 of .* "
                         r"the first inf at \[3, 5\]", line) for line in report)
+    assert report[-1].startswith("verdict: policy: weight layers.1.attention.wo.weight")
+    assert "not finite. Check the folder that the run started from, or lower --lr" in report[-1]
 
 
 def test_a_bad_gradient_stops_before_the_optimizer(folder, tmp_path, monkeypatch):
     message, dump, report = fail(folder, tmp_path / "a", monkeypatch, "gradient")
     assert message.startswith("step 2: gradient norm is nan at optimizer step")
-    assert report[-1].endswith("weights, 0 of them not finite")
+    assert report[-2].endswith("weights, 0 of them not finite")
+    assert report[-1].startswith("verdict: all tensors and weights are finite, so the loss or its ")
+    assert "Try a lower --lr (it was " in report[-1] and "largest weight" not in report[-1]
     assert all(w.isfinite().all() for w in dump["models"]["policy"]["weights"].values())
+
+
+def test_replay_names_the_largest_weight_of_a_loss_that_overflowed(tmp_path):
+    """Every number in the file is finite, as after train_rm.py --lr 1e12 --muon-lr 1e12."""
+    weights = {"small": torch.ones(2), "large": torch.tensor([1.0, -3e12])}
+    dump = {"step": 2, "config": json.dumps({"out": "o", "lr": 1e12, "muon_lr": 0.0, "head_lr": 2}),
+            "models": {"model": {"sizes": {}, "weights": weights}}, "tokens": torch.tensor([[1]])}
+    save_state(tmp_path / "failed-batch.pt", dump)
+    last = list(replay.report(tmp_path / "failed-batch.pt"))[-1]
+    assert "all tensors and weights are finite" in last
+    assert "The largest weight is 3e+12 (model: weight large), and trained weights stay far" in last
+    assert last.endswith("Lower --lr (it was 1e+12) and --head-lr (it was 2), and start again")
+    save_state(tmp_path / "failed-batch.pt", dump | {"models": {}})
+    last = list(replay.report(tmp_path / "failed-batch.pt"))[-1]
+    assert "finite (the file of a run on several ranks has no weights), so" in last
 
 
 def test_replay_refuses_what_is_no_failed_batch(tmp_path):

@@ -139,6 +139,32 @@ def test_another_preferred_response_or_more_records_are_no_reason_to_stop(main):
     assert main(pair(1, id="a", chosen="Better."), pair(2, id="b"))[:1] == first
 
 
+@pytest.mark.parametrize("flag, value", [("--miss", "1.0"), ("--seed", "9"),
+                                         ("--needless", "0.5"), ("--world", "0,lands=14")])
+def test_another_simulated_editor_is_refused_and_the_same_one_goes_on(tmp_path, flag, value):
+    path = write(tmp_path / "pairs.jsonl", *[pair(n, id=str(n)) for n in range(4)])
+
+    def collected(**flags):
+        flags = {"--miss": "0", "--world": "0", "--limit": "4"} | flags
+        collect.main(parse(collect.Config, argv=[
+            "--pairs", str(path), "--editor", "simulated", "--out", str(tmp_path / "edits.jsonl"),
+            *(word for both in flags.items() for word in both)]))
+        return read_edits(tmp_path / "edits.jsonl")
+    first = collected(**{"--limit": "2"})
+    made_by = "--world 0 --seed 0 --miss 0.0 --needless 0.0"
+    assert [(e.annotator, e.provenance.model) for e in first] == [("simulated", made_by)] * 2
+    with pytest.raises(UserError, match="edits.jsonl: record '0': expected the simulated editor "
+                                        f"that made it, {made_by}, got .*{flag} {value}.*; give"):
+        collected(**{flag: value})
+    assert read_edits(tmp_path / "edits.jsonl") == first
+    assert collected(**{"--miss": ".00"})[:2] == first
+    for name in ("edits.jsonl", "edits.skipped.jsonl"):     # older records have no settings
+        text = (tmp_path / name).read_text().replace(f', "model": "{made_by}"', "")
+        (tmp_path / name).write_text(text)
+    (tmp_path / "edits.jsonl").write_text((tmp_path / "edits.jsonl").read_text().split("\n")[0])
+    assert len(collected(**{flag: value})) == 4
+
+
 def test_a_draft_of_another_response_is_noticed_and_of_an_older_version_moved(tmp_path):
     path = write(tmp_path / "pairs.jsonl", pair(1, id="a"))
     with Store(tmp_path / "edits.jsonl") as store:

@@ -308,6 +308,21 @@ def test_a_record_without_a_known_field_is_refused_with_the_fields_it_has(lines)
                                          "field")
 
 
+def test_a_field_that_is_missing_is_called_missing_with_the_fields_of_the_file(lines):
+    path = lines({"id": "a", "prompt": "p"})
+    assert refusal(read_outputs, path) == (f"{path}:1: instruction: expected this field, got only "
+                                           "['id', 'prompt']; add the field")
+    for record, name in (({"id": "a", "prompt": "p"}, "Prompt"),
+                         ({"instruction": "p"}, "Instruction")):
+        path = lines(record)
+        assert refusal(read_demonstrations, path) == (
+            f"{path}:1: output: expected this field, got the fields of {name}; add the field, or "
+            "choose a file of demonstrations, edits or pairs")
+    path = lines({"instruction": "p", "output": " "})
+    assert f"{path}:1: output: expected a string that is not blank, got ' '" in refusal(
+        read_demonstrations, path)
+
+
 def test_outputs_without_a_generator_are_named_after_their_file(array):
     path = array({"instruction": "q", "input": "", "output": "x"}, name="mine.json")
     [output] = read_outputs(path)
@@ -379,9 +394,24 @@ def test_an_array_is_refused_by_line_column_and_record(tmp_path):
         read_prompts, path)
     path.write_text('[{"prompt": "p"}] [{"prompt": "q"}]')
     assert "expected nothing behind the array, got more" in refusal(read_prompts, path)
+    path.write_text('[{"prompt": "p"},\n {"prompt": "q" ]')
+    assert f"{path}:2: record 2: expected a JSON value, got broken JSON at column 17" in refusal(
+        read_prompts, path)
     path.write_text('[{"prompt": "p"}')
     assert 'expected "]" at the end of the array, got the end of the file' in refusal(
         read_prompts, path)
+
+
+def test_an_array_that_was_cut_off_anywhere_says_so(tmp_path):
+    path, record = tmp_path / "data.json", {"prompt": "é\n\u2028", "output": "x\"", "n": [
+        -1.5e-3, True, None, {"a": {}}]}
+    for indent in (None, 1):
+        for ascii in (False, True):
+            data = json.dumps([record] * 2, indent=indent, ensure_ascii=ascii).encode()
+            for length in range(1, len(data)):
+                path.write_bytes(data[:length])
+                assert ('expected "]" at the end of the array, got the end of the file; fetch the '
+                        "file again, it was cut off") in refusal(read_prompts, path)
 
 
 def test_a_field_that_is_given_twice_is_refused_at_any_depth(lines):

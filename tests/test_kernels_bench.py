@@ -27,6 +27,19 @@ def test_main_runs_the_commands_of_the_readme(flags, tmp_path, monkeypatch, caps
         assert f"\n{table['work']}: N 16, D 8, V 32." in out
 
 
+@pytest.mark.parametrize("flag, value, says", [
+    ("--sizes", "a", "NxDxV"), ("--sizes", "1", "NxDxV"), ("--sizes", "0x8x32", "NxDxV"),
+    ("--repeats", "0", "at least 1"), ("--threads", "-3", "at least 1"),
+    ("--peak-of", "nope", "expected a row of ppo"), ("--device", "foo", "foo is not usable here"),
+    ("--device", "meta", "meta is not usable here"), ("--work", "nope", "invalid choice")])
+def test_a_flag_that_makes_no_sense_is_refused_in_one_line(flag, value, says, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench", flag, value])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(f"error: argument {flag}: .*{says}.*; see .*\n", err)
+
+
 def test_floor_runs_the_matmuls_of_the_work(monkeypatch):
     """2 N D V operations per matmul."""
     calls, mm = [], bench.torch.mm

@@ -58,6 +58,21 @@ def test_an_installed_package_carries_every_file(python, tmp_path):
     assert tracked <= set(done.stdout.split()), done.stderr
 
 
+def test_the_list_of_commands_survives_a_reader_that_goes_away_and_refuses_a_word():
+    with subprocess.Popen([sys.executable, "-m", "fgrlhf"], cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.wait() == 141 and process.stderr.read() == b""
+    done = run(sys.executable, "-m", "fgrlhf", "sft", folder=ROOT)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: 'sft': expected no word after python -m fgrlhf")
+
+
+def test_the_list_of_commands_imports_no_torch():
+    code = "import sys, fgrlhf.__main__; print('torch' in sys.modules)"
+    assert run(sys.executable, "-c", code, folder=ROOT).stdout == "False\n"
+
+
 def test_an_installed_package_runs_from_any_folder(python, tmp_path):
     """The commands, the page of `explain`'s report, and a stage of the pipeline."""
     for module in ("fgrlhf", "fgrlhf.sft", "fgrlhf.collect", "fgrlhf.explain", "train_ppo", "eval"):

@@ -129,6 +129,23 @@ def test_passing_of_a_tied_model_by_hand():
     assert found["rollout"]["KV cache"] == 2 * 2 * 16 * 8 * 492 * 8 * 64
 
 
+def test_main_refuses_more_tokens_than_the_context(capsys):
+    for prompt, response in ((1000, 1000), (192, 65)):
+        with pytest.raises(UserError, match=f"--prompt {prompt} --response {response}: expected at "
+                                            "most 256 tokens together, the context of tiny, got "):
+            main(plan("--preset", "tiny", "--prompt", prompt, "--response", response))
+    assert capsys.readouterr().out == ""
+    main(plan("--preset", "tiny", "--prompt", 192, "--response", 64))
+
+
+def test_main_plans_half_of_a_context_that_is_too_short_for_the_defaults(capsys):
+    main(plan("--preset", "tiny"))
+    first, *table = capsys.readouterr().out.splitlines()
+    assert first == "--prompt 128 --response 128, because the context of tiny is 256 tokens"
+    main(plan("--preset", "tiny", "--prompt", 128, "--response", 128))
+    assert capsys.readouterr().out.splitlines() == table
+
+
 def test_main_prints_the_table_and_refuses_contradictions(capsys):
     main(plan("--preset", "7B", "--card", 141, "--offload"))
     out = capsys.readouterr().out

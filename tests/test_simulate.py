@@ -17,6 +17,7 @@ import pytest
 from fgrlhf.data import readers, records
 from fgrlhf.data.fields import UserError
 from fgrlhf.engine.config import parse
+from fgrlhf.simulate import __main__ as simulate
 from fgrlhf.simulate.__main__ import AnnotateConfig, WorldConfig, annotate, split_of, write_world
 from fgrlhf.simulate.annotators import (
     minimal_edit, prefer, restyle, rewrite, spoil, swap_wording, wordings)
@@ -317,6 +318,31 @@ def test_write_world_writes_disjoint_splits_and_the_same_bytes_again(tmp_path):
                  "tokenizer.model"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
     assert (first / "train.jsonl").read_bytes() != (other / "train.jsonl").read_bytes()
+
+
+def test_write_world_refuses_more_requests_than_there_are(tmp_path, monkeypatch):
+    """A world of 3 lands has less than 28,000 dev requests. (The default waits for 10^6 draws.)"""
+    monkeypatch.setattr(simulate, "IDLE_DRAWS", 200)
+    with pytest.raises(UserError, match=r"^--dev 200000: expected at most \d+, because world "
+                                        r"0,lands=3 gave no further dev request in 200 draws; "):
+        small_world(tmp_path / "w", world="0,lands=3", dev=200_000)
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("size", ["-1", "0", "259", str(2 ** 31)])
+def test_a_vocabulary_that_sentencepiece_cannot_make_is_refused(size, capsys):
+    """It wants more than the 259 bytes and control tokens, and a C int."""
+    with pytest.raises(SystemExit, match="2"):
+        parse(WorldConfig, argv=["--out", "x", "--vocab-size", size])
+    assert f"argument --vocab-size: expected a number from 260 to 2147483647, got {size};" in (
+        capsys.readouterr().err)
+
+
+def test_a_vocabulary_that_is_too_large_or_small_for_the_text_is_refused(tmp_path):
+    for size, possible in ((10 ** 6, "texts that give at most"), (260, "texts that need")):
+        with pytest.raises(UserError, match=f"tokenizer.model: .* expected {size} .*{possible}"):
+            small_world(tmp_path / "w", vocab_size=size)
+    assert not (tmp_path / "w").exists()
 
 
 def test_annotate_gives_one_pair_and_one_edit_of_the_worse_answer(tmp_path):

@@ -118,7 +118,15 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true",
                         help="print where the time of each row goes instead of ratios")
     timing.add_flags(parser, repeats=7)
-    return parser.parse_args()
+    options = parser.parse_args()
+    for name in ("repeats", "threads"):
+        if getattr(options, name) < 1:
+            parser.error(f"argument --{name}: expected a number of at least 1, got "
+                         f"{getattr(options, name)}")
+    if options.peak_of not in (None, *ROWS):
+        parser.error(f"argument --peak-of: expected one of {', '.join(map(repr, ROWS))}, got "
+                     f"{options.peak_of!r}")
+    return options
 
 
 def check_flags(options) -> None:

@@ -6,7 +6,7 @@
 
 train_ppo.py runs the same checks before every run (--skip-checks leaves them out); startup.py says
 what they do. --replay takes the batch that stopped a run and says which tensor is not finite, and
-where.
+where, and what to try.
 """
 
 import sys

@@ -13,9 +13,11 @@ from torch import Tensor
 from fgrlhf.data.fields import UserError, show
 from fgrlhf.engine.states import load_state
 
+HUGE = 1e4              # trained weights stay far below
+
 
 def report(path: str | Path) -> Iterator[str]:
-    """Yields one line per tensor of the batch, then one per weight that is not finite."""
+    """Yields a line per tensor of the batch and per weight that is not finite, then a verdict."""
     dump = load_state(path)
     if not isinstance(dump, dict) or not {"step", "config", "models"} <= set(dump):
         raise UserError(f"{path}: expected the failed-batch.pt of a stopped run, got "
@@ -29,6 +31,33 @@ def report(path: str | Path) -> Iterator[str]:
                if weight.is_floating_point() and not weight.isfinite().all()}
         yield from (f"{name}: weight {key}: {where}" for key, where in bad.items())
         yield f"{name}: {len(saved['weights'])} weights, {len(bad)} of them not finite"
+    yield f"verdict: {verdict(dump, tensors)}"
+
+
+def verdict(dump: dict, tensors: dict[str, Tensor]) -> str:
+    """Says what is not finite, or what else stopped the step, and what to try."""
+    config, models = json.loads(dump["config"]), dump["models"]
+    weights = {f"{model}: weight {name}": weight for model, saved in models.items()
+               for name, weight in saved["weights"].items() if weight.is_floating_point()}
+    rates = ("lr", "head_lr", "muon_lr", *["value_lr"] * ("critic" in models))
+    lower = " and ".join(f"--{name.replace('_', '-')} (it was {config[name]:g})"
+                         for name in rates if config.get(name)) or "the learning rate"
+    bad = [name for name, tensor in (weights | tensors).items() if place(tensor) != "finite"]
+    if bad:
+        source = "folder that the run started from" if bad[0] in weights else (
+            "model or function that gives these numbers")
+        more = f" and {len(bad) - 3} more" if bad[3:] else ""
+        return f"{', '.join(bad[:3])}{more} not finite. Check the {source}, or lower {lower}"
+    found = ("all tensors and weights are finite" if weights else
+             "all tensors are finite (the file of a run on several ranks has no weights)")
+    found += (", so the loss or its gradient overflowed, or a check of the step failed (the last "
+              "line of the run says which). ")
+    largest = max(weights, key=lambda name: weights[name].abs().max(), default=None)
+    size = weights[largest].abs().max().item() if weights else 0.0
+    if size > HUGE:
+        return (f"{found}The largest weight is {size:.3g} ({largest}), and trained weights stay "
+                f"far below {HUGE:g}. Lower {lower}, and start again")
+    return f"{found}Try a lower {lower}"
 
 
 def place(tensor: Tensor, tensors: dict[str, Tensor] = {}) -> str:

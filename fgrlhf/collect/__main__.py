@@ -13,7 +13,8 @@ r"""Collects preferences, and minimal edits of the less preferred responses (pap
 The editor is a person in the browser, a language model, or the editor of the built-in world.
 --pairs is a file of preferences in any format that the project reads; --out is a file of edits for
 train_rm.py. The same command continues a collection that was stopped, and does no record twice,
-even if the lines of --pairs have moved. It refuses if a finished record has another response now.
+even if the lines of --pairs have moved. It refuses if a finished record has another response now,
+or is by a simulated editor of other flags.
 --ask preference shows people two answers to each prompt, side by side and blind, and writes pairs
 for train_rm.py. --ask both then lets them edit the worse answer, and writes pairs and edits.
 --report describes the edits of one file, or compares the edits of two annotators.
@@ -25,7 +26,7 @@ ask for them. After Ctrl-C the status is 130; only the page for people ends with
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -107,14 +108,38 @@ def simulated(options: Simulation, tasks: list[Task], pairs: str) -> Callable[[T
     return edit
 
 
-def record_of(task: Task, answer: Answer, seconds: float, editor: str, model: str | None = None,
+def settings_of(options: Simulation) -> str:
+    """Returns the flags that decide the edits of the simulated editor; its records keep them."""
+    world = World(options.world).name.removeprefix("world ")
+    return (f"--world {world} --seed {options.seed} --miss {options.miss} "
+            f"--needless {options.needless}")
+
+
+def check_settings(records: Iterable[Edit | Skip], settings: str, out: str) -> None:
+    """Raises UserError if the simulated editor of an earlier record had other settings.
+
+    The records of older versions do not name the settings, and are not compared.
+    """
+    for record in records:
+        how = record.provenance
+        if how and how.editor == "simulated" and how.model not in (None, settings):
+            raise UserError(f"{out}: record {record.id!r}: expected the simulated editor that made "
+                            f"it, {how.model}, got {settings}; give the same flags again, or "
+                            "choose another --out")
+
+
+def record_of(task: Task, answer: Answer, seconds: float, editor: str, model: str,
               prompt_version: str | None = None) -> Edit | Skip:
-    """Builds the record to write: an Edit, or a Skip if the answer has no usable text."""
+    """Builds the record to write: an Edit, or a Skip if the answer has no usable text.
+
+    model: the name of a language model, or the settings of the simulated editor.
+    """
+    annotator = editor if editor == "simulated" else model
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     how = Provenance(editor, now, answer.attempts, round(seconds, 3), model, prompt_version)
     if answer.text is None:
-        return task.skip("refused", answer.reason, model or editor, how)
-    return task.edit(answer.text, model or editor, how)
+        return task.skip("refused", answer.reason, annotator, how)
+    return task.edit(answer.text, annotator, how)
 
 
 def timed(edit: Callable[[Task], Answer]) -> Callable[[Task], tuple[Answer, float]]:
@@ -125,10 +150,11 @@ def timed(edit: Callable[[Task], Answer]) -> Callable[[Task], tuple[Answer, floa
     return call
 
 
-def by_simulation(tasks: list[Task], store: Store, edit: Callable[[Task], Answer]) -> None:
+def by_simulation(tasks: list[Task], store: Store, edit: Callable[[Task], Answer],
+                  settings: str) -> None:
     """Edits every task that has no record yet, one after another."""
     for task in tqdm(store.remaining(tasks), desc="edit"):
-        store.add(record_of(task, *timed(edit)(task), "simulated"))
+        store.add(record_of(task, *timed(edit)(task), "simulated", settings))
 
 
 def by_llm(tasks: list[Task], store: Store, asking: client.Client, max_change: float,
@@ -210,12 +236,14 @@ def edit(config: Config) -> int:
     with Store(config.out) as store:
         drafts = read_drafts(drafts_path(store.path)) if config.editor == "human" else []
         tasks = resumed(tasks, [*store.records.values(), *drafts], store.path, config.pairs)
+        if edit_one:
+            check_settings(store.records.values(), settings_of(config), config.out)
         try:
             if asking:
                 done = by_llm(tasks, store, asking, config.max_change, config.free_words)
                 status = 0 if done else 1
             elif edit_one:
-                by_simulation(tasks, store, edit_one)
+                by_simulation(tasks, store, edit_one, settings_of(config))
             else:
                 by_people(tasks, store, config)
         except KeyboardInterrupt:

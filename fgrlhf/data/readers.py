@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fgrlhf.data import coachlm, conversations, defacto, qa_feedback
-from fgrlhf.data.fields import Id, Label, Text, UserError, check, refuse, show
+from fgrlhf.data.fields import Id, Label, Text, UserError, check, refuse, show, take
 from fgrlhf.data.files import LeftOut, read_records
 from fgrlhf.data.records import (
     Annotation, Demonstration, Edit, NoEdit, Output, Pair, Prompt, normalise_edit, sort_spans)
@@ -111,7 +111,9 @@ def _annotation(value, place: str) -> Annotation:
 
 
 def _output(value, place: str, generator: str) -> Output:
-    if isinstance(value, dict) and value.get("generator") is None:
+    for field, kind in (("instruction", Text), ("output", str)):    # of the record as it is given
+        take(value, field, kind, place)
+    if value.get("generator") is None:
         value = value | {"generator": generator}
     output = check(Output, value, place, also=value)
     known = ("instruction", "output", "generator", "id")
@@ -225,6 +227,10 @@ def _as_demonstration(record, place: str) -> Demonstration | LeftOut:
             return record
     prompt = _as_prompt(record, place)
     field = {Edit: "edited", Pair: "chosen"}.get(type(record), "output")
-    output = check(Text, getattr(record, field, None), place, field)
+    output = getattr(record, field, None)
+    if output is None:
+        raise UserError(f"{place}: output: expected this field, got {_fields_of(record)}; add the "
+                        "field, or choose a file of demonstrations, edits or pairs")
+    check(Text, output, place, field)
     return Demonstration(prompt.id, prompt.prompt, output, prompt.input, prompt.context,
                          prompt.dataset)

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import re
+import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -114,7 +115,7 @@ def _array(head: bytes, file: BinaryIO, path: str | Path,
         counted = begin
         value = (_too_large(f"{path}: record {n}") if end - begin > RECORD_LIMIT else
                  loads(data[begin:end], path, line, begin - line_begin, f"record {n}: "))
-        if fault and (begin == end or not isinstance(value, UserError)):
+        if fault and (begin == end or not isinstance(value, UserError) or _is_cut(data[begin:end])):
             value = UserError(f"{path}:{line}: record {n}: {fault}")
         yield f"{path}: record {n}", value
 
@@ -169,8 +170,23 @@ def _refuse_constant(name: str):
 
 
 OBJECTS = json.JSONDecoder(object_pairs_hook=_unique)                 # NaN is allowed
+_OF_WORDS = string.ascii_letters + string.digits + string.whitespace + "+-."
 _RECORDS = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite,
                             parse_constant=_refuse_constant)
+
+
+def _is_cut(data: bytes) -> bool:
+    """Tells whether the only fault of a JSON value is that it ends too early."""
+    try:
+        _RECORDS.decode(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data"
+    except json.JSONDecodeError as error:
+        rest = error.doc[error.pos:]            # empty, or the beginning of a word such as "true"
+        return error.msg.startswith("Unterminated string") or not rest.strip(_OF_WORDS)
+    except (RecursionError, ValueError):
+        pass
+    return False
 
 
 def loads(data: bytes, path: str | Path, line: int = 1, column: int = 0,

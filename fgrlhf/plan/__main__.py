@@ -152,6 +152,24 @@ def verdict(sizes: LLaMAConfig, config: Config) -> str:
             "option of this command makes it fit")
 
 
+def fitted(config: Config, context: int) -> Config:
+    """Returns the Config, whose prompt and response together fit the context of the model.
+
+    The defaults become half of a context that is too short for them. Raises UserError for other
+    lengths that do not fit.
+    """
+    if config.prompt + config.response <= context:
+        return config
+    if (config.prompt, config.response) != (Config.prompt, Config.response):
+        raise UserError(f"--prompt {config.prompt} --response {config.response}: expected at most "
+                        f"{context} tokens together, the context of "
+                        f"{config.preset or config.model}, got {config.prompt + config.response}; "
+                        "lower one of them")
+    print(f"--prompt {context // 2} --response {context // 2}, because the context of "
+          f"{config.preset or config.model} is {context} tokens")
+    return replace(config, prompt=context // 2, response=context // 2)
+
+
 def main(config: Config) -> None:
     if (config.preset is None) == (config.model is None) or config.preset not in (None, *PRESETS):
         raise UserError(f"expected --preset, one of {', '.join(PRESETS)}, or --model DIR; "
@@ -161,6 +179,7 @@ def main(config: Config) -> None:
     if config.lora_rank and config.offload:
         raise UserError("--offload: expected --lora-rank 0, because the trunk is shared")
     sizes = PRESETS[config.preset] if config.preset else load_model(config.model, "meta").config
+    config = fitted(config, sizes.max_seq_len)
     line = lambda name, count: print(f"{name:35} {count:18,} {count / 1e9:9.2f} GB")
     print(f"{config.preset or config.model}: {parameter_count(sizes):,} parameters, "
           f"{config.dtype}, {config.method}; bytes on each of {config.world_size} card(s)")

@@ -22,6 +22,8 @@ from fgrlhf.simulate.origin import check_requests
 from fgrlhf.simulate.world import World, world_arg
 from fgrlhf.templates import render_prompt
 
+IDLE_DRAWS = 10 ** 6    # the rarest request of a plain world comes once in 1.4 million draws
+
 
 @dataclass(frozen=True)
 class WorldConfig:
@@ -34,8 +36,8 @@ class WorldConfig:
     train: int = arg(3000, least=1, help="number of train prompts, for annotation and PPO")
     dev: int = arg(300, least=1, help="number of dev prompts, to choose settings and checkpoints")
     test: int = arg(600, least=1, help="number of test prompts, for the final evaluation only")
-    vocab_size: int = arg(640, help="size of the tokenizer; 259 pieces are bytes and control "
-                          "tokens")
+    vocab_size: int = arg(640, least=260, most=2 ** 31 - 1, help="size of the tokenizer; 259 "
+                          "pieces are bytes and control tokens")
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,8 @@ def write_world(config: WorldConfig) -> None:
     """Writes the prompts of each split, the demonstrations, and a tokenizer trained on them."""
     world = World(config.world)
     rng = random.Random(f"requests-{world.seed}-{config.seed}")
-    prompts: dict[str, dict[str, None]] = {"train": {}, "dev": {}, "test": {}}
     wanted = {"train": config.train, "dev": config.dev, "test": config.test}
-    while any(len(prompts[s]) < n for s, n in wanted.items()):
-        text = world.request(rng)
-        prompts[split_of(text)].setdefault(text)
+    prompts = draw_prompts(world, rng, wanted)
     demonstrations: list[records.Demonstration] = []
     while len(demonstrations) < config.demonstrations:
         text = world.request(rng)
@@ -93,8 +92,29 @@ def write_world(config: WorldConfig) -> None:
     for split, count in wanted.items():
         records.write_jsonl(out / f"{split}.jsonl",
                             [records.Prompt(f"{split}-{i}", text, dataset=world.dataset)
-                             for i, text in enumerate(list(prompts[split])[:count])])
+                             for i, text in enumerate(prompts[split][:count])])
     records.write_jsonl(out / "demonstrations.jsonl", demonstrations)
+
+
+def draw_prompts(world: World, rng: random.Random, wanted: dict[str, int]) -> dict[str, list[str]]:
+    """Draws different requests until every split has at least the number that is wanted.
+
+    Raises UserError when IDLE_DRAWS draws in a row give no new request to a split that lacks some.
+    """
+    prompts: dict[str, dict[str, None]] = {split: {} for split in wanted}
+    idle = 0
+    while lacking := [split for split, n in wanted.items() if len(prompts[split]) < n]:
+        if idle == IDLE_DRAWS:
+            split = lacking[0]
+            raise UserError(f"--{split} {wanted[split]}: expected at most {len(prompts[split])}, "
+                            f"because {world.name} gave no further {split} request in "
+                            f"{IDLE_DRAWS:,} draws; lower --{split}, or choose a --world with more "
+                            "lands or items")
+        text = world.request(rng)
+        split = split_of(text)
+        idle = 0 if split in lacking and text not in prompts[split] else idle + 1
+        prompts[split].setdefault(text)
+    return {split: list(texts) for split, texts in prompts.items()}
 
 
 def annotate(config: AnnotateConfig) -> None:
