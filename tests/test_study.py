@@ -232,6 +232,7 @@ def test_figures_of_a_study_from_the_files_of_its_runs(tmp_path, monkeypatch, ca
     for name, values in (("held-out", ["0", "0.2"]), ("lands", ["6", "12"])):
         steps = results["knobs"][name]["steps"]
         assert [step["value"] for step in steps] == values
+        assert [step["highest"]["per_seed"] for step in steps] == [[1.0, 1.0]] * 2  # empty answers
         for step in steps:
             assert step["systems"]["fine-grained"]["win_rate"]["per_seed"] == [0.75, 1.0]
             assert step["systems"]["imitation"]["win_rate"]["mean"] == 0.5
@@ -249,6 +250,7 @@ def test_figures_of_a_study_from_the_files_of_its_runs(tmp_path, monkeypatch, ca
     assert page.count("<circle") > 10 and [row[0] for row in accuracies(results["knobs"])] == [
         "held-out 0", "held-out 0.2", "lands 6"]            # the shared step once
     assert accuracies(results["knobs"])[0][1:] == ([0.75] * 3, [0.7, 0.5, 0.875])
+    assert "the highest possible" in page and "the highest possible %" in told
     assert 'class="band s0"' in page and "87.5" in told and study_text(results) in told
     (tmp_path / "report.html").unlink()
     main(Config(out=str(tmp_path), profile="study", redraw=True))

@@ -16,6 +16,7 @@ from fgrlhf.reproduce.table import (
 
 JUDGES = {"rm-sequence": "rlhf", "rm-paper": "fine-grained-paper", "rm-token": "fine-grained"}
 RATE, SHARE = WIN_RATES[0], Column("", "wrong %", 100, 1)
+HIGHEST, HIGHEST_STYLE = "the highest possible", 6
 SHOWN_SIGNS = 20                        # in the printed text; results.json has all of them
 RATE_TITLE = "Win rate on test prompts, %"
 ACCURACY_TITLE = "Reward models and what PPO gains"
@@ -33,6 +34,8 @@ MODELS = (("rm-sequence", "pair_accuracy", "PPO-RLHF, pairs %", 100, 1),
 def columns_of(knob: dict, labels: dict[str, str]) -> list[tuple[str, Column, list]]:
     """Returns the columns of the table of a knob: header, form, one cell per step or None."""
     steps, columns = knob["steps"], []
+    if all("highest" in step for step in steps):
+        columns.append((f"{HIGHEST} %", RATE, [step["highest"] for step in steps]))
     for metric, unit in (("win_rate", " %"), ("win_rate_greedy", ", greedy %")):
         columns += [(labels[system] + unit, RATE, [s["systems"][system][metric] for s in steps])
                     for system in steps[0]["systems"]]
@@ -109,16 +112,19 @@ def charts_of(knob: dict, labels: dict[str, str]) -> list[Chart]:
 
     def curves(found: dict[str, list[dict]], suffix: str = "", style: int = 0) -> list[Curve]:
         """One curve per seed. found: {system: a cell per step}."""
-        return [Curve(labels[system] + suffix, style or order.index(system), x,
+        return [Curve(labels.get(system, system) + suffix, style or order.index(system), x,
                       [_percent(cell["per_seed"], seed) for cell in cells])
                 for system, cells in found.items()
                 for seed in range(max(len(cell["per_seed"]) for cell in cells))]
     rates, greedy = ({system: [s["systems"][system][metric] for s in knob["steps"]]
                       for system in order} for metric in ("win_rate", "win_rate_greedy"))
+    perfect = []                                        # older results do not have it
+    if all("highest" in step for step in knob["steps"]):
+        perfect = curves({HIGHEST: [step["highest"] for step in knob["steps"]]}, "", HIGHEST_STYLE)
     leads = {system: [s["lead"][system]["sampled"] for s in knob["steps"]]
              for system in order if system in knob["steps"][0]["lead"]}
-    charts = [Chart("rates", RATE_TITLE, curves(rates), 50, "the SFT sample"),
-              Chart("greedy", "Win rate of greedy answers, %", curves(greedy), 50,
+    charts = [Chart("rates", RATE_TITLE, curves(rates) + perfect, 50, "the SFT sample"),
+              Chart("greedy", "Win rate of greedy answers, %", curves(greedy) + perfect, 50,
                     "the SFT sample"),
               Chart("lead", f"Lead over {labels[BASELINE]}, points of win rate", curves(leads), 0,
                     labels[BASELINE])]

@@ -1,7 +1,9 @@
 """Collects the figures of the profile study for results.json: every knob, every step, every system.
 
-    knobs   {name: {title, axis, steps: [{value, systems, lead, reward_models, facts}]}}
+    knobs   {name: {title, axis, steps: [{value, highest, systems, lead, reward_models, facts}]}}
 
+    highest         cell: the win rate of answers without an error. It is below 1, because they tie
+                    with a sample of the SFT model that has none either
     systems         {system: {metric: cell}}    as in the other profiles (results.py)
     lead            {system: {decoding: cell}}  its win rate minus that of PPO-RLHF, paired by seed
     reward_models   {reward model: {metric: cell}}
@@ -19,6 +21,7 @@ from fgrlhf.checks.signs import signs_of_run
 from fgrlhf.data.files import read_object
 from fgrlhf.data.readers import read_outputs
 from fgrlhf.data.records import Output
+from fgrlhf.evaluate import compare
 from fgrlhf.reproduce import study
 from fgrlhf.reproduce.names import SYSTEMS as NAMES
 from fgrlhf.reproduce.results import cell, difference, seed_of, tested
@@ -85,6 +88,8 @@ def step(knob: str, value: str, points: list[Point]) -> dict:
              for system in ("sft", *SYSTEMS)}
     mean = lambda values: sum(values) / len(values)
     by = lambda system, decoding: [t.preferences(decoding) for t in tests[system]]
+    samples = [runs.reference for runs in tests["sft"]]
+    highest = cell([mean(compare([0] * len(sample), sample)) for sample in samples])
     systems, lead = {}, {}
     for system, runs in tests.items():
         systems[system] = {
@@ -96,7 +101,8 @@ def step(knob: str, value: str, points: list[Point]) -> dict:
     for system in SYSTEMS[1:]:
         lead[system] = {decoding: difference("", by(system, decoding), by("rlhf", decoding))
                         for decoding in ("sampled", "greedy")}
-    found = {"value": value, "systems": systems, "lead": lead, "reward_models": rewards(points)}
+    found = {"value": value, "highest": highest, "systems": systems, "lead": lead,
+             "reward_models": rewards(points)}
     found["signs"] = [f"{NAMES[system][0]}, run {at.folder.name}/{at.run(system)}: {sign}"
                       for system in SYSTEMS for at in points
                       for sign in signs_of_run(at.folder / at.run(system))]
