@@ -18,7 +18,7 @@ different distributions.
 import itertools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -155,6 +155,14 @@ def read_prompts(config: Config, tokenizer: Tokenizer, context: int,
     return prompts
 
 
+def ids_of(row: int, steps: Iterable[list[int | None]], made: list[int]) -> Iterator[int]:
+    """Yields the new ids of a row as they come, and appends them to `made`."""
+    for step in steps:
+        if step[row] is not None:
+            made.append(step[row])
+            yield step[row]
+
+
 def generate(config: Config) -> None:
     if not 0 < config.top_p <= 1:
         raise UserError(f"--top-p {config.top_p}: expected a number above 0 and at most 1")
@@ -177,10 +185,9 @@ def generate(config: Config) -> None:
         if len(batch) > 1:                              # texts are printed one after the other
             steps = list(steps)
         for row, prompt in enumerate(batch):
-            made = []
-            added = (made.append(id) or id for step in steps if (id := step[row]) is not None)
+            made: list[int] = []
             shown = prompt if template is None else []          # with a template only the answer
-            for text in tokenizer.stream(itertools.chain(shown, added)):
+            for text in tokenizer.stream(itertools.chain(shown, ids_of(row, steps, made))):
                 print(text, end="", flush=True)
             print(flush=True)
             cut += len(made) == min(config.max_new_tokens, model.config.max_seq_len - len(prompt))
