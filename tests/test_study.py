@@ -97,7 +97,7 @@ def test_rates_multiplies_the_rates_of_everything_but_sft_and_preset_those_of_al
         Config(out="out", profile="study", only="rates", first_seed=3), ["rates"])[0].stages}
     halved = {stage.name: stage for stage in reproduce.planned(config, ["rates"])[0].stages}
     trained = [name for name, s in usual.items() if any(w in RATES for w in s.command[:2])]
-    assert len(trained) == 1 + 4 * (3 + 3 + 2) and list(halved) == list(usual)
+    assert len(trained) == 1 + 5 * (3 + 3 + 2) and list(halved) == list(usual)
     for name in trained:
         of_tiny = rates(usual[name])
         assert rates(halved[name]) == pytest.approx({k: v / 2 for k, v in of_tiny.items()})

@@ -74,7 +74,7 @@ KNOBS = {
                     "items wrong", SHARES, "0"),
     "size": Knob("Model size", "million parameters", ("0.1", "0.4", "1.6", "6.5"), "0.4"),
     "rates": Knob("Learning rates", "factor of every learning rate but that of SFT",
-                  ("0.25", "0.5", "1", "2"), "1", LR),
+                  ("0.25", "0.5", "1", "2", "4"), "1", LR),
 }
 PRESET = {"0.1": "tiny-48", "0.4": "tiny", "1.6": "tiny-192", "6.5": "tiny-384"}
 APART = ("size", "rates")               # only by --only
