@@ -84,7 +84,7 @@ def test_rows_beyond_the_tokenizer_stay_with_adapters_and_reward_models(tmp_path
     save_model(load_model(tmp_path / "a"), tmp_path / "merged")
     assert same(load_model(tmp_path / "merged"), full)          # new adapters change nothing
     save_reward(RewardModel(load_model(tmp_path / "m"), "token"), tmp_path / "r", tokenizer)
-    assert load_model(tmp_path / "r").added_rows["output.weight"].shape == (5, 32)
+    assert load_model(tmp_path / "r", reward=True).added_rows["output.weight"].shape == (5, 32)
 
 
 def test_a_description_on_meta_says_nothing(tmp_path, tokenizer, capsys):

@@ -166,7 +166,7 @@ def test_trainers_refuse_or_cut_count_and_leave_out(tmp_path, capfd):
     for name, train, kind in (("sft", sft.train, []), ("token", train_rm.train, []),
                               ("sequence", train_rm.train, ["--kind", "sequence"])):
         config = sft.Config if train is sft.train else train_rm.Config
-        out = ["--out", f"{tmp_path}/{name}"]
+        out = ["--out", f"{tmp_path}/{name}-out"]
         with pytest.raises(UserError, match="'early': response: expected at most"):
             train(parse(config, "", common + out + kind))
         capfd.readouterr()
