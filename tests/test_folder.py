@@ -156,10 +156,12 @@ def test_temporary_files_of_a_killed_process_go_when_its_run_goes_on(tmp_path):
     left = [tmp_path / ".state-000002.pt.123.tmp", tmp_path / "policy/.params.json.123.tmp"]
     for path in left:
         path.write_bytes(b"half")
-    (tmp_path / "notes.tmp").write_text("mine")
+    for name in ("notes.tmp", ".notes.tmp"):
+        (tmp_path / name).write_text("mine")
     run.unlock()
     Run(Config(str(tmp_path), resume=True)).restore()
-    assert not any(path.exists() for path in left) and (tmp_path / "notes.tmp").exists()
+    assert not any(path.exists() for path in left)
+    assert (tmp_path / "notes.tmp").exists() and (tmp_path / ".notes.tmp").exists()
 
 
 def test_a_pipe_cannot_be_resumed_from(tmp_path):

@@ -78,7 +78,7 @@ class OutputFolder:
         self._lock()
         self._refuse_other_run()                        # another process may have been faster
         for folder in (self.folder, *(self.folder / name for name in MODELS)):
-            for left in folder.glob(".*.tmp"):          # of a process that was killed
+            for left in folder.glob(".*.[0-9]*.tmp"):   # of a process that was killed
                 left.unlink()
         for name in LOGS if self.config.resume else ():
             self._drop_lines_after(self.step, self.folder / name)

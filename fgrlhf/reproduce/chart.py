@@ -74,7 +74,7 @@ def grouped(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
 def line_chart(curves: Sequence[Curve], name: str, x_label: str, reference: float | None = None,
                reference_label: str = "", bands: bool = False,
                x_names: dict[float, str] | None = None, alone: float | None = None) -> Html:
-    """Draws curves over a common x axis, once for wide and once for narrow screens.
+    """Draws a line chart as two SVGs: one for wide screens and one for narrow screens.
 
     The style sheet shows the drawing that fits. The wide one has the name of each system at the end
     of its curve. The narrow one, for a phone, has a legend below. Several curves with the same
@@ -122,7 +122,7 @@ def line_chart(curves: Sequence[Curve], name: str, x_label: str, reference: floa
 
 def scatter(groups: Sequence[Curve], name: str, x_label: str, reference: float | None = None,
             alone: float | None = None) -> Html:
-    """Draws the points of each group as discs, with a legend below.
+    """Draws a scatter plot: each point is a disc, and each group has a colour and a legend entry.
 
     `alone`: returns only the SVG, in this width, without a legend.
     """
