@@ -54,7 +54,7 @@ from fgrlhf.data.records import Edit, Output, Pair, write_jsonl, write_outputs
 from fgrlhf.data.scores import read_scores
 from fgrlhf.encode import (
     HIDDEN, Encoder, PreferenceIds, ReadingRecords, ReadingResponses, encode_prompt, read_encoded)
-from fgrlhf.engine.config import Computation, arg, dispatch, run
+from fgrlhf.engine.config import Computation, arg, dispatch, refuse_unused, run
 from fgrlhf.engine.distributed import pick_device
 from fgrlhf.engine.encoding import Encoding, check_encoding
 from fgrlhf.engine.places import refuse_outputs
@@ -243,11 +243,7 @@ def win_rate(config: WinRateConfig) -> dict:
     for name in NEEDED[config.judge]:
         if getattr(config, name) is None:
             raise UserError(f"--judge {config.judge}: expected --{name} too")
-    for name in dict.fromkeys(name for names in USED.values() for name in names):
-        if name not in USED[config.judge] and getattr(config, name) != getattr(WinRateConfig, name):
-            users = " or ".join(judge for judge, names in USED.items() if name in names)
-            raise UserError(f"--{name}: expected --judge {users}, got --judge {config.judge}, "
-                            "which does not use it; leave it out")
+    refuse_unused(config, "judge", USED)
     if config.judgements:
         files = [config.judgements, *[str(cache_of(config.judgements))] * (config.judge == "llm")]
         refuse_outputs([("--judgements", file) for file in files],

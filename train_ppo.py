@@ -40,7 +40,7 @@ from fgrlhf.checks import accuracy, signs, startup
 from fgrlhf.data.fields import UserError
 from fgrlhf.encode import ReadingRecords, encode_prompt
 from fgrlhf.engine import distributed
-from fgrlhf.engine.config import Machinery, arg, parse, run
+from fgrlhf.engine.config import Machinery, arg, parse, refuse_unused, run
 from fgrlhf.engine.distributed import Sums, microbatches
 from fgrlhf.engine.draws import generator, permutation
 from fgrlhf.engine.encoding import Encoding
@@ -59,6 +59,11 @@ from fgrlhf.sequences import Scorer, Sequences, by_length
 from fgrlhf.simulate.oracle import OracleJudge
 from fgrlhf.simulate.world import world_arg
 from fgrlhf.tokenizer import Tokenizer
+
+
+# The flags that each method uses, of those that not every method uses.
+USED = {"fine-grained": ("standardise",), **dict.fromkeys(GROUPED, ("standardise", "group")),
+        "rlhf": ("gae_lambda", "value_lr", "value_clip", "save_critic")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,8 +355,10 @@ def check_flags(config: Config) -> None:
     for name in ("gamma", "gae_lambda"):
         if getattr(config, name) > 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected 0 to 1")
-    if config.save_critic and config.method != "rlhf":
-        raise UserError("--save-critic: expected --method rlhf, which has a critic")
+    refuse_unused(config, "method", USED)
+    if config.method in GROUPED and config.gamma:
+        raise UserError(f"--gamma {config.gamma}: expected --method fine-grained or rlhf; "
+                        f"{config.method} has one advantage per response")
     missing = [config.dev_prompts is None, config.dev_reference is None, config.world is None]
     if any(missing) and not all(missing):
         raise UserError("--dev-prompts, --dev-reference and --world: expected all three or none")

@@ -247,9 +247,11 @@ def check_flags(config: Config) -> None:
         raise UserError("--logp-feature and --likelihood: expected --kind token")
     if config.logp_feature and config.likelihood:
         raise UserError("--logp-feature and --likelihood: expected one of them")
-    if config.kind == "sequence" and config.loss != "ours":
-        raise UserError(f"--loss {config.loss}: expected --kind token; the sequence-level model is "
-                        "trained by Bradley-Terry, equation (2)")
+    for name, value in {"loss": "ours", **OURS._asdict()}.items():
+        if config.kind == "sequence" and getattr(config, name) != value:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected --kind "
+                            "token; the sequence-level model is trained by Bradley-Terry, equation "
+                            "(2)")
     if config.folds and (config.eval_edits or config.eval_pairs):
         raise UserError("--folds: expected without --eval-edits and --eval-pairs, because each "
                         "fold is judged on the records that it leaves out")

@@ -36,14 +36,14 @@ def runs(folder: Path, out: Path, resume: bool = False) -> dict:
         **{"muon_lr": 0.0} | more))
     ppo = lambda name, method, kind, **more: (train_ppo.train, train_ppo.Config(
         method=method, policy=model, reward=reward(kind), prompts=prompts, iterations=3, rollouts=7,
-        max_new_tokens=6, microbatch=2, lr=1e-3, value_lr=1e-3, skip_checks=True, **common(name),
+        max_new_tokens=6, microbatch=2, lr=1e-3, skip_checks=True, **common(name),
         **more))
     found = {"sft": (sft.train, sft.Config(data=data, model=model, batch=7, epochs=3, lr=1e-3,
                                            muon_lr=0.0, **common("sft"))),
              "rm-token": rm("rm-token", eval_edits=data),
              "rm-sequence": rm("rm-sequence", kind="sequence", muon_lr=1e-3),
              "fine-grained": ppo("fine-grained", "fine-grained", "token", epochs=1),
-             "rlhf": ppo("rlhf", "rlhf", "sequence", decode_batch=2),
+             "rlhf": ppo("rlhf", "rlhf", "sequence", value_lr=1e-3, decode_batch=2),
              "adapted": ppo("adapted", "fine-grained", "token", lora_rank=2, epochs=1,
                             minibatches=1)}
     if distributed.size() < 4:

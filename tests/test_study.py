@@ -1,5 +1,6 @@
 """The profile study: its stages, and its figures from files made by hand."""
 
+import importlib
 import json
 import math
 import random
@@ -10,6 +11,7 @@ import pytest
 
 from fgrlhf.data import records
 from fgrlhf.data.fields import UserError
+from fgrlhf.engine.config import parser
 from fgrlhf.reproduce import __main__ as reproduce, study, study_results
 from fgrlhf.reproduce.__main__ import Config, check_flags, main, show
 from fgrlhf.reproduce.chart import Curve, line_chart
@@ -17,7 +19,6 @@ from fgrlhf.reproduce.pipeline import Stage
 from fgrlhf.reproduce.stages import RATES, Seed
 from fgrlhf.reproduce.study_report import accuracies, positions, study_text
 from fgrlhf.simulate.world import World
-from fgrlhf.engine.config import parser
 from tests.test_readme import config_of
 
 
@@ -67,11 +68,12 @@ def test_a_knob_of_the_edits_shares_the_baseline_and_one_of_the_world_has_its_ow
 
 
 def rates(stage: Stage) -> dict[str, float]:
-    """The learning rates that a stage trains with."""
+    """The learning rates that a stage trains with. The critic's is only for rlhf."""
     words = ["python", *stage.command]
     config = parser(config_of(words)).parse_args(words[2 + (words[1] == "-m"):])
     return {f"--{name.replace('_', '-')}": value for name, value in vars(config).items()
-            if (name == "lr" or name.endswith("_lr")) and value is not None}
+            if (name == "lr" or name.endswith("_lr")) and value is not None
+            and (name != "value_lr" or config.method == "rlhf")}
 
 
 def test_sizes_multiply_every_learning_rate_by_the_widths():
@@ -83,7 +85,10 @@ def test_sizes_multiply_every_learning_rate_by_the_widths():
             factor = 2 if "size-0.1." in name else 0.5 if "size-1.6." in name else 0.25
             usual = rates(stages[name.rsplit(".", 1)[1]])
             assert rates(stage) == pytest.approx({k: v * factor for k, v in usual.items()}), name
-            assert set(usual) >= set(RATES[next(w for w in stage.command[:2] if w in RATES)])
+            trained = set(RATES[next(w for w in stage.command[:2] if w in RATES)])
+            if "rlhf" not in stage.command:
+                trained -= {"--value-lr"}
+            assert set(usual) >= trained
             found += 1
     assert found == 3 * (1 + 3 + 3 + 2)
     assert "--init tiny-384" in stages["seed3-size-6.5.sft"].text
@@ -124,7 +129,10 @@ def test_the_whole_study_has_every_stage_once_after_its_needs_and_with_flags_tha
             continue
         tried.add(form)
         subcommand = words[1] == "eval.py" or words[2] == "fgrlhf.simulate"
-        parser(config_of(words)).parse_args(words[2 + (words[1] == "-m") + subcommand:])
+        flags = words[2 + (words[1] == "-m") + subcommand:]
+        config = config_of(words)(**vars(parser(config_of(words)).parse_args(flags)))
+        if words[1] in ("train_ppo.py", "train_rm.py"):
+            importlib.import_module(words[1].removesuffix(".py")).check_flags(config)
 
 
 def test_flags_of_the_study_are_refused_elsewhere_and_an_unknown_knob_is_named():

@@ -308,7 +308,11 @@ def test_prompts_of_takes_every_prompt_once_before_any_twice(folder):
     ({"mask_truncated": True, "missing_eos_penalty": 1.0}, "--mask-truncated and --missing-eos"),
     ({"temperature": 0.0}, "--temperature"), ({"world": 1}, "--dev-prompts"),
     ({"gae_lambda": 7.0}, "--gae-lambda 7.0: expected 0 to 1"), ({"gamma": 1.5}, "--gamma"),
-    ({"save_critic": True}, "--save-critic: expected --method rlhf")])
+    ({"save_critic": True}, "--save-critic: expected --method rlhf"),
+    ({"value_lr": 1e-3}, "--value-lr: expected --method rlhf"),
+    ({"group": 2}, "--group: expected --method rloo or grpo"),
+    ({"method": "rlhf", "standardise": "none"}, "--standardise: expected --method fine-grained or"),
+    ({"method": "grpo", "group": 2, "gamma": 0.5}, "--gamma 0.5: expected --method fine-grained")])
 def test_flags_that_contradict_one_another_are_refused(changes, flag, folder, tmp_path):
     with pytest.raises(UserError, match=flag):
         train_ppo.train(config(folder, out=str(tmp_path / "a"), **changes))

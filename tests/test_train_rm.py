@@ -127,6 +127,7 @@ def test_shuffle_labels_swaps_about_half_the_records_and_only_in_training(monkey
     (("--hidden-states", "x.pt"), "--hidden-states: expected with --freeze"),
     (("--logp-feature", "--likelihood"), "--logp-feature and --likelihood: expected one of them"),
     (("--kind", "sequence", "--loss", "tlcr"), "--loss tlcr: expected --kind token"),
+    (("--kind", "sequence", "--u0-weight", "1"), "--u0-weight 1.0: expected --kind token"),
     (("--folds", "3"), "--folds: expected without --eval-edits"),
     (("--layer", "1", "--likelihood"), "--layer and --freeze: expected without")])
 def test_flags_that_do_not_go_together_are_refused(flags, expected, root, tmp_path):

@@ -182,6 +182,20 @@ def parse(config: type, description: str = "", argv: list[str] | None = None,
     return parsed
 
 
+def refuse_unused(config, chooser: str, used: dict[str, tuple[str, ...]]) -> None:
+    """Raises UserError for a flag that what the user chose does not use.
+
+    chooser: the flag of the choice, such as method or judge. used: choice -> the flags that it
+    uses, of those that not every choice uses. A flag with its default value is not noticed.
+    """
+    choice = getattr(config, chooser)
+    for name in dict.fromkeys(name for names in used.values() for name in names):
+        if name not in used[choice] and getattr(config, name) != getattr(type(config), name):
+            users = " or ".join(other for other, names in used.items() if name in names)
+            raise UserError(f"--{name.replace('_', '-')}: expected --{chooser} {users}, got "
+                            f"--{chooser} {choice}, which does not use it; leave it out")
+
+
 def dispatch(commands: dict[str, tuple[type, Callable]], description: str):
     """Runs the command that the first argument names: {name: (its Config, its function)}."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""

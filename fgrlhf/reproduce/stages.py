@@ -153,6 +153,8 @@ def multiply_rates(stage: Stage, factor: float) -> Stage:
         return stage
     words = list(stage.command)
     for flag, rate in RATES[script].items():
+        if flag == "--value-lr" and "rlhf" not in words:            # there is no critic
+            continue
         if flag in words:                                           # the last one counts
             rate = float(words[len(words) - words[::-1].index(flag)])
         words += [flag, f"{rate * factor:g}"]
