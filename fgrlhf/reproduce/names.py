@@ -72,7 +72,7 @@ NOTES = ["The world is built in: it shows the mechanism, not that a 7B model gai
          "imitates the edits, DPO + SFT also compares them with the originals; both use no reward "
          "model. Two answers with equally many errors are not annotated, unless a row says so.",
          "PPO runs are tested with the checkpoint that was best on dev prompts; SFT and imitation "
-         "with the last one.",
-         "The imperfect editor misses 30% of the errors and makes a needless edit in 10% of the "
-         "answers. The editor with a style brings every sentence of 30% of the answers into one "
-         "wording."]
+         "with the last one."]
+IMPERFECT_EDITORS = ("The imperfect editor misses 30% of the errors and makes a needless edit in "
+                     "10% of the answers. The editor with a style brings every sentence of 30% of "
+                     "the answers into one wording.")

@@ -17,7 +17,7 @@ from fgrlhf.data.readers import read_outputs
 from fgrlhf.evaluate import bootstrap, compare, over_seeds
 from fgrlhf.reproduce.examples import examples
 from fgrlhf.reproduce.names import (
-    COMPARED, NOTES, PAPER, REWARD_METRICS, REWARD_MODELS, SYSTEMS, WORDED)
+    COMPARED, IMPERFECT_EDITORS, NOTES, PAPER, REWARD_METRICS, REWARD_MODELS, SYSTEMS, WORDED)
 from fgrlhf.reproduce.stages import ANNOTATIONS, FEWER, TEMPERATURES
 from fgrlhf.simulate.advantages import PLACES
 from fgrlhf.simulate.annotators import wordings
@@ -325,6 +325,8 @@ def collect(profile: str, folders: list[Path]) -> dict:
     if profile == "sweep":
         return head | {"systems": sweep_table(folders), "reward_models": reward_models(folders)}
     present = [s for s in SYSTEMS if (folders[0] / "outputs" / f"{s}-test.json").exists()]
+    if any(SYSTEMS[system][1] == "imperfect editor" for system in present):
+        head["notes"] = [*NOTES, IMPERFECT_EDITORS]
     tests = {system: [tested(folder, system) for folder in folders] for system in present}
     systems = {}
     for system, runs in tests.items():
