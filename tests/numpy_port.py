@@ -647,7 +647,8 @@ def ppo_step(model, tokens, prompt_lengths, response_lengths, logp_old, logp_ref
 
 def function_of(case):
     """Finds the function of a case by its name. Variants of a case differ only in their options."""
-    for ending in ("-per-token", "-kept", "-paper", "-share", "-one-token", "-rms", "-mean-std"):
+    for ending in ("-ours", "-per-token", "-kept", "-paper", "-share", "-one-token", "-rms",
+                   "-mean-std"):
         case = case.removesuffix(ending)
     return globals()[case.replace("-", "_")]
 

@@ -278,6 +278,23 @@ PLANTS = {
             'if reduce == "mean"',
             "if True"),
     },
+    "token-loss-ours": {
+        "shift: the sides of U0 swapped": (
+            "for side in (1, 2)]",
+            "for side in (2, 1)]"),
+        "mask: only pairs with both sides": (
+            "counted = plus_mask.any(-1) | minus_mask.any(-1)",
+            "counted = plus_mask.any(-1) & minus_mask.any(-1)"),
+        "sign: margin": (
+            "margin = sums[0] - sums[1]",
+            "margin = sums[1] - sums[0]"),
+        "scale: the token term divided by pairs": (
+            "token_weight * token / tokens",
+            "token_weight * token / pairs"),
+        "scale: a squared difference over U0": (
+            '"anchor": lambda: ((a * a + b * b) / 2, (a, b))',
+            '"anchor": lambda: ((a - b) ** 2, (2 * (a - b), 2 * (b - a)))'),
+    },
     "token-loss": {
         "shift: U0 of the rejected side": (
             "unchanged[:, side]) for",

@@ -24,6 +24,7 @@ from kernels import (
     clipped_surrogate, exact_kl as divergence, linear_cross_entropy, linear_logp as likelihood,
     linear_ppo as surrogate, token_preference)
 from tests.numpy_port import function_of
+from train_rm import LOSSES
 
 SIZES = {"dim": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 20, "ffn_dim": 14}
 
@@ -302,3 +303,11 @@ def test_the_project_passes_every_fixture(folder, dtype):
     assert [v for v in verdicts if v.verdict != "pass"] == []
     if dtype == torch.float64:
         assert max(v.relative for v in verdicts) < 1e-12
+
+
+def test_the_losses_of_the_cases_are_those_of_train_rm(folder):
+    cases = {case["name"]: case["options"]
+             for case in json.loads((folder / "manifest.json").read_text())["cases"]}
+    for case, loss in (("token-loss-ours", "ours"), ("token-loss-paper", "paper"),
+                       ("token-loss-share", "paper-u1")):
+        assert token_preference.Options(**cases[case]) == LOSSES[loss]

@@ -195,7 +195,8 @@ def word_case() -> Case:
         "align-word", "2.1", "U0, U1-, U1+",
         "Alignment of words. A word is a stretch without whitespace. In Thai, Chinese characters "
         "and hiragana, which are written without blanks, each character with the combining marks "
-        "behind it is a word. Words match when they are equal in lower case and without the "
+        "behind it is a word (the project does the same in Lao, Burmese, Khmer and katakana, which "
+        "this case does not have). Words match when they are equal in lower case and without the "
         "characters at their ends that are no letter, number or mark (Unicode L, N, M); a word "
         "without any letter, number or mark is compared whole. Lower case and whitespace are those "
         "of Python's str.lower and str.isspace. The moves are match, delete and insert: there is "

@@ -66,7 +66,8 @@ def sampling() -> Case:
     assert tokens == wanted
     return Case("inverse-cdf", "2.2", "pi_old",
                 "Sampling. token [N]: the first token whose cumulative probability under "
-                "softmax(logits) exceeds uniform.", {},
+                "softmax(logits) exceeds uniform. Add up in float64; if rounding leaves no such "
+                "token, take the last one.", {},
                 {"logits": logits, "uniform": number(uniform)},
                 {"token": torch.tensor(tokens)})
 

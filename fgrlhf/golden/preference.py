@@ -80,6 +80,10 @@ def cases() -> list[Case]:
               "of -log sigmoid(margin) over the pairs with a True in one of their masks. Means "
               "are over the whole batch. ")
     paper = " u0 = token = 0. loss = bt, with gradients to both rewards."
+    anchor = "u0 = u0_weight / 2 mean_U0 (r_j+^2 + r_i-^2). "
+    token = ("token = token_weight times the mean over all tokens of U1 of -log sigmoid(r_t) on "
+             "U1+ and -log sigmoid(-r_t) on U1-. loss = bt + u0 + token, with gradients to both "
+             "rewards.")
     return [
         token_loss("token-loss-paper", "(1), (2)", common.format(
                    ", with the mean over all tokens of a side, changed or not, in place of each "
@@ -89,19 +93,16 @@ def cases() -> list[Case]:
         token_loss("token-loss-share", "(2), on U1", common.format(
                    ", each sum divided by the length of its side") + paper,
                    {"reduce": "share", "u0": "difference", "u0_weight": 0.0, "token_weight": 0.0}),
-        token_loss("token-loss", "(4)", common.format("") + "u0 = u0_weight mean_U0 (r_j+ - "
-                   "r_i-)^2. token = 0. loss = bt + u0, with gradients to both rewards.",
+        token_loss("token-loss-ours", "(4)", common.format("") + anchor + token,
+                   {"reduce": "sum", "u0": "anchor", "u0_weight": 0.02, "token_weight": 1.0}),
+        token_loss("token-loss", "(4), variant", common.format("") + "u0 = u0_weight mean_U0 "
+                   "(r_j+ - r_i-)^2. token = 0. loss = bt + u0, with gradients to both rewards.",
                    {"reduce": "sum", "u0": "difference", "u0_weight": 0.5, "token_weight": 0.0}),
         token_loss("token-loss-per-token", "(4), variant", common.format(
-                   " with means in place of both sums") + "u0 = u0_weight / 2 mean_U0 (r_j+^2 + "
-                   "r_i-^2). token = token_weight times the mean over all tokens of U1 of -log "
-                   "sigmoid(r_t) on U1+ and -log sigmoid(-r_t) on U1-. loss = bt + u0 + token, "
-                   "with gradients to both rewards.",
+                   " with means in place of both sums") + anchor + token,
                    {"reduce": "mean", "u0": "anchor", "u0_weight": 0.25, "token_weight": 1.5}),
         token_loss("token-loss-kept", "(4), variant", common.format("") + "u0 = u0_weight / 2 "
                    "mean_U0 (-log sigmoid(r_j+) - log sigmoid(r_i-)): unchanged tokens are "
-                   "rewarded like those that the editor wrote. token = token_weight times the "
-                   "mean over all tokens of U1 of -log sigmoid(r_t) on U1+ and -log "
-                   "sigmoid(-r_t) on U1-. loss = bt + u0 + token, with gradients to both rewards.",
+                   "rewarded like those that the editor wrote. " + token,
                    {"reduce": "sum", "u0": "kept", "u0_weight": 0.75, "token_weight": 0.5}),
         sequence_loss()]
