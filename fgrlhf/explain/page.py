@@ -18,9 +18,9 @@ def explained_page(records: Sequence[Explained]) -> Html:
         "reward: blue means above 0, orange below 0. ", tag("del", "Struck out", class_="out"),
         " is U1\N{MINUS SIGN}, ", tag("ins", "underlined", class_="in"), " is U1+. ",
         tag("u", "Dotted", class_="gap"), " is also in U1: the token is credited with text that is "
-        "missing, or that was taken out, in front of it. The rest is U0. The tables have the "
-        "numbers of equations (1) to (7). ", tag("code", "python -m fgrlhf.explain"),
-        " prints the same for any record.")
+        "missing, or that was taken out, in front of it. The rest is U0, or in no set. The "
+        "tables have the numbers of equations (1) to (7). ",
+        tag("code", "python -m fgrlhf.explain"), " prints the same for any record.")
     return section("One edit in every equation", legend, [_record(one) for one in records])
 
 

@@ -58,7 +58,10 @@ def _texts(explained: Explained, colour: bool) -> str:
             shown += _paint(left + visible(text) + right, BOLD + code, colour)
             used.append(LEGEND[kind, name])
         rows.append(f"{label}  {shown}")
-    return "\n".join([*rows, "", "    " + "   ".join([*dict.fromkeys(used), "the rest: U0"])])
+    partners = any(name == "" for side in (explained.rejected, explained.chosen)
+                   for name in side.sets)               # of tokens that the gap rule took out of U0
+    rest = "the rest: U0" + (", or in no set" if partners else "")
+    return "\n".join([*rows, "", "    " + "   ".join([*dict.fromkeys(used), rest])])
 
 
 def _bar(value: float, largest: float) -> str:
