@@ -30,7 +30,7 @@ import json
 import sys
 from collections import Counter
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -72,7 +72,10 @@ from fgrlhf.tokenizer import Tokenizer
 NEEDED = {"oracle": ("outputs", "reference", "world"), "reward": ("outputs", "reference", "reward"),
           "llm": ("outputs", "reference", "model", "judgements"),
           "human": ("outputs", "reference", "judgements"), "annotations": ("annotations",)}
-USED = NEEDED | {"human": (*NEEDED["human"], "limit", "judges")}
+USED = NEEDED | {
+    "reward": (*NEEDED["reward"], "template"),
+    "llm": (*NEEDED["llm"], *(field.name for field in fields(Options))),
+    "human": (*NEEDED["human"], "limit", "judges", *(f.name for f in fields(human.Options)))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +144,7 @@ def outputs(config: OutputsConfig) -> dict:
     wanted = [("--out", config.out, config.temperature)]
     if config.greedy_out:
         wanted.append(("--greedy-out", config.greedy_out, 0.0))
-    for temperature in filter(None, config.temperatures.split(",")):
+    for temperature in filter(None, map(str.strip, config.temperatures.split(","))):
         file = out.parent / f"{out.stem}-{temperature}{out.suffix}"
         wanted.append(("--temperatures", str(file), positive(temperature)))
     if (config.best_of > 1) != (config.reward is not None):
@@ -164,18 +167,19 @@ def outputs(config: OutputsConfig) -> dict:
     fitting = lambda prompt: encode_prompt(tokenizer, prompt, config.template,
                                            context - config.max_new_tokens) and prompt
     prompts = each(prompts, fitting, config.on_bad_record, config.prompts)
+    chooser = reward_model_of(config, device) if config.reward else None
     policy, counts = load_model(config.policy, device, getattr(torch, config.dtype)), Counter()
     ask = lambda temperature, purpose="answers": answers(
         policy, tokenizer, prompts, config.template, config.max_new_tokens, temperature,
         config.seed, str(config.policy), config.batch, purpose, counts)
     for _, path, temperature in wanted:
         found = ask(temperature)
-        if config.reward and temperature:
+        if chooser and temperature:
             tries = [found, *(ask(temperature, f"try {k}") for k in range(2, config.best_of + 1))]
-            found = best_of(*reward_model_of(config, device), tries)
+            found = best_of(*chooser, tries)
         write_outputs(path, found)
     if cut := counts["cut"]:
-        print(f"{cut} of {counts['answers']} sampled answers are cut at --max-new-tokens "
+        print(f"{cut} of {counts['answers']} answers are cut at --max-new-tokens "
               f"{config.max_new_tokens}, before they end", file=sys.stderr)
     return {"outputs": len(prompts), "out": [path for _, path, _ in wanted]}
 

@@ -101,7 +101,7 @@ class Config(ReadingRecords, Machinery):                # and --template, --seed
     lr: float = arg(1.2e-3, least=0, help="Adam's learning rate")
     warmup: int = arg(5, least=0, help="warm-up steps")
     lr_decay: bool = arg(False, help="after warm-up, let the learning rates fall linearly to 0 at "
-                         "the last iteration")
+                         "the last planned update")
     max_kl: float = arg(0.0, least=0, help="end the updates above this KL(old || new); 0: never")
     gae_lambda: float = arg(0.95, least=0, help="rlhf: lambda of GAE")
     value_lr: float = arg(6e-4, least=0, help="rlhf: the critic's learning rate")
@@ -275,7 +275,7 @@ def update(config: Config, players: Players, batch: Batch, iteration: int) -> di
                 # equation (7)
                 out = policy_loss(players.policy, b.sequences, b.logp_old, b.advantages,
                                   config.clip_eps, config.temperature, tokens)
-                if epoch == 0 and not done:
+                if epoch == 0 and not done and weight:
                     check_first_ratio(out.logp, b.logp_old[b.sequences.response_mask])
                 (weight * out.loss).backward()
                 sums.add(weight, {"ppo/loss": out.loss, "ppo/clip_fraction": out.clip_fraction,

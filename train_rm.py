@@ -215,7 +215,8 @@ def cross_validate(config: Config, records: list, examples: list[PreferenceIds],
     judge = lambda model, rows: judge_preferences(model, [records[i] for i in rows],
                                                   [examples[i] for i in rows], tokenizer)
     for k, held_out in enumerate(folds):
-        inside = [i for i in range(len(records)) if i not in set(held_out)]
+        outside = set(held_out)
+        inside = [i for i in range(len(records)) if i not in outside]
         model = new_model(config, device, frozen)
         if not config.likelihood:
             fit(config, model, [examples[i] for i in inside], FoldRun(log),
@@ -265,6 +266,14 @@ def check_flags(config: Config) -> None:
     if config.freeze and config.head_lr is not None:
         raise UserError("--head-lr: expected without --freeze, which trains only the head; its "
                         "rate is then --lr")
+    for flag, unused in (("likelihood", ("loss", "epochs", "batch", "lr", "head_lr", "muon_lr",
+                                         "warmup", "lora_rank", "shuffle_labels")),
+                         ("freeze", ("muon_lr", "checkpoint_activations"))):
+        for name in unused:
+            if getattr(config, flag) and getattr(config, name) != getattr(Config, name):
+                raise UserError(f"--{name.replace('_', '-')}: expected without --{flag}, which "
+                                f"trains {'nothing' if flag == 'likelihood' else 'only the head'}; "
+                                "leave it out")
     if config.hidden_states and not config.freeze:
         raise UserError("--hidden-states: expected with --freeze, because hidden states change "
                         "when the trunk is trained")
@@ -304,6 +313,7 @@ def train(config: Config) -> None:
     model = new_model(config, device, frozen)
     if not config.likelihood:
         fit(config, model, examples, log, f"reward model, {config.kind}")
+    log.open()                                  # for a run without steps; --resume then knows it
     with distributed.gathered(model):
         model.calibrate([pack([p.prompt], [p.rejected], device=device)
                          for p in examples[:CALIBRATION_RECORDS]])

@@ -269,14 +269,15 @@ def save_model(model: LLaMA, path: str | Path, layout: str = "meta",
         _check_fit(tokenizer.path, tokenizer.vocab_size, model.config)
     folder = Path(path)
     _check_other_tokenizer(tokenizer, folder)
-    own = None if lora.adapters(model) else folder / (
-        "consolidated.00.pth" if layout == "meta" else "model.safetensors")
-    for other in weight_files(folder, "meta") + weight_files(folder, "hf"):
+    adapted = bool(lora.adapters(model))
+    own = folder / ("adapters.json" if adapted else
+                    "consolidated.00.pth" if layout == "meta" else "model.safetensors")
+    for other in _held(folder):
         if other != own:
             raise UserError(f"{folder}: already holds {other.name}; choose an empty folder")
     if encoding is not None:
         write_encoding(folder, encoding)
-    if own is None:
+    if adapted:
         _write_tokenizer(tokenizer, folder, model.config.max_seq_len)
         lora.save(model, folder, model.base)
         return
@@ -295,6 +296,12 @@ def save_model(model: LLaMA, path: str | Path, layout: str = "meta",
     _write_tokenizer(tokenizer, folder, model.config.max_seq_len)
     for name, values in settings.items():
         _write_json(folder / name, values)
+
+
+def _held(folder: Path) -> list[Path]:
+    """Returns the files of a folder from which a reader would load weights or adapters."""
+    adapters = [folder / "adapters.json"] if lora.is_folder(folder) else []
+    return adapters + weight_files(folder, "meta") + weight_files(folder, "hf")
 
 
 def _write_json(path: Path, values: dict) -> None:
@@ -357,7 +364,7 @@ class ExportConfig:
 
 def export(config: ExportConfig) -> None:
     """Writes a model folder in another layout. encoding.json, if there is one, goes along."""
-    for held in weight_files(Path(config.out), "meta") + weight_files(Path(config.out), "hf"):
+    for held in _held(Path(config.out)):
         raise UserError(f"--out {config.out}: already holds {held.name}; choose an empty folder")
     tokenizer = load_tokenizer(config.model) if config.tokenizer else None
     dtype = config.dtype and getattr(torch, config.dtype)

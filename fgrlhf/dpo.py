@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fgrlhf.checkpoint import load_model, load_to_train, load_tokenizer, save_model
+from fgrlhf.checkpoint import load_to_train, load_tokenizer, save_model
 from fgrlhf.encode import Encoder, ReadingResponses, read_encoded
 from fgrlhf.engine import distributed
 from fgrlhf.engine.config import Machinery, arg, parse, run
@@ -86,8 +86,8 @@ def train(config: Config) -> None:
     check_encoding(config.model, template=config.template)
     check_template(tokenizer, config.template, trains=True)
     log = Run(config, tokenizer.sha256, ("data", "model"))      # refuses an --out that is in use
-    start = load_model(config.model, device, dtype)
-    encoder = Encoder(tokenizer, start.config.max_seq_len, config.template, config.prompt_tokens,
+    model = load_to_train(config.model, device, dtype, config.lora_rank, config.seed)
+    encoder = Encoder(tokenizer, model.config.max_seq_len, config.template, config.prompt_tokens,
                       config.cut_responses)
     _, pairs = read_encoded(config.data, encoder, config.normalise, config.limit,
                             config.on_bad_record)
@@ -95,9 +95,7 @@ def train(config: Config) -> None:
     n = len(pairs)
     both = pack([p.prompt for p in pairs] * 2,
                 [p.chosen for p in pairs] + [p.rejected for p in pairs])    # 2n rows, on the CPU
-    reference = reference_logp(start, both)
-    model = start if not config.lora_rank else load_to_train(config.model, device, dtype,
-                                                             config.lora_rank, config.seed)
+    reference = reference_logp(model, both)                 # before the first step
     lengths = torch.stack(both.lengths.chunk(2)).amax(0).tolist()
     steps = config.epochs * -(-n // config.batch)
     model.activation_checkpointing = config.checkpoint_activations

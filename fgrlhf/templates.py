@@ -169,7 +169,8 @@ def template_arg(default: str | None, help: str = "how a record becomes a prompt
 
 def shows_context(template: str) -> bool:
     """Tells whether prompts show the passages of a record."""
-    return "{context}" in find_template(template).with_input
+    found = find_template(template)
+    return "{context}" in found.with_input + found.without_input
 
 
 # ----- a record in a template ---------------------------------------------------------------------

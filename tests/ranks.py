@@ -35,9 +35,9 @@ def runs(folder: Path, out: Path, resume: bool = False) -> dict:
         data=data, model=model, batch=7, microbatch=2, epochs=3, lr=1e-3, **common(name),
         **{"muon_lr": 0.0} | more))
     ppo = lambda name, method, kind, **more: (train_ppo.train, train_ppo.Config(
-        method=method, policy=model, reward=reward(kind), prompts=prompts, iterations=3, rollouts=7,
+        method=method, policy=model, reward=reward(kind), prompts=prompts, iterations=3,
         max_new_tokens=6, microbatch=2, lr=1e-3, skip_checks=True, **common(name),
-        **more))
+        **{"rollouts": 7} | more))
     found = {"sft": (sft.train, sft.Config(data=data, model=model, batch=7, epochs=3, lr=1e-3,
                                            muon_lr=0.0, **common("sft"))),
              "rm-token": rm("rm-token", eval_edits=data),
@@ -49,7 +49,9 @@ def runs(folder: Path, out: Path, resume: bool = False) -> dict:
     if distributed.size() < 4:
         half = {"dtype": "bfloat16"}
         found |= {BF16 + "rm": rm(BF16 + "rm", **half),
-                  BF16 + "ppo": ppo(BF16 + "ppo", "fine-grained", "token", epochs=1, **half)}
+                  # 5 and 4 rows: one rank has a group more, and the other repeats a row
+                  BF16 + "ppo": ppo(BF16 + "ppo", "fine-grained", "token", epochs=1, rollouts=9,
+                                    minibatches=1, **half)}
     return found
 
 

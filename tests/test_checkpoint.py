@@ -11,7 +11,8 @@ import sys
 import pytest
 import torch
 
-from fgrlhf.checkpoint import load_model, load_tokenizer, save_model
+from fgrlhf.checkpoint import (
+    ExportConfig, export, load_adapted, load_model, load_tokenizer, save_model)
 from fgrlhf.data.fields import UserError
 from fgrlhf.engine.states import load_state, save_state
 from fgrlhf.layouts import huggingface, meta
@@ -98,6 +99,17 @@ def test_save_model_refuses_a_folder_with_another_checkpoint(tmp_path):
     save_model(variant(), tmp_path, "meta")
     with pytest.raises(UserError, match="already holds consolidated.00.pth"):
         save_model(variant(), tmp_path, "hf")
+
+
+def test_save_model_refuses_a_folder_of_adapters(tmp_path):
+    """A reader of the folder would take the adapters, not the weights."""
+    save_model(variant(), tmp_path / "trunk")
+    save_model(load_adapted(tmp_path / "trunk", "cpu", None, 2, 0), tmp_path / "adapted")
+    with pytest.raises(UserError, match="already holds adapters.json; choose an empty folder"):
+        save_model(variant(), tmp_path / "adapted")
+    with pytest.raises(UserError, match="already holds adapters.json; choose an empty folder"):
+        export(ExportConfig(model=str(tmp_path / "trunk"), out=str(tmp_path / "adapted")))
+    save_model(load_adapted(tmp_path / "trunk", "cpu", None, 2, 1), tmp_path / "adapted")
 
 
 def test_load_model_converts_dtype_and_gives_memory_of_its_own(tmp_path):

@@ -114,6 +114,21 @@ def test_require_stops_at_what_is_wrong_with_the_users_own_things(how, name, fol
     assert err[-1].startswith(f"FAIL  {name}") and all(x.startswith("pass") for x in err[:-1])
 
 
+def test_memory_is_that_of_what_is_decoded_at_once(folder):
+    s = subject(folder)._replace(rollouts=10**12)
+    assert not startup.memory_suffices(s).passed
+    assert startup.memory_suffices(s._replace(decode_batch=16)).passed
+
+
+def test_memory_that_ranks_give_back_counts_as_free(folder, monkeypatch):
+    """Whole models are there when the checks run; with two ranks each keeps half of them."""
+    s = subject(folder, "rlhf")
+    assert startup.freed(s, 1) == 0
+    size = sum(p.numel() * p.itemsize for model in (s.policy, s.ref, s.reward_model, s.critic)
+               for p in model.parameters())
+    assert startup.freed(s, 2) == size // 2
+
+
 @pytest.mark.parametrize("kind, unit", [("token", "token"), ("sequence", "response")])
 def test_a_constant_reward_model_is_called_constant(kind, unit, folder):
     """Calibration divides its rounding errors by a scale of nearly 0; they are still no reward."""

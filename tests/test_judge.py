@@ -234,6 +234,9 @@ def test_outputs_without_generator_are_named_after_their_file(tmp_path):
      "--judgements: expected --judge llm or human, got --judge reward"),
     ("llm", ("--model", "m", "--judgements", "j", "--judges", 2), "--judges: expected --judge hum"),
     ("oracle", ("--world", 0, "--reward", "r"), "--reward: expected --judge reward, got"),
+    ("oracle", ("--world", 0, "--template", "chatml"), "--template: expected --judge reward, got"),
+    ("oracle", ("--world", 0, "--base-url", "u"), "--base-url: expected --judge llm, got"),
+    ("oracle", ("--world", 0, "--annotator", "me"), "--annotator: expected --judge human, got"),
     ("human", ("--judgements", "a.json"), "--judgements a.json: .* the path of --outputs;"),
     ("llm", ("--model", "m", "--judgements", "b.cache.json"), "--judgements b.cache.json: .*--ref"),
     ("llm", ("--model", "m", "--judgements", "b.json"),
@@ -545,17 +548,21 @@ def test_outputs_asks_for_no_more_tokens_than_the_context_holds(folder):
     assert [o.instruction for o in read_outputs(folder / "out.json")] == ["Name it."]
 
 
-def test_outputs_writes_every_temperature_and_the_best_of_n(folder):
+def test_outputs_writes_every_temperature_and_the_best_of_n(folder, monkeypatch):
     """Each file is what a command with that temperature writes."""
     flags = ("--policy", folder / "policy", "--prompts", folder / "prompts.jsonl",
              "--max-new-tokens", 8, "--out")
     ask = lambda *more: evaluated("outputs", evaluation.OutputsConfig, *flags, *more)
-    ask(folder / "t.json", "--temperatures", "0.7,3")
+    ask(folder / "t.json", "--temperatures", "0.7, 3")
     ask(folder / "alone.json", "--temperature", 0.7)
     assert (folder / "t-0.7.json").read_bytes() == (folder / "alone.json").read_bytes()
     assert (folder / "t-3.json").exists()
     ask(folder / "best.json", "--best-of", 3, "--reward", folder / "reward")
     assert len(read_outputs(folder / "best.json")) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "answers", None)          # refused before anything is sampled
+        with pytest.raises(UserError, match="policy: expected a reward model folder"):
+            ask(folder / "no.json", "--best-of", 2, "--reward", folder / "policy")
     for wrong in (("--temperatures", "0.7,hot"), ("--best-of", 2), ("--reward", folder / "reward"),
                   ("--best-of", 4, "--reward", folder / "reward", "--temperature", 0)):
         with pytest.raises(UserError, match=f"{wrong[0]}.*: expected"):
@@ -608,7 +615,7 @@ def test_outputs_says_how_many_answers_are_cut(folder, tokenizer, monkeypatch, c
     ask = lambda *more: evaluated("outputs", evaluation.OutputsConfig, "--policy",
                                   folder / "policy", "--prompts", folder / "two.jsonl", "--out",
                                   folder / "cut.json", "--max-new-tokens", 8, *more)
-    said = "{} sampled answers are cut at --max-new-tokens 8, before they end\n".format
+    said = "{} answers are cut at --max-new-tokens 8, before they end\n".format
     assert ask()["outputs"] == 2 and capsys.readouterr().err == said("1 of 2")
     ask("--temperatures", "0.7", "--greedy-out", folder / "cut-greedy.json")
     assert capsys.readouterr().err == said("3 of 6")

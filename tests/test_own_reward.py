@@ -69,12 +69,12 @@ def test_numbers_per_token_are_the_rewards_of_their_tokens(folder, tmp_path, wri
     assert {"policy", "prompts", "tokenizer", "my_rewards.py"} == set(inputs)
 
 
-@pytest.mark.parametrize("method", ["rlhf", "rloo"])
-def test_a_number_per_response_is_the_reward_of_its_last_token(method, folder, write, monkeypatch):
+@pytest.mark.parametrize("flags", [{"method": "rlhf"}, {"method": "rloo", "group": 3}])
+def test_a_number_per_response_is_the_reward_of_its_last_token(flags, folder, write, monkeypatch):
     write(PLANTED)
     tokenizer = load_tokenizer(folder / "policy")
-    seen = updates(monkeypatch, config(folder, out="a", method=method, group=3,
-                                       reward="my_rewards:spread"))
+    seen = updates(monkeypatch, config(folder, out="a", reward="my_rewards:spread",
+                                       **flags))
     assert len(seen) == 2
     for batch in seen:
         for b, (p, n) in enumerate(zip(*(part.tolist() for part in batch.sequences[1:]))):

@@ -200,10 +200,10 @@ def test_a_damaged_result_is_named_with_what_to_remove(folder):
                                         "folder of its run and its record in .*stages"):
         reproduce.collected(config, seeds)
     (folder / "seconds.json").write_text("1.5")
-    assert reproduce.wall_seconds(folder, 2.0) == 3.5
+    assert pipeline.wall_seconds(folder, 2.0) == 3.5
     (folder / "seconds.json").write_text("{")
     with pytest.raises(UserError, match="seconds.json: expected a number, got a damaged file"):
-        reproduce.wall_seconds(folder, 2.0)
+        pipeline.wall_seconds(folder, 2.0)
 
 
 def test_a_figure_that_a_run_does_not_have_is_null_in_the_results(folder):

@@ -13,7 +13,7 @@ from fgrlhf.engine.encoding import Encoding, write_encoding
 from fgrlhf.layouts.chat_template import advise, recognise
 from fgrlhf.sft import Config
 from fgrlhf.templates import (
-    TEMPLATES, check_template, end_of_turn, read_template, render_prompt)
+    TEMPLATES, check_template, end_of_turn, read_template, render_prompt, shows_context)
 from fgrlhf.tokenizer import Tokenizer, train
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>",
@@ -138,6 +138,8 @@ def test_a_file_has_a_part_for_records_without_input(tmp_path):
     assert render_prompt(Prompt("p", "How?", "1"), mine) == "Q How? I 1 A"
     assert render_prompt(Prompt("p", "How?"), mine) == render_prompt(Prompt("p", "How?", ""), mine)
     assert render_prompt(Prompt("p", "How?"), mine) == "Q How?:"
+    assert not shows_context(mine)
+    assert shows_context("Q {prompt} {input}\n--- without input ---\n{context} Q {prompt}")
 
 
 def test_a_path_may_be_a_trained_model_folder(tmp_path):

@@ -117,7 +117,8 @@ def test_masked_responses_are_in_no_mean_and_in_no_loss(folder, tmp_path, monkey
     """With learning rate 0 the ratio is 1, so (7) is -mean A, and L_V is mean (G - V)^2 / 2."""
     settings = config(folder, out=str(tmp_path / "a"), method=method, reward=str(folder / kind),
                       mask_truncated=True, rollouts=12, max_new_tokens=24, epochs=1,
-                      minibatches=1, lr=0.0, value_lr=0.0, beta=0.7, gae_lambda=0.8)
+                      minibatches=1, lr=0.0, beta=0.7,
+                      **{"value_lr": 0.0, "gae_lambda": 0.8} if method == "rlhf" else {})
     seen = updates(monkeypatch, settings)
     lines = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").open()]
     for batch, line in zip(seen, lines, strict=True):
@@ -163,6 +164,21 @@ def test_an_iteration_whose_responses_are_all_masked_leaves_the_policy_as_it_is(
     before = load_model(folder / "policy").state_dict()
     after = load_model(tmp_path / "a/policy").state_dict()
     assert all(torch.equal(x, after[name]) for name, x in before.items())
+
+
+def test_a_row_repeated_with_weight_0_is_not_checked_for_its_ratio(folder, tmp_path, monkeypatch):
+    """In bfloat16 its logp_old was scored in a group of another shape, so its ratio is not 1."""
+    checked, groups = [], train_ppo.microbatches
+
+    def with_a_repeated_row(rows, *rest):
+        yield from groups(rows, *rest)
+        yield torch.tensor(rows[:1]), 0.0
+    monkeypatch.setattr(train_ppo, "microbatches", with_a_repeated_row)
+    monkeypatch.setattr(train_ppo, "check_first_ratio",
+                        lambda logp, logp_old, **more: more or checked.append(len(logp)))
+    seen = updates(monkeypatch, config(folder, out=str(tmp_path / "a"), iterations=1))
+    rows = train_ppo.minibatches(config(folder), 1, 0, seen[0].updated_rows())[0]
+    assert sum(checked) == seen[0].mask[rows].sum()
 
 
 def test_in_bfloat16_masked_responses_are_scored_apart_from_those_of_an_update(folder):

@@ -120,7 +120,24 @@ def test_shuffle_labels_swaps_about_half_the_records_and_only_in_training(monkey
     assert all(p == (pair.swapped() if s else pair) for p, pair, s in zip(seen, pairs, swapped))
 
 
+def test_an_interrupted_run_without_training_resumes(root, tmp_path, monkeypatch):
+    """The log-likelihood as reward has no steps, so only `open` makes the folder a run's."""
+    run = lambda *more: train_rm.train(parse(train_rm.Config, "", [
+        "--data", f"{root}/edits.jsonl", "--model", f"{root}/policy", "--likelihood",
+        "--eval-edits", f"{root}/edits.jsonl", "--out", str(tmp_path / "out"), *more]))
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_rm, "judge_preferences", interrupted)
+        run()
+    assert (tmp_path / "out/reward").exists()
+    run("--resume")
+    assert (tmp_path / "out/done.json").exists()
+
+
 @pytest.mark.parametrize("flags, expected", [
+    (("--likelihood",), "--epochs: expected without --likelihood, which trains nothing"),
+    (("--freeze", "--muon-lr", "1"), "--muon-lr: expected without --freeze, which trains only the"),
     (("--layer", "3"), "--layer 3: expected 1 to 2, the blocks"),
     (("--freeze", "--lora-rank", "2"), "--freeze: expected without --lora-rank"),
     (("--freeze", "--head-lr", "1e-3"), "--head-lr: expected without --freeze"),

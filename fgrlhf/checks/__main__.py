@@ -35,6 +35,9 @@ class Config(ReadingRecords, Computation):
     beta: float = arg(0.5, least=0, help="KL coefficient of the planned run")
     rollouts: int = arg(64, least=1, help="responses per iteration of the planned run")
     microbatch: int = arg(16, least=0, help="responses per forward pass of the planned run")
+    decode_batch: int = arg(0, least=0, help="responses decoded at once in the planned run; 0: all")
+    offload: bool = arg(False, help="the planned run has --offload")
+    checkpoint_activations: bool = arg(False, help="the planned run has --checkpoint-activations")
     lora_rank: int = arg(0, least=0, help="rank of the adapters of the planned run; 0: none")
     seed: int = arg(0, help="seed of the sampled responses")
 

@@ -39,6 +39,9 @@ class Subject(NamedTuple):
     microbatch: int                     # sequences per forward pass
     critic: nn.Module | None = None
     rounding: Rounding = Rounding(True)
+    decode_batch: int = 0               # responses decoded at once; 0: all
+    offload: bool = False               # reference and reward model in host memory between uses
+    checkpoint_activations: bool = False
 
 
 class Check(NamedTuple):

@@ -18,11 +18,12 @@ import torch
 from fgrlhf.checks import rounding, rules
 from fgrlhf.checks.rules import Check, Subject
 from fgrlhf.data.fields import UserError
+from fgrlhf.engine import distributed, lora
 from fgrlhf.engine.draws import generator
 from fgrlhf.engine.players import Players
 from fgrlhf.model import LLaMA
 from fgrlhf.own_reward import OwnReward
-from fgrlhf.plan import memory
+from fgrlhf.plan.__main__ import Config as Plan, held, passing
 from fgrlhf.rollout import sample
 from fgrlhf.sequences import score
 
@@ -37,7 +38,9 @@ def subject(config, players: Players) -> Subject:
     """Collects what the checks need of a PPO run; `config` is that of train_ppo.py."""
     return Subject(players.policy, players.ref, players.reward_model, players.tokenizer,
                    players.prompts, config.max_new_tokens, config.temperature, config.beta,
-                   config.rollouts, config.microbatch, players.critic)
+                   config.rollouts, config.microbatch, players.critic,
+                   decode_batch=config.decode_batch, offload=config.offload,
+                   checkpoint_activations=config.checkpoint_activations)
 
 
 def trunks(s: Subject) -> list[LLaMA]:
@@ -68,23 +71,40 @@ def lengths_fit(s: Subject) -> Check:
 
 
 def memory_suffices(s: Subject) -> Check:
-    """Compares gradients, Adam's moments, KV cache and activations with the memory that is free."""
-    config, head = s.policy.config, s.policy.head
-    trainable = sum(p.numel() for p in s.policy.parameters() if p.requires_grad)
-    if s.critic is not None:
-        trainable += sum(p.numel() for p in s.critic.parameters() if p.requires_grad)
-    length = max(len(ids) for ids in s.prompts) + s.max_new_tokens
-    part = min(s.microbatch or s.rollouts, s.rollouts)
-    per_weight = 12 if head.itemsize >= 4 else 16       # gradient, two moments, and a master copy
-    needed = per_weight * trainable + memory.cache_bytes(config, s.rollouts, length, head.itemsize)
-    again = s.policy.activation_checkpointing
-    needed += memory.activation_bytes(config, part, length, head.itemsize, again)
-    needed += again * part * length * memory.block_bytes(config, head.itemsize)
+    """Compares what the run will allocate, as fgrlhf.plan computes it, with the free memory."""
+    head, ranks = s.policy.head, distributed.size()
+    rows = -(-s.rollouts // ranks)
+    adapters = lora.adapters(s.policy)
+    settings = Plan(
+        method="rlhf" if s.critic is not None else "fine-grained",
+        batch=ranks * min(s.decode_batch or rows, rows), microbatch=min(s.microbatch or rows, rows),
+        prompt=max(len(ids) for ids in s.prompts), response=s.max_new_tokens,
+        dtype=str(head.dtype).removeprefix("torch."), offload=s.offload, world_size=ranks,
+        lora_rank=min((min(p.shape) for p in adapters.values()), default=0),
+        checkpoint_activations=s.checkpoint_activations, device=head.device.type)
+    stays, phases = held(s.policy.config, settings), passing(s.policy.config, settings)
+    needed = stays["moments"] + stays["master copy"]
+    needed += max(sum(parts.values()) for parts in phases.values())
     there = free_bytes(head.device)
+    if there is not None:
+        there += freed(s, ranks)
     known = "unknown" if there is None else f"{there / 2**30:.2f}"
     return Check(there is None or needed <= there,
-                 f"at most {needed / 2**30:.2f} GiB more, {known} GiB free",
-                 "lower --microbatch, then --rollouts or --max-new-tokens, or take a smaller model")
+                 f"about {needed / 2**30:.2f} GiB more, {known} GiB free",
+                 "lower --microbatch, then --decode-batch, --rollouts or --max-new-tokens, or take "
+                 "a smaller model; python -m fgrlhf.plan shows what needs how much")
+
+
+def freed(s: Subject, ranks: int) -> int:
+    """Returns the bytes of weights that leave the device before the first step.
+
+    --offload moves reference and reward model to host memory, and several ranks share the weights.
+    """
+    size = lambda *models: sum(p.numel() * p.itemsize for model in models if model is not None
+                               for p in model.parameters())
+    if ranks > 1 and not lora.adapters(s.policy):
+        return size(s.policy, s.ref, s.reward_model, s.critic) * (ranks - 1) // ranks
+    return size(s.ref, s.reward_model) if s.offload and s.policy.head.is_cuda else 0
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -149,8 +169,9 @@ def require(s: Subject, seed: int = 0, file=None) -> float:
     """Prints every check to `file` (stderr). Returns the seconds; a failure raises UserError."""
     started = time.perf_counter()
     for name, check in run_all(s, seed):
-        print(f"{'pass' if check.passed else 'FAIL'}  {name:24}  {check.number}",
-              file=file or sys.stderr)
+        if distributed.rank() == 0:
+            print(f"{'pass' if check.passed else 'FAIL'}  {name:24}  {check.number}",
+                  file=file or sys.stderr)
         if not check.passed:
             raise UserError(f"startup check failed: {name}: {check.number}; {check.advice} "
                             "(--skip-checks starts without the checks)")

@@ -5,6 +5,7 @@ draws what the run would have drawn without the stop, and so does any number of 
 """
 
 import hashlib
+from functools import lru_cache
 
 import torch
 
@@ -51,4 +52,11 @@ def bucketed_batches(lengths: list[int], size: int, seed: int, epoch: int) -> li
 def rows_of_step(lengths: list[int], size: int, seed: int, step: int) -> list[int]:
     """Returns the batch of a step, from 1, in passes over all sequences (`bucketed_batches`)."""
     epoch, cursor = divmod(step - 1, -(-len(lengths) // size))
-    return bucketed_batches(lengths, size, seed, epoch)[cursor]
+    return _batches_of_epoch(tuple(lengths), size, seed, epoch)[cursor]
+
+
+@lru_cache(1)
+def _batches_of_epoch(lengths: tuple[int, ...], size: int, seed: int,
+                      epoch: int) -> list[list[int]]:
+    """Keeps the batches of the last epoch, so that a step does not sort all sequences again."""
+    return bucketed_batches(list(lengths), size, seed, epoch)

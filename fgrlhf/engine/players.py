@@ -76,6 +76,10 @@ def check_reward(config, tokenizer: Tokenizer) -> None:
     if load_tokenizer(config.reward).sha256 != tokenizer.sha256:
         raise UserError(f"--reward {config.reward}: its tokenizer is not the one of "
                         f"--policy {config.policy}; train both from one SFT model")
+    if config.method == "rlhf" and config.lora_rank and not lora.is_folder(config.reward):
+        raise UserError(f"--reward {config.reward}: expected adapters for --method rlhf "
+                        "--lora-rank, because the critic starts as this model and would train all "
+                        "its weights; give train_rm.py --lora-rank too")
     if config.method == "fine-grained" and kind != "token":
         raise UserError(f"--reward {config.reward}: expected a token-level reward model for "
                         "--method fine-grained, got a sequence-level one; see train_rm.py --kind")

@@ -113,8 +113,9 @@ class Run(OutputFolder):
             self.save(step, extra, **parts)
         if self.stopped_by:
             self.bar.close()
-            print(f"stopped after step {step} of {self.total}; continue with:\n"
-                  f"{configuration.resume_command()}", file=sys.stderr)
+            if self.writes:
+                print(f"stopped after step {step} of {self.total}; continue with:\n"
+                      f"{configuration.resume_command()}", file=sys.stderr)
             raise SystemExit(128 + self.stopped_by)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

@@ -20,7 +20,7 @@ once, at the end. The same command continues an interrupted call where it stoppe
 
 import json
 import os
-import time
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,17 +70,6 @@ class Config:
                        "thread")
 
 
-def wall_seconds(out: Path, this_call: float) -> float:
-    """Adds the seconds of this call to those of earlier, interrupted calls in OUT/seconds.json."""
-    path = out / "seconds.json"
-    try:
-        before = float(path.read_text()) if path.exists() else 0.0
-    except ValueError:
-        raise UserError(f"{path}: expected a number, got a damaged file; remove it") from None
-    write_atomic(path, json.dumps(round(before + this_call, 1)).encode())
-    return round(before + this_call, 1)
-
-
 def collected(config: Config, seeds: list[Seed]) -> dict:
     """Collects the results. A file that was changed since its stage ran is refused in one line."""
     try:
@@ -99,15 +88,13 @@ def collected(config: Config, seeds: list[Seed]) -> dict:
 
 def command_of(config: Config) -> str:
     """The command of these results; results.json names the device under "machine"."""
-    dtype = f" --dtype {config.dtype}" if config.dtype != "float32" else ""
-    lora = f" --lora-rank {config.lora_rank}" if config.lora_rank else ""
-    data = f" --data {config.data}" if config.data else ""
-    only = f" --only {config.only}" if config.only else ""
-    prompt = f" --prompt {config.prompt}" if config.prompt != EVIDENCE else ""
-    preset = f" --preset {config.preset}" if config.preset != Seed.init else ""
-    return (f"python -m fgrlhf.reproduce --profile {config.profile}{data}{prompt}{only}{preset} "
-            f"--seeds {config.seeds} --first-seed {config.first_seed} --out {config.out}{dtype}"
-            f"{lora}")
+    usual = {"data": None, "prompt": EVIDENCE, "only": None, "preset": Seed.init,
+             "dtype": "float32", "lora_rank": 0}                    # which the command leaves out
+    words = [word for name in ("profile", "data", "prompt", "only", "preset", "seeds", "first_seed",
+                               "out", "dtype", "lora_rank")
+             if name not in usual or getattr(config, name) != usual[name]
+             for word in ("--" + name.replace("_", "-"), str(getattr(config, name)))]
+    return shlex.join(["python", "-m", "fgrlhf.reproduce", *words])
 
 
 def commit() -> str | None:
@@ -171,19 +158,19 @@ def stages_of(seeds: list[Seed]) -> list[Stage]:
 
 def main(config: Config) -> None:
     check_flags(config)
-    out, started = Path(config.out), time.perf_counter()
+    out = Path(config.out)
     if config.redraw:
         show(out, read_object(out / "results.json"))
         return
     seeds = planned(config, study.chosen(config.only) if config.profile == "study" else ())
-    run_stages(stages_of(seeds), out, config.workers)
+    seconds = run_stages(stages_of(seeds), out, config.workers)
     results = collected(config, seeds)
     done = stages_of(planned(config, results.get("knobs", ())))     # also of earlier --only
     results |= {
         "command": command_of(config),
         "commit": commit(),
         "machine": f"{os.cpu_count()} CPU cores, torch {torch.__version__}, device {config.device}",
-        "seconds": wall_seconds(out, time.perf_counter() - started),
+        "seconds": seconds,
         "commands": [stage.text for stage in done]}
     examples = results.pop("examples", {})
     text = json.dumps(results, indent=1, allow_nan=False)

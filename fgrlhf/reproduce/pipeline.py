@@ -160,11 +160,22 @@ def progress_of(log: Path) -> str:
         return ""
 
 
-def run_stages(stages: list[Stage], out: Path, workers: int) -> None:
+def wall_seconds(out: Path, this_call: float) -> float:
+    """Adds the seconds of this call to those of earlier calls in OUT/seconds.json."""
+    path = out / "seconds.json"
+    try:
+        before = float(path.read_text()) if path.exists() else 0.0
+    except ValueError:
+        raise UserError(f"{path}: expected a number, got a damaged file; remove it") from None
+    write_atomic(path, json.dumps(round(before + this_call, 1)).encode())
+    return round(before + this_call, 1)
+
+
+def run_stages(stages: list[Stage], out: Path, workers: int) -> float:
     """Runs all stages in the order of the list, each after its needs; stops at the first failure.
 
-    The list has a stage after the stages that it needs. Raises UserError for a script that
-    does not exist, before any stage runs.
+    Returns the seconds of this call and of those before it in `out`. The list has a stage after the
+    stages that it needs. Raises UserError for a script that does not exist, before any stage runs.
     """
     for stage in stages:
         script = Path(stage.words[0])
@@ -173,7 +184,12 @@ def run_stages(stages: list[Stage], out: Path, workers: int) -> None:
                             "file; take a complete clone, or install it again by pip install .")
     processes: list[subprocess.Popen] = []
     with locked(out) as lock, stopping(processes) as caught:
-        schedule(stages, out, workers, lock, processes, caught)
+        started = time.perf_counter()
+        try:
+            schedule(stages, out, workers, lock, processes, caught)
+        finally:                                                    # also of a call that stops
+            seconds = wall_seconds(out, time.perf_counter() - started)
+    return seconds
 
 
 def schedule(stages: list[Stage], out: Path, workers: int, lock: int,

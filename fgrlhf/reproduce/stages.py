@@ -99,11 +99,13 @@ class Seed:
     def reward(self, name: str, data: str, *options: str, held_out: str = "held-out") -> None:
         """Adds a reward model that starts from the SFT model, evaluated on held-out edits."""
         kind = "sequence" if "sequence" in options else "token"
+        if "--likelihood" not in options:                       # which trains nothing
+            options += self.adapters(kind)
         self.add(name, "train_rm.py", "--data", self.at(data), "--model", self.at("sft/policy"),
                  "--seed", self.seed, "--out", self.at(name),
                  "--eval-edits", self.at(f"{held_out}/edits.jsonl"),
                  "--eval-pairs", self.at(f"{held_out}/pairs.jsonl"), "--resume", *options,
-                 *self.adapters(kind), needs=(data.split("/")[0], held_out))
+                 needs=(data.split("/")[0], held_out))
 
     def ppo(self, name: str, reward: str, *options: str, iterations: int = ITERATIONS,
             test: bool = True) -> None:

@@ -43,6 +43,7 @@ from fgrlhf.encode import encode_prompt
 from fgrlhf.engine.config import Computation, arg, parse, run
 from fgrlhf.engine.distributed import pick_device
 from fgrlhf.engine.draws import generator
+from fgrlhf.engine.encoding import check_encoding
 from fgrlhf.engine.places import refuse_outputs
 from fgrlhf.reward import describe_reward, load_reward
 from fgrlhf.rollout import Rollout, sample
@@ -135,6 +136,12 @@ def check_flags(config: Config) -> None:
         ("--policy", config.policy), ("--prompts", config.prompts), ("--critic", config.critic),
         ("--critic-reward", config.critic_reward),
         *(("--rewards", folder) for folder in config.rewards.split(","))])
+    if config.completions % 2:
+        raise UserError(f"--completions {config.completions}: expected an even number, because "
+                        "each half is a measurement of its own")
+    for folder in (config.policy, *config.rewards.split(","), config.critic_reward):
+        if folder is not None:
+            check_encoding(folder, template="plain")            # that of the built-in world
     if (config.critic is None) != (config.critic_reward is None):
         raise UserError("--critic and --critic-reward: expected both or neither")
     for folder in config.rewards.split(","):
