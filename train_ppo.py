@@ -411,7 +411,7 @@ def finish(config: Config, players: Players, log: Run, best: dict, check_seconds
         if log.writes:
             save_model(players.policy, log.folder / "policy", tokenizer=players.tokenizer,
                        encoding=Encoding(config.template))
-    if config.save_critic and players.critic is not None:
+    if config.save_critic:                                          # only with rlhf: check_flags
         with distributed.gathered(players.critic):
             if log.writes:
                 save_reward(players.critic, log.folder / "critic", players.tokenizer)

@@ -190,13 +190,8 @@ def keep_states(config: Config, device: torch.device,
                 examples: list[PreferenceIds]) -> FrozenStates:
     """Computes the hidden states for --freeze, except those in the file of --hidden-states."""
     trunk = load_model(config.model, device, getattr(torch, config.dtype))
-    states, file = FrozenStates(trunk, config.layer), config.hidden_states
-    if file and Path(file).exists():
-        states.read(file)
-    found = len(states.kept)
-    states.add(examples)
-    if file and len(states.kept) > found:
-        states.write(file)
+    states = FrozenStates(trunk, config.layer)
+    states.add_with_file(examples, config.hidden_states)
     print(f"hidden states of {len(states.kept)} responses: {states.bytes} bytes", file=sys.stderr)
     return states
 

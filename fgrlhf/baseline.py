@@ -51,10 +51,9 @@ def generalised_advantage(rewards: Tensor, values: Tensor, mask: Tensor, gamma: 
     later_advantage = later_value = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * later_value - values[:, t]
-        later_advantage = torch.where(mask[:, t], delta + gamma * lam * later_advantage, 0.0)
+        advantages[:, t] = later_advantage = delta + gamma * lam * later_advantage
         later_value = values[:, t]
-        advantages[:, t] = later_advantage
-    return advantages, torch.where(mask, advantages + values, 0.0)
+    return advantages, advantages + values
 
 
 def value_loss(values: Tensor, values_old: Tensor, returns: Tensor, mask: Tensor, clip_eps: float,

@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from fgrlhf.align import Alignment, align, align_words, gap_credit
+from fgrlhf.align import Alignment, align, gap_credit
+from fgrlhf.align_words import align_words
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import LeftOut, each
 from fgrlhf.data.readers import read_preferences

@@ -46,6 +46,15 @@ class FrozenStates:
             pieces = hidden.split(part.response_lengths.tolist())
             self.kept |= zip((keys[i] for i in group.tolist()), (p.clone() for p in pieces))
 
+    def add_with_file(self, examples: list[PreferenceIds], file: str | None) -> None:
+        """Calls `add`. The file is read before, and written when there is more to keep."""
+        if file and Path(file).exists():
+            self.read(file)
+        found = len(self.kept)
+        self.add(examples)
+        if file and len(self.kept) > found:
+            self.write(file)
+
     def before(self, prompt: list[int], response: list[int]) -> list[int]:
         """Returns the ids that the trunk reads in front of the response."""
         return prompt

@@ -9,7 +9,8 @@ from itertools import accumulate
 import pytest
 
 from fgrlhf import align as alignments
-from fgrlhf.align import Alignment, _words, align, align_words, gap_credit
+from fgrlhf.align import Alignment, align, gap_credit
+from fgrlhf.align_words import _words, align_words
 from fgrlhf.data.fields import UserError
 from fgrlhf.tokenizer import Tokenizer
 

@@ -11,7 +11,7 @@ import numpy
 import pytest
 import torch
 
-from fgrlhf import advantage, align, baseline, ppo
+from fgrlhf import advantage, align, align_words, baseline, ppo
 from fgrlhf.encode import PreferenceIds
 from fgrlhf.engine.optimizer import Muon, Optimizer
 from fgrlhf.golden import __main__ as golden
@@ -61,7 +61,7 @@ def align_token(original, edited):
 
 
 def align_word(original, edited, original_spans, edited_spans):
-    return with_distances([align.align_words(*row) for row in
+    return with_distances([align_words.align_words(*row) for row in
                            zip(original, edited, original_spans, edited_spans)])
 
 

@@ -4,8 +4,8 @@
 
 The distance is the same for all cheapest alignments. A word is a run of letters and digits, or a
 single character of a script without blanks between words (Chinese, Japanese, Thai; the scripts are
-those of fgrlhf/align.py). Accents and vowel signs belong to their letter. Punctuation marks and
-whitespace are no words: a changed mark is shown and kept, but it does not count towards the limit.
+those of fgrlhf/align_words.py). Accents and vowel signs belong to their letter. Punctuation marks
+and whitespace are no words: a changed mark is shown and kept, but does not count towards the limit.
 """
 
 import re
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from fgrlhf.align import MARKS, UNSPACED, Alignment, Span
+from fgrlhf.align import Alignment
+from fgrlhf.align_words import MARKS, UNSPACED, Span
 from fgrlhf.collect.long import align_long
 
 FREE_WORDS = 5                                    # so many words may always change

@@ -189,7 +189,7 @@ def microbatches(rows: Sequence[int], most: int,
     sharded weights needs every rank. A rank that has fewer groups than another repeats the first
     row of the minibatch, with weight 0; every other weight is 1.
     """
-    own = group(rank_rows(rows), most) if rank_rows(rows) else []
+    own = group(rank_rows(rows), most)
     for number in range(largest(len(own))):
         if number < len(own):
             yield own[number], 1.0

@@ -30,7 +30,6 @@ seen what follows a token. PPO would need the same of its reward model, and does
 import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -188,13 +187,7 @@ def kept_states(config: Config, trunk: LLaMA, tokenizer,
     between = tokenizer.encode(" ->")                       # of the template "plain"
     states = TwiceRead(trunk, config.layer, between, tokenizer.eos_id) if config.twice else \
         FrozenStates(trunk, config.layer)
-    file = config.hidden_states
-    if file and Path(file).exists():
-        states.read(file)
-    found = len(states.kept)
-    states.add(examples)
-    if file and len(states.kept) > found:
-        states.write(file)
+    states.add_with_file(examples, config.hidden_states)
     return states
 
 
