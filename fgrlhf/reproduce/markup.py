@@ -4,6 +4,8 @@ import html
 from pathlib import Path
 from typing import Sequence
 
+from fgrlhf.reproduce.table import Column, cell_texts
+
 HERE = Path(__file__).parent
 # With this policy the browser refuses everything that is not on the page.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -71,3 +73,10 @@ def table(caption: str | None, header: Sequence, groups: Sequence[Sequence[Html]
 def typeset(number: str) -> str:
     """Gives a number of the terminal a real minus sign. A single "-" (no value) becomes a dash."""
     return "\N{EN DASH}" if number == "-" else number.replace("-", "\N{MINUS SIGN}")
+
+
+def number_cell(cell: dict | None, column: Column) -> Html:
+    """Returns the cell of a table with a mean and, behind it, its interval if there is one."""
+    mean, interval = map(typeset, cell_texts(cell, column))
+    return tag("td", mean, tag("span", " ", interval, class_="interval") if interval else None,
+               class_="number", data_label=column.header)

@@ -37,7 +37,7 @@ from fgrlhf.data.files import write_atomic
 from fgrlhf.explain.page import explained_page
 from fgrlhf.reproduce import excerpts
 from fgrlhf.reproduce.chart import Curve, line_chart, strip, strip_axis, ticks
-from fgrlhf.reproduce.markup import Html, document, section, table, tag, typeset
+from fgrlhf.reproduce.markup import Html, document, number_cell, section, table, tag, typeset
 from fgrlhf.reproduce.study_report import knob_sections, study_text
 from fgrlhf.reproduce.table import (
     ADVANTAGES, DECODING, DIFFERENCE, ERRORS, GREEDY_ERRORS, GREEDY_SUMMARIES, PLACES,
@@ -179,7 +179,7 @@ def _by_annotations(rows: Sequence[dict]) -> Html:
         "95% intervals. A pair and an edit each count as one annotation.",
         ["annotations", *labels], [[
             tag("tr", tag("th", number(row["annotations"]), scope="row"),
-                [_number(cell, WIN_RATES[0]) for cell in row["systems"].values()])
+                [number_cell(cell, WIN_RATES[0]) for cell in row["systems"].values()])
             for row in rows]]))
 
 
@@ -197,7 +197,7 @@ def _training(systems: dict[str, dict]) -> Html | None:
 
 def _comparisons(comparisons: Sequence[dict]) -> Html:
     head, strips = _strips(comparisons, 0)
-    rows = [tag("tr", tag("th", c["label"], scope="row"), drawn, _number(c, DIFFERENCE))
+    rows = [tag("tr", tag("th", c["label"], scope="row"), drawn, number_cell(c, DIFFERENCE))
             for c, drawn in zip(comparisons, strips)]
     return section("Differences", table(
         "Differences of win rates in percentage points, with 95% intervals.",
@@ -275,13 +275,7 @@ def _name(row: dict) -> Html:
 
 
 def _numbers(row: dict, columns: Sequence[Column]) -> list[Html]:
-    return [_number(row["metrics"].get(column.metric), column) for column in columns]
-
-
-def _number(cell: dict | None, column: Column) -> Html:
-    mean, interval = map(typeset, cell_texts(cell, column))
-    return tag("td", mean, tag("span", " ", interval, class_="interval") if interval else None,
-               class_="number", data_label=column.header)
+    return [number_cell(row["metrics"].get(column.metric), column) for column in columns]
 
 
 def _by_role(systems: dict[str, dict], rows: Sequence[Html]) -> list[list[Html]]:

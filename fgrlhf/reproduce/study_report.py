@@ -9,7 +9,7 @@ from itertools import product
 from typing import NamedTuple, Sequence
 
 from fgrlhf.reproduce.chart import Curve, line_chart, scatter
-from fgrlhf.reproduce.markup import Html, section, table, tag, typeset
+from fgrlhf.reproduce.markup import Html, number_cell, section, table, tag, typeset
 from fgrlhf.reproduce.study_conclusions import BASELINE, DECODINGS, METHOD, conclusions
 from fgrlhf.reproduce.table import (
     DIFFERENCE, WIN_RATES, Column, aligned, cell_texts, is_number, number)
@@ -144,8 +144,9 @@ def knob_section(name: str, knob: dict, labels: dict[str, str]) -> Html:
              for c in charts_of(knob, labels)]
     columns = columns_of(knob, labels)
     header = ["figure", *(step["value"] for step in knob["steps"])]
-    rows = [tag("tr", tag("th", title, scope="row"), [_cell(cell, form, step["value"])
-                for cell, step in zip(found, knob["steps"])]) for title, form, found in columns]
+    rows = [tag("tr", tag("th", title, scope="row"), [
+        number_cell(cell, form._replace(header=step["value"]))
+        for cell, step in zip(found, knob["steps"])]) for title, form, found in columns]
     return section(knob["title"], drawn, table(
         f"All figures, over the {knob['axis']} (--only {name}). In the charts, lines are means "
         "over seeds and bands reach from the lowest to the highest seed; brackets are 95% "
@@ -211,9 +212,3 @@ def accuracy_section(results: dict) -> Html:
 def _percent(values: Sequence[float | None], seed: int) -> float | None:
     value = values[seed] if seed < len(values) else None
     return 100 * value if is_number(value) else None
-
-
-def _cell(cell: dict | None, form: Column, header: str) -> Html:
-    mean, interval = map(typeset, cell_texts(cell, form))
-    return tag("td", mean, tag("span", " ", interval, class_="interval") if interval else None,
-               class_="number", data_label=header)
