@@ -268,7 +268,11 @@ def test_collect_dry_run_leaves_out_what_is_done(tmp_path, main, capsys):
 @pytest.mark.parametrize("flags, message", [
     (("--editor", "llm"), "expected --model"), (("--editor", "simulated"), "expected --world"),
     (("--editor", "llm", "--model", "m", "--base-url", "http://example.org"), "unencrypted"),
-    (("--editor", "llm", "--model", "m", "--max-change", "1.5"), "--max-change 1.5: expected")])
+    (("--editor", "llm", "--model", "m", "--max-change", "1.5"), "--max-change 1.5: expected"),
+    (("--editor", "simulated", "--world", "0", "--max-change", "0.2"),
+     "--max-change: expected --editor llm or human, got --editor simulated, which does not use it"),
+    (("--editor", "human", "--model", "m"), "--model: expected --editor llm, got --editor human"),
+    (("--editor", "llm", "--model", "m", "--seed", "1"), "--seed: expected --editor simulated or")])
 def test_collect_refuses_bad_flags_before_it_writes(tmp_path, main, flags, message):
     write_pairs(tmp_path / "pairs.jsonl", 1)
     with pytest.raises(UserError, match=message):

@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -45,7 +45,7 @@ from fgrlhf.collect.store import Skip, Store, path_beside, recorded
 from fgrlhf.collect.tasks import Answer, Task, read_tasks
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.records import Edit, Provenance
-from fgrlhf.engine.config import arg, parse, run
+from fgrlhf.engine.config import arg, parse, refuse_unused, run
 from fgrlhf.simulate.annotators import minimal_edit
 from fgrlhf.simulate.origin import check_requests
 from fgrlhf.simulate.world import World, world_arg
@@ -85,6 +85,13 @@ class Config(client.Options, human.Options, Simulation):
                                                     "because few words are a large share of a "
                                                     "short response")
     dry_run: bool = arg(False, help="show what would be edited or sent, and write nothing")
+
+
+# The flags that each editor uses, of those that not every editor uses.
+USED = {"simulated": [field.name for field in fields(Simulation)],
+        "llm": [*(field.name for field in fields(client.Options)), "max_change", "free_words"],
+        "human": [*(field.name for field in fields(human.Options)), "max_change", "free_words",
+                  "seed"]}
 
 
 def simulated(options: Simulation, tasks: list[Task], pairs: str) -> Callable[[Task], Answer]:
@@ -199,6 +206,7 @@ def dry_run(config: Config, tasks: list[Task]) -> str:
 
 def main(config: Config) -> int:
     """Collects the edits and returns the exit status: 0, 1 or 130, as the module says."""
+    refuse_unused(config, "editor", USED)
     if not 0 < config.max_change <= 1:
         raise UserError(f"--max-change {config.max_change}: expected a share above 0, up to 1")
     human.public_address(config)                     # refuses a bad URL before a file is made

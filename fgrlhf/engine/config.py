@@ -25,7 +25,7 @@ import shlex
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fgrlhf.data.fields import UserError
 
@@ -182,7 +182,7 @@ def parse(config: type, description: str = "", argv: list[str] | None = None,
     return parsed
 
 
-def refuse_unused(config, chooser: str, used: dict[str, tuple[str, ...]]) -> None:
+def refuse_unused(config, chooser: str, used: dict[str, Sequence[str]]) -> None:
     """Raises UserError for a flag that what the user chose does not use.
 
     chooser: the flag of the choice, such as method or judge. used: choice -> the flags that it
