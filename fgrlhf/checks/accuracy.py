@@ -11,7 +11,7 @@ from pathlib import Path
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import read_object
 
-# Of 13 PPO-RLHF runs below 60%, nine gained at most 5 points; all 51 above 6 to 25 (STUDY.md).
+# Of 15 PPO-RLHF runs below 60%, twelve gained at most 3 points; the 49 others 3 to 20 (STUDY.md).
 ACCURACY_NEEDED = 0.6
 SECTION = "How right must a reward model be?"
 
