@@ -67,10 +67,20 @@ def test_a_knob_of_the_edits_shares_the_baseline_and_one_of_the_world_has_its_ow
         Path("out/seed3-items-6"), "", "3,items=6")
 
 
+def settings(stage: Stage):
+    """The configuration of a stage, which its script accepts."""
+    words = ["python", *stage.command]
+    subcommand = words[1] == "eval.py" or words[2] == "fgrlhf.simulate"
+    flags = words[2 + (words[1] == "-m") + subcommand:]
+    config = config_of(words)(**vars(parser(config_of(words)).parse_args(flags)))
+    if words[1] in ("train_ppo.py", "train_rm.py"):
+        importlib.import_module(words[1].removesuffix(".py")).check_flags(config)
+    return config
+
+
 def rates(stage: Stage) -> dict[str, float]:
     """The learning rates that a stage trains with. The critic's is only for rlhf."""
-    words = ["python", *stage.command]
-    config = parser(config_of(words)).parse_args(words[2 + (words[1] == "-m"):])
+    config = settings(stage)
     return {f"--{name.replace('_', '-')}": value for name, value in vars(config).items()
             if (name == "lr" or name.endswith("_lr")) and value is not None
             and (name != "value_lr" or config.method == "rlhf")}
@@ -128,11 +138,7 @@ def test_the_whole_study_has_every_stage_once_after_its_needs_and_with_flags_tha
         if (form := tuple(word for word in words if not re.search(r"\d|/", word))) in tried:
             continue
         tried.add(form)
-        subcommand = words[1] == "eval.py" or words[2] == "fgrlhf.simulate"
-        flags = words[2 + (words[1] == "-m") + subcommand:]
-        config = config_of(words)(**vars(parser(config_of(words)).parse_args(flags)))
-        if words[1] in ("train_ppo.py", "train_rm.py"):
-            importlib.import_module(words[1].removesuffix(".py")).check_flags(config)
+        settings(stage)
 
 
 def test_flags_of_the_study_are_refused_elsewhere_and_an_unknown_knob_is_named():
