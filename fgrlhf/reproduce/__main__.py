@@ -64,8 +64,8 @@ class Config:
     first_seed: int = arg(0, help="the first seed")
     device: str = arg("cpu", help="device of every stage; the published figures are from CPUs")
     dtype: str = arg("float32", choices=DTYPES, help="--dtype of every stage that has a model")
-    lora_rank: int = arg(0, least=0, help="reward models, PPO and imitation train adapters of "
-                         "this rank, at other learning rates; 0 trains all weights")
+    lora_rank: int = arg(0, least=0, help="every model but SFT's trains adapters of this "
+                         "rank, at other learning rates; 0 trains all weights")
     workers: int = arg(os.cpu_count() or 1, least=1, help="stages that run at a time, each on one "
                        "thread")
 
