@@ -8,7 +8,7 @@ import re
 import pytest
 
 from fgrlhf.data.fields import UserError
-from fgrlhf.reproduce.chart import Curve, line_chart, mean_curve, spread, strip, ticks
+from fgrlhf.reproduce.chart import Curve, grouped, line_chart, mean_curve, spread, strip, ticks
 from fgrlhf.reproduce.excerpts import before_after, edits, heat_maps
 from fgrlhf.reproduce.markup import tag
 from fgrlhf.reproduce.report import page, write_report
@@ -254,6 +254,12 @@ def test_line_chart_leaves_out_points_that_are_not_finite():
     assert [len(line) for line in points(chart, "mean")] == [2] and "gone" not in chart
 
 
+def test_the_mean_over_seeds_leaves_out_a_point_that_one_seed_lacks():
+    seeds = [Curve("a", 0, [0, 1, 2, 3], [1.0, None, 3.0, 4.0]),
+             Curve("a", 0, [0, 1, 2, 3], [1.0, 2.0, 3.0, 4.0])]
+    assert mean_curve(grouped(seeds)["a"]) == Curve("a", 0, [0, 2, 3], [1.0, 3.0, 4.0])
+
+
 def test_page_draws_each_curve_with_all_its_points_and_the_method_first(results):
     source = page(results)
     lines = [(a["class"], len(a["points"].split())) for a in Reader(source).all("polyline")]
@@ -276,7 +282,9 @@ def test_strip_places_mean_and_interval_on_the_shared_scale():
 @pytest.mark.parametrize("values, expected", [
     ([0.0, 1.0], [0, 0.2, 0.4, 0.6, 0.8, 1.0]), ([46.4, 93.1, 50], [40, 50, 60, 70, 80, 90, 100]),
     ([-5.1, 21.8, 0], [-10, 0, 10, 20, 30]), ([3.0], [3, 3.2, 3.4, 3.6, 3.8, 4]),
-    ([None, math.nan], [0, 0.2, 0.4, 0.6, 0.8, 1.0])])
+    ([None, math.nan], [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+    ([1 - 2 ** -53, 1.0], [1, 1.2, 1.4, 1.6, 1.8, 2]),            # differ by rounding only
+    ([1e17], [1e17 + k * 2e10 for k in range(6)])])
 def test_ticks_are_round_and_enclose_the_values(values, expected):
     assert ticks(values) == pytest.approx(expected)
 

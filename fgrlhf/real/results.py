@@ -188,12 +188,17 @@ def curves(folders: list[Path]) -> list[dict]:
             rows = [rows_of(some) for some in steps]
             kl = [float(np.mean([row["kl"] for row in some])) for some in steps]
             result += [head | {"metric": name, "x_kl": kl, "y": [
-                float(statistic(one)) for one in rows]} for name, statistic in over_kl.items()]
+                finite(statistic(one)) for one in rows]} for name, statistic in over_kl.items()]
             lines = read_lines(folder / system / "metrics.jsonl")
             episodes = [int(line["rollout/episodes"]) for line in lines]
             result += [head | {"metric": metric, "x_episodes": episodes, "y": [
                 of(line) for line in lines]} for metric, of in LOGGED.items()]
     return result
+
+
+def finite(value: float) -> float | None:
+    """Returns a number that JSON can hold, None for NaN: summaries without names have no rate."""
+    return float(value) if math.isfinite(value) else None
 
 
 def percent(cell: dict) -> str:

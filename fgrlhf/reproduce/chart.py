@@ -35,7 +35,9 @@ def ticks(values: Sequence[float], count: int = 5) -> list[float]:
     """Returns about `count` evenly spaced round numbers that enclose all finite values."""
     finite = [value for value in values if is_number(value)] or [0.0]
     low, high = min(finite), max(finite)
-    high = high if high > low else low + 1
+    size = max(abs(low), abs(high))
+    if high - low <= 1e-9 * size:                       # equal, or equal up to rounding
+        high = low + max(1.0, 1e-6 * size)
     power = 10.0 ** math.floor(math.log10((high - low) / count))
     step = next(s * power for s in (1, 2, 2.5, 5, 10, 20) if s * power * count >= high - low)
     first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
@@ -63,12 +65,20 @@ def mean_curve(seeds: Sequence[Curve]) -> Curve:
 
 
 def grouped(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
-    """Groups curves by their label, without points that are not finite and without empty curves."""
+    """Groups curves by their label, without empty curves.
+
+    A point that is not finite in one seed is left out of all seeds of its system, so that a mean or
+    a band compares the same points.
+    """
     groups: dict[str, list[Curve]] = {}
-    for curve in map(_finite, curves):
-        if curve.x:
+    for curve in curves:
+        if _finite(curve).x:
             groups.setdefault(curve.label, []).append(curve)
-    return groups
+    for label, seeds in groups.items():
+        missing = {i for curve in seeds for i, point in enumerate(zip(curve.x, curve.y))
+                   if not all(map(is_number, point))}
+        groups[label] = [_without(curve, missing) for curve in seeds]
+    return {label: seeds for label, seeds in groups.items() if all(curve.x for curve in seeds)}
 
 
 def line_chart(curves: Sequence[Curve], name: str, x_label: str, reference: float | None = None,
@@ -186,8 +196,14 @@ def _strip(marks: Sequence[Html]) -> Html:
 
 
 def _finite(curve: Curve) -> Curve:
-    points = [point for point in zip(curve.x, curve.y, strict=True) if all(map(is_number, point))]
-    return curve._replace(x=[x for x, _ in points], y=[y for _, y in points])
+    return _without(curve, {i for i, point in enumerate(zip(curve.x, curve.y, strict=True))
+                            if not all(map(is_number, point))})
+
+
+def _without(curve: Curve, missing: set[int]) -> Curve:
+    """Returns the curve without the points at these places."""
+    kept = [i for i in range(len(curve.x)) if i not in missing]
+    return curve._replace(x=[curve.x[i] for i in kept], y=[curve.y[i] for i in kept])
 
 
 def _scale(axis: Sequence[float], start: float, end: float) -> Scale:
