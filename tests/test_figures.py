@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from fgrlhf.data.fields import UserError
 from fgrlhf.reproduce import figures
 from fgrlhf.reproduce.__main__ import Config, main
 from fgrlhf.reproduce.names import SYSTEMS as NAMES
@@ -112,6 +113,17 @@ def test_figures_are_the_same_bytes_when_they_are_drawn_again(folder):
         file.unlink()
     main(Config(out=str(folder), profile="study", redraw=True))
     assert {file: file.read_bytes() for file in (folder / "figures").iterdir()} == files
+
+
+@pytest.mark.parametrize("text, said", [
+    ('{"profile": "quick", "systems": {}}', "expected the results of --profile study"),
+    ('{"profile": "study", "knobs": {"miss": {}}, "labels": {}}', "damaged .KeyError")])
+def test_redraw_refuses_other_results_and_leaves_the_report(tmp_path, text, said):
+    (tmp_path / "results.json").write_text(text)
+    (tmp_path / "report.html").write_text("as it was")
+    with pytest.raises(UserError, match=said):
+        main(Config(out=str(tmp_path), profile="study", redraw=True))
+    assert (tmp_path / "report.html").read_text() == "as it was"
 
 
 # ----- conclusions and signs as text --------------------------------------------------------------

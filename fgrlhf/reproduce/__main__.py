@@ -160,7 +160,7 @@ def main(config: Config) -> None:
     check_flags(config)
     out = Path(config.out)
     if config.redraw:
-        show(out, read_object(out / "results.json"))
+        redraw(out)
         return
     seeds = planned(config, study.chosen(config.only) if config.profile == "study" else ())
     seconds = run_stages(stages_of(seeds), out, config.workers)
@@ -176,6 +176,21 @@ def main(config: Config) -> None:
     text = json.dumps(results, indent=1, allow_nan=False)
     write_atomic(out / "results.json", (text + "\n").encode())
     show(out, results | {"examples": examples})
+
+
+def redraw(out: Path) -> None:
+    """Writes the report and the figures of a study again, from its results.json."""
+    path = out / "results.json"
+    results = read_object(path)
+    if results.get("profile") != "study":
+        raise UserError(f"{path}: expected the results of --profile study, whose report holds "
+                        f"nothing else, got profile {results.get('profile')!r}; repeat the command "
+                        "that made them, which trains nothing again")
+    try:
+        show(out, results)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); repeat the command "
+                        "that made it, which trains nothing again") from None
 
 
 def show(out: Path, results: dict) -> None:
