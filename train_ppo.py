@@ -194,9 +194,10 @@ def train(config: Config) -> None:
         if judge and evaluates(config, iteration):
             metrics |= evaluate(config, players, judge, log, best, iteration)
         if config.save_samples:
+            drawn = prompts_of(config, len(players.prompts), iteration)
             log.append("samples.jsonl", {"step": iteration, "responses": samples_of(
                 rollout, batch.logp_ref, batch.rewards, players.tokenizer,
-                prompts_of(config, len(players.prompts), iteration))})
+                [(i, players.prompt_ids[i]) for i in drawn])})
         log.end_step(iteration, metrics, best, **state)
 
     finish(config, players, log, best if judge else {}, check_seconds)

@@ -100,19 +100,19 @@ def rollout_metrics(rollout: Rollout, logp_ref: Tensor, rewards: Tensor) -> dict
 
 
 def samples_of(rollout: Rollout, logp_ref: Tensor, rewards: Tensor, tokenizer: Tokenizer,
-               prompts: list[int]) -> list[dict]:
+               prompts: list[tuple[int, str]]) -> list[dict]:
     """Returns the responses of an iteration as text, with their KL in nats and summed reward.
 
     logp_ref, rewards [B, T]. prompts [B]: the number of each prompt among those that are used,
-    from 0.
+    from 0, and the id of its record.
     """
     sequences, mask = rollout.sequences, rollout.sequences.response_mask
     kl, totals = ((rollout.logp_old - logp_ref) * mask).sum(-1), (rewards * mask).sum(-1)
     result = []
-    for b, prompt in enumerate(prompts):
+    for b, (prompt, record_id) in enumerate(prompts):
         start, n = int(sequences.prompt_lengths[b]), int(sequences.response_lengths[b])
         ids = sequences.tokens[b, start:start + n].tolist()
-        result.append({"prompt": prompt, "tokens": n, "kl": round(kl[b].item(), 4),
-                       "reward": round(totals[b].item(), 4),
+        result.append({"prompt": prompt, "id": record_id, "tokens": n,
+                       "kl": round(kl[b].item(), 4), "reward": round(totals[b].item(), 4),
                        "output": tokenizer.decode(ids).strip()})
     return result

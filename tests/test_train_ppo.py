@@ -9,6 +9,8 @@ import torch
 import train_ppo
 from fgrlhf.checkpoint import load_model, load_tokenizer
 from fgrlhf.data.fields import UserError
+from fgrlhf.data.readers import read_prompts
+from fgrlhf.data.records import Prompt, write_jsonl
 from fgrlhf.engine import players
 from fgrlhf.reward import load_reward
 from fgrlhf.sequences import pack, score
@@ -207,6 +209,16 @@ def test_samples_are_kept_by_step_with_prompt_text_and_kl(folder, tmp_path, monk
             assert sample["kl"] == pytest.approx(kl, abs=1e-3)
     firsts = [sample["prompt"] for sample in lines[0]["responses"]]
     assert firsts == train_ppo.prompts_of(config(folder), 5, 1)
+
+
+def test_samples_name_the_record_of_their_prompt_when_records_are_left_out(folder, tmp_path):
+    records = [Prompt("long", "word " * 200), *read_prompts(folder / "prompts.jsonl")]
+    write_jsonl(tmp_path / "prompts.jsonl", records)
+    train_ppo.train(config(folder, out=str(tmp_path / "a"), save_samples=True,
+                           prompts=str(tmp_path / "prompts.jsonl"), on_bad_record="skip"))
+    lines = [json.loads(line) for line in (tmp_path / "a/samples.jsonl").read_text().splitlines()]
+    for sample in sum((line["responses"] for line in lines), []):
+        assert sample["id"] == records[sample["prompt"] + 1].id
 
 
 def test_rloo_samples_each_prompt_as_often_as_asked_and_compares(folder, tmp_path, monkeypatch):

@@ -37,6 +37,7 @@ class Players(NamedTuple):
     critic: Critic | None               # only for method rlhf
     prompts: list[list[int]]            # ids, BOS first where the tokenizer adds one
     optimizers: dict[str, Optimizer]    # "policy" and, for rlhf, "critic"; see `prepare`
+    prompt_ids: tuple[str, ...] = ()    # the `id` of the record of each prompt
 
     def learning(self) -> dict[str, nn.Module]:
         """The models that learn, by name."""
@@ -101,13 +102,13 @@ def load(config, device: torch.device) -> Players:
     check_template(tokenizer, config.template, trains=True)
     room, judged = prompt_room(config), encoding and encoding.prompt_tokens
 
-    def encode(record: Prompt) -> list[int]:
+    def encode(record: Prompt) -> tuple[str, list[int]]:
         ids = encode_prompt(tokenizer, record, config.template, room)
         if judged and len(ids) > judged:
             raise UserError(f"record {record.id!r}: prompt: expected at most {judged} tokens, as "
                             f"{config.reward} was trained with --prompt-tokens {judged}, got "
                             f"{len(ids)}; shorten it, or pass --on-bad-record skip")
-        return ids
+        return record.id, ids
     prompts = each(read_prompts(config.prompts, config.on_bad_record), encode, config.on_bad_record,
                    config.prompts)
 
@@ -120,7 +121,8 @@ def load(config, device: torch.device) -> Players:
     critic = None
     if config.method == "rlhf":
         critic = lora.train(Critic(start_of_critic(policy, config.seed) if own else reward_model))
-    return Players(tokenizer, policy, ref, reward_model, critic, prompts, {})
+    return Players(tokenizer, policy, ref, reward_model, critic,
+                   [ids for _, ids in prompts], {}, tuple(record_id for record_id, _ in prompts))
 
 
 def prepare(config, players: Players) -> Players:

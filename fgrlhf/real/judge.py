@@ -19,6 +19,7 @@ import torch
 from fgrlhf.checkpoint import load_tokenizer
 from fgrlhf.data.fields import UserError, take
 from fgrlhf.data.files import read_json, write_atomic
+from fgrlhf.data.outputs import passages_of
 from fgrlhf.data.readers import read_outputs, read_prompts
 from fgrlhf.data.records import Output
 from fgrlhf.engine.config import Computation, arg, parse, run
@@ -44,11 +45,11 @@ class Config(Computation):
 
 def article_of(output: Output) -> str:
     """Returns the text of the first passage. Raises UserError for an answer without one."""
-    context = json.loads(dict(output.other).get("context", "[]"))
-    if not context:
+    passages = passages_of(output)
+    if not passages:
         raise UserError(f"output to {output.instruction!r}: expected a context with the article; "
                         "answer prompts that have one")
-    return context[0]["text"]
+    return passages[0].text
 
 
 def measured(output: Output, reward: float, tokens: int) -> dict[str, float]:
@@ -61,17 +62,24 @@ def measured(output: Output, reward: float, tokens: int) -> dict[str, float]:
 
 def read_samples(config: Config) -> tuple[list[dict], list[Output]]:
     """Returns the chosen samples, and each of them as an answer."""
-    prompts, rows = read_prompts(config.prompts), []
+    prompts, rows, outputs = {p.id: p for p in read_prompts(config.prompts)}, [], []
     for place, line in read_json(config.samples):
         if isinstance(line, UserError):
             raise line
-        step, responses = take(line, "step", int, place), line.get("responses", [])
-        if step == 1 or step % config.every == 0:
-            rows += [{"step": step} | row for row in responses[:config.per_step]]
-    if any(row["prompt"] >= len(prompts) for row in rows):
-        raise UserError(f"--prompts {config.prompts}: expected the prompts of {config.samples}, "
-                        f"got only {len(prompts)}; give the file of that run")
-    return rows, [answer_to(prompts[row["prompt"]], row["output"], "sample") for row in rows]
+        step, responses = (take(line, name, kind, place)
+                           for name, kind in (("step", int), ("responses", list)))
+        if step != 1 and step % config.every:
+            continue
+        for row in responses[:config.per_step]:
+            record_id, output, kl = (take(row, name, kind, place) for name, kind in (
+                ("id", str), ("output", str), ("kl", float)))
+            if record_id not in prompts:
+                raise UserError(f"--prompts {config.prompts}: expected the prompts of "
+                                f"{config.samples}, got no record {record_id!r}; give the file of "
+                                "that run")
+            rows.append({"step": step, "kl": kl})
+            outputs.append(answer_to(prompts[record_id], output, "sample"))
+    return rows, outputs
 
 
 def judge(config: Config) -> None:
@@ -88,8 +96,7 @@ def judge(config: Config) -> None:
         rewards, seen = rewards_of(model, tokenizer, encoding, outputs)
         return [measured(output, reward, len(ids) - 1)
                 for output, reward, ids in zip(outputs, rewards, seen)]
-    samples = [{"step": row["step"], "kl": row["kl"]} | figures
-               for row, figures in zip(chosen[0], judged(chosen[1]))]
+    samples = [row | figures for row, figures in zip(chosen[0], judged(chosen[1]))]
     text = json.dumps({"answers": {name: judged(outputs) for name, outputs in files.items()},
                        "samples": samples})
     write_atomic(config.out, (text + "\n").encode())
