@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -21,8 +22,10 @@ from fgrlhf.data.qa_feedback import read_qa_feedback_pairs
 from fgrlhf.data.readers import (
     read_demonstrations, read_edits, read_outputs, read_pairs, read_preferences, read_prompts)
 from fgrlhf.data.records import Demonstration, Edit, Pair, Passage, Prompt, Span, write_jsonl
+from fgrlhf.data.table import convert
 from tests.test_data import EDIT, JUDGED, PAIR, array, lines, refusal       # noqa: F401
 
+ROOT = Path(__file__).parents[1]
 QA = {"question": "What colour is the river?",
       "passages": [["River", "River\n\nThe river is blue.", "It is long."], ["Lake", "A lake."]],
       "gold": "It is blue.", "prediction 1": "It is red. It is long.",
@@ -429,8 +432,9 @@ def test_a_field_that_is_given_twice_is_refused_at_any_depth(lines):
     (b"PK\x03\x04", "x.zip", "a zip archive"),
     (b"version https://git-lfs.github.com/spec/v1\n", "x", "a Git LFS pointer"),
     (b"<!DOCTYPE html>", "x.json", "a web page"), (b"\xff\xfe{\0", "x", "UTF-16"),
-    (b"instruction;output\na;b\n", "x", "CSV with semicolons; convert it: python -c 'import csv"),
+    (b"instruction;output\na;b\n", "x", "CSV with semicolons; convert it: python -c 'import sys"),
     (b'\xef\xbb\xbf"id","prompt"\n1,p\n', "x", "CSV; convert it"),
+    (b"sep=;\nprompt;output\n", "x", "CSV with semicolons; convert it"),
     (b"prompt\nhello\n", "x.csv", "CSV; convert it"), (b"q\ta\n", "x.tsv.gz", "TSV; convert it")])
 def test_files_of_other_formats_are_named_with_the_conversion(tmp_path, data, name, kind):
     path = tmp_path / name
@@ -440,7 +444,8 @@ def test_files_of_other_formats_are_named_with_the_conversion(tmp_path, data, na
         assert message.startswith(f"{path}: expected JSON lines or one JSON array, got {kind}")
 
 
-@pytest.mark.parametrize("name, delimiter", [("a b.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ";")])
+@pytest.mark.parametrize("name, delimiter", [("a b.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ";"),
+                                             ("a.jsonl", ",")])
 def test_the_conversion_of_a_table_can_be_run(tmp_path, name, delimiter):
     file = io.StringIO()
     csv.writer(file, delimiter=delimiter).writerows(
@@ -451,10 +456,49 @@ def test_the_conversion_of_a_table_can_be_run(tmp_path, name, delimiter):
     command = refusal(read_pairs, path).split("convert it: ")[1].replace(
         "python", sys.executable, 1)
     subprocess.run(command, shell=True, check=True, cwd=tmp_path, env=os.environ | {
-        "PYTHONUTF8": "1"})
-    [made] = tmp_path.glob("*.jsonl")
-    assert made.stem == path.name.split(".")[0]
+        "PYTHONPATH": str(ROOT)})
+    [made] = set(tmp_path.glob("*.jsonl")) - {path}
+    stem = name.split(".")[0] + ".converted" * (name == "a.jsonl")
+    assert made.name == f"{stem}.jsonl"
     assert read_pairs(made) == [Pair(f"{made.name}:1", 'p\n"x"', "c,;\t", "r é")]
+
+
+@pytest.mark.parametrize("data, record", [
+    ("prompt,output,\r\np,caf\u00e9,\r\n".encode("cp1252"), {"prompt": "p", "output": "caf\u00e9"}),
+    (b"sep=;\r\nprompt;output\r\np;a,b\r\n;\r\n", {"prompt": "p", "output": "a,b"}),
+    (b"prompt,output,input\np,o\n", {"prompt": "p", "output": "o"})])
+def test_tables_as_spreadsheets_write_them(tmp_path, data, record, capsys):
+    (tmp_path / "a.csv").write_bytes(data)
+    convert(tmp_path / "a.csv", tmp_path / "a.jsonl")
+    assert json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8")) == record
+    assert ("read as Windows-1252" in capsys.readouterr().err) == (b"\xe9" in data)
+
+
+@pytest.mark.parametrize("data, said", [
+    (b"prompt,output\np,a,b\n", "a.csv:2: expected 2 cells as in the first row, got 3"),
+    (b"prompt,prompt\np,a\n", "expected one column per field"), (None, "expected a free name")])
+def test_a_table_that_would_lose_something_is_refused(tmp_path, data, said):
+    path = tmp_path / "a.csv"
+    path.write_bytes(data or b"prompt\np\n")
+    assert said in refusal(lambda path: convert(path, tmp_path / "b.jsonl" if data else path), path)
+    assert [*tmp_path.iterdir()] == [path]
+
+
+PASSAGE = {"title": "River", "text": "It is blue."}
+
+
+@pytest.mark.parametrize("record", [
+    {"instruction": "q", "output": "o"}, {"instruction": "q", "output": "o", "generator": "g"},
+    {"instruction": "q", "output_1": "a", "output_2": "b", "preference": 1}])
+def test_passages_of_records_in_alpaca_evals_fields_are_kept(tmp_path, record):
+    path = tmp_path / "x.jsonl"
+    for context, kept in (([PASSAGE], Passage(**PASSAGE)),
+                          ("It is blue.", Passage("Context", "It is blue."))):
+        path.write_text(json.dumps(record | {"context": context}) + "\n")
+        read = [read_prompts, read_demonstrations] + [read_pairs] * ("preference" in record)
+        assert all(reader(path)[0].context == (kept,) for reader in read)
+    path.write_text(json.dumps(record | {"context": ["It is blue."]}) + "\n")
+    assert "x.jsonl:1: context[0]: expected an object" in refusal(read_prompts, path)
 
 
 # ----- large files --------------------------------------------------------------------------------

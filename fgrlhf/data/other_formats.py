@@ -8,10 +8,8 @@ from fgrlhf.data.fields import UserError
 
 _PANDAS = ("convert it: python -c 'import pandas, sys; pandas.read_{}(sys.argv[1])"
            '.to_json(sys.argv[2], orient="records", lines=True)\' PATH NEW')
-_TABLE = ("convert it: python -c 'import csv, gzip, json, sys; "
-          '[print(json.dumps(row)) for row in csv.DictReader((gzip.open if sys.argv[1].endswith('
-          '"gz") else open)(sys.argv[1], "rt", newline="", encoding="utf-8-sig"), '
-          'delimiter="{}")]\' PATH > NEW')
+_TABLE = ("convert it: python -c 'import sys; from fgrlhf.data.table import convert; "
+          "convert(*sys.argv[1:])' PATH NEW")
 _DECOMPRESS = "decompress it, or compress it with gzip"
 
 _BEGINNINGS = (                 # (the first bytes of a file, what the file is, what to do)
@@ -28,7 +26,7 @@ _BEGINNINGS = (                 # (the first bytes of a file, what the file is, 
     (b"\xff\xfe", "UTF-16", "convert it to UTF-8"),
     (b"\xfe\xff", "UTF-16", "convert it to UTF-8"),
 )
-_TABLES = {",": ("CSV", ","), ";": ("CSV with semicolons", ";"), "\t": ("TSV", r"\t")}
+_TABLES = {",": "CSV", ";": "CSV with semicolons", "\t": "TSV"}
 
 # A first line with two of these names is the header of a table, whatever the file is called.
 _COLUMNS = {"id", "prompt", "input", "context", "original", "edited", "chosen", "rejected",
@@ -44,15 +42,21 @@ def refuse_other_formats(line: bytes, path: str | Path) -> None:
         if line.lstrip().startswith(beginning):
             _refuse(path, kind, action)
     text = line[:10_000].decode("utf-8", errors="replace")
-    delimiter = max(_TABLES, key=text.count)
+    delimiter = delimiter_of(text)
     names = {name.strip(' \r\n"').lower() for name in text.split(delimiter)}
-    if len(names & _COLUMNS) > 1 or re.search(r"\.[ct]sv(\.gz)?$", str(path).lower()):
-        kind, code = _TABLES[delimiter]
-        _refuse(path, kind, _TABLE.format(code))
+    if (len(names & _COLUMNS) > 1 or re.search(r"\.[ct]sv(\.gz)?$", str(path).lower())
+            or re.match(r"sep=.\s*$", text)):
+        _refuse(path, _TABLES[delimiter], _TABLE)
+
+
+def delimiter_of(line: str) -> str:
+    """Returns what separates the cells of a table, by its first line."""
+    return max(_TABLES, key=line.count)
 
 
 def _refuse(path: str | Path, kind: str, action: str) -> None:
-    new = re.sub(r"(\.\w{1,7})?(\.gz)?$", "", str(path), count=1) + ".jsonl"
+    stem = re.sub(r"(\.\w{1,7})?(\.gz)?$", "", str(path), count=1)
+    new = next(name for name in (f"{stem}.jsonl", f"{stem}.converted.jsonl") if name != str(path))
     names = {"PATH": shlex.quote(str(path)), "NEW": shlex.quote(new)}
     action = re.sub("PATH|NEW", lambda found: names[found[0]], action)
     raise UserError(f"{path}: expected JSON lines or one JSON array, got {kind}; {action}")

@@ -27,7 +27,8 @@ from fgrlhf.data import coachlm, conversations, defacto, qa_feedback
 from fgrlhf.data.fields import Id, Label, Text, UserError, check, refuse, show, take
 from fgrlhf.data.files import LeftOut, read_records
 from fgrlhf.data.records import (
-    Annotation, Demonstration, Edit, NoEdit, Output, Pair, Prompt, normalise_edit, sort_spans)
+    Annotation, Demonstration, Edit, NoEdit, Output, Pair, Passage, Prompt, normalise_edit,
+    sort_spans)
 
 PUBLISHED = (qa_feedback, defacto, coachlm)
 QA_FEEDBACK = ("missing", "preferences")      # fields of an older form of QA-Feedback's edits
@@ -40,6 +41,7 @@ class _Instruction:
     output: str | None = None
     input: str | None = None
     id: Id | None = None
+    context: tuple[Passage, ...] = ()
     dataset: Label = None
 
 
@@ -104,7 +106,7 @@ def read_annotations(path: str | Path, on_bad_record: str = "stop") -> list[Anno
 # ----- one JSON value -> one record ---------------------------------------------------------------
 
 def _annotation(value, place: str) -> Annotation:
-    annotation = check(Annotation, value, place, also=value)
+    annotation = check(Annotation, _with_passages(value), place, also=value)
     if annotation.preference not in (None, 0) and not 1 <= annotation.preference <= 2:
         refuse(place, "preference", "1 to 2, 0 or null", annotation.preference)
     return annotation
@@ -138,10 +140,10 @@ def _any(value, place: str):
         return sort_spans(check(Edit, value, place, also=QA_FEEDBACK), place)
     if names & {"output_1", "output_2"}:
         return (_annotation(value, place) if "preference" in names else
-                check(_Unjudged, value, place, also=value))
+                check(_Unjudged, _with_passages(value), place, also=value))
     paired = bool(names & {"chosen", "rejected"})
     if "instruction" in names and not paired:
-        return check(_Instruction, value, place, also=value)
+        return check(_Instruction, _with_passages(value), place, also=value)
     if conversations.is_conversation(value):
         value, foreign = conversations.flatten(value, place), True
     for ours, theirs in (("prompt", "instruction"), ("output", "completion")):
@@ -158,6 +160,15 @@ def _any(value, place: str):
     if label == 0:
         return NoEdit(check(Prompt, value, place, also=value), "the completion's label is false")
     return record
+
+
+def _with_passages(value: dict) -> dict:
+    """Returns a record whose `context` is passages: Dolly's is one text without a title."""
+    context = value.get("context")
+    if not isinstance(context, str):
+        return value
+    passages = [{"title": "Context", "text": context}] if context.strip() else []
+    return value | {"context": passages}
 
 
 def _any_as(convert: Callable) -> Callable:
@@ -192,7 +203,7 @@ def _as_pair(record, place: str) -> Pair | LeftOut:
             second = check(Text, record.output_2, place, "output_2")
             chosen, rejected = (first, second) if winner == 1 else (second, first)
             pair = Pair(record.id, record.instruction, chosen, rejected, record.input or None,
-                        annotator=record.annotator)
+                        record.context, record.annotator)
         case _Unjudged():
             raise UserError(f"{place}: preference: expected this field (1 to 2, 0 or null), got "
                             "two outputs without it; add the field, or choose a file of pairs")
@@ -211,9 +222,10 @@ def _as_prompt(record, place: str) -> Prompt:
     if isinstance(record, NoEdit):
         record = record.record
     if isinstance(record, Annotation):
-        return Prompt(record.id, record.instruction, record.input or None)
+        return Prompt(record.id, record.instruction, record.input or None, record.context)
     if isinstance(record, _Instruction):
-        return Prompt(record.id, record.instruction, record.input or None, dataset=record.dataset)
+        return Prompt(record.id, record.instruction, record.input or None, record.context,
+                      record.dataset)
     return Prompt(record.id, record.prompt, record.input, record.context, record.dataset)
 
 

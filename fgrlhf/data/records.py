@@ -33,7 +33,7 @@ class Span:
     """Characters start..end-1 of Edit.original that a human marked as wrong; 0 <= start < end."""
     start: int
     end: int
-    type: str
+    type: Text
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ class Annotation:
     annotator: str | None = None
     input: str | None = None
     id: Id | None = None
+    context: tuple[Passage, ...] = ()
 
     @property
     def winner(self) -> int | None:
