@@ -273,7 +273,11 @@ def _token_figures(group: Sequence[Judged]) -> dict[str, float]:
 
 
 def _by_type(judged: Sequence[Judged]) -> dict[str, float]:
-    """Returns the AUCs of `reward_table` for spans of one type, and those of near tokens."""
+    """Returns the AUCs of `reward_table` for spans of one type, and those of near tokens.
+
+    Like `token_auc`, they leave out responses without a span.
+    """
+    judged = [j for j in judged if any(j.types)]
     table, kinds = {}, sorted({k for j in judged for k in j.types} - {""})
     for kind in kinds:
         places = [[t for t, k in enumerate(j.types) if k in ("", kind)] for j in judged]

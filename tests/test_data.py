@@ -201,6 +201,7 @@ def test_write_jsonl_omits_defaults_keeps_unicode_and_reads_back(tmp_path, lines
     ({"context": ["t"]}, "context[0]: expected an object, got 't'"),
     ({"context": [{"title": "t"}]}, "context[0].text: expected this field, got only ['title']"),
     ({"spans": [{"start": 0.0, "end": 1, "type": "x"}]}, "spans[0].start: expected an integer"),
+    ({"spans": [{"start": 0, "end": 1, "type": ""}]}, "spans[0].type: expected a string that is"),
     ({"spans": [{"start": False, "end": 1, "type": "x"}]}, "spans[0].start: expected an integer"),
     ({"spans": [{"start": 0, "end": 11, "type": "x"}]},
      "spans[0]: expected 0 <= start < end <= 10, the length of original, got [0, 11]"),

@@ -179,13 +179,14 @@ def test_auc_matched_of_the_position_is_a_half_though_late_tokens_are_wrong():
 JUDGED = [Judged("a", 2.0, 1.0, 0.1, [-1.0, 0.5, -2.0], ["", "", "fact"]),
           Judged("b", 0.0, 1.0, 0.2, [3.0, -3.0], ["omit", ""]),
           Judged("c", 1.0, 1.0, 0.9, [-5.0, 1.0, 0.0, 0.2], ["fact", "fact", "", ""]),
-          Judged("d", 3.0, 1.0, 0.4, [], [])]
+          Judged("d", 3.0, 1.0, 0.4, [], []),
+          Judged("e", 2.0, 1.0, 0.4, [9.0, -9.0], ["", ""])]    # no span: in no AUC of spans
 
 
 def test_reward_table_by_hand():
     """Costs -r against spans; a: 2 | 1 -.5, b: -3 | 3, c: 5 -1 | 0 -.2 (error | clean)."""
     table = reward_table(JUDGED)
-    assert table["pairs"] == 4 and table["pair_accuracy"] == 2.5 / 4
+    assert table["pairs"] == 5 and table["pair_accuracy"] == 3.5 / 5
     assert table["minimal/pairs"] == 2                                     # 0.4 is not below 0.4
     assert table["minimal/pair_accuracy"] == 0.5
     clean = [1, -0.5, 3, 0, -0.2]
@@ -221,7 +222,7 @@ def test_reward_table_says_where_rewards_are_low_and_how_far_unchanged_tokens_dr
 
 
 def test_reward_table_has_no_auc_without_spans():
-    assert reward_table(JUDGED[3:]) == {"pairs": 1, "pair_accuracy": 1.0, "minimal/pairs": 0}
+    assert reward_table(JUDGED[3:4]) == {"pairs": 1, "pair_accuracy": 1.0, "minimal/pairs": 0}
 
 
 def test_constant_compares_sums_per_token_and_up_to_rounding():

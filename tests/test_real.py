@@ -32,9 +32,11 @@ ARTICLE = "Ann Lee of Leeds has 1,200 cows. The farm opened in May."
     ("York is where Ann Lee lives.", []),                       # the first word is left aside
     ("The farm of ANN LEE opened in June 2019.", ["June", "2019"]),
     ("Ann's farm, the BBC says, is in the U.K.", ["BBC", "U", "K"]),
+    ("The farm of Le\u0301o is old.", ["L\u00e9o"]),         # an accent as a character of its own
     ("", [])])
 def test_made_up_lists_names_and_numbers_that_the_article_lacks(summary, expected):
     assert made_up(summary, ARTICLE) == expected
+    assert made_up(summary, ARTICLE + " Le\u0301o") == [w for w in expected if w != "L\u00e9o"]
 
 
 def test_named_counts_words_with_a_capital_or_a_digit_but_not_the_first_of_a_sentence():
@@ -224,8 +226,9 @@ def folder(tmp_path_factory):
         write_outputs(folder / f"{name}.json",
                       [answer_to(prompt, text, "p") for prompt, text in zip(prompts, texts)])
     lines = [{"step": step, "responses": [
-        {"prompt": 2, "tokens": 4, "kl": 0.5 * step, "reward": 1.0, "output": "the May Bob"},
-        {"prompt": 0, "tokens": 4, "kl": 0.1, "reward": 1.0, "output": "it"}]}
+        {"prompt": 1, "id": "2", "tokens": 4, "kl": 0.5 * step, "reward": 1.0,
+         "output": "the May Bob"},
+        {"prompt": 0, "id": "0", "tokens": 4, "kl": 0.1, "reward": 1.0, "output": "it"}]}
         for step in (1, 2, 3, 4)]
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -255,6 +258,19 @@ def test_judge_measures_every_answer_and_the_samples_of_some_iterations(folder, 
 def test_judge_refuses_answers_without_an_article():
     with pytest.raises(UserError, match="expected a context with the article"):
         judge.article_of(Output("name", "x", "p"))
+
+
+@pytest.mark.parametrize("row, said", [
+    ({"step": 1, "responses": [{"output": "x"}]}, "samples.jsonl:1: id: expected this field"),
+    ({"step": 1, "responses": [{"id": "0", "output": "x", "kl": "y"}]}, "samples.jsonl:1: kl:"),
+    ({"step": 1}, "samples.jsonl:1: responses: expected this field"),
+    ({"step": 1, "responses": [{"id": "9", "output": "x", "kl": 0}]}, "got no record '9'")])
+def test_judge_refuses_samples_of_another_form_or_other_prompts(folder, tmp_path, row, said):
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=said):
+        judge.read_samples(judge.Config(reward="x", outputs="x", out="x",
+                                        samples=str(tmp_path / "samples.jsonl"),
+                                        prompts=str(folder / "prompts-articles.jsonl")))
 
 
 def test_judge_wants_samples_and_prompts_together(folder, tmp_path):
@@ -411,6 +427,14 @@ def test_results_and_report_of_a_whole_run(folder, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "Made-up facts" in page and "over KL from the SFT policy" in page
     assert "a token that the annotator took out" in page
+    silent = json.loads((seed / "judged/rlhf.json").read_text())
+    silent["samples"] = [one | {"named": 0, "made_up": 0} for one in silent["samples"]]
+    (seed / "judged/rlhf.json").write_text(json.dumps(silent))
+    found = results.collect([seed])                     # samples that name nothing have no rate
+    (rate,) = (c["y"] for c in found["curves"]
+               if (c["metric"], c["system"]) == ("made_up_rate", "rlhf"))
+    assert rate == [None] and json.dumps(found, allow_nan=False)
+    write_report(tmp_path / "report.html", found)
 
 
 # ----- DeFacto ------------------------------------------------------------------------------------

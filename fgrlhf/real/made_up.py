@@ -11,6 +11,7 @@ annotator called wrong, .12 for the annotator's edits of them and .13 for summar
 """
 
 import re
+import unicodedata
 
 WORD = re.compile(r"\w+(?:[.,]\d+)*")
 BEGINS = re.compile(r"(?:^|[.!?][\"'\u201d\u2019]?\s)[\s\"'\u201c\u2018]*$")     # a sentence
@@ -18,11 +19,12 @@ BEGINS = re.compile(r"(?:^|[.!?][\"'\u201d\u2019]?\s)[\s\"'\u201c\u2018]*$")    
 
 def words(text: str) -> list[str]:
     """Returns the words of a text; a number keeps its points and commas."""
-    return WORD.findall(text)
+    return WORD.findall(unicodedata.normalize("NFC", text))         # an accent is part of its word
 
 
 def named(summary: str) -> list[str]:
     """Returns the words with a capital or a digit, without the first word of each sentence."""
+    summary = unicodedata.normalize("NFC", summary)
     return [match[0] for match in WORD.finditer(summary)
             if any(c.isupper() or c.isdigit() for c in match[0])
             and not BEGINS.search(summary[:match.start()])]
