@@ -328,6 +328,34 @@ def test_explain_of_a_policy_that_ppo_did_not_train_says_what_is_used(run, setti
         f"{folders / reference}\n")
 
 
+def test_explain_gives_eos_the_reward_that_it_had_in_the_run(folders, tmp_path, tokenizer):
+    """EOS without a reward changes (5) at EOS, and (6) at every token because of the rms."""
+    shutil.copytree(folders / "ppo", tmp_path / "ppo")
+    run = json.loads((tmp_path / "ppo/config.json").read_text())
+    (tmp_path / "ppo/config.json").write_text(json.dumps(run | {"reward_eos": False}))
+    before, _ = explain.explain(config(folders, policy=str(folders / "ppo/best")))
+    after, _ = explain.explain(config(folders, policy=str(tmp_path / "ppo/best")))
+    assert after.update.calibrated == [*before.update.calibrated[:-1], 0.0]
+    kl, beta = after.update.kl, after.update.settings.beta
+    penalised = [r - beta * k for r, k in zip(after.update.calibrated, kl)]
+    rms = (sum(x * x for x in penalised) / len(penalised)) ** 0.5
+    assert after.update.advantages == pytest.approx([x / rms for x in penalised], rel=1e-4)
+    assert before.update.calibrated[-1] != 0
+    last = len(kl) - 1
+    said = f"r_{last} is 0, because EOS gets no reward (--no-reward-eos)."
+    assert said in explained_text(after) and said not in explained_text(before)
+
+
+def test_explain_of_another_ppo_method_says_that_its_advantages_are_not_shown(folders, tmp_path,
+                                                                              capsys):
+    shutil.copytree(folders / "ppo", tmp_path / "ppo")
+    run = json.loads((tmp_path / "ppo/config.json").read_text())
+    (tmp_path / "ppo/config.json").write_text(json.dumps(run | {"method": "rlhf", "gamma": 1.0}))
+    explained, _ = explain.explain(config(folders, policy=str(tmp_path / "ppo/best")))
+    assert explained.update.settings == UpdateSettings()
+    assert "--method rlhf trained it, whose advantages are not those" in capsys.readouterr().err
+
+
 def test_explain_without_a_policy_needs_nothing_but_the_reward_models_start(folders, tmp_path):
     """The model from which that start was trained is gone, and is not wanted: the KL is 0."""
     shutil.copytree(folders / "sft", tmp_path / "sft")

@@ -147,9 +147,12 @@ def explain(config: Config) -> tuple[Explained, dict[str, str]]:
                             f"{config.reward}, got another; choose models of the same run")
         check_encoding(folder, template=settings.template)
     if config.policy and not has_settings(UpdateSettings, config.policy):
-        print(f"{config.policy}: in the folder above there is no config.json of train_ppo.py, so "
-              "equations (5) to (7) are shown with the default settings of PPO and with the "
-              f"reference {used['reference']}", file=sys.stderr)
+        method = config_of(config.policy)[1].get("method")
+        print(f"{config.policy}: " + (
+            f"--method {method} trained it, whose advantages are not those of the equations here"
+            if method else "in the folder above there is no config.json of train_ppo.py")
+            + ", so equations (5) to (7) are shown with the default settings of PPO and with the "
+            f"reference {used['reference']}", file=sys.stderr)
     policy, reference = (load_model(folder, "cpu", torch.float32) for folder in folders)
     update = settings_of(UpdateSettings, folders[0])
     return explain_record(record, tokenizer, reward, settings, policy, reference, update), used

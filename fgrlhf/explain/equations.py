@@ -124,9 +124,7 @@ def update_lines(explained: Explained) -> list[Line]:
     ratio, A, old = update.ratio[t], update.advantages[t], update.logp_old[t]
     bound = min(max(ratio, 1 - eps), 1 + eps)
     lines = [
-        Line("", f"calibrated r_{t}", f"(r_{t} - mean) / scale",
-             f"({show(explained.rejected.rewards[t])} - ({show(explained.mean)})) / "
-             f"{show(explained.scale)}", show(update.calibrated[t])),
+        Line("", f"calibrated r_{t}", *_calibrated(explained, t), show(update.calibrated[t])),
         Line("(5)", f"r~_{t}", "r_t - beta (logp_old - logp_ref)",
              f"{show(update.calibrated[t])} - {s.beta:g} * ({show(old)} - "
              f"({show(update.logp_ref[t])}))", show(update.penalised[t])),
@@ -140,6 +138,19 @@ def update_lines(explained: Explained) -> list[Line]:
              show(update.loss_before)),
         Line("(7)", "L after the update", f"-mean of the {T} terms", "", show(update.loss))]
     return lines
+
+
+def _calibrated(explained: Explained, t: int) -> tuple[str, str]:
+    """Returns (formula, numbers) of the reward of token t in PPO."""
+    if how := explained.update.apart.get(t):
+        return how, ""
+    return f"(r_{t} - mean) / scale", (f"({show(explained.rejected.rewards[t])} - "
+                                       f"({show(explained.mean)})) / {show(explained.scale)}")
+
+
+def apart_text(update) -> str:
+    """Says which rewards the run sets otherwise, as " r_21 is ..."; "" when there are none."""
+    return "".join(f" r_{t} is {how}." for t, how in update.apart.items())
 
 
 def _standardised(update, t: int) -> tuple[str, str]:

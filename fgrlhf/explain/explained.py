@@ -16,7 +16,8 @@ from typing import NamedTuple, get_type_hints
 
 import torch
 
-from fgrlhf.advantage import penalise_kl, reward_to_go, standardise
+from fgrlhf.advantage import (
+    penalise_kl, penalise_missing_eos, reward_to_go, standardise, without_eos)
 from fgrlhf.data.fields import UserError, check
 from fgrlhf.data.files import read_object
 from fgrlhf.data.records import Edit, Pair
@@ -66,6 +67,8 @@ class UpdateSettings(NamedTuple):
     clip_eps: float = 0.2
     temperature: float = 1.0
     lr: float = 1.2e-3
+    reward_eos: bool = True
+    missing_eos_penalty: float = 0.0
     policy: str | None = None           # the reference
 
 
@@ -106,7 +109,8 @@ class Update(NamedTuple):
     """Equations (5) to (7) for y- as a response. Each list has one entry per token."""
 
     settings: UpdateSettings
-    calibrated: list[float]             # (r_t - mean) / scale
+    calibrated: list[float]             # (r_t - mean) / scale, except at the tokens of `apart`
+    apart: dict[int, str]               # tokens whose reward the run sets otherwise, and how
     logp_old: list[float]               # log pi of the policy, nats
     logp_ref: list[float]
     penalised: list[float]              # r~_t, equation (5)
@@ -158,8 +162,13 @@ def config_of(folder: str | Path) -> tuple[Path, dict]:
 
 
 def has_settings(kind: type, folder: str | Path) -> bool:
-    """Tells whether config.json of the run that wrote `folder` has the settings of `kind`."""
-    return ONLY_IN[kind] in config_of(folder)[1]
+    """Tells whether config.json of the run that wrote `folder` has the settings of `kind`.
+
+    Other methods of train_ppo.py than fine-grained have none: their advantages are not shown here.
+    """
+    saved = config_of(folder)[1]
+    other_method = kind is UpdateSettings and saved.get("method") != "fine-grained"
+    return ONLY_IN[kind] in saved and not other_method
 
 
 def trained_from(folder: str | Path) -> tuple[str, str | None]:
@@ -188,7 +197,7 @@ def settings_of(kind: type, folder: str | Path):
         raise UserError(f"{folder}: expected a reward model that sees whole records, got a control "
                         f"(--hide {hidden}); train one without --hide")
     file, saved = config_of(folder)
-    if ONLY_IN[kind] not in saved:
+    if not has_settings(kind, folder):
         return kind(**remembered)
     kinds, (name, start) = get_type_hints(kind), trained_from(folder)
     saved = {n: check(kinds[n], saved[n], str(file), n) for n in kinds if n in saved}
@@ -221,7 +230,8 @@ def explain_record(record: Edit | Pair, tokenizer: Tokenizer, reward: RewardMode
     rejected = _side(tokenizer, ids.rejected, minus, aligned.original_changed, ids.minus,
                      kept_minus)
     chosen = _side(tokenizer, ids.chosen, plus, aligned.edited_changed, ids.plus, kept_plus)
-    done = None if policy is None else _update(ids, reward, policy, reference, update)
+    done = None if policy is None else _update(ids, reward, policy, reference, update,
+                                               tokenizer.eos_id)
     return Explained(record.id, prompt_text(tokenizer, ids.prompt), rejected, chosen,
                      _rows(pairs, len(ids.rejected), len(ids.chosen)),
                      [(i, j) for j, i in ids.unchanged], loss, paper, reward.response,
@@ -276,12 +286,19 @@ def _rows(pairs: list[tuple[int, int]], n: int, m: int) -> list[tuple[int | None
 
 
 def _update(ids: PreferenceIds, reward: RewardModel, policy: LLaMA, reference: LLaMA,
-            settings: UpdateSettings) -> Update:
+            settings: UpdateSettings, eos_id: int) -> Update:
     """Runs steps 2 to 5 of train_ppo.py on one response, with one gradient step."""
     sequences = pack([ids.prompt], [ids.rejected], device=reward.device)
-    mask, T = sequences.response_mask, len(ids.rejected)
+    mask, T, apart = sequences.response_mask, len(ids.rejected), {}
     with torch.no_grad():
         calibrated = reward.ppo_rewards(sequences)
+        if ids.rejected[-1] == eos_id and not settings.reward_eos:
+            calibrated = without_eos(calibrated, sequences, eos_id)
+            apart[T - 1] = "0, because EOS gets no reward (--no-reward-eos)"
+        if ids.rejected[-1] != eos_id and settings.missing_eos_penalty:
+            calibrated = penalise_missing_eos(calibrated, sequences, mask.any(-1),
+                                              settings.missing_eos_penalty)
+            apart[T - 1] = f"{settings.missing_eos_penalty:g} less, because EOS is missing"
         logp_old = score(policy, sequences, settings.temperature)
         logp_ref = score(reference, sequences, settings.temperature)
         penalised = penalise_kl(calibrated, logp_old, logp_ref, mask, settings.beta)
@@ -299,9 +316,9 @@ def _update(ids: PreferenceIds, reward: RewardModel, policy: LLaMA, reference: L
     ratio, A = log_ratio.exp().tolist(), advantages[0].tolist()
     clipped = [a > 0 and r > 1 + settings.clip_eps or a < 0 and r < 1 - settings.clip_eps
                for r, a in zip(ratio, A)]
-    return Update(settings, calibrated[0].tolist(), logp_old[0].tolist(), logp_ref[0].tolist(),
-                  penalised[0].tolist(), A, after.logp.tolist(), ratio, objective.tolist(), clipped,
-                  before.loss.item(), after.loss.item())
+    return Update(settings, calibrated[0].tolist(), apart, logp_old[0].tolist(),
+                  logp_ref[0].tolist(), penalised[0].tolist(), A, after.logp.tolist(), ratio,
+                  objective.tolist(), clipped, before.loss.item(), after.loss.item())
 
 
 def sigmoid(x: float) -> float:

@@ -2,7 +2,8 @@
 
 from typing import Sequence
 
-from fgrlhf.explain.equations import Line, loss_lines, preference_lines, show, update_lines
+from fgrlhf.explain.equations import (
+    Line, apart_text, loss_lines, preference_lines, show, update_lines)
 from fgrlhf.explain.explained import Explained, Side
 from fgrlhf.reproduce.excerpts import heat_token
 from fgrlhf.reproduce.markup import Html, section, table, tag, typeset
@@ -81,7 +82,8 @@ def _tokens(explained: Explained) -> Html:
                         _cell("term", update.objective[t], largest)))
     return table(
         "y\N{MINUS SIGN} as a response of the policy, token by token. r_t is calibrated with mean "
-        f"{typeset(show(explained.mean))} and scale {show(explained.scale)}. The columns logp, "
+        f"{typeset(show(explained.mean))} and scale {show(explained.scale)}."
+        f"{apart_text(update)} The columns logp, "
         "rho, clip and term are values after one update on this response only. A term is "
         "min(rho A, clip(rho) A). In a row with clip, the clipped value is the smaller one, and "
         "the token gets no gradient.", ["token", *columns, "clip", "term"], [rows])

@@ -1,7 +1,7 @@
 """Shows an explained record in a terminal. Marks and signs give the same information as colour."""
 
 from fgrlhf.explain.equations import (
-    Line, loss_lines, preference_lines, show, stretches, update_lines)
+    Line, apart_text, loss_lines, preference_lines, show, stretches, update_lines)
 from fgrlhf.explain.explained import Explained, Side
 
 WIDTH = 92
@@ -108,7 +108,7 @@ def _tokens(explained: Explained, colour: bool) -> str:
     eps, largest = update.settings.clip_eps, max(map(abs, update.advantages)) or 1.0
     columns = update.columns
     rows = [f"r_t is calibrated, (r_t - mean) / scale, with mean {show(explained.mean)} and scale "
-            f"{show(explained.scale)}.",
+            f"{show(explained.scale)}.{apart_text(update)}",
             "logp, rho, clip and term are after one update on this response only (Adam, learning "
             f"rate {update.settings.lr:g}).",
             "In training the policy samples the responses, and scale of A, mean and update are "
