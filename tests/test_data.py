@@ -4,6 +4,7 @@ Expected values are written by hand. Counts of the real data were taken with jso
 """
 
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -342,6 +343,14 @@ def test_write_atomic_follows_a_link_and_makes_missing_folders(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "a" / "b" / "file")
     write_atomic(tmp_path / "link", b"2")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "a/b/file").read_bytes() == b"2"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_write_atomic_keeps_the_permissions_of_a_file_that_it_replaces(tmp_path):
+    write_atomic(tmp_path / "file", b"1")
+    (tmp_path / "file").chmod(0o600)
+    write_atomic(tmp_path / "file", b"2")
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
 
 
 def test_write_atomic_refuses_a_folder_a_device_and_a_file_used_as_a_folder(tmp_path):

@@ -9,6 +9,7 @@ import codecs
 import contextlib
 import gzip
 import os
+import shutil
 import sys
 import zlib
 from collections import Counter
@@ -49,9 +50,9 @@ def write_atomic(path: str | Path, data: bytes | Callable[[BinaryIO], object]) -
     """Writes `data` to `path`: bytes, or a function that writes into an open binary file.
 
     The bytes go to a temporary file in the same folder, which is fsynced and renamed. Whatever
-    stops the program, `path` holds the old content or the new content, never a part. Missing
-    folders are made. Raises UserError when the system refuses (no permission, no space) or when
-    `path` is a folder or a device.
+    stops the program, `path` holds the old content or the new content, never a part. A file that
+    is replaced keeps its permissions. Missing folders are made. Raises UserError when the system
+    refuses (no permission, no space) or when `path` is a folder or a device.
     """
     path = Path(os.path.realpath(path))                                # a link stays a link
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -62,6 +63,8 @@ def write_atomic(path: str | Path, data: bytes | Callable[[BinaryIO], object]) -
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
+                if path.exists():
+                    shutil.copymode(path, temporary)                # a private file stays private
                 watched = _Watched(file)
                 try:
                     data(watched) if callable(data) else watched.write(data)
