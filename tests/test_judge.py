@@ -506,6 +506,21 @@ def test_by_llm_shows_instruction_input_and_answers_and_keeps_their_order():
     assert found[0].input == "with this"
 
 
+@pytest.mark.parametrize("of_system, of_reference", [(True, True), (True, False), (False, True)])
+def test_by_llm_shows_the_passages_of_either_file(of_system, of_reference):
+    """The same question and answers over two passages are two questions, so no verdict is shared."""
+    passages = [[{"title": "Mat", "text": f"The {animal} sat."}] for animal in ("cat", "dog")]
+    system, reference = (
+        [Output("Who sat?", said, "m", other=(("context", json.dumps(p)),) if has else ())
+         for p in passages] for said, has in (("ours", of_system), ("theirs", of_reference)))
+    judge = Judge(lambda a, b: better("first"))
+    by_llm(judge, system, reference)
+    assert judge.asked[0] == (
+        '<instruction>\nWho sat?\n</instruction>\n\n<passage title="Mat">\nThe cat sat.\n</passage>'
+        "\n\n<first>\ntheirs\n</first>\n\n<second>\nours\n</second>")
+    assert len(set(judge.asked)) == 4
+
+
 def test_by_llm_gives_no_judgements_if_a_question_stays_unanswered():
     def decide(a, b):
         raise Unanswered("HTTP 500")

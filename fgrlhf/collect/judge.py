@@ -8,7 +8,7 @@ from fgrlhf.collect import llm
 from fgrlhf.collect.client import Client, Unanswered
 from fgrlhf.collect.tasks import load_prompt
 from fgrlhf.data.fields import UserError
-from fgrlhf.data.outputs import input_of
+from fgrlhf.data.outputs import input_of, passages_of
 from fgrlhf.data.records import Annotation, Output
 from fgrlhf.judge import check_same_prompts
 
@@ -26,21 +26,22 @@ def verdict(text: str) -> float:
 def by_llm(client: Client, system: list[Output], reference: list[Output]) -> list[Annotation]:
     """Judges each pair: output_1 is the reference's answer, output_2 the system's.
 
-    Each pair is shown in both orders, because models favour one place. `preference` is the mean of
-    the two verdicts, in [1, 2]: contradictory verdicts give a tie, and if one verdict is a tie the
-    other decides. Equal answers are a tie without a question. `preference` is None when there is no
-    usable verdict after asking twice. Raises UserError when questions stay unanswered; the client's
-    cache keeps the other answers for the next call.
+    Each pair is shown with the passages (`context`) of its prompt, as people see it, and in both
+    orders, because models favour one place. `preference` is the mean of the two verdicts, in
+    [1, 2]: contradictory verdicts give a tie, and if one verdict is a tie the other decides. Equal
+    answers are a tie without a question. `preference` is None when there is no usable verdict after
+    asking twice. Raises UserError when questions stay unanswered; the client's cache keeps the
+    other answers for the next call.
     """
     check_same_prompts(system, reference)
     prompt = load_prompt(JUDGE_PROMPT)
 
     def judge(i: int) -> Annotation:
         ours, theirs = system[i], reference[i]
-        shown = {"instruction": ours.instruction, "input": input_of(ours)}
+        prompted = ours.instruction, input_of(ours), passages_of(theirs) or passages_of(ours)
         verdicts = [1.5]
         if ours.output != theirs.output:
-            verdicts = [llm.ask(client, prompt, llm.tagged(**shown, first=first.output,
+            verdicts = [llm.ask(client, prompt, llm.tagged(*prompted, first=first.output,
                                                            second=second.output), verdict).value
                         for first, second in ((theirs, ours), (ours, theirs))]
             if None not in verdicts:

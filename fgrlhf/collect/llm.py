@@ -12,7 +12,7 @@ is refused.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from fgrlhf.collect.change import FREE_WORDS, excess, measure, words
@@ -20,6 +20,7 @@ from fgrlhf.collect.client import Client, Options
 from fgrlhf.collect.line_ends import keep_line_ends
 from fgrlhf.collect.protocol import PROTOCOLS, Reply, endpoint
 from fgrlhf.collect.tasks import Answer, Task, load_prompt
+from fgrlhf.data.records import Passage
 
 EDIT_PROMPT = "edit-1"                            # records keep this name as prompt_version
 ANSWERS = 2                                       # the model is asked at most so often per record
@@ -48,19 +49,19 @@ class Asked(NamedTuple):
     flaw: str                                     # of the last answer, if none was usable
 
 
-def tagged(**texts: str | None) -> str:
-    """Puts each text between tags of its name, and leaves out None."""
-    return "\n\n".join(f"<{name}>\n{text}\n</{name}>" for name, text in texts.items()
-                       if text is not None)
+def tagged(prompt: str, input: str | None, context: Iterable[Passage], **texts: str) -> str:
+    """Puts the parts of a prompt, and then each of the texts, between tags of their names."""
+    between = lambda name, text: f"<{name}>\n{text}\n</{name}>"
+    parts = [between("instruction", prompt)] + ([] if input is None else [between("input", input)])
+    parts += [f"<passage title={json.dumps(passage.title, ensure_ascii=False)}>\n{passage.text}\n"
+              "</passage>" for passage in context]
+    return "\n\n".join([*parts, *(between(name, text) for name, text in texts.items())])
 
 
 def question(task: Task) -> str:
     """Builds the question about a task. The instruction is sent separately."""
-    passages = "\n\n".join(f"<passage title={json.dumps(p.title, ensure_ascii=False)}>\n{p.text}\n"
-                           "</passage>" for p in task.context)
-    parts = tagged(instruction=task.prompt, input=task.input), passages, tagged(
-        preferred=task.chosen, response=task.rejected)
-    return "\n\n".join(part for part in parts if part)
+    return tagged(task.prompt, task.input, task.context, preferred=task.chosen,
+                  response=task.rejected)
 
 
 def ask(client: Client, system: str, text: str, read: Callable[[str], object]) -> Asked:
