@@ -176,7 +176,6 @@ def generate(config: Config) -> None:
         stop_ids += (end,)
     generator = torch.Generator()
     generator.manual_seed(config.seed) if config.seed is not None else generator.seed()
-    sys.stdout.reconfigure(encoding="utf-8")
     start, cut = time.perf_counter(), 0
     for first in range(0, len(prompts), config.batch):
         batch = prompts[first:first + config.batch]

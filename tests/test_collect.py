@@ -253,6 +253,16 @@ def test_collect_dry_run_writes_nothing_and_needs_no_key(tmp_path, main, capsys,
     assert [p.name for p in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
+def test_collect_prints_any_text_where_stdout_is_not_utf_8(tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", 1, rejected="A dog. 🙂")
+    done = subprocess.run(
+        [sys.executable, "-m", "fgrlhf.collect", "--pairs", str(tmp_path / "pairs.jsonl"), "--out",
+         str(tmp_path / "edits.jsonl"), "--editor", "human", "--dry-run"], cwd=ROOT,
+        capture_output=True, env=os.environ | {"PYTHONIOENCODING": "latin-1"})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode() == "1 responses to edit\nA dog. 🙂\n"
+
+
 def test_collect_dry_run_leaves_out_what_is_done(tmp_path, main, capsys):
     write_pairs(tmp_path / "pairs.jsonl", 3)
     with Server(lambda body, count: ("ok", good(body))) as server:

@@ -1,6 +1,7 @@
 """One dataclass, one command line: types, defaults, refusals, help."""
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -107,6 +108,22 @@ def test_run_survives_a_reader_that_goes_away(printing, unbuffered):
         process.stdin.close()
         assert process.wait() == 141
         assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("locale", [{"PYTHONIOENCODING": "latin-1"}, {"PYTHONIOENCODING": "ascii"},
+                                    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_run_prints_utf_8_in_every_locale(locale):
+    code = ("from fgrlhf.engine.config import run\n"
+            "run(lambda: print('\\u6f22', '\\U0001f642', '\\udcff', sep=''))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True,
+                          env=os.environ | locale)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "漢🙂?\n".encode(), b"")
+
+
+def test_run_takes_a_stdout_that_has_no_encoding(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    run(lambda: print("🙂"))
+    assert sys.stdout.getvalue() == "🙂\n"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ paired by seed.
 
 import csv
 import io
-import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,7 +58,6 @@ def main(config: Config) -> None:
         write_atomic(config.html, page(groups, found, sentences).encode("utf-8", "replace"))
     if config.csv:
         write_atomic(config.csv, long_form(groups).encode("utf-8", "replace"))
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     print("\n\n".join([*(as_text(table, WIDTH) for table in found),
                        *("\n".join(textwrap.wrap(sentence, WIDTH, break_on_hyphens=False))
                          for sentence in sentences)]))

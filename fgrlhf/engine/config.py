@@ -232,10 +232,13 @@ def run(main: Callable[[], None]) -> None:
     The exit status is 2 for a UserError, a refusal of the system and too little memory, 1 for a
     number that is not finite, 130 after Ctrl-C, and 141 when the reader of stdout has gone away.
     Messages are lost when stderr is closed or its reader has gone away; the program goes on.
+    stdout becomes UTF-8 in every locale; a lone surrogate, which UTF-8 cannot hold, becomes "?".
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:          # closed: the next file would become fd 0, 1 or 2
             setattr(sys, name, open(os.devnull, mode))
+    if hasattr(sys.stdout, "reconfigure"):      # a caller may have put another stream there
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     with contextlib.redirect_stderr(_Messages(sys.stderr)):
         try:
             main()

@@ -162,7 +162,6 @@ def main(config: Config) -> None:
     explained, used = explain(config)
     if config.html:
         write_report(config.html, {"examples": {"explained": [explained]}})
-    sys.stdout.reconfigure(encoding="utf-8")
     print("\n".join(f"{name:10}{folder}" for name, folder in used.items()) + "\n")
     print(explained_text(explained, sys.stdout.isatty() and "NO_COLOR" not in os.environ), end="")
     if explained.update is None:
