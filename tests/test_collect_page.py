@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import pytest
@@ -726,6 +727,12 @@ def test_another_port_is_used_if_the_usual_port_is_taken(start, tmp_path):
         program.kill()
     program.start()
     assert program.port == usual
+
+
+def test_a_file_has_a_usual_port_also_if_its_name_is_not_utf_8(tmp_path):
+    odd, other = (tmp_path / os.fsdecode(name) for name in (b"e\xff.jsonl", b"e\xfe.jsonl"))
+    assert 20000 <= usual_port(odd) < 30000 and usual_port(odd) != usual_port(other)
+    assert usual_port(Path("/é.jsonl")) == 20000 + zlib.crc32("/é.jsonl".encode()) % 10000
 
 
 @pytest.mark.parametrize("host, port", [("127.0.0.1", "taken"), ("127.0.0.1", "99999"),

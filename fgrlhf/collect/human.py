@@ -3,6 +3,7 @@
 actions.py says what the page can do.
 """
 
+import os
 import sys
 import threading
 import zlib
@@ -83,4 +84,4 @@ def usual_port(path: Path) -> int:
     A browser keeps the copies of drafts per port. With the same port, a page that is opened after a
     crash finds the text that was typed while no server was running.
     """
-    return 20000 + zlib.crc32(str(path.resolve()).encode()) % 10000
+    return 20000 + zlib.crc32(os.fsencode(path.resolve())) % 10000
