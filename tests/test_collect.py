@@ -290,6 +290,23 @@ def test_collect_refuses_bad_flags_before_it_writes(tmp_path, main, flags, messa
     assert [p.name for p in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
+@pytest.mark.parametrize("ask", ["edit", "preference", "both"])
+def test_collect_leaves_no_new_empty_file_after_an_address_that_is_refused(tmp_path, ask):
+    given = {"--pairs": write_pairs(tmp_path / "pairs.jsonl", 1)}
+    if ask != "edit":
+        given = {"--outputs": tmp_path / "A.json", "--reference": tmp_path / "B.json"}
+        for path in given.values():
+            path.write_text(json.dumps([{"instruction": "Q?", "output": path.stem,
+                                         "generator": "m"}]))
+    (tmp_path / "out.skipped.jsonl").touch()                   # not new
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="--port 99999: cannot be used"):
+        collect.main(parse(collect.Config, argv=[
+            "--ask", ask, "--editor", "human", "--port", "99999", "--out",
+            str(tmp_path / "out.jsonl"), *(str(word) for both in given.items() for word in both)]))
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"} == before
+
+
 def test_collect_refuses_to_write_into_its_own_pairs(tmp_path):
     path = write_pairs(tmp_path / "pairs.jsonl", 1)
     before = path.read_bytes()

@@ -170,6 +170,7 @@ class Judgements(Store):
                                 f"the record {others[0].id!r}; choose another --out")
         super().__init__(path, Judgement)
         if pairs:
+            self._new += [self.pairs_path] if not self.pairs_path.exists() else []
             try:
                 self._write_pairs()
             except BaseException:

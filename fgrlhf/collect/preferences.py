@@ -5,8 +5,7 @@
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 from fgrlhf.collect import human, jury, summary
@@ -16,7 +15,7 @@ from fgrlhf.collect.judgements import (
     Comparison, Judgement, Judgements, check_resumed, comparisons)
 from fgrlhf.collect.judging import JudgeDesk
 from fgrlhf.collect.resume import resumed
-from fgrlhf.collect.store import Store, path_beside, skipped_path
+from fgrlhf.collect.store import Store, path_beside
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.outputs import joined
 from fgrlhf.data.readers import read_outputs
@@ -45,30 +44,16 @@ def collect(tasks: list[Comparison], config) -> None:
     out = Path(config.out).resolve()
     pairs, judged = path_beside(out, "pairs") if both else out, path_beside(out, "judgements")
     with ExitStack() as files:
-        with no_new_empty_files(out, skipped_path(out), pairs, judged, skipped_path(judged)):
-            store = files.enter_context(Judgements(judged, pairs))
-            check_resumed(tasks, store)
-            edits = files.enter_context(Store(out)) if both else None
-            desk = edit_desk(tasks, store, edits, config) if both else None
+        store = files.enter_context(Judgements(judged, pairs))
+        check_resumed(tasks, store)
+        edits = files.enter_context(Store(out)) if both else None
+        desk = edit_desk(tasks, store, edits, config) if both else None
         texts = [text for task in tasks for text in task.outputs]
         human.serve(Actions(desk, JudgeDesk(tasks, store), config.annotator,
                             human.largest_message(texts)), out, config)
         print(summary.judged(jury.figures(tasks, store), store.path))
         if desk:
             print(summary.edited(list(desk.tasks.values()), edits))
-
-
-@contextmanager
-def no_new_empty_files(*paths: Path) -> Iterator[None]:
-    """Removes those of the files that were made here and are empty, when a UserError comes out."""
-    new = [path for path in paths if not path.exists()]
-    try:
-        yield
-    except UserError:
-        for path in new:
-            if path.exists() and path.stat().st_size == 0:
-                path.unlink()
-        raise
 
 
 def edit_desk(tasks: list[Comparison], store: Judgements, edits: Store, config) -> Desk:

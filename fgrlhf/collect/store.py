@@ -51,6 +51,8 @@ class Store:
 
         with Store(path) as store:
             store.add(task.edit(text, "ann", provenance))
+
+    When a UserError ends the block, the files that are new and still empty are removed.
     """
 
     def __init__(self, path: str | Path, kind: type = Edit):
@@ -66,6 +68,7 @@ class Store:
         if self.path.is_dir():
             raise UserError(f"{path}: expected a file or a free name, got a folder; name a file")
         self._held = lock_file(self.path)
+        self._new = [file for file in (self.path, self.skipped_path) if not file.exists()]
         try:
             self.records: dict[str, Edit | Skip] = recorded(self.path, kind)
             self._files = {kind: Lines(self.path), Skip: Lines(self.skipped_path)}
@@ -123,8 +126,13 @@ class Store:
     def __enter__(self) -> "Store":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        with self._mutex:
+            if isinstance(error, UserError):
+                for file in self._new:
+                    if file.exists() and file.stat().st_size == 0:
+                        file.unlink()
+            self.close()                     # frees the lock, so this comes last
 
 
 def path_beside(path: Path, name: str) -> Path:
