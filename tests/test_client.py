@@ -324,6 +324,33 @@ def test_cache_survives_a_torn_line_and_refuses_a_file_of_something_else(tmp_pat
         Cache(path)
 
 
+@pytest.mark.parametrize("failures", [0, 1, 4])
+def test_equal_questions_at_the_same_time_are_asked_one_after_another(tmp_path, failures):
+    """The first answer serves those that wait. A failure serves nobody: the next one asks."""
+    def behave(body, count):
+        time.sleep(0.1)                                    # the others come meanwhile
+        return (400, {}, b"no") if count <= failures else ("ok", "fine")
+
+    with Server(behave) as server:
+        client = reach(server, Cache(tmp_path / "c.jsonl"), workers=4)
+        found = [got for _, got in client.gather(range(4), lambda _: client.ask("s", ASKED))]
+        assert sum(isinstance(got, Unanswered) for got in found) == failures
+        assert found.count(Reply("fine", True)) == 4 - failures
+        assert len(server.seen) == client.requests == min(failures + 1, 4)
+        assert client.cached == max(3 - failures, 0)
+
+
+def test_equal_questions_that_wait_end_when_the_client_stops(tmp_path):
+    def behave(*_):
+        threading.Timer(0.3, client.stop).start()
+        return 429, {"Retry-After": "300"}, b""
+
+    with Server(behave) as server:
+        client, start = reach(server, Cache(tmp_path / "c.jsonl"), workers=4), time.monotonic()
+        assert list(client.gather(range(4), lambda _: client.ask("s", ASKED))) == []
+        assert len(server.seen) == 1 and time.monotonic() - start < 60
+
+
 def test_gather_yields_failures_and_gives_up_after_many_in_a_row():
     with Server(lambda body, count: (400, {}, b"no")) as server:
         client = reach(server, workers=2)

@@ -6,7 +6,7 @@ Each question is one POST on a connection of its own, so a late or doubled answe
 another question. The client tries again, with exponential backoff, after 408, 409, 425, 429, 5xx, a
 broken connection, a time-out, or a body without an answer. A Retry-After makes every thread wait.
 Answers go into a cache under the hash of the request: no question is paid for twice, even after a
-kill.
+kill, or when equal questions come at the same time.
 
 The key comes from the environment only. It is sent in one header, never over plain HTTP to another
 machine and never to the target of a redirect. If a server repeats the key in a body, as text or
@@ -20,6 +20,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ class Client:
         proxies = [urllib.request.ProxyHandler({})] if is_local(self.url) else []
         self._opener = urllib.request.build_opener(_NoRedirect, Http, Https, *proxies)
         self._mutex, self._stopping = threading.Lock(), threading.Event()
+        self._asking = defaultdict(threading.Lock)    # by key of a question; held while it is asked
         self._not_before = 0.0                    # time.monotonic() when a Retry-After is over
         self.requests = self.cached = 0
         self.stopped_by = ""                      # why no more questions are sent; "" if they are
@@ -103,22 +105,29 @@ class Client:
         requests may be sent, and UserError for a wrong key, model or URL.
         """
         body = self.protocol.body(self.model, system, messages, self.max_tokens)
+        if not self.cache:
+            return self._answer(body)
         key = Cache.key(self.url, body)
-        if self.cache and (known := self.cache.get(key)):
-            with self._mutex:
-                self.cached += 1
-            return known
+        with self._mutex:
+            asking = self._asking[key]
+        with asking:                              # if the first one fails, the next one asks
+            if known := self.cache.get(key):
+                with self._mutex:
+                    self.cached += 1
+                return known
+            reply = self._answer(body)
+            self.cache.put(key, reply)
+            return reply
+
+    def _answer(self, body: dict) -> Reply:
+        """Asks the server up to TRIES times. Raises what `ask` raises."""
         for attempt in range(TRIES):
             try:
-                reply = self._post(json.dumps(body).encode())
+                return self._post(json.dumps(body).encode())
             except _Again as failure:
                 problem = str(failure)
                 if attempt < TRIES - 1:
                     self._pause(self.backoff * 2 ** attempt * random.uniform(0.5, 1))
-                continue
-            if self.cache:
-                self.cache.put(key, reply)
-            return reply
         raise Unanswered(f"failed {TRIES} times, the last time: {problem}")
 
     def gather(self, items: Iterable, call: Callable) -> Iterator[tuple]:
