@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import eval as evaluation
 import train_rm
 from fgrlhf.checkpoint import save_model
 from fgrlhf.collect import __main__ as collect, summary
-from fgrlhf.collect.store import Store
+from fgrlhf.collect.store import Store, outcome_of
 from fgrlhf.collect.tasks import Task
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.readers import read_edits
@@ -128,7 +129,8 @@ def test_collect_loses_and_doubles_nothing_of_500_records_with_faults_and_two_ki
     with Store(out) as store:
         refused = {r.id for r in store.records.values() if not hasattr(r, "edited")}
         assert refused == {f"r{i}" for i in range(500) if i % 50 in (7, 8)}
-        assert store.counts() == {"edited": 470, "identical": 10, "refused": 20}
+        assert Counter(map(outcome_of, store.records.values())) == {
+            "edited": 470, "identical": 10, "refused": 20}
     assert holders_of_the_key(tmp_path) == []
 
 
@@ -226,13 +228,32 @@ def test_summary_counts_a_share_on_a_border_into_the_tenth_below(tmp_path):
     """1, 1, 2, 3 and 10 of ten words are changed; an unchanged text is not counted."""
     task, letters = Task("", "p", "c", "a b c d e f g h i j"), "abcdefghij"
     how = Provenance("human", "2026-11-21T12:00:00Z", 1, 1.0)
+    tasks = [replace(task, id=str(i)) for i in range(6)]
     with Store(tmp_path / "e.jsonl") as store:
-        for i, changed in enumerate((1, 1, 2, 3, 10, 0)):
+        for task, changed in zip(tasks, (1, 1, 2, 3, 10, 0)):
             text = " ".join(letters.upper()[:changed] + letters[changed:])
-            store.add(replace(task, id=str(i)).edit(text, None, how))
-        lines = summary.edited([task], store).splitlines()[2:]
+            store.add(task.edit(text, None, how))
+        lines = summary.edited(tasks, store).splitlines()[2:]
     assert [int(line.split()[2]) for line in lines] == [2, 1, 1, 0, 0, 0, 0, 0, 0, 1]
     assert lines[0] == "  to  10%      2  " + "#" * 40 and lines[1].endswith("  " + "#" * 20)
+
+
+def test_summary_counts_only_the_records_of_its_tasks_and_says_how_many_others_there_are(tmp_path):
+    how = Provenance("human", "2026-11-21T12:00:00Z", 1, 1.0)
+    tasks = [Task(str(i), "p", "c", "a b c d e f g h i j") for i in range(5)]
+    with Store(tmp_path / "e.jsonl") as store:
+        for task, changed in zip(tasks[:4], ("A", "K L M N O P Q R S T", "B", "C")):
+            store.add(task.edit(changed + task.rejected[len(changed):], None, how))
+        store.add(tasks[4].skip("skipped", "unclear", "Ada", how))
+        few, every = (summary.edited(part, store).splitlines() for part in (tasks[:2], tasks))
+        other = summary.edited([replace(tasks[0], id="new")], store)
+    counts = "records done in " + str(tmp_path / "e.jsonl")
+    assert few[0] == (f"2 of 2 {counts}: 2 edited, 0 identical, 0 skipped, 0 refused; 3 other "
+                      "records are in the collection too")
+    assert [int(line.split()[2]) for line in few[2:]] == [1, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+    assert every[0] == f"5 of 5 {counts}: 4 edited, 0 identical, 1 skipped, 0 refused"
+    assert other == (f"0 of 1 {counts}: 0 edited, 0 identical, 0 skipped, 0 refused; 5 other "
+                     "records are in the collection too")
 
 
 def test_summary_counts_an_edit_of_whitespace_only_as_no_changed_word(tmp_path):

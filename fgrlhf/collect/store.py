@@ -15,7 +15,6 @@ import codecs
 import json
 import os
 import threading
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,11 +105,6 @@ class Store:
             file.close()
             self._files[type(record)] = Lines(file.path)
             return self.records.pop(id)
-
-    def counts(self) -> Counter:
-        """Counts the records by outcome."""
-        with self._mutex:
-            return Counter(outcome_of(record) for record in self.records.values())
 
     def remaining(self, tasks: list) -> list:
         """Returns the tasks without a record, in order."""

@@ -1,17 +1,24 @@
 """Writes the lines that a collection prints at its end."""
 
+from collections import Counter
+
 from fgrlhf.collect.agreement import number, percent
 from fgrlhf.collect.change import measure
-from fgrlhf.collect.store import OUTCOMES, Store
+from fgrlhf.collect.store import OUTCOMES, Store, outcome_of
 from fgrlhf.data.records import Edit
 
 
 def edited(tasks: list, store: Store) -> str:
-    """Describes the outcomes, with a histogram of the share of changed words."""
-    counts = store.counts()
-    lines = [f"{len(tasks) - len(store.remaining(tasks))} of {len(tasks)} records done in "
-             f"{store.path}: " + ", ".join(f"{counts[name]} {name}" for name in OUTCOMES)]
-    shares = [measure(r.original, r.edited).share for r in store.records.values()
+    """Describes the outcomes of the tasks, with a histogram of the share of changed words.
+
+    The records of other tasks, from calls with other pairs or a larger limit, are only counted.
+    """
+    done = [store.records[task.id] for task in tasks if task.id in store.records]
+    counts, others = Counter(map(outcome_of, done)), len(store.records) - len(done)
+    lines = [f"{len(done)} of {len(tasks)} records done in {store.path}: "
+             + ", ".join(f"{counts[name]} {name}" for name in OUTCOMES)
+             + (f"; {others} other records are in the collection too" if others else "")]
+    shares = [measure(r.original, r.edited).share for r in done
               if isinstance(r, Edit) and r.original != r.edited]
     if shares:
         lines.append("share of changed words:")
