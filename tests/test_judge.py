@@ -508,8 +508,9 @@ def test_by_llm_shows_instruction_input_and_answers_and_keeps_their_order():
 
 @pytest.mark.parametrize("of_system, of_reference", [(True, True), (True, False), (False, True)])
 def test_by_llm_shows_the_passages_of_either_file(of_system, of_reference):
-    """The same question and answers over two passages are two questions, so no verdict is shared."""
-    passages = [[{"title": "Mat", "text": f"The {animal} sat."}] for animal in ("cat", "dog")]
+    """The same question and answers over two passages are two questions: no verdict is shared."""
+    passages = [[{"title": "Mat", "text": f"The {animal} sat."}]
+                for animal in ("cat", "dog")]
     system, reference = (
         [Output("Who sat?", said, "m", other=(("context", json.dumps(p)),) if has else ())
          for p in passages] for said, has in (("ours", of_system), ("theirs", of_reference)))

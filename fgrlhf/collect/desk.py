@@ -25,7 +25,7 @@ from fgrlhf.collect.line_ends import keep_line_ends
 from fgrlhf.collect.store import Store, path_beside
 from fgrlhf.collect.tasks import Task
 from fgrlhf.data.fields import Text, UserError, check
-from fgrlhf.data.files import read_json
+from fgrlhf.data.files import require_json
 from fgrlhf.data.records import Edit, Provenance, write_jsonl
 
 
@@ -47,12 +47,8 @@ def drafts_path(path: Path) -> Path:
 
 def read_drafts(path: Path) -> list[Draft]:
     """Reads a file of drafts; a file that is not there has none. Raises UserError for others."""
-    drafts = []
-    for place, value in read_json(path) if path.exists() else ():
-        if isinstance(value, UserError):
-            raise value
-        drafts.append(check(Draft, value, place))
-    return drafts
+    return [check(Draft, value, place)
+            for place, value in (require_json(path) if path.exists() else ())]
 
 
 class Desk(Leases):

@@ -181,6 +181,15 @@ def read_json(path: str | Path) -> list[tuple[str, object]]:
     return list(iterate_json(path))
 
 
+def require_json(path: str | Path) -> list[tuple[str, object]]:
+    """Like `read_json`, but raises the UserError of the first value that cannot be read."""
+    found = read_json(path)
+    for _, value in found:
+        if isinstance(value, UserError):
+            raise value
+    return found
+
+
 def read_records(path: str | Path, build: Callable[[object, str], object],
                  on_bad_record: str = "stop") -> list:
     """Returns `build(value, place)` for every record of `path`, in order.

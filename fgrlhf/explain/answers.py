@@ -106,7 +106,6 @@ def show(files: Sequence[str], labels: Sequence[str], reward: str | None, templa
     width = max(map(len, labels))
     if html:
         write_atomic(html, page(rows, summary, sentences).encode("utf-8", "replace"))
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     for row in rows:
         print("\n".join([visible(row[0].prompt), *(lines(one, width) for one in row), ""]))
     print("\n".join([as_text(summary, WIDTH), "", *sentences]).strip())

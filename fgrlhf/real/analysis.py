@@ -26,7 +26,7 @@ import torch
 
 from fgrlhf.checkpoint import AnyTokenizer, load_tokenizer
 from fgrlhf.data.fields import UserError, take
-from fgrlhf.data.files import read_json, write_atomic
+from fgrlhf.data.files import require_json, write_atomic
 from fgrlhf.data.records import Demonstration
 from fgrlhf.encode import Encoder, PreferenceIds
 from fgrlhf.engine.config import Computation, arg, parse, run
@@ -114,9 +114,7 @@ def types_of(summary: str, prompt: str, spans: list[tuple[int, int]]) -> list[st
 def read_labels(path: str) -> dict[str, Label]:
     """Reads what the annotators said about each candidate, by the id of its record."""
     found = {}
-    for place, value in read_json(path):
-        if isinstance(value, UserError):
-            raise value
+    for place, value in require_json(path):
         found[str(take(value, "doc_id", int, place))] = Label(*(
             take(value, name, bool, place)
             for name in ("has_error", "intrinsic_error", "extrinsic_error")))

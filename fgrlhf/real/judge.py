@@ -18,7 +18,7 @@ import torch
 
 from fgrlhf.checkpoint import load_tokenizer
 from fgrlhf.data.fields import UserError, take
-from fgrlhf.data.files import read_json, write_atomic
+from fgrlhf.data.files import require_json, write_atomic
 from fgrlhf.data.outputs import passages_of
 from fgrlhf.data.readers import read_outputs, read_prompts
 from fgrlhf.data.records import Output
@@ -63,9 +63,7 @@ def measured(output: Output, reward: float, tokens: int) -> dict[str, float]:
 def read_samples(config: Config) -> tuple[list[dict], list[Output]]:
     """Returns the chosen samples, and each of them as an answer."""
     prompts, rows, outputs = {p.id: p for p in read_prompts(config.prompts)}, [], []
-    for place, line in read_json(config.samples):
-        if isinstance(line, UserError):
-            raise line
+    for place, line in require_json(config.samples):
         step, responses = (take(line, name, kind, place)
                            for name, kind in (("step", int), ("responses", list)))
         if step != 1 and step % config.every:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fgrlhf.checks.signs import signs_of_run
-from fgrlhf.data.fields import UserError
-from fgrlhf.data.files import read_json, read_object
+from fgrlhf.data.files import read_object, require_json
 from fgrlhf.data.readers import read_outputs
 from fgrlhf.evaluate import bootstrap, compare, over_seeds
 from fgrlhf.reproduce.examples import examples
@@ -51,11 +50,7 @@ def seed_of(folder: Path) -> int:
 
 def read_lines(path: Path) -> list[dict]:
     """Reads a .jsonl file that a run of this project wrote."""
-    lines = [value for _, value in read_json(path)]
-    for line in lines:
-        if isinstance(line, UserError):
-            raise line
-    return lines
+    return [value for _, value in require_json(path)]
 
 
 def tested(folder: Path, system: str, world: World | None = None) -> Tested:
