@@ -37,7 +37,9 @@ def test_a_healthy_run_is_silent_and_so_is_a_short_one():
     (run({2: 0.6, 4: 0.8, 12: 0.6}),
      "from iteration 4 to 12 the reward rose from 0.4 to 1.2 while the dev win rate fell from 80% "
      "to 60%"),
-    (run({2: 0.5, 12: 0.55}), "stayed at or below 55%")])
+    (run({2: 0.5, 12: 0.55}), "stayed at or below 55%"),
+    (run(**{"rollout/truncated": dict.fromkeys(range(3, 9), 0.9)}),
+     "54% of the responses in the last 10 iterations were cut at --max-new-tokens")])
 def test_each_sign_is_named_by_itself(lines, said):
     found = signs(lines)
     assert len(found) == 1 and said in found[0]
@@ -47,8 +49,9 @@ def test_each_sign_is_named_by_itself(lines, said):
     run(**{"rollout/kl_k1": {7: 0.8}}), run(**{"ppo/entropy": {12: 0.05}}),
     run(**{"ppo/clip_fraction": dict.fromkeys(range(5, 8), 0.9)}),
     run({4: 0.8, 12: 0.7}), run({2: 0.5, 12: 0.6}),
-    run({4: 0.8, 12: 0.6}, **{"rollout/reward": {12: 0.2}})],
-    ids=["kl", "entropy", "clipped", "win rate", "flat", "reward fell too"])
+    run({4: 0.8, 12: 0.6}, **{"rollout/reward": {12: 0.2}}),
+    run(**{"rollout/truncated": dict.fromkeys(range(1, 8), 1.0)})],
+    ids=["kl", "entropy", "clipped", "win rate", "flat", "reward fell too", "cut"])
 def test_a_run_below_a_threshold_is_silent(lines):
     assert signs(lines) == []
 
@@ -73,18 +76,31 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("lr, beta, named", [(1e-4, 0.5, False), (0.1, 0.0, True)])
 def test_train_ppo_names_the_signs_of_a_run_that_is_broken_on_purpose(lr, beta, named, folder,
                                                                       tmp_path, capsys):
-    """The same run, with a small learning rate, and with a huge one and nothing that holds it."""
+    """The same run, with a small learning rate, and with a huge one and nothing that holds it.
+
+    The policy has random weights, so both runs are named for their cut responses.
+    """
     train_ppo.train(train_ppo.Config(
         method="fine-grained", policy=str(folder / "policy"), reward=str(folder / "token"),
         prompts=str(folder / "prompts.jsonl"), out=str(tmp_path / "out"), iterations=10,
         rollouts=4, max_new_tokens=5, lr=lr, beta=beta, warmup=0, skip_checks=True))
     told = [line for line in capsys.readouterr().err.splitlines() if "sign of trouble" in line]
     assert told == [f"sign of trouble: {sign}" for sign in signs_of_run(tmp_path / "out")]
-    assert bool(told) == named
+    assert "were cut at --max-new-tokens" in told[0] and (len(told) > 1) == named
     if named:
         assert any("far from the SFT policy" in line for line in told)
     assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 10
     assert json.loads((tmp_path / "out/done.json").read_text())["iterations"] == 10
+
+
+def test_a_run_that_updated_nothing_is_named_however_short(folder, tmp_path, capsys):
+    train_ppo.train(train_ppo.Config(
+        method="fine-grained", policy=str(folder / "policy"), reward=str(folder / "token"),
+        prompts=str(folder / "prompts.jsonl"), out=str(tmp_path / "out"), iterations=2, rollouts=4,
+        max_new_tokens=1, mask_truncated=True, skip_checks=True))
+    assert capsys.readouterr().err.endswith(
+        "sign of trouble: no response ended within --max-new-tokens 1 in any iteration, so the "
+        "policy was not changed; raise it\n")
 
 
 def test_signs_are_in_the_table_and_on_the_report():

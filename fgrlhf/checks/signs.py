@@ -1,5 +1,7 @@
 """Signs of trouble in a PPO run, read from its metrics.jsonl, each with its usual remedy.
 
+    unchanged   no iteration had an update
+    cut         most responses end at --max-new-tokens and not with EOS
     far         the KL from the SFT policy is high
     narrow      the entropy has collapsed: the policy repeats itself
     clipped     many tokens are clipped in several iterations: the updates are too large
@@ -7,9 +9,10 @@
     flat        the dev win rate never leaves that of the SFT policy
 
 train_ppo.py names them at its end, and the report of fgrlhf.reproduce has them. They are signs, not
-proofs. The thresholds come from 72 runs of 12 systems that worked (profile full, worlds 400 to 407
-of the built-in world, 30 iterations, 200 dev prompts): each is twice the worst value of those runs,
-which is in the comment behind it. Runs with models or rewards of another kind may differ.
+proofs. The thresholds of the last five come from 72 runs of 12 systems that worked (profile full,
+worlds 400 to 407 of the built-in world, 30 iterations, 200 dev prompts): each is twice the worst
+value of those runs, which is in the comment behind it. Runs with models or rewards of another kind
+may differ.
 """
 
 import json
@@ -18,6 +21,7 @@ from pathlib import Path
 
 LEAST_ITERATIONS = 10           # a shorter run shows nothing yet
 KL_PER_TOKEN = 0.9              # nats; worst: 0.46 (sum loss)
+TRUNCATED = 0.5                 # of the responses in the last LEAST_ITERATIONS
 ENTROPY_LEFT = 0.23             # of the entropy of iteration 1; worst: 0.47 (imperfect editor)
 CLIP_FRACTION = 0.14            # in CLIPPED_ITERATIONS; worst fourth-highest: 0.07 (sum loss)
 CLIPPED_ITERATIONS = 4
@@ -30,14 +34,17 @@ FLAT_WIN_RATE = 0.57
 def signs(lines: Sequence[dict]) -> list[str]:
     """Returns a sentence for each sign of trouble, [] for a healthy run.
 
-    lines: those of metrics.jsonl, in order. An iteration without an update is left out, because it
-    has no figures of one (--mask-truncated, when no response has an EOS). Fewer than
-    LEAST_ITERATIONS have no signs, and neither has a run that is not PPO.
+    lines: those of metrics.jsonl, in order. An iteration without an update has no figures of one
+    (--mask-truncated, when no response has an EOS), so only the signs "unchanged" and "cut" look at
+    it. Except for "unchanged", a run with fewer than LEAST_ITERATIONS shows no signs. A run that is
+    not PPO never has any.
     """
-    lines = [line for line in lines if "ppo/entropy" in line]
-    if len(lines) < LEAST_ITERATIONS:
-        return []
-    return [told for look in (_far, _narrow, _clipped, _exploited, _flat) if (told := look(lines))]
+    updated = [line for line in lines if "ppo/entropy" in line]
+    if not updated and any("ppo/masked" in line for line in lines):
+        return [_unchanged(lines)]
+    looks = {_cut: lines} | dict.fromkeys((_far, _narrow, _clipped, _exploited, _flat), updated)
+    return [told for look, seen in looks.items()
+            if len(seen) >= LEAST_ITERATIONS and (told := look(seen))]
 
 
 def signs_of_run(folder: str | Path) -> list[str]:
@@ -45,6 +52,21 @@ def signs_of_run(folder: str | Path) -> list[str]:
     path = Path(folder) / "metrics.jsonl"
     return signs([json.loads(line) for line in path.read_text().splitlines()]
                  if path.exists() else [])
+
+
+def _unchanged(lines: Sequence[dict]) -> str:
+    # every response was cut, so each has the longest length
+    return (f"no response ended within --max-new-tokens {lines[-1]['rollout/length']:.0f} in any "
+            "iteration, so the policy was not changed; raise it")
+
+
+def _cut(lines: Sequence[dict]) -> str | None:
+    last = lines[-LEAST_ITERATIONS:]
+    share = sum(line.get("rollout/truncated", 0.0) for line in last) / len(last)
+    if share <= TRUNCATED:
+        return None
+    return (f"{100 * share:.0f}% of the responses in the last {len(last)} iterations were cut at "
+            "--max-new-tokens before they ended; raise it, or give --missing-eos-penalty")
 
 
 def _far(lines: Sequence[dict]) -> str | None:
