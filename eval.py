@@ -48,7 +48,7 @@ from fgrlhf.collect.jury import by_people
 from fgrlhf.compare.runs import names_of
 from fgrlhf.data.fields import UserError, show
 from fgrlhf.data.files import each
-from fgrlhf.data.outputs import joined
+from fgrlhf.data.outputs import joined, tell_empty
 from fgrlhf.data.readers import read_annotations, read_outputs, read_prompts
 from fgrlhf.data.records import Edit, Output, Pair, write_jsonl, write_outputs
 from fgrlhf.data.scores import read_scores
@@ -178,6 +178,7 @@ def outputs(config: OutputsConfig) -> dict:
             tries = [found, *(ask(temperature, f"try {k}") for k in range(2, config.best_of + 1))]
             found = best_of(*chooser, tries)
         write_outputs(path, found)
+        tell_empty([output.output for output in found], path)
     if cut := counts["cut"]:
         print(f"{cut} of {counts['answers']} answers are cut at --max-new-tokens "
               f"{config.max_new_tokens}, before they end", file=sys.stderr)
@@ -228,10 +229,15 @@ def preferences(config: WinRateConfig) -> tuple[list[float | None], list[str], d
     """
     if config.judge == "annotations":
         annotations = read_annotations(config.annotations)
-        return preferences_of(annotations), [a.output_2 for a in annotations], {}
+        texts = [a.output_2 for a in annotations]
+        tell_empty(texts, f"{config.annotations}, output_2,")
+        tell_empty([a.output_1 for a in annotations], f"{config.annotations}, output_1,")
+        return preferences_of(annotations), texts, {}
     reference = read_outputs(config.reference)
     system = joined(read_outputs(config.outputs), reference, (config.outputs, config.reference))
     texts = [output.output for output in system]
+    tell_empty(texts, config.outputs)
+    tell_empty([output.output for output in reference], config.reference)
     if config.judge == "human":
         return by_people(config, system, reference)
     if config.judge == "oracle":

@@ -282,6 +282,23 @@ def test_win_rate_of_annotations_is_alpacaevals(k, tmp_path):
     assert len(case["preferences"]) - found["left_out"] == theirs["n_total"]
 
 
+def test_empty_answers_are_counted_on_stderr(tmp_path, capsys):
+    files = [str(saved(tmp_path / name, [
+        {"instruction": f"{ASKED} {k}", "output": text, "generator": "m"}
+        for k, text in enumerate(texts)]))
+        for name, texts in (("a.json", ["", " \n", RIGHT]), ("b.json", ["No.", "No.", "No."]))]
+    said = f"2 of 3 answers of {files[0]} are empty\n"
+    win_rate("--judge", "oracle", "--world", 0, "--outputs", files[0], "--reference", files[1])
+    assert capsys.readouterr().err == said
+    evaluation.show_answers(evaluation.AnswersConfig(outputs=tuple(files)))
+    assert capsys.readouterr().err == said
+    path = saved(tmp_path / "annotations.json", [
+        {"instruction": ASKED, "output_1": one, "output_2": "No.", "generator_1": "a",
+         "generator_2": "b", "preference": 2} for one in ("", RIGHT)])
+    win_rate("--judge", "annotations", "--annotations", path)
+    assert capsys.readouterr().err == f"1 of 2 answers of {path}, output_1, are empty\n"
+
+
 def test_win_rate_says_how_many_judgements_failed(tmp_path, capsys):
     """Two of three: the nulls are no ties."""
     path = judgements(tmp_path / "a.json", [2, 2, 1, None, None, None])
@@ -640,6 +657,9 @@ def test_outputs_says_how_many_answers_are_cut(folder, tokenizer, monkeypatch, c
     whole.append(end)
     monkeypatch.setattr("fgrlhf.judge.end_of_turn", lambda *_: end)
     assert ask()["outputs"] == 2 and capsys.readouterr().err == ""
+    whole[:] = [end]
+    ask()
+    assert capsys.readouterr().err == f"1 of 2 answers of {folder / 'cut.json'} are empty\n"
 
 
 def test_reward_model_calls_a_constant_model_constant(folder, capsys):

@@ -5,7 +5,9 @@ fields, and they are part of the prompt.
 """
 
 import json
+import sys
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 from fgrlhf.data.fields import UserError, check, show
 from fgrlhf.data.records import Output, Passage
@@ -50,6 +52,12 @@ def joined(outputs: list[Output], reference: list[Output],
                 + (f" and too few to {more} more" if more else "")
                 + "; answer both from one prompt file")
     return [found[key(output)].pop(0) for output in reference]
+
+
+def tell_empty(answers: Sequence[str], place: str) -> None:
+    """Says on stderr how many of the answers are empty or blank. place: where they are from."""
+    if empty := sum(not answer.strip() for answer in answers):
+        print(f"{empty} of {len(answers)} answers of {place} are empty", file=sys.stderr)
 
 
 def prompt_key(output: Output) -> tuple[str, str | None]:

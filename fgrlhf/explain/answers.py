@@ -17,7 +17,7 @@ from fgrlhf.checkpoint import load_tokenizer
 from fgrlhf.compare.page import table_section
 from fgrlhf.compare.tables import Table, as_text
 from fgrlhf.data.files import write_atomic
-from fgrlhf.data.outputs import input_of, joined
+from fgrlhf.data.outputs import input_of, joined, tell_empty
 from fgrlhf.data.readers import read_outputs
 from fgrlhf.data.records import Output
 from fgrlhf.engine.encoding import Encoding, check_encoding
@@ -94,6 +94,8 @@ def show(files: Sequence[str], labels: Sequence[str], reward: str | None, templa
     if reward:
         encoding = check_encoding(reward, template=template) or encoding
     read = read_answers(files, encoding.template if reward else "")
+    for file, outputs in zip(files, read):
+        tell_empty([output.output for output in outputs], file)
     over = f"{len(read[0])} prompts"
     if len(read[0]) > limit:
         over = f"the first {limit} of {over}"
