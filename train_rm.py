@@ -40,7 +40,7 @@ from fgrlhf.checkpoint import load_model, load_to_train, load_tokenizer
 from fgrlhf.checks import accuracy
 from fgrlhf.data.fields import UserError
 from fgrlhf.encode import (
-    HIDDEN, UNITS, Encoder, PreferenceIds, ReadingResponses, read_encoded)
+    HIDDEN, UNITS, Encoder, PreferenceIds, ReadingResponses, read_encoded, two_sides)
 from fgrlhf.engine import distributed
 from fgrlhf.engine.config import Machinery, arg, parse, run
 from fgrlhf.engine.distributed import Sums, microbatches
@@ -299,6 +299,9 @@ def train(config: Config) -> None:
         raise UserError(f"--folds {config.folds}: expected 0, or 2 to {len(records)} (the records)")
     held_out = {name: read(path) for name, path in
                 (("edits", config.eval_edits), ("pairs", config.eval_pairs)) if path}
+    if log.writes:
+        for name, (kept, *_) in held_out.items():
+            tell_shared(records, kept, f"--eval-{name}")
     every = examples + [ids for _, encoded, _ in held_out.values() for ids in encoded]
     frozen = keep_states(config, device, every) if config.freeze else None
     if config.folds:
@@ -325,6 +328,18 @@ def train(config: Config) -> None:
     log.finish(summary, ending(config))
     if log.writes:
         accuracy.warn(log.folder / "reward", summary.get("pairs/pair_accuracy"))
+
+
+def tell_shared(records: list, held_out: list, flag: str) -> None:
+    """Says on stderr how many of the held-out records are also among the training records.
+
+    Records are the same when prompt, input and both texts are. flag: the one of the held-out file.
+    """
+    content = lambda record: (record.prompt, record.input, *two_sides(record))
+    seen = set(map(content, records))
+    if shared := sum(content(record) in seen for record in held_out):
+        print(f"{shared} of {len(held_out)} records of {flag} are also in --data, so their figures "
+              "are not of held-out records", file=sys.stderr)
 
 
 def ending(config: Config) -> Ending:

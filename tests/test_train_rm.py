@@ -1,6 +1,7 @@
 """Cross-validation, linear probes, shuffled labels and flags that do not go together."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import train_rm
 from fgrlhf import frozen
 from fgrlhf.checkpoint import load_model
 from fgrlhf.data.fields import UserError
-from fgrlhf.data.records import Edit, write_jsonl
+from fgrlhf.data.records import Edit, Pair, write_jsonl
 from fgrlhf.encode import PreferenceIds
 from fgrlhf.engine.config import parse
 from fgrlhf.reward import load_reward
@@ -58,11 +59,26 @@ def trained(root, out, *more: str):
     return model.head.weight.detach(), model, json.loads((out / "done.json").read_text())
 
 
-def test_limit_cuts_the_training_data_only_and_the_model_is_no_language_model(root, tmp_path):
+def test_limit_cuts_the_training_data_only_and_the_model_is_no_language_model(root, tmp_path,
+                                                                              capsys):
     _, _, done = trained(root, tmp_path / "out", "--limit", "4")
     assert done["records"] == 4 < done["edits/pairs"]
+    # the six are two different records, three times each
+    assert ("6 of 6 records of --eval-edits are also in --data, so their figures are not of "
+            "held-out records\n") in capsys.readouterr().err
     with pytest.raises(UserError, match="expected a language model, got a reward model"):
         load_model(tmp_path / "out/reward")
+
+
+def test_shared_records_have_the_same_prompt_input_and_texts(capsys):
+    pair = Pair("p", "name it", "red", "blue")
+    same = Edit("e", "name it", "blue", "red")
+    others = [replace(pair, **change) for change in (
+        {"prompt": "name"}, {"input": "a river"}, {"chosen": "blue", "rejected": "red"})]
+    train_rm.tell_shared([pair], [same, *others], "--eval-pairs")
+    assert capsys.readouterr().err.startswith("1 of 4 records of --eval-pairs are also in --data")
+    train_rm.tell_shared([pair], others, "--eval-pairs")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("kind", ["token", "sequence"])
