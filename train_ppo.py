@@ -419,7 +419,8 @@ def finish(config: Config, players: Players, log: Run, best: dict, check_seconds
     chosen = best and {"best_iteration": best["iteration"], "best_dev_win_rate": best["win_rate"]}
     after = command("eval.py outputs --policy {policy} --prompts PROMPTS --out ANSWERS.json",
                     config.template, policy=log.folder / ("best" if best else "policy"))
-    log.finish({"iterations": config.iterations, "episodes": config.iterations * config.rollouts,
+    log.finish({"iterations": config.iterations, "prompts": len(players.prompts),
+                "episodes": config.iterations * config.rollouts,
                 "startup_checks": "skipped" if config.skip_checks else "passed",
                 "check_seconds": round(check_seconds, 3), **chosen},
                Ending(f"policy by {config.method} PPO", after))

@@ -50,7 +50,7 @@ TRAINERS = {
     "folds": (train_rm, on_edits, ("--folds", "2", "--epochs", "1", "--kind", "sequence"),
               "sequence-level reward model, 2 folds; accuracy on held-out records ([.\\d]+)", None,
               "-m"),
-    "ppo": (train_ppo, by_ppo, (), "policy by fine-grained PPO, 2 iterations; "
+    "ppo": (train_ppo, by_ppo, (), "policy by fine-grained PPO, 2 iterations, 5 prompts; "
             "reward (-?[.\\d]+), KL (-?[.e\\d-]+), length ([.\\d]+)", "policy/", "eval.py")}
 LOGGED = {"sft": ("sft/loss",), "dpo": ("dpo/loss", "dpo/accuracy"),
           "rm": ("rm/loss", "rm/accuracy"), "ppo": ("rollout/reward", "rollout/kl_k1",
@@ -87,6 +87,15 @@ def test_a_progress_bar_shows_the_figures_of_the_last_step(root, capsys):
     train_rm.train(parse(train_rm.Config, "", on_edits(root, "bars", "--folds", "2")))
     bars = re.findall(r"fold \d/2: 100%.*loss [.\d]+, accuracy [.\d]+\]", capsys.readouterr().err)
     assert len(bars) == 2
+
+
+def test_ppo_says_on_how_many_prompts(root, capsys):
+    first = (root / "prompts.jsonl").read_text().splitlines()[0]
+    (root / "one.jsonl").write_text(first + "\n")
+    train_ppo.train(parse(train_ppo.Config, "", by_ppo(
+        root, "one", "--skip-checks", "--prompts", str(root / "one.jsonl"))))
+    assert "fine-grained PPO, 2 iterations, 1 prompt; reward" in capsys.readouterr().err
+    assert json.loads((root / "one/done.json").read_text())["prompts"] == 1
 
 
 def test_figures_leave_out_what_is_not_there():

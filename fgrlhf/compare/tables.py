@@ -17,7 +17,7 @@ from fgrlhf.reproduce.table import Column, aligned, cell_texts, is_number
 
 NOT_COMPARED = ("out", "resume")                # they differ in all runs and change no figure
 # Keys of done.json that are metrics too, or say nothing about the model.
-LEFT_OUT = ("steps", "records", "iterations", "episodes", "folds", "best_iteration",
+LEFT_OUT = ("steps", "records", "iterations", "prompts", "episodes", "folds", "best_iteration",
             "best_dev_win_rate", "seconds", "save_seconds", "check_seconds", "mean", "scale")
 WIN_RATE = "eval/win_rate"
 LONGEST_VALUE = 40                              # characters of a setting in a table

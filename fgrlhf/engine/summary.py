@@ -52,9 +52,11 @@ def last_lines(folder: Path, ending: Ending, summary: dict) -> str:
     """Returns the three lines. summary: the contents of done.json."""
     log = folder / "metrics.jsonl"
     lines = log.read_text().splitlines() if log.exists() else []
-    count = next(f"{summary[name]} {name}" for name in ("steps", "iterations", "folds", "records")
-                 if name in summary)
+    counted = [name for name in ("steps", "iterations", "folds", "records") if name in summary][:1]
+    counts = [f"{n} {name}".removesuffix("s" * (n == 1)) for name in (*counted, "prompts")
+              if (n := summary.get(name)) is not None]
     shown = [figures(json.loads(lines[-1])) if lines else "", figures(summary, RESULTS)]
     there = [name + "/" * (folder / name).is_dir() for name in FILES if (folder / name).exists()]
-    return "\n".join([f"trained: {'; '.join(filter(None, [f'{ending.trained}, {count}', *shown]))}",
+    trained = "; ".join(filter(None, [", ".join([ending.trained, *counts]), *shown]))
+    return "\n".join([f"trained: {trained}",
                       f"results: {folder}: {', '.join(there)}", f"next:    {ending.after}"])
