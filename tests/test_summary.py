@@ -42,11 +42,12 @@ def by_ppo(root, out: str, *more: str) -> list[str]:
 
 # trainer, its flags, the words of its first line, what it leaves, the script of the next command
 TRAINERS = {
-    "sft": (sft, on_edits, (), "policy by SFT, 2 steps; loss ([.\\d]+)", "policy/", "train_rm.py"),
-    "dpo": (dpo, on_edits, (), "policy by DPO, 4 steps; loss ([.\\d]+), accuracy ([.\\d]+)",
-            "policy/", "eval.py"),
+    "sft": (sft, on_edits, (), "policy by SFT, 2 steps; last batch: loss ([.\\d]+)",
+            "policy/", "train_rm.py"),
+    "dpo": (dpo, on_edits, (), "policy by DPO, 4 steps; last batch: loss ([.\\d]+), accuracy "
+            "([.\\d]+)", "policy/", "eval.py"),
     "rm": (train_rm, on_edits, ("--epochs", "1"), "token-level reward model by the loss ours, "
-           "6 records; loss ([.\\d]+), accuracy ([.\\d]+)", "reward/", "train_ppo.py"),
+           "6 records; last batch: loss ([.\\d]+), accuracy ([.\\d]+)", "reward/", "train_ppo.py"),
     "folds": (train_rm, on_edits, ("--folds", "2", "--epochs", "1", "--kind", "sequence"),
               "sequence-level reward model, 2 folds; accuracy on held-out records ([.\\d]+)", None,
               "-m"),

@@ -1,6 +1,6 @@
 """Writes the figures of a trainer's progress bar, and the three lines that it ends with.
 
-    trained: policy by SFT, 1500 steps; loss 0.1234
+    trained: policy by SFT, 1500 steps; last batch: loss 0.1234
     results: runs/sft: policy/, metrics.jsonl, done.json
     next:    python train_rm.py --kind token --data EDITS --model runs/sft/policy --out OUT
 """
@@ -55,7 +55,10 @@ def last_lines(folder: Path, ending: Ending, summary: dict) -> str:
     counted = [name for name in ("steps", "iterations", "folds", "records") if name in summary][:1]
     counts = [f"{n} {name}".removesuffix("s" * (n == 1)) for name in (*counted, "prompts")
               if (n := summary.get(name)) is not None]
-    shown = [figures(json.loads(lines[-1])) if lines else "", figures(summary, RESULTS)]
+    last = figures(json.loads(lines[-1])) if lines else ""
+    if last and "iterations" not in summary:        # PPO's are of all responses of an iteration
+        last = f"last batch: {last}"
+    shown = [last, figures(summary, RESULTS)]
     there = [name + "/" * (folder / name).is_dir() for name in FILES if (folder / name).exists()]
     trained = "; ".join(filter(None, [", ".join([ending.trained, *counts]), *shown]))
     return "\n".join([f"trained: {trained}",
