@@ -92,7 +92,7 @@ class Config(ReadingResponses, Machinery):
     freeze: bool = arg(False, help="train only the head, a linear probe")
     hidden_states: str | None = arg(None, help="with --freeze: a file that keeps the hidden states "
                                     "for the next run with this model and --layer")
-    epochs: int = arg(6, least=0, help="passes over the data")
+    epochs: int = arg(6, least=0, help="passes over the data; 0 trains nothing")
     batch: int = arg(16, least=1, help="pairs per step")
     lr: float = arg(3e-3, least=0, help="Adam's peak learning rate: warm-up, then linear to 0")
     head_lr: float | None = arg(None, least=0, help="Adam's peak learning rate for the head when "
@@ -350,6 +350,8 @@ def ending(config: Config) -> Ending:
     trained = "sequence-level reward model" if config.kind == "sequence" else (
         "nothing, the reward is the model's log-likelihood" if config.likelihood else
         f"token-level reward model by the loss {config.loss}")
+    if not config.epochs:
+        trained = f"nothing with --epochs 0, the {config.kind}-level reward model is as it started"
     if config.folds or config.hide != "nothing":
         return Ending(trained, f"python -m fgrlhf.compare {shlex.quote(config.out)} OTHER_RUN")
     method = "rlhf" if config.kind == "sequence" else "fine-grained"

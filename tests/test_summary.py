@@ -119,6 +119,12 @@ def test_the_log_likelihood_is_not_called_trained():
     assert train_rm.ending(config).trained == "nothing, the reward is the model's log-likelihood"
 
 
+def test_no_epochs_are_not_called_training(root, capsys):
+    train_rm.train(parse(train_rm.Config, "", on_edits(root, "start", "--epochs", "0")))
+    assert ("trained: nothing with --epochs 0, the token-level reward model is as it started, "
+            "6 records\n") in capsys.readouterr().err
+
+
 def test_a_control_is_not_followed_by_ppo(root):
     config = train_rm.Config(data="d", model="m", out="a b", hide="both")
     assert train_rm.ending(config).after == "python -m fgrlhf.compare 'a b' OTHER_RUN"
