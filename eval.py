@@ -57,7 +57,7 @@ from fgrlhf.encode import (
 from fgrlhf.engine.config import Computation, arg, dispatch, refuse_unused, run
 from fgrlhf.engine.distributed import pick_device
 from fgrlhf.engine.encoding import Encoding, check_encoding
-from fgrlhf.engine.places import refuse_outputs
+from fgrlhf.engine.places import ANSWERS, records_with, refuse_outputs
 from fgrlhf.evaluate import Judged, constant, reward_intervals, reward_table, win_rates
 from fgrlhf.explain.answers import show as side_by_side
 from fgrlhf.judge import answers, best_of, by_reward, preferences_of
@@ -68,6 +68,7 @@ from fgrlhf.simulate.world import World, world_arg
 from fgrlhf.templates import check_template, template_arg
 from fgrlhf.tokenizer import Tokenizer
 
+JUDGEMENTS = records_with("judgements", "instruction", "output_1", "output_2", "preference")
 # The flags of win-rate that a judge needs, and those that it can use.
 NEEDED = {"oracle": ("outputs", "reference", "world"), "reward": ("outputs", "reference", "reward"),
           "llm": ("outputs", "reference", "model", "judgements"),
@@ -153,7 +154,7 @@ def outputs(config: OutputsConfig) -> dict:
         raise UserError(f"--best-of {config.best_of} --temperature 0: expected a temperature above "
                         "0, because greedy answers to a prompt are all the same; leave one out")
     prompts = read_prompts(config.prompts, config.on_bad_record)[:config.limit]
-    refuse_outputs([(flag, path) for flag, path, _ in wanted],
+    refuse_outputs([(flag, path, ANSWERS) for flag, path, _ in wanted],
                    [("--policy", config.policy), ("--prompts", config.prompts),
                     ("--reward", config.reward)])
     context = load_model(config.policy, device="meta").config.max_seq_len    # reads no weights
@@ -255,8 +256,11 @@ def win_rate(config: WinRateConfig) -> dict:
             raise UserError(f"--judge {config.judge}: expected --{name} too")
     refuse_unused(config, "judge", USED)
     if config.judgements:
-        files = [config.judgements, *[str(cache_of(config.judgements))] * (config.judge == "llm")]
-        refuse_outputs([("--judgements", file) for file in files],
+        files = [("--judgements", config.judgements, None)]         # people's are added to
+        if config.judge == "llm":
+            files = [("--judgements", config.judgements, JUDGEMENTS),
+                     ("--judgements", str(cache_of(config.judgements)), None)]
+        refuse_outputs(files,
                        [("--outputs", config.outputs), ("--reference", config.reference)])
     found, texts, people = preferences(config)
     people_judge = config.judge == "human"

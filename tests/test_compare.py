@@ -273,6 +273,17 @@ def test_bad_words_are_refused(tmp_path, words, pattern):
         main(parse(Config, argv=[word.format(one, two) for word in words]))
 
 
+def test_a_page_and_a_table_are_written_over_those_of_this_command_only(tmp_path):
+    one, html, csv = write(tmp_path / "one", win_rates(0.5)), tmp_path / "h", tmp_path / "c"
+    for _ in range(2):
+        main(parse(Config, argv=[one, "--html", str(html), "--csv", str(csv)]))
+    for words, said in ((("--html", str(csv)), "an HTML page"), (("--csv", str(html)), "a table")):
+        with pytest.raises(UserError, match=f"{words[1]}: expected a new file or {said} .*; choose "
+                                            "another path or move it"):
+            main(parse(Config, argv=[one, *words]))
+    assert csv.read_text().startswith("run,seed") and html.read_text().startswith("<!doctype")
+
+
 def test_a_table_into_a_pipe_or_into_stdout_is_refused_by_the_name_that_was_given(tmp_path):
     """stdout has the tables for people, so a reader of the CSV could not tell the two apart."""
     one = write(tmp_path / "one", win_rates(0.5))

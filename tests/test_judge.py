@@ -623,6 +623,36 @@ def test_outputs_refuses_files_that_are_not_its_own(out, more, said, folder, mon
     assert ": expected a file of its own, got " in str(refusal.value)
 
 
+@pytest.mark.parametrize("name, content", [
+    ("edits.jsonl", '{"id": "e1", "prompt": "p", "original": "a b", "edited": "a c"}\n'),
+    ("shown.json", '[{"instruction": "p", "input": "", "output": "a"}]\n'),
+    ("notes.txt", "what the annotators said\n")])
+def test_outputs_writes_over_answers_only(name, content, folder, tmp_path, monkeypatch):
+    """A file of another kind stays as it is. Answers are written over, and so is an empty file."""
+    monkeypatch.setattr(evaluation, "load_model", None)
+    (tmp_path / name).write_text(content)
+    ask = lambda out: evaluated("outputs", evaluation.OutputsConfig, "--policy", folder / "policy",
+                                "--prompts", folder / "prompts.jsonl", "--out", out)
+    begin = re.escape(content[:9])
+    with pytest.raises(UserError, match=f"--out .*{name}: expected a new file or a file of answers "
+                       f"to write over, got a file that begins with .*{begin}.*; choose "):
+        ask(tmp_path / name)
+    assert (tmp_path / name).read_text() == content
+    records.write_outputs(tmp_path / "a.json", [Output("p", "a", "one")])
+    (tmp_path / "empty.json").touch()
+    for out in ("a.json", "empty.json", "new.json"):
+        with pytest.raises(TypeError):                  # it goes on to load_model
+            ask(tmp_path / out)
+
+
+def test_a_language_models_judgements_do_not_replace_another_file(tmp_path):
+    edits = tmp_path / "edits.jsonl"
+    edits.write_text('{"id": "e1", "prompt": "p", "original": "a b", "edited": "a c"}\n')
+    with pytest.raises(UserError, match="--judgements .*expected a new file or judgements to wri"):
+        evaluated("win_rate", evaluation.WinRateConfig, "--judge", "llm", "--model", "m",
+                  "--outputs", "a.json", "--reference", "b.json", "--judgements", edits)
+
+
 def test_outputs_refuses_a_file_that_cannot_be_written_before_any_work(folder, monkeypatch):
     """A file is in the place of a folder (root could write anywhere else)."""
     monkeypatch.setattr(evaluation, "load_model", None)

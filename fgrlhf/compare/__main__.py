@@ -24,8 +24,9 @@ from fgrlhf.compare.runs import Group, read_groups
 from fgrlhf.compare.tables import as_text, notes, tables
 from fgrlhf.data.files import write_atomic
 from fgrlhf.engine.config import arg, parse, run
-from fgrlhf.engine.places import refuse_outputs
+from fgrlhf.engine.places import HTML, begins_with, refuse_outputs
 
+COLUMNS = "run,seed,step,metric,value"          # the first line of --csv
 WIDTH = 104                                     # columns of the terminal
 
 
@@ -40,7 +41,7 @@ def long_form(groups: Sequence[Group]) -> str:
     """Returns every logged number as CSV, one in each row. A metric that is null has no row."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["run", "seed", "step", "metric", "value"])
+    writer.writerow(COLUMNS.split(","))
     for group in groups:
         for one in group.runs:
             writer.writerows([group.name, one.seed, step, metric, value]
@@ -51,7 +52,8 @@ def long_form(groups: Sequence[Group]) -> str:
 
 def main(config: Config) -> None:
     groups = read_groups(config.runs)
-    refuse_outputs([("--html", config.html), ("--csv", config.csv)],
+    table = begins_with("a table of this command", f"{COLUMNS}\n")
+    refuse_outputs([("--html", config.html, HTML), ("--csv", config.csv, table)],
                    [("the run", one.folder) for group in groups for one in group.runs])
     found, sentences = tables(groups), notes(groups)
     if config.html:

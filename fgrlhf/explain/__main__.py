@@ -28,7 +28,7 @@ from fgrlhf.data.readers import read_preferences
 from fgrlhf.data.records import Edit, Pair
 from fgrlhf.engine.config import arg, parse, run
 from fgrlhf.engine.encoding import check_encoding
-from fgrlhf.engine.places import refuse_outputs
+from fgrlhf.engine.places import HTML, refuse_outputs
 from fgrlhf.engine.states import fingerprint
 from fgrlhf.explain.explained import (
     Explained, LossSettings, UpdateSettings, config_of, explain_record, has_settings, settings_of,
@@ -130,7 +130,7 @@ def explain(config: Config) -> tuple[Explained, dict[str, str]]:
     record, used = find(config.record, settings.normalise), {"reward": config.reward}
     folders = policy_folders(config, settings) or ()
     used |= dict(zip(("policy", "reference"), folders))
-    refuse_outputs([("--html", config.html)], [
+    refuse_outputs([("--html", config.html, HTML)], [
         ("--record", split_place(config.record)[0]),
         *((f"--{name}", folder) for name, folder in used.items()),
         *(("the settings of a run", config_of(folder)[0]) for folder in used.values())])

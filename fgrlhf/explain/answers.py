@@ -21,7 +21,7 @@ from fgrlhf.data.outputs import input_of, joined, tell_empty
 from fgrlhf.data.readers import read_outputs
 from fgrlhf.data.records import Output
 from fgrlhf.engine.encoding import Encoding, check_encoding
-from fgrlhf.engine.places import refuse_outputs
+from fgrlhf.engine.places import HTML, refuse_outputs
 from fgrlhf.explain.explained import surfaces
 from fgrlhf.explain.text import visible
 from fgrlhf.judge import check_same_prompts, encode_outputs
@@ -88,8 +88,8 @@ def show(files: Sequence[str], labels: Sequence[str], reward: str | None, templa
     labels: a name for each file. reward: the folder of a reward model, or None. Raises UserError
     when the files do not answer the same prompts.
     """
-    refuse_outputs([("--html", html)], [("--reward", reward),
-                                        *(("a file of answers", file) for file in files)])
+    refuse_outputs([("--html", html, HTML)], [("--reward", reward),
+                                              *(("a file of answers", file) for file in files)])
     encoding = Encoding(template)
     if reward:
         encoding = check_encoding(reward, template=template) or encoding

@@ -44,7 +44,7 @@ from fgrlhf.engine.config import Computation, arg, parse, run
 from fgrlhf.engine.distributed import pick_device
 from fgrlhf.engine.draws import generator
 from fgrlhf.engine.encoding import check_encoding
-from fgrlhf.engine.places import refuse_outputs
+from fgrlhf.engine.places import records_with, refuse_outputs
 from fgrlhf.reward import describe_reward, load_reward
 from fgrlhf.rollout import Rollout, sample
 from fgrlhf.simulate.origin import check_requests
@@ -132,7 +132,8 @@ def compare(estimate: np.ndarray, measured: np.ndarray, places: np.ndarray) -> d
 
 def check_flags(config: Config) -> None:
     """Refuses what cannot be compared or written, before anything is sampled."""
-    refuse_outputs([("--out", config.out)], [
+    kind = records_with("figures of this command", "responses", "ceiling", "estimates")
+    refuse_outputs([("--out", config.out, kind)], [
         ("--policy", config.policy), ("--prompts", config.prompts), ("--critic", config.critic),
         ("--critic-reward", config.critic_reward),
         *(("--rewards", folder) for folder in config.rewards.split(","))])
