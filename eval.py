@@ -65,7 +65,7 @@ from fgrlhf.model import MOST
 from fgrlhf.reward import RewardModel, judge_preferences, judge_tokens, load_reward
 from fgrlhf.simulate.oracle import by_oracle
 from fgrlhf.simulate.world import World, world_arg
-from fgrlhf.templates import check_template, template_arg
+from fgrlhf.templates import check_template, say_hidden_passages, template_arg
 from fgrlhf.tokenizer import Tokenizer
 
 JUDGEMENTS = records_with("judgements", "instruction", "output_1", "output_2", "preference")
@@ -168,6 +168,7 @@ def outputs(config: OutputsConfig) -> dict:
     fitting = lambda prompt: encode_prompt(tokenizer, prompt, config.template,
                                            context - config.max_new_tokens) and prompt
     prompts = each(prompts, fitting, config.on_bad_record, config.prompts)
+    say_hidden_passages(prompts, config.template, config.prompts)
     chooser = reward_model_of(config, device) if config.reward else None
     policy, counts = load_model(config.policy, device, getattr(torch, config.dtype)), Counter()
     ask = lambda temperature, purpose="answers": answers(

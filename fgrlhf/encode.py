@@ -27,7 +27,8 @@ from fgrlhf.data.files import LeftOut, each
 from fgrlhf.data.readers import read_preferences
 from fgrlhf.data.records import Edit, Pair, Span
 from fgrlhf.engine.config import arg
-from fgrlhf.templates import check_template, encode_filled, shorten, template_arg
+from fgrlhf.templates import (
+    check_template, encode_filled, say_hidden_passages, shorten, template_arg)
 from fgrlhf.tokenizer import Tokenizer
 
 UNITS = ("token", "word")
@@ -270,6 +271,7 @@ def read_encoded(path: str, encoder: Encoder, normalise: bool, limit: int | None
         return record, ids
     both = each(read_preferences(path, on_bad_record, normalise)[:limit], encode, on_bad_record,
                 path)
+    say_hidden_passages([record for record, _ in both], encoder.template, path)
     return [record for record, _ in both], [ids for _, ids in both]
 
 

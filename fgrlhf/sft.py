@@ -41,7 +41,7 @@ from fgrlhf.engine.summary import Ending, command
 from fgrlhf.model import MOST, LLaMA, build
 from fgrlhf.presets import PRESETS
 from fgrlhf.sequences import Sequences, hidden_before, locate, pack
-from fgrlhf.templates import check_template
+from fgrlhf.templates import check_template, say_hidden_passages
 from kernels import linear_cross_entropy
 
 
@@ -113,9 +113,10 @@ def train(config: Config) -> None:
     model = start_model(config, tokenizer.vocab_size, device)
     encoder = Encoder(tokenizer, model.config.max_seq_len, config.template, config.prompt_tokens,
                       config.cut_responses)
-    prompts, responses = zip(*each(
-        read_demonstrations(config.data, config.on_bad_record)[:config.limit],
-        encoder.demonstration, config.on_bad_record, config.data))
+    records = read_demonstrations(config.data, config.on_bad_record)[:config.limit]
+    prompts, responses = zip(*each(records, encoder.demonstration, config.on_bad_record,
+                                   config.data))
+    say_hidden_passages(records, config.template, config.data)
     counts = encoder.counted(config.data) if log.writes else {}
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
     steps = config.epochs * -(-len(prompts) // config.batch)

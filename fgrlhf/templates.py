@@ -27,7 +27,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -171,6 +171,14 @@ def shows_context(template: str) -> bool:
     """Tells whether prompts show the passages of a record."""
     found = find_template(template)
     return "{context}" in found.with_input + found.without_input
+
+
+def say_hidden_passages(records: Sequence, template: str, path: str) -> None:
+    """Says on stderr how many records of a file have passages that the template does not show."""
+    hidden = sum(bool(record.context) for record in records)
+    if hidden and not shows_context(template):
+        print(f"{path}: {hidden} records have passages (context) that the template "
+              f"{find_template(template).name} does not show; --template qa does", file=sys.stderr)
 
 
 # ----- a record in a template ---------------------------------------------------------------------

@@ -13,7 +13,8 @@ from fgrlhf.engine.encoding import Encoding, write_encoding
 from fgrlhf.layouts.chat_template import advise, recognise
 from fgrlhf.sft import Config
 from fgrlhf.templates import (
-    TEMPLATES, check_template, end_of_turn, read_template, render_prompt, shows_context)
+    TEMPLATES, check_template, end_of_turn, read_template, render_prompt, say_hidden_passages,
+    shows_context)
 from fgrlhf.tokenizer import Tokenizer, train
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>",
@@ -116,6 +117,17 @@ def test_training_says_when_a_turn_ends_with_another_token_than_eos(chat, capsys
     said = capsys.readouterr().err
     assert said == ("template chatml: its turns end with <|im_end|>, but responses are trained to "
                     "end with the tokenizer's EOS, </s>\n")
+
+
+def test_passages_that_no_prompt_shows_are_said_once(capsys):
+    records = [Prompt("p", "How?", context=(Passage("T", "x"),))] * 2 + [Prompt("q", "Who?")]
+    say_hidden_passages(records, "qa", "p.jsonl")
+    say_hidden_passages(records[2:], "plain", "p.jsonl")
+    assert capsys.readouterr().err == ""
+    say_hidden_passages(records, "plain", "p.jsonl")
+    assert capsys.readouterr().err == (
+        "p.jsonl: 2 records have passages (context) that the template plain does not show; "
+        "--template qa does\n")
 
 
 # ----- files --------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from fgrlhf.engine.states import TrainableState
 from fgrlhf.model import LLaMA
 from fgrlhf.own_reward import OwnReward, find, is_own, start_of_critic
 from fgrlhf.reward import RewardModel, describe_reward, load_reward
-from fgrlhf.templates import check_template
+from fgrlhf.templates import check_template, say_hidden_passages
 from fgrlhf.tokenizer import Tokenizer
 
 
@@ -109,8 +109,9 @@ def load(config, device: torch.device) -> Players:
                             f"{config.reward} was trained with --prompt-tokens {judged}, got "
                             f"{len(ids)}; shorten it, or pass --on-bad-record skip")
         return record.id, ids
-    prompts = each(read_prompts(config.prompts, config.on_bad_record), encode, config.on_bad_record,
-                   config.prompts)
+    records = read_prompts(config.prompts, config.on_bad_record)
+    prompts = each(records, encode, config.on_bad_record, config.prompts)
+    say_hidden_passages(records, config.template, config.prompts)
 
     dtype = getattr(torch, config.dtype)
     trunks = {} if config.lora_rank else None           # one trunk, shared by all models of the run
