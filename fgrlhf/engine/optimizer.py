@@ -110,7 +110,7 @@ class Optimizer:
             _widen(parameter, master)
         norm = distributed.clip_gradients(self.masters, self.whole_on_ranks, self.clip_norm)
         if not math.isfinite(norm):
-            raise FloatingPointError(f"gradient norm is {norm} at optimizer step {self.count}")
+            raise FloatingPointError(f"gradient norm is {norm} at optimizer step {self.count + 1}")
         for part, base in zip(self.parts, self.base):
             part.param_groups[0]["lr"] = base * self._schedule()
             part.step()

@@ -104,7 +104,7 @@ class Run(OutputFolder):
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"step {step}: {name}: expected a finite number, got "
-                                         f"{float(value)}")
+                                         f"{float(value)}; lower --lr and choose another --out")
         self.log(step, metrics)
         self.show(metrics)
         self.stopped_by = distributed.largest(self.stopped_by)      # a signal to one rank stops all
@@ -187,7 +187,8 @@ class Run(OutputFolder):
                 "models": {name: states.describe(model) for name, model in models.items()}}
                 | {name: tensor.detach().cpu() for name, tensor in tensors.items()})
             raise FloatingPointError(f"step {step}: {error}; the batch is in {path}: see "
-                                     f"python -m fgrlhf.checks --replay {path}") from None
+                                     f"python -m fgrlhf.checks --replay {path}, or lower --lr "
+                                     "and choose another --out") from None
 
     def finish(self, summary: dict, ending: Ending | None = None) -> None:
         """Marks the run as complete, unlocks the folder, and prints the last lines of `ending`.
