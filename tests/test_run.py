@@ -235,7 +235,7 @@ def test_run_killed_before_its_first_state_is_not_resumed_with_other_settings(tm
     run.log(1, {"a": 1.0})
     run.unlock()
     with pytest.raises(UserError, match="config.json: --resume needs the same --lr: the run was "
-                                        "started with 0.1, got 0.5"):
+                                        "started with 0.1, got 0.5; give it again, or choose ano"):
         Run(Config(str(tmp_path), lr=0.5, resume=True))
 
 
@@ -340,7 +340,24 @@ def test_run_refuses_to_resume_with_another_data_file(tmp_path):
     with pytest.raises(UserError, match="state-000002.pt: --resume needs the same --data: its con"):
         trained(tmp_path / "a", 5, data=str(data), resume=True)
     data.write_text("1")
+    other = tmp_path / "other.jsonl"
+    other.write_text("3")
+    with pytest.raises(UserError, match=f"same --data: the run was started with {data}, got {other}"
+                                        f" with other contents; give {data} again or choose ano"):
+        trained(tmp_path / "a", 5, data=str(other), resume=True)
     trained(tmp_path / "a", 5, data=str(data), resume=True)
+
+
+def test_resume_says_when_there_is_no_run(tmp_path, capsys):
+    """A mistyped --out starts from the beginning."""
+    run = Run(Config(str(tmp_path / "a"), resume=True))
+    assert run.step == 0
+    assert capsys.readouterr().err == f"{tmp_path}/a: no run to resume; a new one begins\n"
+    run.open()
+    run.unlock()
+    Run(Config(str(tmp_path / "a"), resume=True))
+    Run(Config(str(tmp_path / "b")))
+    assert capsys.readouterr().err == ""
 
 
 def test_run_refuses_a_finished_run_on_another_data_file(tmp_path):
@@ -440,7 +457,8 @@ def test_run_guard_names_the_tensor_and_leaves_the_batch(tmp_path, bad):
 
 def test_run_guard_leaves_the_batch_when_the_step_inside_fails(tmp_path):
     run = Run(Config(str(tmp_path)))
-    with pytest.raises(FloatingPointError, match="step 1: gradient norm is nan; the batch is in"):
+    with pytest.raises(FloatingPointError, match="step 1: gradient norm is nan; the batch is in .*"
+                                                 ", or lower --lr and choose another --out$"):
         with run.guard(1, {}, tokens=torch.tensor([7])):
             raise FloatingPointError("gradient norm is nan")
     assert load_state(tmp_path / "failed-batch.pt")["tokens"].tolist() == [7]

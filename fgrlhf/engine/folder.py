@@ -159,7 +159,7 @@ class OutputFolder:
                             "iterations, which cannot go on because it kept no training state "
                             "(--keep-last); choose another --out")
         done = read_object(self.folder / "done.json")
-        self._check_inputs(done.get("inputs", self.inputs), self.folder / "done.json")
+        self._check_inputs(done.get("inputs", self.inputs), self.folder / "done.json", before)
         if self.writes and not (self.keep_last or before.get("keep_last")):
             states.remove(self.folder)                  # a kill may have come before their removal
         print(f"{self.folder}: already complete")
@@ -172,16 +172,19 @@ class OutputFolder:
             path, saved = self.folder / "config.json", {}
             if path.exists():                           # it was killed before its first state
                 saved = read_object(path)
+            elif self.writes:
+                print(f"{self.folder}: no run to resume; a new one begins", file=sys.stderr)
         else:
             path, self.state = found
             saved = json.loads(self.state["config"])
         before, now = self._older_settings(saved), self._settings()
         if saved and (field := self._other_setting(before, before, now)) is not None:
             raise UserError(f"{path}: --resume needs the same --{field.replace('_', '-')}: the run "
-                            f"was started with {before[field]!r}, got {now.get(field)!r}")
+                            f"was started with {before[field]!r}, got {now.get(field)!r}; give it "
+                            "again, or choose another --out")
         if found is None:
             return
-        self._check_inputs(self.state["inputs"], path)
+        self._check_inputs(self.state["inputs"], path, saved)
         self.seconds = self.state["seconds"]
         was, here = self.state["machine"], self._machine()
         changed = [f"{name} {was[name]} (now {here.get(name)})" for name in was
@@ -216,12 +219,17 @@ class OutputFolder:
                        "threads": torch.get_num_threads(), "ranks": distributed.size(),
                        "torch": str(torch.__version__)}
 
-    def _check_inputs(self, before: dict[str, str], path: Path) -> None:
+    def _check_inputs(self, before: dict[str, str], path: Path, settings: dict) -> None:
+        """Refuses other contents than those of `before`. settings: those of the run, by name."""
         for name in self.inputs | before:
             if before.get(name, "") != self.inputs.get(name, ""):
                 given = hasattr(self.config, name)          # otherwise a file or the tokenizer
                 flag = "--" + name.replace("_", "-") if given else name
                 how = "its contents have changed since the run was started; restore it"
+                was, now = settings.get(name), getattr(self.config, name, None)
+                if was != now:
+                    how = (f"the run was started with {was}, got {now} with other contents; give "
+                           f"{was} again")
                 if name not in self.inputs or name not in before:
                     how = f"the run was started with{'' if name in before else 'out'} it; repeat"
                 raise UserError(f"{path}: --resume needs the same {flag}: {how} or choose another "
