@@ -113,18 +113,22 @@ def continue_batch(model: LLaMA, prompts: list[list[int]], stop_ids: tuple[int, 
 def template_of(config: Config, tokenizer: Tokenizer) -> str | None:
     """Returns the template to use, or None. stderr says what fits when none was given.
 
+    stderr also says when the given template is another than in the model's training.
     A model that was trained here names its template in encoding.json; others may have a chat
     template. Raises UserError when --template auto finds neither.
     """
     encoding, chat = read_encoding(config.model), tokenizer.chat_template
     template = encoding.template if encoding else recognise(chat or "")
+    known = config.model if is_text(template or "") else template
     if config.template not in (None, "auto"):
+        if encoding and config.template != template:
+            print(f"this model was trained with --template {known}, got another; --template auto "
+                  "takes that of the training", file=sys.stderr)
         return config.template
     if config.template == "auto" and template is None:
         raise UserError(f"--template auto: expected a model with a known template, got "
                         f"{config.model} without one; give --template NAME or FILE")
     if encoding and config.template is None:
-        known = config.model if is_text(template) else template
         print(f"this model was trained with --template {known}; the prompt is continued as it is",
               file=sys.stderr)
     elif chat and not encoding:

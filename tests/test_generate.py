@@ -203,6 +203,10 @@ def test_generate_says_which_template_fits_and_auto_takes_it(folder, tmp_path, c
     assert output("--template", "auto") == (answer, [])
     assert output() == (raw, ["this model was trained with --template plain; the prompt is "
                               "continued as it is"])
+    other = ["this model was trained with --template plain, got another; --template auto takes "
+             "that of the training"]
+    assert output("--template", "plain") == (answer, [])
+    assert output("--template", "llama-2")[1] == other
     (tmp_path / "m/encoding.json").unlink()
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = "{{ 1/0 }}[INST] {{ x }} [/INST]"
