@@ -164,7 +164,7 @@ def outputs(config: OutputsConfig) -> dict:
                         f"{config.policy}, {context} tokens; ask for fewer tokens")
     check_encoding(config.policy, template=config.template)
     tokenizer = load_tokenizer(config.policy)
-    check_template(tokenizer, config.template)
+    check_template(tokenizer, config.template, model=config.policy)
     fitting = lambda prompt: encode_prompt(tokenizer, prompt, config.template,
                                            context - config.max_new_tokens) and prompt
     prompts = each(prompts, fitting, config.on_bad_record, config.prompts)

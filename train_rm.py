@@ -282,7 +282,7 @@ def train(config: Config) -> None:
         raise UserError("--freeze: expected one process, because its training takes seconds")
     tokenizer = load_tokenizer(config.model)
     check_encoding(config.model, template=config.template)
-    check_template(tokenizer, config.template, trains=True)
+    check_template(tokenizer, config.template, trains=True, model=config.model)
     log = Run(config, tokenizer.sha256, ("data", "model", "eval_edits", "eval_pairs"))
     sizes = load_model(config.model, device="meta").config                   # reads no weights
     if config.layer and config.layer > sizes.n_layers:

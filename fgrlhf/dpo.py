@@ -84,7 +84,7 @@ def train(config: Config) -> None:
     device = distributed.start(distributed.pick_device(config.device))
     tokenizer, dtype = load_tokenizer(config.model), getattr(torch, config.dtype)
     check_encoding(config.model, template=config.template)
-    check_template(tokenizer, config.template, trains=True)
+    check_template(tokenizer, config.template, trains=True, model=config.model)
     log = Run(config, tokenizer.sha256, ("data", "model"))      # refuses an --out that is in use
     model = load_to_train(config.model, device, dtype, config.lora_rank, config.seed)
     encoder = Encoder(tokenizer, model.config.max_seq_len, config.template, config.prompt_tokens,

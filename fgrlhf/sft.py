@@ -108,7 +108,7 @@ def train(config: Config) -> None:
     """Trains the model on the responses and saves it in OUT/policy."""
     device = distributed.start(distributed.pick_device(config.device))
     tokenizer = start_tokenizer(config)
-    check_template(tokenizer, config.template, trains=True)
+    check_template(tokenizer, config.template, trains=True, model=config.model)
     log = Run(config, tokenizer.sha256, ("data", "model"))      # refuses an --out that is in use
     model = start_model(config, tokenizer.vocab_size, device)
     encoder = Encoder(tokenizer, model.config.max_seq_len, config.template, config.prompt_tokens,

@@ -36,6 +36,7 @@ from fgrlhf.data.fields import UserError, show
 from fgrlhf.data.files import opened
 from fgrlhf.engine.config import arg
 from fgrlhf.engine.encoding import FILE, is_text, read_encoding
+from fgrlhf.layouts.chat_template import advise
 from fgrlhf.tokenizer import Tokenizer
 
 WITHOUT_INPUT = "\n--- without input ---\n"
@@ -224,12 +225,16 @@ def render_prompt(record, template: str) -> str:
 
 # ----- ids ----------------------------------------------------------------------------------------
 
-def check_template(tokenizer: Tokenizer, template: str, trains: bool = False) -> None:
+def check_template(tokenizer: Tokenizer, template: str, trains: bool = False,
+                   model: str | None = None) -> None:
     """Raises UserError when the tokenizer lacks a control token of the template.
 
     trains: also says on stderr when the template ends a turn with another token than EOS, with
-    which all responses end in training.
+    which all responses end in training. model: the folder of the model; stderr also says which
+    template fits when a chat model from elsewhere is given the default template, plain.
     """
+    if model and template == "plain" and tokenizer.chat_template and not read_encoding(model):
+        print(f"{model}: {advise(tokenizer.chat_template)}", file=sys.stderr)
     found, control = find_template(template), tokenizer.control
     texts = [text for form in (found.with_input, found.without_input)
              for kind, text in _split(form, tuple(control)) if kind == "control"]

@@ -119,6 +119,20 @@ def test_training_says_when_a_turn_ends_with_another_token_than_eos(chat, capsys
                     "end with the tokenizer's EOS, </s>\n")
 
 
+def test_a_chat_model_from_elsewhere_is_not_used_with_plain_without_a_word(chat, tmp_path, capsys,
+                                                                           monkeypatch):
+    monkeypatch.setattr(chat, "chat_template", OTHERS["llama-2"])
+    for template, model in (("plain", None), ("chatml", str(tmp_path))):
+        check_template(chat, template, model=model)
+    assert capsys.readouterr().err == ""
+    check_template(chat, "plain", model=str(tmp_path))
+    assert capsys.readouterr().err == (
+        f"{tmp_path}: this model has a chat template: --template llama-2 fits it\n")
+    write_encoding(tmp_path, Encoding("plain"))                     # it was trained here
+    check_template(chat, "plain", model=str(tmp_path))
+    assert capsys.readouterr().err == ""
+
+
 def test_passages_that_no_prompt_shows_are_said_once(capsys):
     records = [Prompt("p", "How?", context=(Passage("T", "x"),))] * 2 + [Prompt("q", "Who?")]
     say_hidden_passages(records, "qa", "p.jsonl")

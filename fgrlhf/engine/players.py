@@ -99,7 +99,7 @@ def load(config, device: torch.device) -> Players:
         check_reward(config, tokenizer)
     check_encoding(config.policy, template=config.template)
     encoding = None if own else check_encoding(config.reward, template=config.template)
-    check_template(tokenizer, config.template, trains=True)
+    check_template(tokenizer, config.template, trains=True, model=config.policy)
     room, judged = prompt_room(config), encoding and encoding.prompt_tokens
 
     def encode(record: Prompt) -> tuple[str, list[int]]:
