@@ -173,7 +173,8 @@ def outputs(config: OutputsConfig) -> dict:
     policy, counts = load_model(config.policy, device, getattr(torch, config.dtype)), Counter()
     ask = lambda temperature, purpose="answers": answers(
         policy, tokenizer, prompts, config.template, config.max_new_tokens, temperature,
-        config.seed, str(config.policy), config.batch, purpose, counts)
+        config.seed, str(config.policy), config.batch, purpose, counts,
+        progress=True)
     for _, path, temperature in wanted:
         found = ask(temperature)
         if chooser and temperature:

@@ -37,11 +37,12 @@ TOGETHER = 16                       # answers per forward pass where they share 
 def answers(policy: LLaMA, tokenizer: Tokenizer, prompts: list[Prompt], template: str,
             max_new_tokens: int, temperature: float, seed: int, name: str = "policy",
             batch: int = 256, purpose: str = "answers",
-            counts: Counter | None = None) -> list[Output]:
+            counts: Counter | None = None, progress: bool = False) -> list[Output]:
     """Answers each prompt once, in batches of similar length. Temperature 0 is greedy.
 
     An answer ends at EOS, or before the control token that ends a turn of the template. `counts`
-    counts the "answers", and those that are "cut" at `max_new_tokens` before they end.
+    counts the "answers", and those that are "cut" at `max_new_tokens` before they end. `progress`
+    shows a bar in a terminal.
 
     Answers that are compared must not share random numbers: give another seed or another purpose.
     Raises FloatingPointError when the policy's log-probabilities are not finite.
@@ -50,7 +51,8 @@ def answers(policy: LLaMA, tokenizer: Tokenizer, prompts: list[Prompt], template
     ids = [encode_prompt(tokenizer, prompt, template, room) for prompt in prompts]
     texts, end = [""] * len(prompts), end_of_turn(tokenizer, template)
     order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
-    for start in range(0, len(order), batch):
+    for start in tqdm(range(0, len(order), batch), desc="answers", leave=False,
+                      disable=None if progress else True):          # None: only in a terminal
         rows = order[start:start + batch]
         rollout = sample(policy, [ids[i] for i in rows], tokenizer.eos_id, max_new_tokens,
                          temperature, generator(seed, purpose, start))
