@@ -53,7 +53,8 @@ from fgrlhf.data.readers import read_annotations, read_outputs, read_prompts
 from fgrlhf.data.records import Edit, Output, Pair, write_jsonl, write_outputs
 from fgrlhf.data.scores import read_scores
 from fgrlhf.encode import (
-    HIDDEN, Encoder, PreferenceIds, ReadingRecords, ReadingResponses, encode_prompt, read_encoded)
+    HIDDEN, Encoder, PreferenceIds, ReadingRecords, ReadingResponses, encode_prompt,
+    lower_new_tokens, read_encoded)
 from fgrlhf.engine.config import Computation, arg, dispatch, refuse_unused, run
 from fgrlhf.engine.distributed import pick_device
 from fgrlhf.engine.encoding import Encoding, check_encoding
@@ -165,8 +166,10 @@ def outputs(config: OutputsConfig) -> dict:
     check_encoding(config.policy, template=config.template)
     tokenizer = load_tokenizer(config.policy)
     check_template(tokenizer, config.template, model=config.policy)
+    advice = (lower_new_tokens(context, config.max_new_tokens)
+              + "; --on-bad-record skip leaves it out")
     fitting = lambda prompt: encode_prompt(tokenizer, prompt, config.template,
-                                           context - config.max_new_tokens) and prompt
+                                           context - config.max_new_tokens, advice) and prompt
     prompts = each(prompts, fitting, config.on_bad_record, config.prompts)
     say_hidden_passages(prompts, config.template, config.prompts)
     chooser = reward_model_of(config, device) if config.reward else None

@@ -38,7 +38,7 @@ from fgrlhf.baseline import generalised_advantage, value_loss
 from fgrlhf.checkpoint import load_tokenizer, save_model
 from fgrlhf.checks import accuracy, signs, startup
 from fgrlhf.data.fields import UserError
-from fgrlhf.encode import ReadingRecords, encode_prompt
+from fgrlhf.encode import ReadingRecords, encode_prompt, lower_new_tokens
 from fgrlhf.engine import distributed
 from fgrlhf.engine.config import Machinery, arg, parse, refuse_unused, run
 from fgrlhf.engine.distributed import Sums, microbatches
@@ -375,7 +375,8 @@ def dev_judge(config: Config, tokenizer: Tokenizer) -> OracleJudge | None:
     judge = OracleJudge.load(config.world, config.dev_prompts, config.dev_reference)
     room = prompt_room(config)
     for record in judge.prompts:
-        encode_prompt(tokenizer, record, config.template, room)             # refuses a long one
+        encode_prompt(tokenizer, record, config.template, room,             # refuses a long one
+                      lower_new_tokens(room + config.max_new_tokens, config.max_new_tokens))
     return judge
 
 

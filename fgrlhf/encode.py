@@ -77,6 +77,12 @@ def encode_prompt(tokenizer: Tokenizer, record, template: str, limit: int,
     return ids
 
 
+def lower_new_tokens(context: int, max_new_tokens: int) -> str:
+    """Returns the advice for a prompt that leaves no room for a response of `max_new_tokens`."""
+    return (f"lower --max-new-tokens, which takes {max_new_tokens} of the model's context of "
+            f"{context}, or shorten the prompt")
+
+
 def _encode_whole(tokenizer: Tokenizer, record, template: str) -> list[int]:
     """Returns the ids of the prompt. There is one at least: it predicts the response's first id."""
     ids = encode_filled(tokenizer, record, template)

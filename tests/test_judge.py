@@ -572,8 +572,10 @@ def test_outputs_asks_for_no_more_tokens_than_the_context_holds(folder):
     flags = ("--policy", folder / "policy", "--prompts", folder / "prompts.jsonl", "--out",
              folder / "out.json", "--max-new-tokens")
     for asked, said in ((63, "--max-new-tokens 63: expected at most 62, .* context of .*policy, 64 "
-                             "tokens"), (62, "prompts.jsonl: record 'a': prompt: expected at most "
-                                             "2 tokens")):
+                             "tokens"),
+                        (62, "prompts.jsonl: record 'a': prompt: expected at most 2 tokens, got .*"
+                             "; lower --max-new-tokens, which takes 62 of the model's context of 64"
+                             ", or shorten the prompt; --on-bad-record skip leaves it out$")):
         with pytest.raises(UserError, match=said):
             evaluated("outputs", evaluation.OutputsConfig, *flags, asked)
         assert not (folder / "out.json").exists()

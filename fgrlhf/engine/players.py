@@ -15,7 +15,7 @@ from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import each
 from fgrlhf.data.readers import read_prompts
 from fgrlhf.data.records import Prompt
-from fgrlhf.encode import encode_prompt
+from fgrlhf.encode import encode_prompt, lower_new_tokens
 from fgrlhf.engine import distributed, lora
 from fgrlhf.engine.encoding import check_encoding
 from fgrlhf.engine.optimizer import Optimizer
@@ -101,9 +101,11 @@ def load(config, device: torch.device) -> Players:
     encoding = None if own else check_encoding(config.reward, template=config.template)
     check_template(tokenizer, config.template, trains=True, model=config.policy)
     room, judged = prompt_room(config), encoding and encoding.prompt_tokens
+    advice = (lower_new_tokens(room + config.max_new_tokens, config.max_new_tokens)
+              + "; --on-bad-record skip leaves it out")
 
     def encode(record: Prompt) -> tuple[str, list[int]]:
-        ids = encode_prompt(tokenizer, record, config.template, room)
+        ids = encode_prompt(tokenizer, record, config.template, room, advice)
         if judged and len(ids) > judged:
             raise UserError(f"record {record.id!r}: prompt: expected at most {judged} tokens, as "
                             f"{config.reward} was trained with --prompt-tokens {judged}, got "
