@@ -7,7 +7,7 @@ import pytest
 import train_rm
 from fgrlhf import sft
 from fgrlhf.data.fields import UserError
-from fgrlhf.data.records import Demonstration, Edit, Pair, Prompt, Span, write_jsonl
+from fgrlhf.data.records import Demonstration, Edit, Pair, Passage, Prompt, Span, write_jsonl
 from fgrlhf.encode import (
     COUNTED, HIDDEN, Encoder, encode_prompt, read_encoded, span_types)
 from fgrlhf.engine.config import parse
@@ -158,7 +158,8 @@ def files(tmp_path, edits: list[Edit]):
 
 def test_trainers_refuse_or_cut_count_and_leave_out(tmp_path, capfd):
     tail = " it is red" * 20
-    folder = files(tmp_path, [Edit("fits", "name", "it is", "it is red"),
+    folder = files(tmp_path, [Edit("fits", "name", "it is", "it is red",
+                                   context=(Passage("A title", "A passage"),)),
                               Edit("early", "name", "it is" + tail, "is it" + tail),
                               Edit("late", "name", "it is" + tail, "it is" + tail + " red")])
     common = ["--data", f"{tmp_path}/edits.jsonl", "--model", f"{folder}/policy", "--epochs", "1",
@@ -181,6 +182,7 @@ def test_trainers_refuse_or_cut_count_and_leave_out(tmp_path, capfd):
         assert done["records"] == (3 if name == "sft" else 2)
         said = capfd.readouterr().err
         assert f"{cut} responses lost their end and EOS (--cut-responses)" in said
+        assert said.count("1 records have passages (context) that the template plain does not") == 1
         left_out = ": left out 1 of 3 records: both sides have the same tokens up to the cut"
         assert (left_out in said) == (name != "sft")
 

@@ -583,6 +583,15 @@ def test_outputs_asks_for_no_more_tokens_than_the_context_holds(folder):
     assert [o.instruction for o in read_outputs(folder / "out.json")] == ["Name it."]
 
 
+def test_outputs_says_that_the_template_shows_no_passages(folder, capsys):
+    records.write_jsonl(folder / "passages.jsonl", [Prompt("a", "Name it.",
+                                                           context=(Passage("T", "x"),))])
+    evaluated("outputs", evaluation.OutputsConfig, "--policy", folder / "policy", "--prompts",
+              folder / "passages.jsonl", "--out", folder / "out.json", "--max-new-tokens", 2)
+    assert ("passages.jsonl: 1 records have passages (context) that the template plain does not "
+            "show; --template qa does\n") in capsys.readouterr().err
+
+
 def test_outputs_writes_every_temperature_and_the_best_of_n(folder, monkeypatch):
     """Each file is what a command with that temperature writes."""
     flags = ("--policy", folder / "policy", "--prompts", folder / "prompts.jsonl",
