@@ -162,9 +162,9 @@ def _any(value, place: str):
     return record
 
 
-def _with_passages(value: dict) -> dict:
+def _with_passages(value):
     """Returns a record whose `context` is passages: Dolly's is one text without a title."""
-    context = value.get("context")
+    context = value.get("context") if isinstance(value, dict) else None
     if not isinstance(context, str):
         return value
     passages = [{"title": "Context", "text": context}] if context.strip() else []
