@@ -22,8 +22,8 @@ head, a linear probe: the hidden states of all records are computed once and kep
 epochs and folds take seconds. --hidden-states FILE keeps them for the next run too.
 
 --folds K trains K models, each on all records but one fold, and reports accuracy and token AUC on
-the records held out; no model is kept. Without --folds the reward model is in OUT/reward. The
-evaluation is in OUT/done.json.
+the records held out; no model is kept. Records with the same prompt are in one fold. Without
+--folds the reward model is in OUT/reward. The evaluation is in OUT/done.json.
 """
 
 import shlex
@@ -39,6 +39,7 @@ from fgrlhf import controls
 from fgrlhf.checkpoint import load_model, load_to_train, load_tokenizer
 from fgrlhf.checks import accuracy
 from fgrlhf.data.fields import UserError
+from fgrlhf.data.records import Edit, Pair
 from fgrlhf.encode import (
     HIDDEN, UNITS, Encoder, PreferenceIds, ReadingResponses, read_encoded, two_sides)
 from fgrlhf.engine import distributed
@@ -204,8 +205,7 @@ def cross_validate(config: Config, records: list, examples: list[PreferenceIds],
     Each model is also judged on as many of the records that it was trained on ("train_..."). When
     those figures are low too, the model underfits.
     """
-    order = torch.randperm(len(records), generator=generator(config.seed, "folds")).tolist()
-    folds = [order[k::config.folds] for k in range(config.folds)]
+    folds = folds_of(records, config.folds, config.seed)
     judged, fitted, tables = [], [], []
     judge = lambda model, rows: judge_preferences(model, [records[i] for i in rows],
                                                   [examples[i] for i in rows], tokenizer)
@@ -227,6 +227,21 @@ def cross_validate(config: Config, records: list, examples: list[PreferenceIds],
     spread = {name + "_sd": fold.std().item() for name, fold in values.items() if len(fold) > 1}
     intervals = reward_intervals(sum(judged, []), config.intervals)
     return {"folds": config.folds, **whole, **intervals, **spread}
+
+
+def prompt_of(record: Edit | Pair) -> tuple:
+    """Returns all of a record that its two responses share."""
+    return record.prompt, record.input, record.context
+
+
+def folds_of(records: list[Edit | Pair], count: int, seed: int) -> list[list[int]]:
+    """Draws the rows of each fold. Records with the same prompt are in the same fold."""
+    rows: dict[tuple, list[int]] = {}
+    for i, record in enumerate(records):
+        rows.setdefault(prompt_of(record), []).append(i)
+    groups = list(rows.values())
+    order = torch.randperm(len(groups), generator=generator(seed, "folds")).tolist()
+    return [[i for k in order[fold::count] for i in groups[k]] for fold in range(count)]
 
 
 def training_part(judged: list[Judged]) -> dict[str, float]:
@@ -295,8 +310,10 @@ def train(config: Config) -> None:
                                          config.on_bad_record)
         return records, examples, encoder.counted(path) if log.writes else {}
     records, examples, counts = read(config.data, config.limit)
-    if config.folds == 1 or config.folds > len(records):
-        raise UserError(f"--folds {config.folds}: expected 0, or 2 to {len(records)} (the records)")
+    most = len(set(map(prompt_of, records)))
+    if config.folds == 1 or config.folds > most:
+        raise UserError(f"--folds {config.folds}: expected 0, or 2 to {most}, the number of "
+                        "different prompts")
     held_out = {name: read(path) for name, path in
                 (("edits", config.eval_edits), ("pairs", config.eval_pairs)) if path}
     if log.writes:

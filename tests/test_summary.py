@@ -20,7 +20,8 @@ from tests.test_readme import config_of
 def root(tmp_path_factory):
     root = ppo_folder(tmp_path_factory.mktemp("a run"))             # a blank in every path
     write_jsonl(root / "edits.jsonl", [
-        Edit(str(i), "name the river", f"it is {'red' * (i % 2)} name", "it is the river")
+        Edit(str(i), ("name the river", "name it")[i % 2], f"it is {'red' * (i % 2)} name",
+             "it is the river")
         for i in range(6)])
     return root
 

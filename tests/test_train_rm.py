@@ -30,15 +30,25 @@ def test_cross_validate_judges_every_record_once_by_a_model_that_never_saw_it(mo
     monkeypatch.setattr(train_rm, "judge_preferences",
                         lambda model, records, examples, tokenizer: judged.append(records) or [])
     monkeypatch.setattr(train_rm, "reward_table", lambda judged: {})
-    records = list(range(10))
+    records = [Edit(str(i), f"name {i}", "red", "blue") for i in range(10)]
+    everything = {record.id for record in records}
     config = train_rm.Config(data="", model="", out="", folds=3)
     log = SimpleNamespace(log=lambda *line: None, progress=None, guard=None)
     train_rm.cross_validate(config, records, records, None, log, "cpu")
     held_out, fitted = judged[0::2], judged[1::2]
-    assert sorted(sum(held_out, [])) == records and len(trained) == 3
+    assert sorted(sum(held_out, []), key=records.index) == records and len(trained) == 3
     for inside, outside, again in zip(trained, held_out, fitted):
-        assert sorted(inside + outside) == records
-        assert set(again) <= set(inside) and len(again) == len(outside)
+        assert {record.id for record in inside + outside} == everything
+        assert len(inside) + len(outside) == 10
+        assert all(record in inside for record in again) and len(again) == len(outside)
+
+
+def test_records_with_the_same_prompt_are_in_the_same_fold():
+    records = [Edit(str(i), f"name {i % 5}", "red", "blue") for i in range(20)]
+    folds = train_rm.folds_of(records, 3, 0)
+    assert sorted(sum(folds, [])) == list(range(20)) and all(folds)
+    prompts = [{records[i].prompt for i in fold} for fold in folds]
+    assert sum(map(len, prompts)) == 5
 
 
 # ----- linear probes ------------------------------------------------------------------------------
