@@ -44,9 +44,10 @@ def block_of(page: str, first: str) -> list[list[str]]:
 def folder(tmp_path_factory) -> Path:
     """What a user has: a checkpoint, twenty edits, demonstrations and prompts."""
     root = tmp_path_factory.mktemp("user")
-    edits = [Edit(f"{k}-{fruit}", f"Name a fruit, number {k}.", f"It is the {fruit} stone.",
-                  f"It is the {fruit}.") for k in range(4) for fruit in FRUIT]
-    assert len(edits) == 20
+    edits = [Edit(f"{k}-{fruit}", f"Name a fruit, number {k}, with {fruit[0]}.",
+                  f"It is the {fruit} stone.", f"It is the {fruit}.")
+             for k in range(4) for fruit in FRUIT]
+    assert len({edit.id for edit in edits}) == 20
     write_jsonl(root / "mine.jsonl", edits)
     write_jsonl(root / "edits.jsonl", edits[:6])
     write_jsonl(root / "demonstrations.jsonl",
