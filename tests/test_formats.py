@@ -466,7 +466,8 @@ def test_the_conversion_of_a_table_can_be_run(tmp_path, name, delimiter):
 @pytest.mark.parametrize("data, record", [
     ("prompt,output,\r\np,caf\u00e9,\r\n".encode("cp1252"), {"prompt": "p", "output": "caf\u00e9"}),
     (b"sep=;\r\nprompt;output\r\np;a,b\r\n;\r\n", {"prompt": "p", "output": "a,b"}),
-    (b"prompt,output,input\np,o\n", {"prompt": "p", "output": "o"})])
+    (b"prompt,output,input\np,o\n", {"prompt": "p", "output": "o"}),
+    (b"prompt,output\np," + b"o" * 200_000 + b"\n", {"prompt": "p", "output": "o" * 200_000})])
 def test_tables_as_spreadsheets_write_them(tmp_path, data, record, capsys):
     (tmp_path / "a.csv").write_bytes(data)
     convert(tmp_path / "a.csv", tmp_path / "a.jsonl")
@@ -476,7 +477,8 @@ def test_tables_as_spreadsheets_write_them(tmp_path, data, record, capsys):
 
 @pytest.mark.parametrize("data, said", [
     (b"prompt,output\np,a,b\n", "a.csv:2: expected 2 cells as in the first row, got 3"),
-    (b"prompt,prompt\np,a\n", "expected one column per field"), (None, "expected a free name")])
+    (b"prompt,prompt\np,a\n", "expected one column per field"),
+    (b",\n", "expected a first row with the names of the fields"), (None, "expected a free name")])
 def test_a_table_that_would_lose_something_is_refused(tmp_path, data, said):
     path = tmp_path / "a.csv"
     path.write_bytes(data or b"prompt\np\n")

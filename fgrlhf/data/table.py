@@ -9,6 +9,7 @@ from pathlib import Path
 from fgrlhf.data.fields import UserError
 from fgrlhf.data.files import opened, write_atomic
 from fgrlhf.data.other_formats import delimiter_of
+from fgrlhf.data.values import RECORD_LIMIT
 
 
 def convert(path: str | Path, new: str | Path) -> None:
@@ -34,9 +35,13 @@ def convert(path: str | Path, new: str | Path) -> None:
     if first.lower().startswith("sep="):
         delimiter, text = first[4:5], rest
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    names, lines = next(rows), []
+    csv.field_size_limit(RECORD_LIMIT)                  # of Python's csv: 128 KiB, one article
+    names, lines = next(rows, []), []
     while names and not names[-1].strip():
         names.pop()                                     # an empty last column, of Excel
+    if not names:
+        raise UserError(f"{path}: expected a first row with the names of the fields, got none; "
+                        "add it")
     if len(set(names)) < len(names):
         raise UserError(f"{path}: expected one column per field, got {names}; rename one")
     for row in rows:
